@@ -1,0 +1,145 @@
+"""Episodes become batches: an endless random-access dataset, and a collator that encodes each episode once.
+
+Owns the rows TRL sees and the batch the trainer gets. Knows the processor's outputs, but no model.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
+
+import datasets
+import torch
+from PIL import Image
+
+from environment import Episode, EpisodeSource, Message
+from utils.images import open_image
+
+Row = dict[str, Any]
+
+
+class EpisodeBatch(TypedDict):
+    """P distinct episodes, encoded once each, for groups of G rollouts. On one device; never split inside a group.
+
+    L is the longest prompt, left-padded; I the images of all episodes in order; N the patches of all images.
+    """
+
+    input_ids: torch.Tensor  # (P, L) int64
+    attention_mask: torch.Tensor  # (P, L) int64, 0 on padding
+    mm_token_type_ids: torch.Tensor  # (P, L) int64, 1 on image tokens
+    pixel_values: torch.Tensor  # (N, patch values) float32
+    image_grid_thw: torch.Tensor  # (I, 3) int64, patches of each image along time, height, width
+    num_images: list[int]  # P ints that sum to I
+    episodes: list[Episode]  # P
+    images: list[list[Image.Image]]  # P lists of RGB pictures, for vLLM and for reports
+    prompts: list[list[Message]]  # P conversations
+    group_size: int  # G
+
+
+class RepeatableEpisodeDataset:
+    """Endless episodes by number: item i is `env.episode(i)`, on every rank, in every run and after every resume."""
+
+    def __init__(self, env: EpisodeSource, max_pixels: int | None = None):
+        """max_pixels: budget of one image in pixels (see utils.images.open_image); None keeps the file's size.
+
+        The budget is spent here, before any processor or vLLM sees the image, so that all of them see the same pixels.
+        """
+        self.env = env
+        self.max_pixels = max_pixels
+        self._latest_rows: dict[int, Row] = {}
+
+    def __getitem__(self, index: int) -> Row:
+        """The row of episode `index` (0 or greater); costs the same for every index.
+
+        Its columns: `episode_index`; `prompt` (chat messages) and `images` (RGB pictures), which TRL's own trainer
+        reads too; `correct_index` and `num_candidates`, which the reward reads; `episode`.
+        """
+        episode = self.env.episode(index)
+        return {
+            "episode_index": index,
+            "prompt": self.env.prompt_messages(episode),
+            "images": [open_image(image, self.max_pixels) for image in episode.images],
+            "correct_index": episode.correct_index,
+            "num_candidates": episode.num_candidates,
+            "episode": episode,
+        }
+
+    def __iter__(self) -> Iterator[Row]:
+        index = 0
+        while True:
+            yield self[index]
+            index += 1
+
+    def as_hf_dataset(self, num_episodes: int) -> datasets.Dataset:
+        """The first `num_episodes` episodes as the map-style data set that TRL's trainers accept.
+
+        Holds one integer an episode; rows are made when they are read, so skipping to step n on resume reads nothing.
+        """
+        indices = datasets.Dataset.from_dict({"episode_index": range(num_episodes)})
+        return indices.with_transform(self._rows_by_column)
+
+    def _rows_by_column(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        # a group asks for its episode G times in a row, and TRL for a whole batch once per step that reuses it
+        self._latest_rows = {
+            index: self._latest_rows.get(index) or self[index] for index in dict.fromkeys(batch["episode_index"])
+        }
+        rows = [self._latest_rows[index] for index in batch["episode_index"]]
+        return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+class VLMDataCollator:
+    """Rows of P episodes, G in a row each, become one EpisodeBatch in which every episode is encoded once."""
+
+    def __init__(self, processor: Any, num_rollouts: int):
+        """processor: a Qwen2.5-VL processor. num_rollouts: G, the rows that each episode must have.
+
+        Raises ValueError if the processor pads on the right: generation would continue from padding, and training
+        would go wrong without a word.
+        """
+        if processor.tokenizer.padding_side != "left":
+            raise ValueError(
+                f"the processor pads on the {processor.tokenizer.padding_side}, but generation needs left padding; "
+                "load it with padding_side='left', as load_qwen25_vl does"
+            )
+        self.processor = processor
+        self.num_rollouts = num_rollouts
+        self._latest: tuple[list[int], EpisodeBatch] | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> EpisodeBatch:
+        """The batch of these rows. Raises ValueError if an episode has not exactly G neighbouring rows."""
+        firsts = self._one_row_per_group(rows)
+        # TRL reads a batch again for every step that reuses its generations; it is not encoded again
+        indices = [row["episode_index"] for row in firsts]
+        if self._latest is None or self._latest[0] != indices:
+            self._latest = indices, self._encode(firsts)
+        return self._latest[1]
+
+    def _encode(self, firsts: Sequence[Row]) -> EpisodeBatch:
+        texts = [
+            self.processor.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+            for row in firsts
+        ]
+        images = [row["images"] for row in firsts]
+        encoded = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+        return EpisodeBatch(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            mm_token_type_ids=encoded["mm_token_type_ids"],
+            pixel_values=encoded["pixel_values"],
+            image_grid_thw=encoded["image_grid_thw"],
+            num_images=[len(pictures) for pictures in images],
+            episodes=[row["episode"] for row in firsts],
+            images=images,
+            prompts=[row["prompt"] for row in firsts],
+            group_size=self.num_rollouts,
+        )
+
+    def _one_row_per_group(self, rows: Sequence[Row]) -> list[Row]:
+        # the episode's number makes a group: two episodes can have equal token ids and different pictures
+        indices = [row["episode_index"] for row in rows]
+        starts = range(0, len(rows), self.num_rollouts)
+        groups = [indices[start : start + self.num_rollouts] for start in starts]
+        if any(group != [group[0]] * self.num_rollouts for group in groups):
+            raise ValueError(
+                f"rows of episodes {indices}, but wanted each episode {self.num_rollouts} times in a row; "
+                "make the batch size a multiple of num_rollouts and do not shuffle rows"
+            )
+        return [rows[start] for start in starts]

@@ -1,0 +1,283 @@
+"""PickImageEnv: what is asked, and what counts as right.
+
+Owns the episode (images, instruction, correct index) and the judgement of an answer. It turns no answer into a
+training reward (reward.py does), and touches no tensor.
+"""
+
+import importlib.util
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from PIL import Image
+
+from utils.images import LabelledImage, list_labelled_images
+from utils.tool_calls import CALL_CLOSE, CALL_OPEN, ParseStatus, parse_tool_call_str
+
+ImageSource = Path | Image.Image
+Message = dict[str, Any]
+Item = TypeVar("Item")
+
+TOOL_NAME = "pick_image"
+TOOL_SCHEMA = {
+    "name": TOOL_NAME,
+    "description": "Pick one of the images shown.",
+    "parameters": {"type": "object", "properties": {"index": {"type": "integer"}}, "required": ["index"]},
+}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One prompt: N candidate images, the chat messages that ask for one of them, and the right answer.
+
+    images: N paths or PIL images, in the order of the image placeholders in `messages`. labels: what each image
+    shows. target: the label asked for, or None if the instruction names none. seed: of the draw, for the record.
+    """
+
+    images: tuple[ImageSource, ...]
+    messages: tuple[Message, ...]
+    correct_index: int
+    labels: tuple[str, ...]
+    target: str | None
+    seed: int
+
+    @property
+    def num_candidates(self) -> int:
+        """N, the number of images an index may pick."""
+        return len(self.images)
+
+
+class Outcome(StrEnum):
+    """What an answer amounts to."""
+
+    CORRECT = "correct"
+    WRONG_INDEX = "wrong_index"  # a valid call that picks another candidate
+    INDEX_OUT_OF_RANGE = "index_out_of_range"  # a well-formed call that picks no candidate
+    UNPARSABLE = "unparsable"  # not exactly one well-formed call
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on one answer. `index` is what was picked, None if the answer does not parse."""
+
+    outcome: Outcome
+    parse_status: ParseStatus
+    index: int | None
+
+
+def judge(text: str, correct_index: int, num_candidates: int, *, allow_reasoning: bool = False) -> Judgement:
+    """The verdict on a completion: the one place that decides what counts as right.
+
+    text: a whole completion without its end-of-turn token. A wrong answer is a verdict, never an exception.
+
+    >>> judge('<tool_call>{"name": "pick_image", "arguments": {"index": 3}}</tool_call>', 0, 4).outcome.value
+    'wrong_index'
+    """
+    parsed = parse_tool_call_str(text, TOOL_NAME, allow_reasoning=allow_reasoning)
+    if parsed.index is None:
+        outcome = Outcome.UNPARSABLE
+    elif not 0 <= parsed.index < num_candidates:
+        outcome = Outcome.INDEX_OUT_OF_RANGE
+    else:
+        outcome = Outcome.CORRECT if parsed.index == correct_index else Outcome.WRONG_INDEX
+    return Judgement(outcome, parsed.status, parsed.index)
+
+
+class EpisodeSource(Protocol):
+    """What training needs of an environment; PickImageEnv and any class given by `--env` have it."""
+
+    def episode(self, index: int) -> Episode:
+        """Episode `index` (0 or greater): a pure function of the environment's seed and `index`."""
+        ...
+
+    def prompt_messages(self, episode: Episode) -> list[Message]:
+        """The episode's chat messages, with one `{"type": "image"}` placeholder per image."""
+        ...
+
+
+class PickImageEnv:
+    """Pick the right image out of N by one tool call. One step an episode; Gymnasium's `reset`/`step`.
+
+    | part        | what it is                                                                                    |
+    |-------------|-----------------------------------------------------------------------------------------------|
+    | observation | {"images": N paths, distinct pictures; "messages": chat messages with N image placeholders}    |
+    | action      | str: one `<tool_call>` of `pick_image` with an integer `index`, 0 <= index < N                |
+    | reward      | 1.0 if the index is the correct one, else 0.0 (training weighs components: see reward.py)      |
+    | terminated  | True after the first step                                                                     |
+    | truncated   | always False                                                                                  |
+    | info        | reset: "episode"; step: "outcome", "parse_status", "index", "correct_index"                   |
+
+    `fixed_correct_index=k`: the answer is always k and the instruction names no picture, the toy that proves the
+    loop. `fixed_correct_index=None`: the target is drawn per episode and named ("Pick the red circle."), and the N
+    candidates have N different labels, so only a model that looks can win.
+    """
+
+    def __init__(
+        self,
+        data_root: str | Path,
+        candidates_per_episode: int = 4,
+        fixed_correct_index: int | None = 0,
+        seed: int = 0,
+        *,
+        allow_reasoning: bool = False,
+    ):
+        """Lists the images under `data_root` (layouts: utils.images.list_labelled_images); decodes none.
+
+        candidates_per_episode: N >= 2. fixed_correct_index: in [0, N), or None. seed: any int.
+        Raises ValueError for numbers out of range or a folder with too few images; FileNotFoundError or
+        NotADirectoryError for a folder that is none.
+        """
+        if candidates_per_episode < 2:
+            raise ValueError(
+                f"candidates_per_episode={candidates_per_episode}, but there is nothing to pick from fewer than 2; "
+                "pass --candidates_per_episode 4"
+            )
+        if fixed_correct_index is not None and not 0 <= fixed_correct_index < candidates_per_episode:
+            raise ValueError(
+                f"fixed_correct_index={fixed_correct_index}, but with candidates_per_episode={candidates_per_episode} "
+                f"an index is at least 0 and at most {candidates_per_episode - 1}; correct one of the two, or pass "
+                "--fixed_correct_index none to draw the target"
+            )
+        self.candidates_per_episode = candidates_per_episode
+        self.fixed_correct_index = fixed_correct_index
+        self.seed = seed
+        self.allow_reasoning = allow_reasoning
+        self.images = list_labelled_images(data_root)
+        self._paths_by_label = _group_by_label(self.images)
+        _require_enough(self.images, self._paths_by_label, data_root, candidates_per_episode, fixed_correct_index)
+        self._reset_seed = seed
+        self._next_index = 0
+        self._current: Episode | None = None
+
+    def episode(self, index: int) -> Episode:
+        """Episode `index` (0 or greater): a pure function of (seed, index), the same on every machine."""
+        return self._draw(self.seed, index)
+
+    def prompt_messages(self, episode: Episode) -> list[Message]:
+        """The chat messages that ask for the episode's target: numbered image placeholders, then the instruction."""
+        content: list[Message] = []
+        for index in range(episode.num_candidates):
+            content += [{"type": "text", "text": f"Image {index}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
+        what = "the correct image" if episode.target is None else f"the {episode.target}"
+        content.append({"type": "text", "text": f"Pick {what}. The index is from 0 to {episode.num_candidates - 1}."})
+        return [
+            {"role": "system", "content": [{"type": "text", "text": _system_text(self.allow_reasoning)}]},
+            {"role": "user", "content": content},
+        ]
+
+    def reset(self, seed: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The next episode's (observation, info); with `seed`, the first episode of that seed."""
+        if seed is not None:
+            self._reset_seed, self._next_index = seed, 0
+        self._current = self._draw(self._reset_seed, self._next_index)
+        self._next_index += 1
+        observation = {"images": self._current.images, "messages": list(self._current.messages)}
+        return observation, {"episode": self._current}
+
+    def step(self, action: str) -> tuple[None, float, bool, bool, dict[str, Any]]:
+        """(observation, reward, terminated, truncated, info) of answering with the text `action`.
+
+        The observation is None: an episode ends with its first step. Raises RuntimeError before `reset`.
+        """
+        if self._current is None:
+            raise RuntimeError("step() without an episode: each has one step; call reset() first")
+        episode, self._current = self._current, None
+        judgement = judge(action, episode.correct_index, episode.num_candidates, allow_reasoning=self.allow_reasoning)
+        info = {
+            "outcome": judgement.outcome,
+            "parse_status": judgement.parse_status,
+            "index": judgement.index,
+            "correct_index": episode.correct_index,
+        }
+        return None, float(judgement.outcome is Outcome.CORRECT), True, False, info
+
+    def _draw(self, seed: int, index: int) -> Episode:
+        if index < 0:
+            raise ValueError(f"episode index {index} is negative; episodes are numbered from 0")
+        rng = random.Random(f"fleet/{seed}/{index}")
+        if self.fixed_correct_index is None:
+            labels = _sample_distinct(sorted(self._paths_by_label), self.candidates_per_episode, rng)
+            paths = [_sample_distinct(self._paths_by_label[label], 1, rng)[0] for label in labels]
+            correct_index = int(rng.random() * self.candidates_per_episode)
+        else:
+            images = _sample_distinct(self.images, self.candidates_per_episode, rng)
+            labels, paths = [image.label for image in images], [image.path for image in images]
+            correct_index = self.fixed_correct_index
+        target = labels[correct_index] if self.fixed_correct_index is None else None
+        drawn = Episode(tuple(paths), (), correct_index, tuple(labels), target, seed)
+        return replace(drawn, messages=tuple(self.prompt_messages(drawn)))
+
+
+def load_environment_class(spec: str) -> type:
+    """The class that `path/to/file.py:ClassName` names.
+
+    Runs that file. Raises ValueError if the spec has another form, the file or the class is missing, or the class
+    lacks a method that training calls.
+    """
+    file_name, colon, class_name = spec.rpartition(":")
+    path = Path(file_name)
+    if not colon or not class_name or path.suffix != ".py":
+        raise ValueError(f"env={spec!r}, but wanted path/to/file.py:ClassName")
+    module_spec = importlib.util.spec_from_file_location(f"fleet_env_{path.stem}", path)
+    if not path.is_file() or module_spec is None or module_spec.loader is None:
+        raise ValueError(f"env={spec!r}: {path} is not a file; correct the path")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    env_class = getattr(module, class_name, None)
+    missing = [name for name in ("episode", "prompt_messages") if not callable(getattr(env_class, name, None))]
+    if not isinstance(env_class, type) or missing:
+        found = sorted(name for name, value in vars(module).items() if isinstance(value, type))
+        raise ValueError(
+            f"env={spec!r}: {path} has no class {class_name} with methods episode and prompt_messages; it has {found}"
+        )
+    return env_class
+
+
+@lru_cache
+def _system_text(allow_reasoning: bool) -> str:
+    if allow_reasoning:
+        rule = "Think first if it helps, then end your reply with exactly one call, in this form:"
+    else:
+        rule = "Reply with exactly one call and nothing else, in this form:"
+    form = f'{CALL_OPEN}\n{{"name": "{TOOL_NAME}", "arguments": {{"index": NUMBER}}}}\n{CALL_CLOSE}'
+    return f"You have one tool:\n{json.dumps(TOOL_SCHEMA)}\n{rule}\n{form}"
+
+
+def _group_by_label(images: Sequence[LabelledImage]) -> dict[str, list[Path]]:
+    paths_by_label: dict[str, list[Path]] = {}
+    for image in images:
+        paths_by_label.setdefault(image.label, []).append(image.path)
+    return paths_by_label
+
+
+def _require_enough(
+    images: Sequence[LabelledImage],
+    paths_by_label: dict[str, list[Path]],
+    data_root: str | Path,
+    candidates_per_episode: int,
+    fixed_correct_index: int | None,
+) -> None:
+    if len(images) < candidates_per_episode:
+        raise ValueError(
+            f"data folder {data_root} has {len(images)} images, but candidates_per_episode={candidates_per_episode} "
+            "distinct ones are shown; add images or lower --candidates_per_episode"
+        )
+    if fixed_correct_index is None and len(paths_by_label) < candidates_per_episode:
+        raise ValueError(
+            f"data folder {data_root} has {len(paths_by_label)} different labels ({sorted(paths_by_label)[:6]}), but "
+            f"with --fixed_correct_index none the candidates_per_episode={candidates_per_episode} images need one each; "
+            "add classes, or lower --candidates_per_episode"
+        )
+
+
+def _sample_distinct(population: Sequence[Item], count: int, rng: random.Random) -> list[Item]:
+    """`count` different items in random order, from `rng.random()` alone, whose stream Python guarantees to keep."""
+    chosen: dict[int, None] = {}
+    while len(chosen) < count:
+        chosen.setdefault(int(rng.random() * len(population)))
+    return [population[position] for position in chosen]

@@ -1,0 +1,168 @@
+"""Qwen2.5-VL as Fleet uses it: loading, what trains and what is frozen, and one tool call from one episode.
+
+Owns every decision about weights: dtype, attention, LoRA targets, freezing. Knows no trainer.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from environment import Episode, ImageSource, Message
+from utils.images import open_image
+
+# Every linear layer of the language model. A pattern, because `gate_proj` and its kin also name vision layers.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+PARTS = ("vision tower", "merger", "language model")
+
+
+def load_qwen25_vl(
+    model_id: str,
+    use_lora: bool = False,
+    *,
+    lora_rank: int = 16,
+    lora_alpha: int = 32,
+    lora_dropout: float = 0.0,
+    freeze_vision: bool = False,
+    load_in_4bit: bool = False,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    revision: str | None = None,
+) -> tuple[PreTrainedModel | PeftModel, Any]:
+    """(model, processor) of any Qwen2.5-VL: a hub id, a folder, or a folder with a LoRA adapter.
+
+    use_lora: wrap the language model's linear layers in new adapters, everything else frozen; an adapter folder is
+    opened with its adapter either way. freeze_vision: the vision tower and its merger get no gradient. load_in_4bit:
+    NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only. The vision tower uses flash attention where it is
+    installed and the dtype allows it. Under DeepSpeed ZeRO-3 the weights are sharded while they load.
+    Raises ValueError if the model is another architecture or its processor does not pad left.
+    """
+    adapter = read_adapter_config(model_id)
+    base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
+    config = AutoConfig.from_pretrained(base_id, revision=revision)
+    if config.model_type != "qwen2_5_vl":
+        raise ValueError(f"model {base_id} is a {config.model_type}, but Fleet trains qwen2_5_vl; pass a Qwen2.5-VL")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
+    model: PreTrainedModel | PeftModel = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        base_id,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation={"": attn_implementation, "vision_config": vision_attention(attn_implementation, dtype)},
+        quantization_config=quantization if load_in_4bit else None,
+    )
+    if freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, model_id, is_trainable=use_lora)
+    elif use_lora:
+        config_of_lora = make_lora_config(lora_rank, lora_alpha, lora_dropout)
+        # mixed dtypes break ZeRO-3's gather of small parameters
+        model = get_peft_model(model, config_of_lora, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+    return model, load_processor(model_id if adapter is None else base_id, revision=revision)
+
+
+def load_processor(model_id: str, *, revision: str | None = None) -> Any:
+    """The model's processor, padding on the left. Raises ValueError if it is not Qwen2.5-VL's."""
+    processor = AutoProcessor.from_pretrained(model_id, revision=revision, padding_side="left")
+    if type(processor).__name__ != "Qwen2_5_VLProcessor" or processor.tokenizer.padding_side != "left":
+        raise ValueError(
+            f"model {model_id} has a {type(processor).__name__}, but wanted a Qwen2_5_VLProcessor that pads left; "
+            "restore preprocessor_config.json and tokenizer_config.json beside its weights"
+        )
+    return processor
+
+
+def read_adapter_config(model_id: str) -> PeftConfig | None:
+    """The LoRA configuration of an adapter folder; None for anything else."""
+    return PeftConfig.from_pretrained(model_id) if (Path(model_id) / "adapter_config.json").is_file() else None
+
+
+def vision_attention(attn_implementation: str, dtype: torch.dtype) -> str:
+    """The vision tower's attention: flash if it is installed and can run, else the language model's."""
+    can_run_flash = torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16)
+    if can_run_flash and find_spec("flash_attn") is not None and attn_implementation == "sdpa":
+        return "flash_attention_2"
+    return attn_implementation
+
+
+def make_lora_config(rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> LoraConfig:
+    """LoRA (arXiv 2106.09685) on every linear layer of the language model; the vision side is left alone."""
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+    )
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """(trainable, all) parameters of the vision tower, the merger and the language model, adapters included."""
+    counts = {part: (0, 0) for part in PARTS}
+    for name, parameter in model.named_parameters():
+        if "visual.merger." in name:
+            part = "merger"
+        else:
+            part = "vision tower" if "visual." in name else "language model"
+        # a ZeRO-3 shard has no elements of its own; DeepSpeed keeps the full count beside it
+        size = int(getattr(parameter, "ds_numel", parameter.numel()))
+        trainable, total = counts[part]
+        counts[part] = (trainable + size * parameter.requires_grad, total + size)
+    return counts
+
+
+@torch.no_grad()
+def generate_tool_call(
+    model: PreTrainedModel | PeftModel,
+    processor: Any,
+    episode_or_messages: Episode | Sequence[Message],
+    images: Sequence[ImageSource] | None = None,
+    *,
+    max_completion_length: int = 64,
+    temperature: float = 0.0,
+    max_pixels: int | None = None,
+) -> str:
+    """The model's answer to one episode, as text without its end-of-turn token, ready for `judge`.
+
+    episode_or_messages: an Episode, or chat messages with an image placeholder for each of `images`.
+    max_completion_length: tokens. temperature: 0 is greedy; above, it samples. max_pixels: budget of one image.
+    """
+    if isinstance(episode_or_messages, Episode):
+        messages, images = list(episode_or_messages.messages), episode_or_messages.images
+    else:
+        messages = list(episode_or_messages)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    pictures = [open_image(image, max_pixels) for image in images or ()]
+    inputs = processor(text=[text], images=pictures or None, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    generated = model.generate(
+        **inputs, max_new_tokens=max_completion_length, suppress_tokens=media_token_ids(model.config), **sampling
+    )
+    completion_ids = generated[0, inputs["input_ids"].shape[1] :].tolist()
+    return decode_completion(processor, completion_ids, end_token_ids(model))
+
+
+def media_token_ids(config: Any) -> list[int]:
+    """Tokens that stand for pixels and must never be sampled: one without its features stops the run."""
+    return [config.image_token_id, config.video_token_id]
+
+
+def end_token_ids(model: Any) -> list[int]:
+    """Every token that ends a completion."""
+    ids = model.generation_config.eos_token_id
+    return [ids] if isinstance(ids, int) else list(ids or [])
+
+
+def decode_completion(processor: Any, completion_ids: Sequence[int], end_ids: Sequence[int]) -> str:
+    """A completion's text without its one end token. Other special tokens stay visible, so the parser sees them."""
+    ids = list(completion_ids[:-1] if completion_ids and completion_ids[-1] in end_ids else completion_ids)
+    return processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,101 @@
+"""Rewards: a judged answer becomes one finite number.
+
+Owns the components and their weights. What is right is decided in environment.judge, nowhere else.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from environment import Judgement, Outcome, judge
+
+_VALID_OUTCOMES = frozenset({Outcome.CORRECT, Outcome.WRONG_INDEX})
+
+
+@dataclass(frozen=True)
+class RewardWeights:
+    """What each component is worth. The defaults make a right answer worth exactly 1 and an unparsable one 0.
+
+    correct: > 0, earned by the right index. valid_call: >= 0, earned by any well-formed call whose index is in
+    range; small, so that form never rivals the answer. Raises ValueError for other or non-finite numbers.
+    """
+
+    correct: float = 0.95
+    valid_call: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.correct) and self.correct > 0):
+            raise ValueError(f"correct weight {self.correct}, but it must be finite and above 0; pass 0.95")
+        if not (math.isfinite(self.valid_call) and self.valid_call >= 0):
+            raise ValueError(f"valid_call weight {self.valid_call}, but it must be finite and at least 0; pass 0.05")
+
+
+DEFAULT_WEIGHTS = RewardWeights()
+
+
+def reward_of(judgement: Judgement, weights: RewardWeights = DEFAULT_WEIGHTS) -> float:
+    """The reward of one verdict: the weighted sum of its components, each 0 or 1.
+
+    | outcome             | correct | valid_call | reward by default |
+    |---------------------|---------|------------|-------------------|
+    | correct             | 1       | 1          | 1.00              |
+    | wrong_index         | 0       | 1          | 0.05              |
+    | index_out_of_range  | 0       | 0          | 0.00              |
+    | unparsable          | 0       | 0          | 0.00              |
+    """
+    is_correct = judgement.outcome is Outcome.CORRECT
+    is_valid_call = judgement.outcome in _VALID_OUTCOMES
+    return weights.correct * is_correct + weights.valid_call * is_valid_call
+
+
+def compute_rewards_from_generations(
+    generations: Sequence[str],
+    correct_indices: Sequence[int],
+    num_candidates: int | Sequence[int],
+    weights: RewardWeights = DEFAULT_WEIGHTS,
+    *,
+    allow_reasoning: bool = False,
+) -> list[float]:
+    """One finite reward per generation, in order; right > wrong but valid > unparsable.
+
+    generations: B completions without their end-of-turn tokens. correct_indices: B ints. num_candidates: one int for
+    all, or B. Raises ValueError if the lengths differ.
+
+    >>> right = '<tool_call>{"name": "pick_image", "arguments": {"index": 0}}</tool_call>'
+    >>> compute_rewards_from_generations([right, right, "image 0"], [0, 1, 0], 4)
+    [1.0, 0.05, 0.0]
+    """
+    if isinstance(num_candidates, int):
+        num_candidates = [num_candidates] * len(generations)
+    if not len(generations) == len(correct_indices) == len(num_candidates):
+        raise ValueError(
+            f"{len(generations)} generations, {len(correct_indices)} correct_indices and {len(num_candidates)} "
+            "num_candidates, but each generation needs one of both"
+        )
+    return [
+        reward_of(judge(text, correct_index, count, allow_reasoning=allow_reasoning), weights)
+        for text, correct_index, count in zip(generations, correct_indices, num_candidates, strict=True)
+    ]
+
+
+def make_trl_reward_function(
+    weights: RewardWeights = DEFAULT_WEIGHTS, *, allow_reasoning: bool = False
+) -> Callable[..., list[float]]:
+    """`compute_rewards_from_generations` in the form TRL calls: by columns of the data set, one value a completion.
+
+    The function takes `completions` as texts or as TRL's conversational form, and the columns `correct_index` and
+    `num_candidates` of RepeatableEpisodeDataset; TRL passes more keywords, which it does not use.
+    """
+
+    def pick_image_reward(
+        completions: Sequence[str] | Sequence[list[dict[str, str]]],
+        correct_index: Sequence[int],
+        num_candidates: Sequence[int],
+        **_unused_columns: object,
+    ) -> list[float]:
+        texts = [done if isinstance(done, str) else done[-1]["content"] for done in completions]
+        return compute_rewards_from_generations(
+            texts, correct_index, num_candidates, weights, allow_reasoning=allow_reasoning
+        )
+
+    return pick_image_reward
