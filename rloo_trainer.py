@@ -87,7 +87,9 @@ class FleetRLOOTrainer(RLOOTrainer):
         Image and video tokens are never sampled. Raises ValueError if a group would be split over devices.
         """
         refuse_split_groups(args)
-        args.generation_kwargs = {"suppress_tokens": media_token_ids(model.config), **(args.generation_kwargs or {})}
+        if not args.use_vllm:
+            suppressed = {"suppress_tokens": media_token_ids(model.config)}
+            args.generation_kwargs = suppressed | (args.generation_kwargs or {})
         super().__init__(
             model=model,
             reward_funcs=make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning),
@@ -138,9 +140,7 @@ class FleetRLOOTrainer(RLOOTrainer):
     def _sample_completions(self, batch: EpisodeBatch) -> list[list[int]]:
         """B completions as token ids, each up to and with its first end token, never empty, free of media tokens."""
         rows = _repeat_episodes(batch, 0, len(batch["episodes"]))
-        prompts = [
-            ids[mask.bool()].tolist() for ids, mask in zip(rows["prompt_ids"], rows["prompt_mask"], strict=True)
-        ]
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(rows["prompt_ids"], rows["prompt_mask"], strict=True)]
         images = [pictures for pictures in batch["images"] for _ in range(batch["group_size"])]
         fields = {key: rows[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
         media_ids = set(media_token_ids(self.model.config))

@@ -9,15 +9,15 @@ import fcntl
 import hashlib
 import json
 import os
-import random
+
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, trainers
+from tokenizers import AddedToken, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
@@ -33,7 +33,6 @@ from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import PickImageEnv
 from utils.tool_calls import make_tool_call_str
 
-TOY_MODEL_ID = "toy"
 TOY_IMAGE_PIXELS = 56 * 56
 TOY_DATA_ROOT = Path(__file__).resolve().parent / "toy_images"
 
@@ -81,7 +80,7 @@ RECIPE: dict[str, Any] = {
         "fullatt_block_indexes": [1],
     },
     "seed": 20,
-    "warm_up_steps": 200,
+    "warm_up_steps": 250,
     "episodes_per_step": 8,
     "candidates": [2, 3, 4, 4, 4, 4, 5, 6],  # drawn per step, so that every index up to 5 has been seen
     "learning_rate": 6e-3,
@@ -115,11 +114,10 @@ def default_cache_root() -> Path:
 
 
 def recipe_digest() -> str:
-    """Twelve hex digits that change with the recipe, this code's inputs or the libraries that build it."""
+    """Twelve hex digits that change with this file, Fleet's prompts or the libraries that build the model."""
     made_from = {
-        "recipe": RECIPE,
-        "chat_template": CHAT_TEMPLATE,
-        "prompt": _training_texts(),
+        "recipe": Path(__file__).read_text(encoding="utf-8"),
+        "prompts": _training_texts(),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
@@ -142,7 +140,7 @@ def make_toy_processor() -> Qwen2_5_VLProcessor:
     trainer = trainers.BpeTrainer(
         vocab_size=RECIPE["vocab_size"],
         special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(_byte_alphabet()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     learnt = tokenizer.backend_tokenizer
@@ -183,7 +181,7 @@ def make_toy_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGe
     config = Qwen2_5_VLConfig(
         text_config={**RECIPE["text"], **stops, "vocab_size": len(tokenizer), "rope_parameters": rope},
         vision_config=RECIPE["vision"],
-        tie_word_embeddings=False,
+        tie_word_embeddings=False,  # as in 7B and larger
         **token_ids,
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
@@ -192,10 +190,9 @@ def make_toy_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGe
 
 
 def _warm_up(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> None:
-    """Teaches by cross-entropy to answer with one call whose index is uniform over the candidates."""
+    """Teaches to answer with one call whose index is uniform over the candidates."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["learning_rate"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["learning_rate"], RECIPE["warm_up_steps"])
-    rng = random.Random(RECIPE["seed"])
     collator = VLMDataCollator(processor, num_rollouts=1)
     datasets = {
         count: RepeatableEpisodeDataset(PickImageEnv(TOY_DATA_ROOT, count, fixed_correct_index=0), TOY_IMAGE_PIXELS)
@@ -204,11 +201,12 @@ def _warm_up(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLPro
     model.train()
     steps = tqdm(range(RECIPE["warm_up_steps"]), desc="building the toy model, once", unit="step")
     for step in steps:
-        count = rng.choice(RECIPE["candidates"])
+        count = RECIPE["candidates"][step % len(RECIPE["candidates"])]
         first = step * RECIPE["episodes_per_step"]
         batch = collator([datasets[count][first + offset] for offset in range(RECIPE["episodes_per_step"])])
-        answers = [make_tool_call_str(rng.randrange(count)) + "<|im_end|>" for _ in batch["episodes"]]
-        loss = _answer_loss(model, processor, batch, answers)
+        indices = [number % count for number in range(first, first + RECIPE["episodes_per_step"])]
+        answers = [make_tool_call_str(index) + "<|im_end|>" for index in indices]
+        loss = _text_loss(model, processor, batch, answers)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -218,11 +216,13 @@ def _warm_up(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLPro
     model.eval()
 
 
-def _answer_loss(model: Any, processor: Any, batch: Any, answers: list[str]) -> torch.Tensor:
+def _text_loss(model: Any, processor: Any, batch: Any, answers: list[str]) -> torch.Tensor:
+    """Cross-entropy of prompt text and answer; the prompt teaches which tokens Fleet's texts never use."""
     # every answer has the same number of tokens: they differ in one digit
     answer_ids = processor.tokenizer(answers, return_tensors="pt")["input_ids"]
     input_ids = torch.cat([batch["input_ids"], answer_ids], dim=1)
-    labels = torch.cat([torch.full_like(batch["input_ids"], -100), answer_ids], dim=1)
+    is_no_text = (batch["attention_mask"] == 0) | (batch["mm_token_type_ids"] == 1)
+    labels = torch.cat([batch["input_ids"].masked_fill(is_no_text, -100), answer_ids], dim=1)
     return model(
         input_ids=input_ids,
         attention_mask=torch.cat([batch["attention_mask"], torch.ones_like(answer_ids)], dim=1),
@@ -242,12 +242,6 @@ def _training_texts() -> list[str]:
             for message in env.prompt_messages(env.episode(number)):
                 texts += [part["text"] for part in message["content"] if part["type"] == "text"]
     return texts
-
-
-def _byte_alphabet() -> list[str]:
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers.ByteLevel.alphabet()
 
 
 @contextlib.contextmanager

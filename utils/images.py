@@ -99,7 +99,9 @@ def _list_by_metadata(path: Path) -> tuple[LabelledImage, ...]:
     """The images that a metadata file lists. Raises ValueError naming the line that is wrong."""
     with path.open(encoding="utf-8", newline="") as file:
         try:
-            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(ln) for ln in file if ln.strip()]
+            rows = (
+                list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(ln) for ln in file if ln.strip()]
+            )
         except (json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read ({error}); write one JSON object or CSV row per image") from error
     listed = []

@@ -1,0 +1,280 @@
+"""Every flag of the command line: name, meaning, unit, default, and why that default.
+
+Owns the argparse parser and nothing that depends on the machine: options.py resolves and checks what was given.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+TOY_MODEL_ID = "toy"
+
+
+class UsageError(ValueError):
+    """Something the user asked for cannot be; the message says what was got, what was wanted and the remedy."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's parser, flags in readable groups. Every value has a unit and a default in its help."""
+    parser = _Parser(
+        prog="training.py",
+        description="Train a Qwen2.5-VL model by RLOO (REINFORCE leave-one-out) to pick an image by one tool call.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file that sets any flag; the command line wins over it")
+    _add_model_flags(parser.add_argument_group("model").add_argument)
+    _add_task_flags(parser.add_argument_group("task").add_argument)
+    _add_rloo_flags(parser.add_argument_group("RLOO (names as in TRL's RLOOConfig)").add_argument)
+    _add_generation_flags(parser.add_argument_group("generation").add_argument)
+    _add_run_flags(parser.add_argument_group("run").add_argument)
+    return parser
+
+
+def _add_model_flags(add: Callable[..., Any]) -> None:
+    add(
+        "--model_id",
+        default=TOY_MODEL_ID,
+        metavar="ID",
+        help="hub id or folder of a Qwen2.5-VL (default: toy, the built-in tiny one)",
+    )
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub model (default: its main branch)")
+    add(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="what is computed in (default: bfloat16 on a GPU that has it, else float32)",
+    )
+    add(
+        "--attn_implementation",
+        default="sdpa",
+        choices=["sdpa", "eager", "flash_attention_2"],
+        help="attention of the language model; the vision tower uses flash attention where it is installed "
+        "(default: sdpa, which is everywhere)",
+    )
+    _add_switch(add, "--use_lora", False, "train LoRA adapters on the language model, not all weights")
+    add("--lora_rank", type=int, default=16, metavar="N", help="rank of the adapters (default: 16)")
+    add("--lora_alpha", type=int, default=32, metavar="N", help="scale of the adapters (default: 32, twice the rank)")
+    add(
+        "--lora_dropout",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="dropout in the adapters, 0 to 1 (default: 0, as old and new log-probabilities must agree)",
+    )
+    _add_switch(add, "--merge_lora", False, "also write the base model with the adapters merged in, as final_merged/")
+    _add_switch(add, "--load_in_4bit", False, "QLoRA: hold the base weights in 4 bits; needs bitsandbytes and a GPU")
+    _add_switch(add, "--freeze_vision", False, "keep the vision tower and its merger as they are")
+
+
+def _add_task_flags(add: Callable[..., Any]) -> None:
+    add(
+        "--data_root",
+        default="./toy_images",
+        metavar="DIR",
+        help="folder of candidate images: named files, a "
+        "folder per class, or metadata.csv/.jsonl (default: ./toy_images)",
+    )
+    add("--env", metavar="FILE:CLASS", help="another environment, as path/to/file.py:ClassName (default: PickImageEnv)")
+    add("--candidates_per_episode", type=int, default=4, metavar="N", help="images per episode (default: 4)")
+    add(
+        "--fixed_correct_index",
+        type=_index_or_none,
+        default=0,
+        metavar="INDEX|none",
+        help="the index that is always right, or none: drawn per episode and named in the instruction (default: 0)",
+    )
+    _add_switch(add, "--allow_reasoning", False, "accept text before the call, and ask for it")
+    add(
+        "--image_max_pixels",
+        type=int,
+        metavar="N",
+        help="width times height an image is shrunk to, in pixels "
+        "(default: 3136 = 56x56 for the toy, else 200704 = 448x448)",
+    )
+    add("--reward_correct", type=float, default=0.95, metavar="X", help="reward for the right index (default: 0.95)")
+    add(
+        "--reward_valid_call",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="reward for any well-formed call in range (default: 0.05, so that a right answer is worth 1)",
+    )
+
+
+def _add_rloo_flags(add: Callable[..., Any]) -> None:
+    add("--train_steps", type=int, metavar="N", help="optimizer steps in all (default: 60 for the toy, else 200)")
+    add("--num_rollouts", type=int, default=4, metavar="G", help="rollouts per episode, at least 2 (default: 4)")
+    add(
+        "--per_device_batch_size",
+        type=int,
+        metavar="N",
+        help="episodes per device and micro-batch, each with its G rollouts (default: 8 for the toy, else 1)",
+    )
+    add(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="micro-batches per optimizer step (default: 1)",
+    )
+    add(
+        "--steps_per_generation",
+        type=int,
+        metavar="N",
+        help="micro-batches per generation (default: gradient_accumulation_steps, which is on-policy)",
+    )
+    add(
+        "--num_iterations",
+        type=int,
+        default=1,
+        metavar="N",
+        help="times each generation is trained on (default: 1, on-policy)",
+    )
+    add(
+        "--learning_rate",
+        type=float,
+        metavar="X",
+        help="AdamW's (default: 3e-4 for the toy, 2e-3 with LoRA; else 1e-6, 1e-5 with LoRA)",
+    )
+    add(
+        "--lr_scheduler_type",
+        default="constant",
+        choices=["constant", "constant_with_warmup", "linear", "cosine"],
+        help="learning-rate schedule (default: constant, so that a longer run begins like a shorter one)",
+    )
+    add(
+        "--warmup_steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="optimizer steps of linear warm-up (default: 0; needs a schedule that warms up)",
+    )
+    add("--weight_decay", type=float, default=0.0, metavar="X", help="AdamW's (default: 0)")
+    add("--max_grad_norm", type=float, default=1.0, metavar="X", help="gradients are clipped to this norm (default: 1)")
+    add(
+        "--beta",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="weight of the KL to the reference model (default: 0, no reference model in memory)",
+    )
+    add(
+        "--epsilon",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="clip range of the ratio; matters off-policy only (default: 0.2)",
+    )
+    add("--epsilon_high", type=float, metavar="X", help="upper clip range (default: epsilon)")
+    _add_switch(add, "--normalize_advantages", False, "scale advantages to unit deviation over the batch")
+    _add_switch(add, "--mask_truncated_completions", False, "train on no completion that hit the length limit")
+    add(
+        "--gradient_checkpointing",
+        type=_true_or_false,
+        nargs="?",
+        const=True,
+        metavar="true|false",
+        help="recompute activations to save memory (default: false for the toy, else true)",
+    )
+
+
+def _add_generation_flags(add: Callable[..., Any]) -> None:
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="of sampling, above 0 (default: 1, the policy itself)",
+    )
+    add("--top_p", type=float, default=1.0, metavar="P", help="nucleus of sampling, above 0 to 1 (default: 1, all)")
+    add(
+        "--max_completion_length",
+        type=int,
+        metavar="N",
+        help="tokens a completion may have (default: 32 for the toy, else 64, or 512 with reasoning)",
+    )
+    _add_switch(
+        add,
+        "--ds3_gather_for_generation",
+        False,
+        "under ZeRO-3, hold the whole model on every GPU while "
+        "generating: faster if it fits, impossible for 32B in 80 GB",
+    )
+    _add_switch(add, "--use_vllm", False, "generate with vLLM, which must be installed")
+    add(
+        "--vllm_mode",
+        default="colocate",
+        choices=["colocate", "server"],
+        help="vLLM beside training on the same GPUs, or a server (default: colocate)",
+    )
+    add("--vllm_server_host", default="127.0.0.1", metavar="HOST", help="of the vLLM server (default: 127.0.0.1)")
+    add("--vllm_server_port", type=int, default=8000, metavar="PORT", help="of the vLLM server (default: 8000)")
+    add(
+        "--vllm_gpu_memory_utilization",
+        type=float,
+        default=0.3,
+        metavar="P",
+        help="share of the GPU that colocated vLLM takes, 0 to 1 (default: 0.3)",
+    )
+    add("--vllm_tensor_parallel_size", type=int, default=1, metavar="N", help="GPUs per colocated vLLM (default: 1)")
+
+
+def _add_run_flags(add: Callable[..., Any]) -> None:
+    add("--output_dir", metavar="DIR", help="what the run leaves (default: a new runs/<date-time>-<model>)")
+    _add_switch(add, "--overwrite", False, "empty a non-empty output_dir first")
+    _add_switch(add, "--resume", False, "continue the run in output_dir from its last checkpoint")
+    add("--seed", type=int, default=0, metavar="N", help="of episodes, adapters and sampling (default: 0)")
+    add("--save_steps", type=int, default=50, metavar="N", help="optimizer steps between checkpoints (default: 50)")
+    add(
+        "--save_total_limit",
+        type=int,
+        default=2,
+        metavar="N",
+        help="checkpoints kept (default: 2, the last good one and its successor)",
+    )
+    add("--logging_steps", type=int, default=1, metavar="N", help="optimizer steps per line of metrics (default: 1)")
+    add(
+        "--sample_steps",
+        type=int,
+        default=20,
+        metavar="N",
+        help="optimizer steps between printed tables of completions, 0 for none (default: 20)",
+    )
+    add(
+        "--report_to",
+        default="tensorboard",
+        choices=["tensorboard", "wandb", "trackio", "none"],
+        help="where metrics go besides metrics.jsonl (default: tensorboard, which sends nothing)",
+    )
+    add(
+        "--dataloader_num_workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that open images ahead (default: 0, in the main one)",
+    )
+    _add_switch(add, "--dry_run", False, "check everything, print the resolved run, and stop before any weight loads")
+
+
+def _add_switch(add: Callable[..., Any], flag: str, default: bool, meaning: str) -> None:
+    text = f"{meaning} (default: {str(default).lower()})"
+    add(flag, type=_true_or_false, nargs="?", const=True, default=default, metavar="true|false", help=text)
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted true or false")
+    return text.lower() == "true"
+
+
+def _index_or_none(text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted an index from 0 up, or none")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")

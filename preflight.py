@@ -1,0 +1,182 @@
+"""Everything that can be wrong with a run and can be known before a weight loads, found in seconds.
+
+Owns the checks of folders, images, packages and launch variables. Raises UsageError; imports no torch.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from environment import EpisodeSource, PickImageEnv, load_environment_class
+from flags import TOY_MODEL_ID, UsageError
+from options import Options
+from utils.images import first_bad_image, list_labelled_images
+
+CONFIG_NAME = "config.json"
+# What a resumed run may change; every other flag must be as it was, or it would be another run.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
+     "sample_steps", "report_to", "dataloader_num_workers", "dry_run", "merge_lora", "ds3_gather_for_generation",
+     "vllm_server_host", "vllm_server_port", "vllm_gpu_memory_utilization"}
+)  # fmt: skip
+
+
+def check_before_loading(options: Options, launch_variables: Mapping[str, str] = os.environ) -> EpisodeSource:
+    """The environment of the run, once everything that can be checked without weights is sound.
+
+    launch_variables: what the launcher put into the process environment. Raises UsageError.
+    """
+    require_packages(options)
+    require_consistent_launch(launch_variables)
+    require_model(options.model_id)
+    require_output_dir(options)
+    return make_environment(options)
+
+
+def require_packages(options: Options) -> None:
+    """Raises UsageError if a package that this run needs is missing."""
+    needed = {
+        "torchvision": (True, "Qwen2.5-VL's processor", "pip install torchvision"),
+        "flash_attn": (
+            options.attn_implementation == "flash_attention_2",
+            "--attn_implementation flash_attention_2",
+            "pip install flash-attn --no-build-isolation, or pass --attn_implementation sdpa",
+        ),
+        "bitsandbytes": (options.load_in_4bit, "--load_in_4bit true", "pip install bitsandbytes"),
+        "vllm": (options.use_vllm, "--use_vllm true", "pip install vllm"),
+        "tensorboard": (options.report_to == "tensorboard", "--report_to tensorboard", "pip install tensorboard"),
+        "wandb": (options.report_to == "wandb", "--report_to wandb", "pip install wandb"),
+        "trackio": (options.report_to == "trackio", "--report_to trackio", "pip install trackio"),
+    }
+    for package, (is_needed, purpose, remedy) in needed.items():
+        if is_needed and find_spec(package) is None:
+            raise UsageError(f"package {package} is not installed, but {purpose} needs it; {remedy}")
+
+
+def require_consistent_launch(launch_variables: Mapping[str, str]) -> None:
+    """Raises UsageError if the launcher's variables contradict each other, as when two machines' flags differ."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_WORLD_SIZE")
+    given = {name: launch_variables[name] for name in names if name in launch_variables}
+    if "WORLD_SIZE" not in given:
+        return
+    if not all(value.isdigit() for value in given.values()):
+        raise UsageError(f"launch variables {given}, but each must be a whole number; start with accelerate launch")
+    number = {name: int(value) for name, value in given.items()}
+    world_size, local_size = number["WORLD_SIZE"], number.get("LOCAL_WORLD_SIZE", 1)
+    num_machines = number.get("GROUP_WORLD_SIZE", world_size // max(local_size, 1))
+    if not number.get("RANK", 0) < world_size or number.get("LOCAL_RANK", 0) >= max(local_size, 1):
+        raise UsageError(f"launch variables {given}: a rank is not below its world size; start with accelerate launch")
+    if num_machines * local_size != world_size:
+        raise UsageError(
+            f"{num_machines} machines with {local_size} processes on this one do not make {world_size} processes; "
+            "give every machine the same --num_machines and --num_processes (the total over all machines)"
+        )
+
+
+def require_model(model_id: str) -> None:
+    """Raises UsageError if `model_id` is a folder that holds no Qwen2.5-VL, or neither a folder nor a hub id."""
+    folder = Path(model_id)
+    if model_id == TOY_MODEL_ID:
+        return
+    if not folder.is_dir():
+        looks_like_hub_id = model_id.count("/") == 1 and not model_id.startswith((".", "/", "~"))
+        if folder.exists() or not looks_like_hub_id or folder.parent.is_dir():
+            raise UsageError(
+                f"model_id={model_id} is no folder; pass a folder that holds a Qwen2.5-VL, a hub id such as "
+                "Qwen/Qwen2.5-VL-3B-Instruct, or toy"
+            )
+        return
+    if (folder / "adapter_config.json").is_file():
+        adapter = _read_json(folder / "adapter_config.json")
+        require_model(str(adapter.get("base_model_name_or_path", "")))
+        return
+    if not (folder / CONFIG_NAME).is_file():
+        raise UsageError(f"model folder {folder} has no config.json; pass a folder written by save_pretrained")
+    model_type = _read_json(folder / CONFIG_NAME).get("model_type")
+    if model_type != "qwen2_5_vl":
+        raise UsageError(f"model folder {folder} holds a {model_type}, but Fleet trains qwen2_5_vl; pass a Qwen2.5-VL")
+    for pattern, what in (("*.safetensors", "weights"), ("preprocessor_config.json|processor_config.json", "processor"),
+                          ("tokenizer.json|vocab.json", "tokenizer")):  # fmt: skip
+        if not any(any(folder.glob(name)) for name in pattern.split("|")):
+            raise UsageError(f"model folder {folder} has no {what} ({pattern}); copy it there from the original model")
+
+
+def require_output_dir(options: Options) -> None:
+    """Raises UsageError if the run would mix with another one's files, or resumes what it cannot."""
+    if options.output_dir is None:
+        return
+    folder = Path(options.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output_dir={folder} is a file; pass a folder")
+    if options.resume:
+        if not any(folder.glob("checkpoint-*/trainer_state.json")):
+            raise UsageError(f"resume: {folder} has no checkpoint-*; pass the output_dir of a run that saved one")
+        if not is_run_folder(folder):
+            raise UsageError(f"resume: {folder} has no {CONFIG_NAME} of a run, so its flags are unknown; pass a run's")
+    elif folder.is_dir() and any(folder.iterdir()):
+        if not options.overwrite:
+            raise UsageError(
+                f"output_dir={folder} is not empty; pass --resume to continue the run in it, --overwrite to delete it, "
+                "or another folder"
+            )
+        if not is_run_folder(folder):
+            raise UsageError(
+                f"overwrite: output_dir={folder} holds no Fleet run, so nothing in it is deleted; pass another folder"
+            )
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run of Fleet's left its configuration in `folder`."""
+    path = folder / CONFIG_NAME
+    return path.is_file() and "options" in _read_json(path)
+
+
+def require_same_flags_on_resume(options: Options) -> None:
+    """Raises UsageError if a resumed run's resolved flags are not those it began with."""
+    if not options.resume:
+        return
+    folder = Path(str(options.output_dir))
+    before = _read_json(folder / CONFIG_NAME).get("options", {})
+    now = asdict(options)
+    changed = [
+        f"{name} (was {before[name]}, now {now[name]})"
+        for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME)
+        if before[name] != now[name]
+    ]
+    if changed:
+        raise UsageError(
+            f"resume: the run in {folder} had other flags: {', '.join(changed)}; pass the same ones, or start a new run"
+        )
+
+
+def make_environment(options: Options) -> EpisodeSource:
+    """The environment that the options name, with every image of its folder known to decode. Raises UsageError."""
+    try:
+        env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
+        env = env_class(
+            data_root=options.data_root,
+            candidates_per_episode=options.candidates_per_episode,
+            fixed_correct_index=options.fixed_correct_index,
+            seed=options.seed,
+            allow_reasoning=options.allow_reasoning,
+        )
+        bad_image = first_bad_image(list_labelled_images(options.data_root))
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    if bad_image is not None:
+        raise UsageError(bad_image)
+    return env
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); restore it") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}, wanted a JSON object; restore it")
+    return content
