@@ -107,7 +107,7 @@ def make_lora_config(rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> L
 
 def count_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """(trainable, all) parameters of the vision tower, the merger and the language model, adapters included."""
-    counts = {part: (0, 0) for part in PARTS}
+    counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
         if "visual.merger." in name:
             part = "merger"

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
