@@ -269,8 +269,9 @@ def _require_enough(
         )
     if fixed_correct_index is None and len(paths_by_label) < candidates_per_episode:
         raise ValueError(
-            f"data folder {data_root} has {len(paths_by_label)} different labels ({sorted(paths_by_label)[:6]}), but "
-            f"with --fixed_correct_index none each of candidates_per_episode={candidates_per_episode} images needs its own; "
+            f"data folder {data_root} has {len(paths_by_label)} different labels ({sorted(paths_by_label)[:6]}), "
+            "but with --fixed_correct_index none each of the "
+            f"candidates_per_episode={candidates_per_episode} images needs its own; "
             "add classes, or lower --candidates_per_episode"
         )
 

@@ -117,7 +117,7 @@ def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, l
     if options.use_lora:
         rate = (2e-3, "LoRA on the toy model") if is_toy else (1e-5, "LoRA: ten times a full fine-tune's")
     else:
-        rate = (3e-4, "full fine-tune of the toy model") if is_toy else (1e-6, "full fine-tune, TRL's default")
+        rate = (1e-4, "full fine-tune of the toy model") if is_toy else (1e-6, "full fine-tune, TRL's default")
     length = (512, "room to reason before the call") if options.allow_reasoning else (64, "a call has about 25 tokens")
     defaults = {
         "train_steps": (60, "the toy learns in 60") if is_toy else (200, "a real model"),
