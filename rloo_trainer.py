@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import pad, use_adapter
+from trl.trainer.utils import nanstd, pad, use_adapter
 
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator
 from environment import judge
@@ -123,17 +123,20 @@ class FleetRLOOTrainer(RLOOTrainer):
         ids_BT = self._pad_completions(completions)
         mask_BT = self._pad_completions([[1] * len(ids) for ids in completions], padding_value=0)
         if self.mask_truncated_completions:
-            is_ended_B = torch.tensor([ids[-1] in self.eos_token_ids for ids in completions], device=ids_BT.device)
+            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+            is_ended_B = torch.tensor([ids[-1] in ends for ids in completions], device=ids_BT.device)
             mask_BT = mask_BT * is_ended_B.unsqueeze(1)
         logps_BT, ref_logps_BT = self._score(batch, ids_BT, mask_BT)
         texts = [decode_completion(self.processing_class, ids, self.eos_token_ids) for ids in completions]
         rewards_all = self._task_rewards(batch, texts, completions)
         shaped_all = self._subtract_kl(rewards_all, logps_BT, ref_logps_BT, mask_BT)
+        is_tied_P = nanstd(shaped_all.view(-1, self.num_generations), dim=1) < 1e-8
+        self._metrics["train"]["frac_reward_zero_std"].append(is_tied_P.float().mean().item())
         advantages_all = leave_one_out_advantages(shaped_all.view(-1, self.num_generations)).view(-1)
         if self.normalize_advantages:
             advantages_all = (advantages_all - advantages_all.mean()) / (advantages_all.std() + 1e-4)
         own = slice(self.accelerator.process_index * len(texts), (self.accelerator.process_index + 1) * len(texts))
-        self._log_completions(completions)
+        self._log_completions(batch, completions)
         self._record(batch, texts, rewards_all, advantages_all, own)
         return Rollouts(batch, ids_BT, mask_BT, (logps_BT * mask_BT).sum(1), advantages_all[own])
 
@@ -189,11 +192,12 @@ class FleetRLOOTrainer(RLOOTrainer):
         per_function = self._calculate_rewards(rows, prompts, texts, completions)
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
         rewards[per_function.isnan().all(dim=1)] = torch.nan
-        metrics = self._metrics["train"]
-        metrics["reward"].append(rewards.nanmean().item())
-        metrics["reward_std"].append(rewards[~rewards.isnan()].std().item())
-        group_spread = rewards.view(-1, self.num_generations).nan_to_num(nan=0.0).std(dim=1)
-        metrics["frac_reward_zero_std"].append((group_spread < 1e-6).float().mean().item())
+        named = {f"rewards/{name}/": per_function[:, place] for place, name in enumerate(self.reward_func_names)}
+        for prefix, values in named.items():
+            self._metrics["train"][f"{prefix}mean"].append(values.nanmean().item())
+            self._metrics["train"][f"{prefix}std"].append(nanstd(values).item())
+        self._metrics["train"]["reward"].append(rewards.nanmean().item())
+        self._metrics["train"]["reward_std"].append(nanstd(rewards).item())
         return rewards
 
     def _subtract_kl(self, rewards: Tensor, logps_BT: Tensor, ref_logps_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
@@ -207,17 +211,22 @@ class FleetRLOOTrainer(RLOOTrainer):
         self._metrics["train"]["kl"].append((sums[0] / sums[1].clamp(min=1)).item())
         return rewards - self.beta * self.accelerator.gather(kl_BT.sum(dim=1))
 
-    def _log_completions(self, completions: list[list[int]]) -> None:
-        device = self.accelerator.device
-        lengths = self.accelerator.gather(torch.tensor([len(ids) for ids in completions], device=device)).float()
-        ended = [ids[-1] in self.eos_token_ids for ids in completions]
-        is_ended = self.accelerator.gather(torch.tensor(ended, device=device))
-        metrics = self._metrics["train"]
-        metrics["completions/mean_length"].append(lengths.mean().item())
-        metrics["completions/min_length"].append(lengths.min().item())
-        metrics["completions/max_length"].append(lengths.max().item())
-        metrics["completions/clipped_ratio"].append(1 - is_ended.float().mean().item())
+    def _log_completions(self, batch: EpisodeBatch, completions: list[list[int]]) -> None:
+        """TRL's metrics of completion lengths in tokens, over all devices, and of tokens seen since the start."""
+        device, metrics = self.accelerator.device, self._metrics["train"]
+        prompt_tokens = batch["attention_mask"].sum() * batch["group_size"]
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(prompt_tokens, reduction="sum").item())
+        lengths = self.accelerator.gather(torch.tensor([len(ids) for ids in completions], device=device))
         self.state.num_input_tokens_seen += int(lengths.sum().item())
+        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        is_ended = self.accelerator.gather(torch.tensor([ids[-1] in ends for ids in completions], device=device))
+        ended_lengths = lengths[is_ended] if is_ended.any() else lengths.new_zeros(1)
+        metrics["completions/clipped_ratio"].append(1 - is_ended.float().mean().item())
+        for name, values in (("length", lengths.float()), ("terminated_length", ended_lengths.float())):
+            metrics[f"completions/mean_{name}"].append(values.mean().item())
+            metrics[f"completions/min_{name}"].append(values.min().item())
+            metrics[f"completions/max_{name}"].append(values.max().item())
 
     def _record(self, batch: EpisodeBatch, texts: list[str], rewards: Tensor, advantages: Tensor, own: slice) -> None:
         """Gathers every rollout's record to every rank, and logs what they amount to."""
@@ -250,6 +259,9 @@ class FleetRLOOTrainer(RLOOTrainer):
             metrics["rollouts_per_s"] = [self._num_rollouts_since_log / (now - self._last_log_time_s)]
         self._num_rollouts_since_log, self._last_log_time_s = 0, now
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes nothing: TRL's card presents a published text model, and a run folder has config.json."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads a checkpoint's weights, all of them or none.

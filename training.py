@@ -51,8 +51,11 @@ def keep_libraries_quiet() -> None:
     """Turns off telemetry and the libraries' chatter; must run before they are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
-    for name in ("DeepSpeed", "accelerate", "datasets", "httpx", "torch.distributed"):
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("accelerate", "datasets", "httpx", "torch.distributed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")

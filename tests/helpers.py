@@ -1,0 +1,116 @@
+"""What the tests with real models share: the toy model, a data set on it, and a trainer of either kind."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import RLOOConfig, RLOOTrainer
+
+from dataset import RepeatableEpisodeDataset
+from environment import PickImageEnv
+from model_utils import load_processor, load_qwen25_vl
+from reward import make_trl_reward_function
+from rloo_trainer import FleetRLOOTrainer
+from toy_model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
+from utils.tool_calls import make_tool_call_str
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@functools.cache
+def toy_path() -> str:
+    return str(toy_model_path())
+
+
+@functools.cache
+def toy_processor() -> Any:
+    return load_processor(toy_path())
+
+
+def toy_model(**kwargs: Any) -> Any:
+    return load_qwen25_vl(toy_path(), **kwargs)[0]
+
+
+def toy_dataset(candidates: int = 4, fixed_correct_index: int | None = 0, seed: int = 0) -> RepeatableEpisodeDataset:
+    env = PickImageEnv(TOY_DATA_ROOT, candidates, fixed_correct_index, seed)
+    return RepeatableEpisodeDataset(env, TOY_IMAGE_PIXELS)
+
+
+def rloo_config(output_dir: Path, **changes: Any) -> RLOOConfig:
+    """Two episodes of four rollouts a step on the CPU in float32, nothing saved."""
+    settings: dict[str, Any] = {
+        "max_steps": 2,
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "beta": 0.0,
+        "max_completion_length": 32,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "shuffle_dataset": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+    }
+    return RLOOConfig(output_dir=str(output_dir), **(settings | changes))
+
+
+def scripted_completions(num_rollouts_per_group: int, num_rows: int, num_generations_done: int) -> list[list[int]]:
+    """Token ids that depend on nothing but place: right, wrong, out of range and unparsable answers of odd lengths."""
+    texts = [make_tool_call_str(0), make_tool_call_str(1), "no call", make_tool_call_str(7), make_tool_call_str(2)]
+    tokenizer = toy_processor().tokenizer
+    rows = [(row % num_rollouts_per_group) * 2 + row // num_rollouts_per_group for row in range(num_rows)]
+    return [tokenizer(texts[(row + num_generations_done) % 5] + "<|im_end|>")["input_ids"] for row in rows]
+
+
+class ScriptedFleetTrainer(FleetRLOOTrainer):
+    """The real trainer with its sampling replaced by a script."""
+
+    num_generations_done = 0
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
+        self.num_generations_done += 1
+        return scripted_completions(self.num_generations, len(prompt_ids), self.num_generations_done)
+
+
+class ScriptedStockTrainer(RLOOTrainer):
+    """TRL's own trainer with the same script."""
+
+    num_generations_done = 0
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
+        self.num_generations_done += 1
+        return scripted_completions(self.num_generations, len(prompt_ids), self.num_generations_done)
+
+
+def fleet_trainer(
+    args: RLOOConfig,
+    trainer_class: type[FleetRLOOTrainer] = FleetRLOOTrainer,
+    peft_config: Any = None,
+    model: Any = None,
+    dataset: RepeatableEpisodeDataset | None = None,
+) -> FleetRLOOTrainer:
+    model = toy_model() if model is None else model
+    return trainer_class(model, args, dataset or toy_dataset(), toy_processor(), peft_config=peft_config)
+
+
+def stock_trainer(args: RLOOConfig, peft_config: Any = None, num_episodes: int = 64) -> RLOOTrainer:
+    return ScriptedStockTrainer(
+        model=toy_model(),
+        reward_funcs=make_trl_reward_function(),
+        args=args,
+        train_dataset=toy_dataset().as_hf_dataset(num_episodes),
+        processing_class=toy_processor(),
+        peft_config=peft_config,
+    )
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
