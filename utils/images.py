@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -142,9 +143,10 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _from_deep_greyscale(image: Image.Image) -> Image.Image:
     """16-bit and float greyscale in 8 bits; Pillow's own conversion clips everything over 255 to white."""
-    brightest = image.convert("F").getextrema()[1]
+    grey = image.convert("F")
+    brightest = cast(float, grey.getextrema()[1])
     scale = 1.0 if brightest <= 255 else 255 / max(brightest, 65535)
-    return image.convert("F").point(lambda value: value * scale).convert("L").convert("RGB")
+    return grey.point(lambda value: value * scale).convert("L").convert("RGB")
 
 
 def _shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:

@@ -114,8 +114,7 @@ def _parse_call_json(inside: str, name: str) -> ParsedToolCall:
     if call.get("name") != name:
         return ParsedToolCall(ParseStatus.WRONG_NAME)
     arguments = call.get("arguments")
-    has_only_index = isinstance(arguments, dict) and set(arguments) == {"index"}
-    if set(call) != {"name", "arguments"} or not has_only_index:
+    if set(call) != {"name", "arguments"} or not isinstance(arguments, dict) or set(arguments) != {"index"}:
         return ParsedToolCall(ParseStatus.BAD_ARGUMENTS)
     index = arguments["index"]
     # bool is a subclass of int and 1.0 == 1, so only the exact type will do

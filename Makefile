@@ -1,0 +1,37 @@
+# make demo: watch the toy model learn.  make test: lint, types and every test.  make setup: install only.
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
+BIN := .venv/bin
+ACTIVATE := . $(BIN)/activate
+
+.PHONY: demo test test-fast setup setup-dev
+
+demo: setup
+	$(ACTIVATE) && accelerate launch training.py --fixed_correct_index 0
+
+test: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+	$(BIN)/python -m pytest
+
+# the tests that import no torch, in seconds
+test-fast: setup-dev
+	$(BIN)/python -m pytest -m fast
+
+setup: .venv/.installed
+setup-dev: .venv/.installed-dev
+
+.venv/.installed: requirements.txt | .venv/bin/python
+	@echo "installing requirements.txt into .venv (about 5 GB, a few minutes)"
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Fleet needs Python 3.11 or newer, got '$(PYTHON)'; install one, or run make PYTHON=/path/to/python"; exit 2; }
+	@$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "error: $(PYTHON) cannot make virtual environments; install its venv package (apt install python3-venv)"; exit 2; }

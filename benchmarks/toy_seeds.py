@@ -1,0 +1,104 @@
+"""Runs the demo's command once per seed and writes what came of it: a table, a JSON file and a picture.
+
+    python benchmarks/toy_seeds.py --num_seeds 5
+
+Each run is a process of its own, started as a user would. Run it with nothing else running: it reports seconds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from run_records import installed_versions, read_metrics  # noqa: E402
+
+WINDOW = 5  # steps that a figure is a mean of
+GOAL = 0.95
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "seeds", help="(default: runs/seeds)")
+    parser.add_argument("--json", type=Path, default=REPOSITORY / "benchmarks" / "results" / "toy_seeds.json")
+    parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "toy_curve.png")
+    arguments = parser.parse_args()
+    runs = [run_seed(seed, arguments.output_dir / f"seed-{seed}") for seed in range(arguments.num_seeds)]
+    print(markdown_table(runs))
+    command = f"python benchmarks/toy_seeds.py --num_seeds {arguments.num_seeds}"
+    device = f"{os.cpu_count()} cores of {platform.machine()}, no GPU"
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    record = {"command": command, "device": device, "versions": installed_versions(), "runs": runs}
+    arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    draw(runs, arguments.plot)
+
+
+def run_seed(seed: int, output_dir: Path) -> dict[str, Any]:
+    """One run of the demo with this seed: its figures, and the reward of every step."""
+    command = ["accelerate", "launch", "training.py", "--fixed_correct_index", "0", "--seed", str(seed)]
+    start_s = time.perf_counter()
+    subprocess.run([*command, "--output_dir", str(output_dir), "--overwrite"], cwd=REPOSITORY, check=True)
+    command_s = time.perf_counter() - start_s
+    lines = read_metrics(output_dir / "metrics.jsonl")
+    rewards = [line["reward"] for line in lines]
+    means = [sum(rewards[end - WINDOW : end]) / WINDOW for end in range(WINDOW, len(rewards) + 1)]
+    return {
+        "seed": seed,
+        "first_reward": rewards[0],
+        "last_reward": means[-1],
+        "last_accuracy": sum(line["accuracy"] for line in lines[-WINDOW:]) / WINDOW,
+        "steps_to_goal": next((number + WINDOW for number, mean in enumerate(means) if mean >= GOAL), None),
+        "training_s": sum(line["step_time_s"] for line in lines),
+        "command_s": command_s,
+        "rewards": rewards,
+    }
+
+
+def markdown_table(runs: list[dict[str, Any]]) -> str:
+    """The runs as a Markdown table."""
+    rows = [
+        f"| seed | reward, step 1 | reward, last {WINDOW} steps | accuracy, last {WINDOW} | steps to {GOAL} "
+        "| training | whole command |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {run['seed']} | {run['first_reward']:.2f} | {run['last_reward']:.3f} | {run['last_accuracy']:.3f} "
+        f"| {run['steps_to_goal']} | {run['training_s']:.0f} s | {run['command_s']:.0f} s |"
+        for run in runs
+    ]
+    return "\n".join(rows)
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draws every seed's reward over steps, and their mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), dpi=150)
+    steps = range(1, len(runs[0]["rewards"]) + 1)
+    for run in runs:
+        axes.plot(steps, run["rewards"], color="#9db4c0", linewidth=0.9)
+    mean = [sum(rewards) / len(runs) for rewards in zip(*(run["rewards"] for run in runs), strict=True)]
+    axes.plot(steps, mean, color="#d1495b", linewidth=2.2, label=f"mean of {len(runs)} seeds")
+    axes.axhline(0.25, color="#5c6b73", linestyle=":", linewidth=1, label="right by chance")
+    axes.set(xlabel="optimizer step", ylabel="mean reward", ylim=(0, 1.04), title="accelerate launch training.py")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
