@@ -60,7 +60,11 @@ def load_qwen25_vl(
         base_id,
         revision=revision,
         dtype=dtype,
-        attn_implementation={"": attn_implementation, "vision_config": vision_attention(attn_implementation, dtype)},
+        attn_implementation={
+            "": attn_implementation,
+            "text_config": attn_implementation,
+            "vision_config": vision_attention(attn_implementation, dtype),
+        },
         quantization_config=quantization if load_in_4bit else None,
     )
     if freeze_vision:

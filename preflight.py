@@ -127,6 +127,12 @@ def require_output_dir(options: Options) -> None:
             raise UsageError(
                 f"overwrite: output_dir={folder} holds no Fleet run, so nothing in it is deleted; pass another folder"
             )
+        for name, used in (("model_id", options.model_id), ("data_root", options.data_root)):
+            if Path(used).resolve().is_relative_to(folder.resolve()):
+                raise UsageError(
+                    f"overwrite: {name}={used} lies in output_dir={folder}, which would be deleted before it is read; "
+                    "pass another output_dir"
+                )
 
 
 def is_run_folder(folder: Path) -> bool:

@@ -99,6 +99,10 @@ class FleetRLOOTrainer(RLOOTrainer):
             callbacks=callbacks,
             peft_config=peft_config,
         )
+        if self.is_deepspeed_enabled:
+            # loading under ZeRO-3 notes renamings that matched no weight, and saving would undo those as well
+            # ("model.model.layers"); without the note, saving gives the hub's names
+            self.accelerator.unwrap_model(self.model)._weight_conversions = None
         # TRL's constructor insists on its own identity collator
         self.data_collator = VLMDataCollator(processing_class, args.num_generations)
         self.allow_reasoning = allow_reasoning

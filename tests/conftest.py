@@ -1,6 +1,8 @@
 """Shared by all tests: what the fast group skips, the fuzzing budget, the canonical call, and a folder of pictures."""
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -49,9 +51,29 @@ def save_picture(path: Path, color: str = "red", size: tuple[int, int] = (4, 4))
     return path
 
 
-@pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
-    """A folder of six pictures with six labels: black cross, blue square, ..., yellow star."""
+def save_truncated(path: Path) -> Path:
+    """Writes the first two thirds of a picture's file."""
+    content = save_picture(path, size=(64, 64)).read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+    return path
+
+
+def save_png_of_zeros(path: Path, width: int, height: int, num_rows: int | None = None) -> Path:
+    """Writes a 1-bit black PNG of any size at little cost; all its rows of pixels, or `num_rows` of them."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = bytes(((width + 7) // 8 + 1) * (height if num_rows is None else num_rows))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return path
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of six pictures with six labels: black cross, blue square, ..., yellow star. Read, never written."""
+    folder = tmp_path_factory.mktemp("data") / "pictures"
     for name, color in PICTURES.items():
-        save_picture(tmp_path / "pictures" / f"{name}.png", color)
-    return tmp_path / "pictures"
+        save_picture(folder / f"{name}.png", color)
+    return folder

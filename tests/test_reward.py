@@ -154,7 +154,7 @@ GENERATIONS = st.sampled_from([call_text(0), call_text(3), call_text(-1), *SHORT
 
 
 @given(
-    st.lists(st.tuples(GENERATIONS, st.integers(0, 3)), max_size=4),
+    st.lists(st.tuples(GENERATIONS, st.integers(0, 3)), max_size=3),
     st.floats(1e-3, 1e3),
     st.floats(0.0, 1e3),
     st.booleans(),

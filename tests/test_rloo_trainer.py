@@ -208,7 +208,7 @@ def test_media_tokens_are_never_sampled(media_token: str, tmp_path: Path) -> Non
         # wherever the model wants to open a call, it now wants the media token far more
         model.lm_head.weight[media_id] = 20 * model.lm_head.weight[call_id]
     trainer = fleet_trainer(rloo_config(tmp_path), model=model)
-    batch: dict[str, Any] = trainer.data_collator([toy_dataset()[index] for index in (0, 1) for _ in range(4)])
+    batch: Any = dict(trainer.data_collator([toy_dataset()[index] for index in (0, 1) for _ in range(4)]))
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
     unguarded = model.generate(**{name: batch[name] for name in names}, max_new_tokens=4, do_sample=False)
     assert media_id in unguarded[:, batch["input_ids"].shape[1] :], "the trap must be one"

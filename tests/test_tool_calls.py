@@ -332,11 +332,13 @@ def test_arbitrary_text_never_raises(text, allow_reasoning):
     assert (parsed.status is ParseStatus.OK) == (type(parsed.index) is int)
 
 
+# half of the splices are where a call can bear one: before the JSON, at the index, after the JSON, at either end
+BEARABLE = st.sampled_from([0, len("<tool_call>"), CALL.index("2"), CALL.index("2") + 1, CALL.index("</"), len(CALL)])
 SPLICES = st.lists(
     st.tuples(
-        st.integers(0, len(CALL)),  # where
+        st.integers(0, len(CALL)) | BEARABLE,  # where
         st.integers(0, 2),  # characters deleted there
-        st.sampled_from(list("0123456789-+.eE_\"'{}[]:, \n\t`<>/\\") + ["true", "null", "", "", ""])
+        st.sampled_from(list("0123456789-+.eE_\"'{}[]:, \n\t`<>/\\") + ["true", "17", "-3", "", ""])
         | st.text(ANY_CHARACTER, max_size=1),
     ),
     min_size=1,

@@ -1,0 +1,118 @@
+"""Real processes under `accelerate launch`: DeepSpeed ZeRO-3 on two of them, and two launchers as two machines."""
+
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from model_utils import generate_tool_call, load_qwen25_vl
+from run_records import read_metrics
+from tests.helpers import REPOSITORY, toy_dataset, toy_path
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU collectives with g++"),
+]
+
+ZERO3 = ["--config_file", "tests/zero3_cpu.yaml"]
+QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--save_steps", "1"]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start(launch_flags: list[str], script_and_flags: list[str]) -> "subprocess.Popen[str]":
+    toy_path()  # built before the clock of any launch starts
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        ["accelerate", "launch", "--main_process_port", free_port(), *launch_flags, *script_and_flags],
+        cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def launch(launch_flags: list[str], script_and_flags: list[str]) -> str:
+    process = start(launch_flags, script_and_flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_zero3_trains_saves_resumes_and_leaves_weights_that_open(kind: str, tmp_path: Path) -> None:
+    flags = [*QUICK, "--use_lora", "true" if kind == "lora" else "false", "--output_dir", str(tmp_path / "half")]
+    launch(ZERO3, ["training.py", *flags, "--train_steps", "1"])
+    launch(ZERO3, ["training.py", *flags, "--train_steps", "2", "--resume"])
+    flags[-1] = str(tmp_path / "whole")
+    launch(ZERO3, ["training.py", *flags, "--train_steps", "2"])
+
+    name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    half, whole = (load_file(tmp_path / run / "final" / name) for run in ("half", "whole"))
+    assert half.keys() == whole.keys()
+    assert [key for key in half if not torch.equal(half[key], whole[key])] == []
+    assert [line["step"] for line in read_metrics(tmp_path / "half" / "metrics.jsonl")] == [1, 2]
+    assert all(weight.numel() > 0 and weight.isfinite().all() for weight in whole.values())
+
+    model, processor = load_qwen25_vl(str(tmp_path / "whole" / "final"))
+    answer = generate_tool_call(model, processor, toy_dataset().env.episode(0), max_pixels=56 * 56)
+    assert answer.startswith("<tool_call>")
+
+
+def test_two_ranks_take_the_step_that_one_process_takes(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(["--cpu", "--num_processes", "1"], ["tests/distributed_step.py", str(one), "4"])
+    launch(ZERO3, ["tests/distributed_step.py", str(two), "2"])
+    figures = [[float(word) for word in (run / "figures.txt").read_text().split()] for run in (one, two)]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-4)
+    base = load_file(Path(toy_path()) / "model.safetensors")
+    first, second = (load_file(run / "final" / "model.safetensors") for run in (one, two))
+    assert first.keys() == second.keys() == base.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+    assert sum(not torch.equal(first[name], base[name]) for name in base) > 50
+
+
+def test_the_shipped_configuration_trains(tmp_path: Path) -> None:
+    config = yaml.safe_load((REPOSITORY / "accelerate_config.yaml").read_text())
+    # what this machine lacks: GPUs, eight of them, and bfloat16; everything else is as shipped, CPU offload included
+    config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    run = tmp_path / "run"
+    launch(["--config_file", str(tmp_path / "config.yaml")],
+           ["training.py", *QUICK, "--output_dir", str(run), "--train_steps", "2"])  # fmt: skip
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
+    assert (run / "final" / "model.safetensors").is_file()
+
+
+def test_two_launchers_train_as_two_machines(tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    launchers = [
+        start([*ZERO3, "--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
+               "--main_process_port", port], ["training.py", *QUICK, "--output_dir", str(run), "--train_steps", "2"])
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300)[0] for process in launchers]
+    assert [process.returncode for process in launchers] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_machines_started_with_other_flags_stop_and_say_which(tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    launchers = [
+        start([*ZERO3, "--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
+               "--main_process_port", port],
+              ["training.py", *QUICK, "--output_dir", str(run), "--train_steps", "2", "--seed", str(rank)])
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120)[0] for process in launchers]
+    assert all(process.returncode != 0 for process in launchers)
+    assert all("processes were started with different flags: seed=['0', '1']" in output for output in outputs)
+    assert not run.exists()

@@ -1,0 +1,265 @@
+"""What a file becomes as pixels, and which files are refused by name before training meets them."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from tests.conftest import save_picture, save_png_of_zeros, save_truncated
+from utils.images import LabelledImage, first_bad_image, list_labelled_images, open_image
+
+pytestmark = pytest.mark.fast
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def near(pixel, wanted, tolerance: int = 3) -> bool:
+    return len(pixel) == 3 and all(abs(got - want) <= tolerance for got, want in zip(pixel, wanted, strict=True))
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+# mode, color as Pillow stores it, file suffix, the pixel that comes out
+MODES = {
+    "RGB": ("RGB", (255, 0, 0), ".png", RED),
+    "RGBA, opaque": ("RGBA", (255, 0, 0, 255), ".png", RED),
+    "RGBA, transparent shows white": ("RGBA", (255, 0, 0, 0), ".png", WHITE),
+    "RGBA, half transparent": ("RGBA", (255, 0, 0, 128), ".png", (255, 127, 127)),
+    "LA, opaque": ("LA", (100, 255), ".png", (100, 100, 100)),
+    "LA, transparent shows white": ("LA", (0, 0), ".png", WHITE),
+    "L": ("L", 100, ".png", (100, 100, 100)),
+    "1-bit": ("1", 1, ".png", WHITE),
+    "CMYK": ("CMYK", (0, 255, 255, 0), ".tif", RED),
+    "CMYK JPEG": ("CMYK", (0, 255, 255, 0), ".jpg", RED),
+    "bmp": ("RGB", (0, 0, 255), ".bmp", BLUE),
+    "webp": ("RGB", (0, 0, 255), ".webp", BLUE),
+}
+
+
+@pytest.mark.parametrize(("mode", "color", "suffix", "wanted"), MODES.values(), ids=MODES.keys())
+def test_mode_becomes_rgb(tmp_path, mode, color, suffix, wanted):
+    path = tmp_path / f"picture{suffix}"
+    Image.new(mode, (8, 6), color).save(path)
+    image = open_image(path)
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+    assert near(image.getpixel((4, 3)), wanted)
+
+
+@pytest.mark.parametrize(("transparency", "wanted"), [(None, BLUE), (0, BLUE), (1, WHITE)])
+def test_palette_with_transparency_is_laid_on_white(tmp_path, transparency, wanted):
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([*RED, *BLUE])
+    palette.save(tmp_path / "p.png", **({} if transparency is None else {"transparency": transparency}))
+    assert open_image(tmp_path / "p.png").getpixel((0, 0)) == wanted
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_grey_keeps_its_shades(tmp_path, suffix):
+    values = [0, 257, 25_700, 32_768, 51_400, 65_535]  # 257 of them are one step in 8 bits
+    deep = Image.new("I;16", (len(values), 1))
+    for x, value in enumerate(values):
+        deep.putpixel((x, 0), value)
+    deep.save(tmp_path / f"deep{suffix}")
+    assert Image.open(tmp_path / f"deep{suffix}").mode == "I;16"
+    image = open_image(tmp_path / f"deep{suffix}")
+    for x, wanted in enumerate([0, 1, 100, 127, 200, 255]):
+        assert near(image.getpixel((x, 0)), (wanted,) * 3, tolerance=1)
+
+
+def test_single_pixel(tmp_path):
+    image = open_image(save_picture(tmp_path / "dot.png", "blue", (1, 1)))
+    assert (image.size, image.getpixel((0, 0))) == ((1, 1), BLUE)
+
+
+def test_animation_gives_its_first_frame(tmp_path):
+    red, blue = Image.new("RGB", (4, 4), RED), Image.new("RGB", (4, 4), BLUE)
+    red.save(tmp_path / "moving.gif", save_all=True, append_images=[blue])
+    assert getattr(Image.open(tmp_path / "moving.gif"), "n_frames", 1) == 2
+    assert open_image(tmp_path / "moving.gif").getpixel((0, 0)) == RED
+
+
+# EXIF orientation, then the upright size of a file of 32x16 whose left half is red, and where red and blue end up
+ORIENTATIONS = {
+    "upright": (1, (32, 16), (4, 8), (28, 8)),
+    "mirrored": (2, (32, 16), (28, 8), (4, 8)),
+    "upside down": (3, (32, 16), (28, 8), (4, 8)),
+    "turned right to see it": (6, (16, 32), (8, 4), (8, 28)),
+    "turned left to see it": (8, (16, 32), (8, 28), (8, 4)),
+}
+
+
+@pytest.mark.parametrize(("orientation", "size", "red", "blue"), ORIENTATIONS.values(), ids=ORIENTATIONS.keys())
+def test_jpeg_is_turned_upright_as_its_exif_says(tmp_path, orientation, size, red, blue):
+    stored = Image.new("RGB", (32, 16), BLUE)
+    stored.paste(RED, (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.jpg", exif=exif, quality=95, subsampling=0)
+    image = open_image(tmp_path / "photo.jpg")
+    assert image.size == size
+    assert near(image.getpixel(red), RED)
+    assert near(image.getpixel(blue), BLUE)
+
+
+# --- the pixel budget -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "max_pixels", "wanted"),
+    [
+        ((400, 100), 10_000, (200, 50)),
+        ((100, 400), 10_000, (50, 200)),
+        ((56, 56), 3136, (56, 56)),
+        ((57, 56), 3136, (56, 55)),
+        ((448, 448), 3136, (56, 56)),
+        ((10, 10), 3136, (10, 10)),
+        ((10, 10), None, (10, 10)),
+        ((1000, 10), 1000, (316, 3)),
+    ],
+)
+def test_shrunk_to_the_budget_with_its_aspect_kept(tmp_path, size, max_pixels, wanted):
+    path = save_picture(tmp_path / "picture.png", "red", size)
+    assert open_image(path, max_pixels).size == wanted
+    assert near(open_image(path, max_pixels).getpixel((0, 0)), RED)
+
+
+def test_upright_comes_before_the_budget(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (400, 100)).save(tmp_path / "photo.jpg", exif=exif)
+    assert open_image(tmp_path / "photo.jpg", 10_000).size == (50, 200)
+
+
+def test_pil_image_is_taken_as_it_is():
+    given = Image.new("RGBA", (40, 10), (255, 0, 0, 0))
+    image = open_image(given, 100)
+    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (20, 5), WHITE)
+    assert (given.mode, given.size) == ("RGBA", (40, 10))
+
+
+@pytest.mark.parametrize("max_pixels", [None, 10_000], ids=["any size", "within the budget"])
+def test_pil_image_given_is_not_the_one_returned(max_pixels):
+    given = Image.new("RGB", (4, 4), RED)
+    open_image(given, max_pixels).putpixel((0, 0), BLUE)
+    assert given.getpixel((0, 0)) == RED
+
+
+# --- refused files ----------------------------------------------------------------------------------------------------
+
+
+def text(path, content: str):
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+# a file of this name, how it is made, and words of the refusal
+BAD_FILES = {
+    "truncated JPEG": ("cut.jpg", save_truncated, "cannot be decoded"),
+    "truncated PNG": ("cut.png", save_truncated, "cannot be decoded"),
+    "truncated GIF": ("cut.gif", save_truncated, "cannot be decoded"),
+    "truncated BMP": ("cut.bmp", save_truncated, "cannot be decoded"),
+    "text": ("note.png", lambda path: text(path, "not a picture"), "not in a format that Pillow reads"),
+    "web page": ("page.jpg", lambda path: text(path, "<!DOCTYPE html><html></html>"), "not in a format"),
+    "Git LFS pointer": ("lfs.jpg", lambda path: text(path, "version https://git-lfs.github.com/spec/v1"), "not in a"),
+    "empty file": ("empty.png", lambda path: text(path, ""), "not in a format that Pillow reads"),
+    "missing file": ("missing.png", lambda path: path, "cannot be decoded"),
+    "folder": ("folder.png", lambda path: path.mkdir(), "cannot be decoded"),
+    "91 megapixels": ("bomb.png", lambda path: save_png_of_zeros(path, 10_000, 9_100), "89,478,485 pixels"),
+    "400 megapixels": ("big.png", lambda path: save_png_of_zeros(path, 20_000, 20_000, 1), "89,478,485 pixels"),
+    "wide 1:200": ("wide.png", lambda path: save_picture(path, size=(400, 2)), "400x2 pixels, narrower than 1:200"),
+    "high 1:200": ("high.png", lambda path: save_picture(path, size=(1, 200)), "1x200 pixels, narrower than 1:200"),
+}
+
+
+@pytest.mark.parametrize(("name", "make", "words"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_bad_file_is_refused_by_name(tmp_path, name, make, words):
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(ValueError, match=words) as refusal:
+        open_image(path)
+    assert f"image {path} " in str(refusal.value)
+    assert first_bad_image([LabelledImage(path, "?")]) == str(refusal.value)
+
+
+def test_bomb_is_a_small_file(tmp_path):
+    assert save_png_of_zeros(tmp_path / "bomb.png", 10_000, 9_100).stat().st_size < 20_000
+    assert open_image(save_png_of_zeros(tmp_path / "small.png", 10, 10)).getpixel((9, 9)) == (0, 0, 0)
+
+
+def test_almost_1_to_200_is_accepted(tmp_path):
+    assert open_image(save_picture(tmp_path / "wide.png", size=(199, 1))).size == (199, 1)
+
+
+def test_first_bad_image_names_the_first_one(tmp_path):
+    good, also_good = (LabelledImage(save_picture(tmp_path / f"{name}.png"), name) for name in "ab")
+    bad, worse = (
+        LabelledImage(save_truncated(tmp_path / "cut.png"), "?"),
+        LabelledImage(text(tmp_path / "x.png", ""), "?"),
+    )
+    assert first_bad_image([]) is None
+    assert first_bad_image([good, also_good]) is None
+    assert f"image {bad.path} cannot" in str(first_bad_image([good, bad, also_good, worse]))
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_listing_is_sorted_and_passes_over_what_is_hidden_or_no_image(tmp_path):
+    shown = ["a.png", "b.JPG", "c/a.webp", "c/b.gif", "d.bmp", "e.tif", "f.jpeg"]
+    for name in reversed([*shown, ".hidden.png", "._a.png", ".cache/a.png", "c/.thumbs/a.png"]):
+        save_picture(tmp_path / name)
+    for name in ("notes.txt", "Thumbs.db", "png", "g.png.part"):
+        text(tmp_path / name, "")
+    (tmp_path / "folder.png").mkdir()
+    assert [image.path.relative_to(tmp_path).as_posix() for image in list_labelled_images(tmp_path)] == shown
+
+
+def test_hidden_folder_may_itself_hold_the_data(tmp_path):
+    save_picture(tmp_path / ".data" / "red_circle.png")
+    assert [image.label for image in list_labelled_images(tmp_path / ".data")] == ["red circle"]
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; pass --data_root"):
+        list_labelled_images(tmp_path / "nowhere")
+
+
+def test_file_for_a_folder(tmp_path):
+    with pytest.raises(NotADirectoryError, match="a.png is a file; pass --data_root"):
+        list_labelled_images(save_picture(tmp_path / "a.png"))
+
+
+BAD_METADATA = {
+    "no file_name column": ("metadata.csv", "file,label\na.png,ant\n", r"row 1: got columns \['file', 'label'\]"),
+    "no label column": ("metadata.csv", "file_name,class\na.png,ant\n", "row 1: .* wanted 'file_name' and one of"),
+    "file that is missing": (
+        "metadata.csv",
+        "file_name,label\na.png,ant\nz.png,bee\n",
+        "row 2: image .*z.png does not",
+    ),
+    "not UTF-8": ("metadata.csv", b"file_name,label\na.png,\xff\n", "cannot be read"),
+    "not JSON": ("metadata.jsonl", "file_name: a.png\n", "cannot be read"),
+    "JSON cut off": ("metadata.jsonl", '{"file_name": "a.png", "label"', "cannot be read"),
+    "a list, not an object": ("metadata.jsonl", '["a.png", "ant"]\n', r"row 1: got columns \[\]"),
+    "JSON without a label": ("metadata.jsonl", '{"file_name": "a.png"}\n', r"row 1: got columns \['file_name'\]"),
+    "second line wrong": (
+        "metadata.jsonl",
+        json.dumps({"file_name": "a.png", "label": "ant"}) + '\n{"label": "bee"}\n',
+        r"row 2: got columns \['label'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "words"), BAD_METADATA.values(), ids=BAD_METADATA.keys())
+def test_bad_metadata_is_refused_by_row(tmp_path, name, content, words):
+    save_picture(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=words) as refusal:
+        list_labelled_images(tmp_path)
+    assert str(tmp_path / name) in str(refusal.value)
+
+
+def test_metadata_without_rows_lists_nothing(tmp_path):
+    save_picture(tmp_path / "a.png")
+    text(tmp_path / "metadata.csv", "file_name,label\n")
+    assert list_labelled_images(tmp_path) == ()

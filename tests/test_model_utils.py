@@ -1,0 +1,115 @@
+"""Loading, freezing, adapters and one tool call, on the toy model's real files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import model_utils
+from environment import ParseStatus, judge
+from model_utils import (
+    count_parameters,
+    decode_completion,
+    end_token_ids,
+    generate_tool_call,
+    load_processor,
+    load_qwen25_vl,
+    vision_attention,
+)
+from tests.helpers import toy_dataset, toy_model, toy_path, toy_processor
+
+
+def trainable_names(model: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_all_weights_train_by_default() -> None:
+    model = toy_model()
+    assert len(trainable_names(model)) == len(list(model.parameters()))
+    assert model.dtype == torch.float32
+    counts = count_parameters(model)
+    assert all(trainable == total > 0 for trainable, total in counts.values())
+    assert sum(total for _, total in counts.values()) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_frozen_vision_freezes_tower_and_merger_and_nothing_else() -> None:
+    model = toy_model(freeze_vision=True)
+    assert all("visual" not in name for name in trainable_names(model))
+    counts = count_parameters(model)
+    assert counts["vision tower"][0] == counts["merger"][0] == 0
+    assert counts["language model"][0] == counts["language model"][1]
+
+
+def test_lora_is_on_every_linear_layer_of_the_language_model_alone() -> None:
+    model = toy_model(use_lora=True, lora_rank=4)
+    names = trainable_names(model)
+    assert names and all("language_model" in name and "lora_" in name for name in names)
+    layers, linears_per_layer, matrices_each = 3, 7, 2
+    assert len(names) == layers * linears_per_layer * matrices_each
+    assert all(4 in parameter.shape for name, parameter in model.named_parameters() if "lora_" in name)
+
+
+def test_half_precision_is_as_asked() -> None:
+    assert toy_model(dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_is_as_asked_in_both_halves(implementation: str) -> None:
+    model = toy_model(attn_implementation=implementation)
+    assert model.model.language_model.config._attn_implementation == implementation
+    assert model.model.visual.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "is_installed", "dtype", "asked", "used"),
+    [
+        (True, True, torch.bfloat16, "sdpa", "flash_attention_2"),
+        (True, False, torch.bfloat16, "sdpa", "sdpa"),
+        (True, True, torch.float32, "sdpa", "sdpa"),
+        (False, True, torch.bfloat16, "sdpa", "sdpa"),
+        (True, True, torch.bfloat16, "eager", "eager"),
+    ],
+)
+def test_vision_tower_uses_flash_attention_where_it_can(
+    has_gpu: bool, is_installed: bool, dtype: torch.dtype, asked: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(model_utils, "find_spec", lambda name: object() if is_installed else None)
+    assert vision_attention(asked, dtype) == used
+
+
+def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="is a llama, but Fleet trains qwen2_5_vl"):
+        load_qwen25_vl(str(tmp_path))
+
+
+def test_processor_pads_left_even_if_its_file_says_right(tmp_path: Path) -> None:
+    copy = shutil.copytree(toy_path(), tmp_path / "copy")
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "right"}))
+    assert load_processor(str(copy)).tokenizer.padding_side == "left"
+
+
+def test_one_tool_call_from_an_episode_or_from_messages() -> None:
+    model, processor = toy_model(), toy_processor()
+    episode = toy_dataset().env.episode(0)
+    answer = generate_tool_call(model, processor, episode, max_pixels=56 * 56)
+    assert judge(answer, 0, 4).parse_status is ParseStatus.OK
+    again = generate_tool_call(model, processor, list(episode.messages), episode.images, max_pixels=56 * 56)
+    assert again == answer, "greedy decoding has one answer"
+    torch.manual_seed(0)
+    sampled = {generate_tool_call(model, processor, episode, temperature=1.0) for _ in range(6)}
+    assert len(sampled) > 1
+    assert (
+        len(processor.tokenizer(generate_tool_call(model, processor, episode, max_completion_length=3)).input_ids) <= 3
+    )
+
+
+def test_only_the_end_token_is_taken_off_a_completion() -> None:
+    tokenizer, ends = toy_processor().tokenizer, end_token_ids(toy_model())
+    ids = tokenizer("<|vision_start|>a<|im_end|><|im_end|>")["input_ids"]
+    assert decode_completion(toy_processor(), ids, ends) == "<|vision_start|>a<|im_end|>"
+    assert decode_completion(toy_processor(), [], ends) == ""
