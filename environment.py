@@ -156,25 +156,49 @@ class PickImageEnv:
 
     def episode(self, index: int) -> Episode:
         """Episode `index` (0 or greater): a pure function of (seed, index), the same on every machine."""
-        return self._draw(self.seed, index)
+        return self.draw_episode(self.seed, index)
+
+    def draw_episode(self, seed: int, index: int) -> Episode:
+        """Episode `index` of another seed; environments of your own override this and keep it a pure function."""
+        if index < 0:
+            raise ValueError(f"episode index {index} is negative; episodes are numbered from 0")
+        rng = random.Random(f"fleet/{seed}/{index}")
+        if self.fixed_correct_index is None:
+            labels = sample_distinct(sorted(self._paths_by_label), self.candidates_per_episode, rng)
+            paths = [sample_distinct(self._paths_by_label[label], 1, rng)[0] for label in labels]
+            correct_index = int(rng.random() * self.candidates_per_episode)
+        else:
+            images = sample_distinct(self.images, self.candidates_per_episode, rng)
+            labels, paths = [image.label for image in images], [image.path for image in images]
+            correct_index = self.fixed_correct_index
+        target = labels[correct_index] if self.fixed_correct_index is None else None
+        return self.with_messages(Episode(tuple(paths), (), correct_index, tuple(labels), target, seed))
+
+    def with_messages(self, episode: Episode) -> Episode:
+        """The episode with its chat messages filled in."""
+        return replace(episode, messages=tuple(self.prompt_messages(episode)))
 
     def prompt_messages(self, episode: Episode) -> list[Message]:
         """The chat messages that ask for the episode's target: numbered image placeholders, then the instruction."""
         content: list[Message] = []
         for index in range(episode.num_candidates):
             content += [{"type": "text", "text": f"Image {index}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
-        what = "the correct image" if episode.target is None else f"the {episode.target}"
-        content.append({"type": "text", "text": f"Pick {what}. The index is from 0 to {episode.num_candidates - 1}."})
+        last = episode.num_candidates - 1
+        content.append({"type": "text", "text": f"{self.instruction(episode)} The index is from 0 to {last}."})
         return [
             {"role": "system", "content": [{"type": "text", "text": _system_text(self.allow_reasoning)}]},
             {"role": "user", "content": content},
         ]
 
+    def instruction(self, episode: Episode) -> str:
+        """The sentence that says which image to pick; environments of your own override it."""
+        return f"Pick {'the correct image' if episode.target is None else f'the {episode.target}'}."
+
     def reset(self, seed: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """The next episode's (observation, info); with `seed`, the first episode of that seed."""
         if seed is not None:
             self._reset_seed, self._next_index = seed, 0
-        self._current = self._draw(self._reset_seed, self._next_index)
+        self._current = self.draw_episode(self._reset_seed, self._next_index)
         self._next_index += 1
         observation = {"images": self._current.images, "messages": list(self._current.messages)}
         return observation, {"episode": self._current}
@@ -195,22 +219,6 @@ class PickImageEnv:
             "correct_index": episode.correct_index,
         }
         return None, float(judgement.outcome is Outcome.CORRECT), True, False, info
-
-    def _draw(self, seed: int, index: int) -> Episode:
-        if index < 0:
-            raise ValueError(f"episode index {index} is negative; episodes are numbered from 0")
-        rng = random.Random(f"fleet/{seed}/{index}")
-        if self.fixed_correct_index is None:
-            labels = _sample_distinct(sorted(self._paths_by_label), self.candidates_per_episode, rng)
-            paths = [_sample_distinct(self._paths_by_label[label], 1, rng)[0] for label in labels]
-            correct_index = int(rng.random() * self.candidates_per_episode)
-        else:
-            images = _sample_distinct(self.images, self.candidates_per_episode, rng)
-            labels, paths = [image.label for image in images], [image.path for image in images]
-            correct_index = self.fixed_correct_index
-        target = labels[correct_index] if self.fixed_correct_index is None else None
-        drawn = Episode(tuple(paths), (), correct_index, tuple(labels), target, seed)
-        return replace(drawn, messages=tuple(self.prompt_messages(drawn)))
 
 
 def load_environment_class(spec: str) -> type:
@@ -276,7 +284,7 @@ def _require_enough(
         )
 
 
-def _sample_distinct(population: Sequence[Item], count: int, rng: random.Random) -> list[Item]:
+def sample_distinct(population: Sequence[Item], count: int, rng: random.Random) -> list[Item]:
     """`count` different items in random order, from `rng.random()` alone, whose stream Python guarantees to keep."""
     chosen: dict[int, None] = {}
     while len(chosen) < count:
