@@ -7,6 +7,7 @@ training reward (reward.py does), and touches no tensor.
 import importlib.util
 import json
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -45,6 +46,13 @@ class Episode:
     labels: tuple[str, ...]
     target: str | None
     seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.correct_index < len(self.images):
+            raise ValueError(
+                f"correct_index={self.correct_index}, but the episode has {len(self.images)} images, numbered from 0; "
+                "correct the environment's episode()"
+            )
 
     @property
     def num_candidates(self) -> int:
@@ -235,6 +243,8 @@ def load_environment_class(spec: str) -> type:
     if not path.is_file() or module_spec is None or module_spec.loader is None:
         raise ValueError(f"env={spec!r}: {path} is not a file; correct the path")
     module = importlib.util.module_from_spec(module_spec)
+    # dataclasses and pickling look a class's module up by name
+    sys.modules[module_spec.name] = module
     module_spec.loader.exec_module(module)
     env_class = getattr(module, class_name, None)
     missing = [name for name in ("episode", "prompt_messages") if not callable(getattr(env_class, name, None))]

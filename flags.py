@@ -22,7 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file that sets any flag; the command line wins over it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file that sets any flag; the command line wins over it (default: none)"
+    )
     _add_model_flags(parser.add_argument_group("model").add_argument)
     _add_task_flags(parser.add_argument_group("task").add_argument)
     _add_rloo_flags(parser.add_argument_group("RLOO (names as in TRL's RLOOConfig)").add_argument)

@@ -155,7 +155,7 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     if not path.is_file():
         raise UsageError(f"config file {path} does not exist; correct --config")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderOfUniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"config file {path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
@@ -174,6 +174,17 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     except UsageError as error:
         raise UsageError(f"config file {path}: {error}") from error
     return flags
+
+
+class _LoaderOfUniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, except that a key given twice is an error, not the last one's win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]!r} is given twice; keep one")
+        return super().construct_mapping(node, deep)
 
 
 def _as_flag_value(value: Any) -> str:
@@ -219,6 +230,9 @@ def _refuse_impossible_numbers(options: Options) -> None:
     _require(options, at_least_zero, "at least 0", lambda value: value >= 0)
     _require(options, ("image_max_pixels",), "at least 784 (28x28 pixels)", lambda value: value >= 784)
     _require(options, ("lora_dropout",), "below 1", lambda value: value < 1)
+    # numpy takes 32 bits, and every process adds its rank
+    _require(options, ("seed",), "below 2147483648", lambda value: value < 2**31)
+    _require(options, ("vllm_server_port",), "from 1 to 65535", lambda value: 1 <= value <= 65535)
     _require(options, ("top_p", "vllm_gpu_memory_utilization"), "above 0 and at most 1", lambda value: 0 < value <= 1)
     if options.steps_per_generation and options.steps_per_generation % options.gradient_accumulation_steps:
         raise UsageError(
@@ -243,5 +257,6 @@ def _refuse_impossible_numbers(options: Options) -> None:
 def _require(options: Options, names: Sequence[str], wanted: str, is_fine: Callable[[float], bool]) -> None:
     for name in names:
         value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and is_fine(value)):
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        if value is not None and not (is_finite and is_fine(value)):
             raise UsageError(f"{name}={value}, but it must be {wanted}; correct --{name}")

@@ -14,7 +14,7 @@ from typing import Any
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from flags import TOY_MODEL_ID, UsageError
 from options import Options
-from utils.images import first_bad_image, list_labelled_images
+from utils.images import first_bad_image
 
 CONFIG_NAME = "config.json"
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
@@ -63,7 +63,7 @@ def require_consistent_launch(launch_variables: Mapping[str, str]) -> None:
     given = {name: launch_variables[name] for name in names if name in launch_variables}
     if "WORLD_SIZE" not in given:
         return
-    if not all(value.isdigit() for value in given.values()):
+    if not all(value.isascii() and value.isdigit() for value in given.values()):
         raise UsageError(f"launch variables {given}, but each must be a whole number; start with accelerate launch")
     number = {name: int(value) for name, value in given.items()}
     world_size, local_size = number["WORLD_SIZE"], number.get("LOCAL_WORLD_SIZE", 1)
@@ -82,7 +82,7 @@ def require_model(model_id: str) -> None:
     folder = Path(model_id)
     if model_id == TOY_MODEL_ID:
         return
-    if not folder.is_dir():
+    if not model_id or not folder.is_dir():
         looks_like_hub_id = model_id.count("/") == 1 and not model_id.startswith((".", "/", "~"))
         if folder.exists() or not looks_like_hub_id or folder.parent.is_dir():
             raise UsageError(
@@ -91,8 +91,12 @@ def require_model(model_id: str) -> None:
             )
         return
     if (folder / "adapter_config.json").is_file():
-        adapter = _read_json(folder / "adapter_config.json")
-        require_model(str(adapter.get("base_model_name_or_path", "")))
+        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not isinstance(base, str) or not base or (Path(base) / "adapter_config.json").is_file():
+            raise UsageError(
+                f"adapter {folder} names {base!r} as its base; write the base model's folder or hub id there"
+            )
+        require_model(base)
         return
     if not (folder / CONFIG_NAME).is_file():
         raise UsageError(f"model folder {folder} has no config.json; pass a folder written by save_pretrained")
@@ -170,7 +174,7 @@ def make_environment(options: Options) -> EpisodeSource:
             seed=options.seed,
             allow_reasoning=options.allow_reasoning,
         )
-        bad_image = first_bad_image(list_labelled_images(options.data_root))
+        bad_image = first_bad_image(getattr(env, "images", ()))
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     if bad_image is not None:

@@ -28,6 +28,11 @@ class RewardWeights:
             raise ValueError(f"correct weight {self.correct}, but it must be finite and above 0; pass 0.95")
         if not (math.isfinite(self.valid_call) and self.valid_call >= 0):
             raise ValueError(f"valid_call weight {self.valid_call}, but it must be finite and at least 0; pass 0.05")
+        if not self.valid_call < self.correct + self.valid_call < math.inf:
+            raise ValueError(
+                f"weights {self.correct} and {self.valid_call}: right must be worth finitely more than wrong; "
+                "pass 0.95 and 0.05"
+            )
 
 
 DEFAULT_WEIGHTS = RewardWeights()

@@ -362,3 +362,8 @@ def test_environment_class_that_is_none_is_refused(tmp_path, monkeypatch, spec, 
     (tmp_path / "my_env.py").write_text(ENV_FILE, encoding="utf-8")
     with pytest.raises(ValueError, match=words):
         load_environment_class(spec)
+
+
+def test_episode_whose_right_answer_is_none_of_its_images_is_refused():
+    with pytest.raises(ValueError, match="correct_index=2, but the episode has 2 images"):
+        Episode((Path("a.png"), Path("b.png")), (), 2, ("a", "b"), None, 0)

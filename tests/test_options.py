@@ -402,3 +402,24 @@ def test_what_was_given_is_not_filled_in():
 def test_resolving_twice_changes_nothing():
     resolved, _ = resolve_options(parse(REAL), has_bf16_gpu=True)
     assert resolve_options(resolved, has_bf16_gpu=False) == (resolved, [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seed", "5000000000"], "seed=5000000000, but it must be below 2147483648"),
+        (["--seed", "1" + 400 * "0"], "but it must be below 2147483648"),
+        (["--vllm_server_port", "-5"], "vllm_server_port=-5, but it must be from 1 to 65535"),
+        (["--vllm_server_port", "65536"], "vllm_server_port=65536"),
+        (["--learning_rate", "nan"], "learning_rate=nan, but it must be above 0"),
+    ],
+)
+def test_numbers_no_library_takes_are_refused_here(flags, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        parse_options(flags)
+
+
+def test_key_given_twice_in_a_config_file_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("num_rollouts: 8\nseed: 1\nnum_rollouts: 2\n")
+    with pytest.raises(UsageError, match="key 'num_rollouts' is given twice"):
+        parse_options(["--config", str(tmp_path / "run.yaml")])

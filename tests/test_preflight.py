@@ -455,3 +455,41 @@ def test_task_flags_reach_the_environment(workplace):
         "seed": 5,
         "allow_reasoning": True,
     }
+
+
+# --- what has gone wrong once -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [None, "", "itself"])
+def test_adapter_that_names_no_base_or_itself_is_refused(tmp_path, base):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(adapter) if base == "itself" else base})
+    assert "as its base; write the base model's folder" in refusal_of(preflight.require_model, str(adapter))
+
+
+@pytest.mark.parametrize("name", ["model_id", "data_root"])
+def test_overwrite_never_deletes_what_the_run_reads(tmp_path, name):
+    run = leave_run(tmp_path / "run")
+    used = run / "final"
+    used.mkdir()
+    options = options_of("--output_dir", run, "--overwrite", f"--{name}", used)
+    assert "would be deleted before it is read" in refusal_of(preflight.require_output_dir, options)
+
+
+def test_env_with_a_dataclass_and_late_annotations_loads(workplace):
+    (workplace / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom environment import PickImageEnv\n"
+        "@dataclass\nclass Note:\n    text: str\nclass Mine(PickImageEnv):\n    note = Note('x')\n"
+    )
+    options = options_of("--env", f"{workplace / 'mine.py'}:Mine", "--data_root", workplace / "pictures")
+    assert type(preflight.make_environment(options)).__name__ == "Mine"
+
+
+def test_env_of_its_own_pictures_needs_no_data_folder(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n    def __init__(self, **_): pass\n    def episode(self, index): ...\n"
+        "    def prompt_messages(self, episode): ...\n"
+    )
+    options = options_of("--env", f"{tmp_path / 'mine.py'}:Mine", "--data_root", tmp_path / "nowhere")
+    assert type(preflight.make_environment(options)).__name__ == "Mine"

@@ -206,3 +206,9 @@ def test_trl_reward_function_keeps_its_weights_and_its_leave_to_reason():
     reward_function = make_trl_reward_function(RewardWeights(2.0, 1.0), allow_reasoning=True)
     texts = [f"So: {call_text(0)}", f"So: {call_text(1)}", "So."]
     assert reward_function(completions=texts, correct_index=[0] * 3, num_candidates=[4] * 3) == [3.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("correct", "valid_call"), [(1e308, 1e308), (1e-20, 1.0)])
+def test_weights_whose_sum_is_infinite_or_a_tie_are_refused(correct, valid_call):
+    with pytest.raises(ValueError, match="right must be worth finitely more than wrong"):
+        RewardWeights(correct, valid_call)

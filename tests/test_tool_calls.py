@@ -361,3 +361,17 @@ def test_a_mutated_call_means_what_its_json_says_or_nothing(splices):
     call = json.loads(inside)
     assert call == {"name": "pick_image", "arguments": {"index": parsed.index}}
     assert repr(call["arguments"]["index"]) == repr(parsed.index)  # as True == 1 == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("Thinking ```json " + call_text(1), ParseStatus.OK),
+        ("Thinking ```json\n" + call_text(1) + "\n```", ParseStatus.OK),
+        ("Thinking " + call_text(1) + "\n```", ParseStatus.EXTRA_TEXT),
+        ("x" * 5000, ParseStatus.NO_CALL),
+        ("x" * 5000 + call_text(1), ParseStatus.OK),
+    ],
+)
+def test_reasoning_may_end_in_a_fence_or_be_long(text, status):
+    assert parse_tool_call_str(text, allow_reasoning=True).status is status

@@ -7,19 +7,30 @@ import csv
 import json
 import math
 import re
+import struct
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 LABEL_COLUMNS = ("label", "name", "text", "caption")
 MAX_FILE_PIXELS = 89_478_485  # Pillow's own decompression-bomb threshold
 MAX_ASPECT_RATIO = 200  # Qwen2.5-VL's image processor refuses this and beyond
+EXIF_ORIENTATION = 0x0112
+UPRIGHT_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -58,13 +69,12 @@ def open_image(source: str | Path | Image.Image, max_pixels: int | None = None) 
     larger than 89 megapixels, or is narrower than 1:200.
     """
     if isinstance(source, Image.Image):
-        return _shrink(_upright_rgb(source), max_pixels)
+        return _prepared(source, "given by the environment", max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source) as image:
-                _refuse_extreme_size(image, source)
-                return _shrink(_upright_rgb(image), max_pixels)
+                image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"image {source} has more than the {MAX_FILE_PIXELS:,} pixels allowed (a decompression bomb?); "
@@ -72,9 +82,10 @@ def open_image(source: str | Path | Image.Image, max_pixels: int | None = None) 
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"image {source} is not in a format that Pillow reads; convert it or remove it") from error
-    except (OSError, SyntaxError, EOFError) as error:
-        # Pillow reports a broken PNG chunk as SyntaxError
+    except (OSError, SyntaxError, EOFError, ValueError, struct.error) as error:
+        # what Pillow raises for a broken file depends on its format and on where it is broken
         raise ValueError(f"image {source} cannot be decoded ({error}); replace it or remove it") from error
+    return _prepared(image, str(source), max_pixels)
 
 
 def first_bad_image(images: Iterable[LabelledImage]) -> str | None:
@@ -98,14 +109,14 @@ def _label_from_place(relative: Path) -> str:
 
 def _list_by_metadata(path: Path) -> tuple[LabelledImage, ...]:
     """The images that a metadata file lists. Raises ValueError naming the line that is wrong."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             rows = (
                 list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(ln) for ln in file if ln.strip()]
             )
         except (json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read ({error}); write one JSON object or CSV row per image") from error
-    listed = []
+    listed: dict[Path, str] = {}
     for number, row in enumerate(rows, start=1):
         columns = sorted(str(column) for column in row) if isinstance(row, dict) else []
         label_column = next((column for column in LABEL_COLUMNS if column in columns), None)
@@ -113,46 +124,57 @@ def _list_by_metadata(path: Path) -> tuple[LabelledImage, ...]:
             raise ValueError(
                 f"{path}, row {number}: got columns {columns}, wanted 'file_name' and one of {list(LABEL_COLUMNS)}"
             )
+        label = str(row[label_column] or "").strip()
+        if not label:
+            raise ValueError(f"{path}, row {number}: its {label_column} is empty; write what the image shows")
         image_path = path.parent / str(row["file_name"])
+        if image_path in listed:
+            raise ValueError(f"{path}, row {number}: image {image_path} is listed before; keep one of the two rows")
         if not image_path.is_file():
             raise ValueError(f"{path}, row {number}: image {image_path} does not exist; correct its file_name")
-        listed.append(LabelledImage(image_path, str(row[label_column]).strip()))
-    return tuple(sorted(listed, key=lambda image: image.path))
+        listed[image_path] = label
+    return tuple(LabelledImage(image_path, listed[image_path]) for image_path in sorted(listed))
 
 
-def _refuse_extreme_size(image: Image.Image, source: str | Path) -> None:
+def _prepared(image: Image.Image, source: str, max_pixels: int | None) -> Image.Image:
     width, height = image.size
     if max(width, height) >= MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
             f"image {source} is {width}x{height} pixels, narrower than 1:{MAX_ASPECT_RATIO}, which Qwen2.5-VL refuses; "
             "crop it or remove it"
         )
+    # the orientation alone is read: rewriting all of a file's EXIF, as Pillow's own helper does, fails on odd tags
+    turn = UPRIGHT_BY_ORIENTATION.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    return _shrink(_rgb(image if turn is None else image.transpose(turn)), max_pixels)
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode == "RGB":
-        return upright.copy()
-    if upright.mode.startswith("I") or upright.mode == "F":
-        return _from_deep_greyscale(upright)
-    if "A" in upright.getbands() or "transparency" in upright.info:
-        rgba = upright.convert("RGBA")
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_deep_greyscale(image)
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return upright.convert("RGB")
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_deep_greyscale(image: Image.Image) -> Image.Image:
-    """16-bit and float greyscale in 8 bits; Pillow's own conversion clips everything over 255 to white."""
+    """16-bit, 32-bit and float greyscale in 8 bits; Pillow's own conversion clips everything over 255 to white."""
     grey = image.convert("F")
     brightest = cast(float, grey.getextrema()[1])
-    scale = 1.0 if brightest <= 255 else 255 / max(brightest, 65535)
+    if image.mode.startswith("I;16"):
+        scale = 1 / 257
+    elif brightest <= 1 and image.mode == "F":
+        scale = 255.0
+    else:
+        scale = 1.0 if brightest <= 255 else 255 / max(brightest, 65535)
     return grey.point(lambda value: value * scale).convert("L").convert("RGB")
 
 
 def _shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
-    num_pixels = image.width * image.height
-    if max_pixels is None or num_pixels <= max_pixels:
+    if max_pixels is None or image.width * image.height <= max_pixels:
         return image
-    scale = math.sqrt(max_pixels / num_pixels)
-    size = max(1, math.floor(image.width * scale)), max(1, math.floor(image.height * scale))
-    return image.resize(size, Image.Resampling.BICUBIC)
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    # a long side rounded against a short one of few pixels could pass the aspect ratio or the budget
+    short = max(1, math.floor(min(image.size) * scale))
+    long = min(math.floor(max(image.size) * scale), short * (MAX_ASPECT_RATIO - 1), max_pixels // short)
+    return image.resize((long, short) if image.width >= image.height else (short, long), Image.Resampling.BICUBIC)

@@ -89,12 +89,10 @@ def parse_tool_call_str(text: str, name: str = "pick_image", *, allow_reasoning:
 
 
 def _without_reasoning(text: str) -> str:
-    """What is left to judge when reasoning is allowed: from the wrapper on, its fence included."""
-    start = text.find(CALL_OPEN)
-    if start < 0:
-        return text
-    reasoning = text[:start].rstrip(_BLANKS)
-    return _FENCE_OPEN + text[start:] if reasoning.endswith(_FENCE_OPEN) else text[start:]
+    """What is left to judge when reasoning is allowed: from the wrapper on, its fence included if it is closed."""
+    reasoning, opened, rest = text.partition(CALL_OPEN)
+    has_fence = reasoning.rstrip(_BLANKS).endswith(_FENCE_OPEN) and rest.rstrip(_BLANKS).endswith(_FENCE_CLOSE)
+    return (_FENCE_OPEN if has_fence else "") + opened + rest
 
 
 def _without_fence(text: str) -> str:

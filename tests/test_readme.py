@@ -1,0 +1,85 @@
+"""What the README says to type works as written, and what it names exists."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flags import build_parser
+from options import parse_options
+from run_records import read_metrics
+from tests.helpers import REPOSITORY, toy_path
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BASH_BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = [line for line in BASH_BLOCKS.splitlines() if line.startswith("accelerate launch")]
+DEMO = "accelerate launch training.py --fixed_correct_index 0"
+
+
+def flags_of(command: str) -> list[str]:
+    words = shlex.split(command)
+    return words[words.index("training.py") + 1 :]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(COMMANDS) >= 6 and DEMO in COMMANDS
+    assert DEMO in (REPOSITORY / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_training_command_has_only_flags_that_exist(command: str) -> None:
+    parse_options(flags_of(command))
+
+
+def test_the_yaml_example_is_a_config_file(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(example)
+    options = parse_options(["--config", str(tmp_path / "run.yaml"), "--seed", "1"])
+    assert (options.num_rollouts, options.per_device_batch_size, options.learning_rate, options.seed) == (
+        8,
+        16,
+        2e-4,
+        1,
+    )
+
+
+def test_every_flag_in_the_text_exists() -> None:
+    of_launcher = {"--config_file", "--num_machines", "--num_processes", "--machine_rank", "--main_process_ip",
+                   "--main_process_port", "--num_seeds", "--no-build-isolation", "--help"}  # fmt: skip
+    known = {flag for action in build_parser()._actions for flag in action.option_strings} | of_launcher
+    named = set(re.findall(r"(?<![\w-])--[a-z0-9_][a-z0-9_-]*", README))
+    assert named - known == set()
+
+
+def test_every_file_in_the_tree_exists() -> None:
+    (tree,) = re.findall(r"```text\nfleet/\n(.*?)```", README, re.DOTALL)
+    names = re.findall(
+        r"[\w/]+(?:\.py|\.yaml)|\w+/(?=,|\n|$)", "\n".join(line.split("#")[0] for line in tree.splitlines())
+    )
+    assert len(names) > 15
+    assert [name for name in names if not (REPOSITORY / name).exists()] == []
+    files = {path.name for path in REPOSITORY.glob("*.py")}
+    assert files - {Path(name).name for name in names} == set(), "a file at the top that the README does not name"
+
+
+def test_default_values_in_the_flag_table_are_the_real_ones() -> None:
+    rows = dict(re.findall(r"^\| `--(\w+)` \| ([^|]+?) \|", README, re.MULTILINE))
+    defaults = parse_options([])
+    plain = {name: text.strip("`") for name, text in rows.items() if "toy)" not in text}
+    assert len(plain) >= 6
+    for name, text in plain.items():
+        assert str(getattr(defaults, name)).lower() == str(yaml.safe_load(text)).lower(), name
+
+
+@pytest.mark.slow
+def test_the_demo_command_learns(tmp_path: Path) -> None:
+    toy_path()
+    subprocess.run([*shlex.split(DEMO), "--output_dir", str(tmp_path / "run")], cwd=REPOSITORY, check=True, timeout=300)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 60
+    assert lines[0]["reward"] < 0.6
+    assert sum(line["reward"] for line in lines[-5:]) / 5 >= 0.95
+    assert sum(line["step_time_s"] for line in lines) < 120
