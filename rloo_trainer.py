@@ -103,6 +103,9 @@ class FleetRLOOTrainer(RLOOTrainer):
             # loading under ZeRO-3 notes renamings that matched no weight, and saving would undo those as well
             # ("model.model.layers"); without the note, saving gives the hub's names
             self.accelerator.unwrap_model(self.model)._weight_conversions = None
+        if args.beta == 0.0 and "ref" in getattr(self.model, "peft_config", {}):
+            # TRL's copy of an adapter that training goes on from, which only a KL term would read
+            self.model.delete_adapter("ref")
         # TRL's constructor insists on its own identity collator
         self.data_collator = VLMDataCollator(processing_class, args.num_generations)
         self.allow_reasoning = allow_reasoning
@@ -170,7 +173,9 @@ class FleetRLOOTrainer(RLOOTrainer):
                 return logps_BT, None
             if self.ref_model is not None:
                 return logps_BT, self._completion_logps(self.ref_model, inputs)
-            with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
+            # TRL keeps a copy of an adapter that training began with as "ref"; a new adapter begins as none at all
+            policy = self.accelerator.unwrap_model(self.model)
+            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
                 return logps_BT, self._completion_logps(self.model, inputs)
 
     def _completion_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -82,12 +82,11 @@ class RunRecorder(TrainerCallback):
 
 
 def sample_table(rollouts: Sequence[RolloutRecord], step: int, max_rows: int = 4) -> str:
-    """A few completions as a table for the terminal: one of each outcome first, then in order."""
-    first_of_outcome = {rollout.judgement.outcome: rollout for rollout in reversed(rollouts)}
-    chosen = [
-        *first_of_outcome.values(),
-        *(rollout for rollout in rollouts if rollout not in first_of_outcome.values()),
-    ]
+    """A few different completions as a table for the terminal: one of each outcome first."""
+    distinct = {(rollout.correct_index, rollout.target, rollout.completion): rollout for rollout in reversed(rollouts)}
+    first_of_outcome = {rollout.judgement.outcome: rollout for rollout in distinct.values()}
+    others = [rollout for rollout in distinct.values() if rollout not in first_of_outcome.values()]
+    chosen = [*first_of_outcome.values(), *others]
     table = Table(title=f"step {step}: sample completions", title_justify="left", show_edge=False, pad_edge=False)
     for name in ("wanted", "completion", "outcome"):
         table.add_column(name, overflow="fold")

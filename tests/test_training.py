@@ -116,14 +116,25 @@ def test_merged_weights_answer_as_the_adapter_does(tmp_path: Path) -> None:
     assert (logits[0] - logits[2]).abs().max() > 0.01
 
 
-def test_an_adapter_trains_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beta", ["0", "0.05"])
+def test_an_adapter_trains_on_and_is_its_own_reference(beta: str, tmp_path: Path) -> None:
     first = run(tmp_path / "first", "--use_lora", "--train_steps", "2")
-    second = run(tmp_path / "second", "--use_lora", "--train_steps", "2", "--model_id", str(first / "final"),
-                 "--image_max_pixels", "3136", "--learning_rate", "1e-3")  # fmt: skip
+    flags = ["--use_lora", "--model_id", str(first / "final"), "--image_max_pixels", "3136", "--learning_rate", "1e-3",
+             "--beta", beta, "--save_steps", "1"]  # fmt: skip
+    second = run(tmp_path / "second", "--train_steps", "2", *flags)
     name = "adapter_model.safetensors"
     before, after = final_weights(first, name), final_weights(second, name)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[key], after[key]) for key in before)
+    kls = [line.get("kl") for line in read_metrics(second / "metrics.jsonl")]
+    if beta == "0":
+        assert kls == [None, None] and not (second / "final" / "ref").exists()
+    else:
+        assert kls[0] == 0, "before its first step the policy is the adapter that training began with"
+        assert kls[1] != 0
+    half = run(tmp_path / "half", "--train_steps", "1", *flags)
+    run(half, "--train_steps", "2", "--resume", *flags)
+    assert_bit_equal(final_weights(half, name), after)
 
 
 def test_other_flags_on_resume_are_refused_by_name(uninterrupted: Path) -> None:
