@@ -64,7 +64,7 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
         help="dropout in the adapters, 0 to 1 (default: 0, as old and new log-probabilities must agree)",
     )
     _add_switch(add, "--merge_lora", False, "also write the base model with the adapters merged in, as final_merged/")
-    _add_switch(add, "--load_in_4bit", False, "QLoRA: hold the base weights in 4 bits; needs bitsandbytes and a GPU")
+    _add_switch(add, "--load_in_4bit", False, "QLoRA: hold the base weights in 4 bits; needs bitsandbytes")
     _add_switch(add, "--freeze_vision", False, "keep the vision tower and its merger as they are")
 
 
