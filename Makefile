@@ -1,5 +1,4 @@
 # make demo: watch the toy model learn.  make test: lint, types and every test.  make setup: install only.
-PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
 BIN := .venv/bin
 ACTIVATE := . $(BIN)/activate
 
@@ -31,7 +30,10 @@ setup-dev: .venv/.installed-dev
 	@touch $@
 
 .venv/bin/python:
-	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: Fleet needs Python 3.11 or newer, got '$(PYTHON)'; install one, or run make PYTHON=/path/to/python"; exit 2; }
-	@$(PYTHON) -m venv .venv || \
-	  { rm -rf .venv; echo "error: $(PYTHON) cannot make virtual environments; install its venv package (apt install python3-venv)"; exit 2; }
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    exec $$python -m venv .venv; \
+	  fi; \
+	done; \
+	echo "error: found no Python 3.11 or newer with its venv module; install one (apt install python3 python3-venv)" \
+	  "or run make PYTHON=/path/to/python"; exit 2

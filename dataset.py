@@ -143,3 +143,23 @@ class VLMDataCollator:
                 "make the batch size a multiple of num_rollouts and do not shuffle rows"
             )
         return [rows[start] for start in starts]
+
+
+def repeat_episodes(batch: EpisodeBatch, first: int, last: int) -> dict[str, Any]:
+    """Episodes first to last - 1 as TRL has them: each prompt and its pixels once per rollout, group after group.
+
+    With B = (last - first) * G rows: `prompt_ids`, `prompt_mask` and `mm_token_type_ids` are (B, L) int64,
+    `pixel_values` and `image_grid_thw` hold the images of row after row, `num_images` is B ints.
+    """
+    size, num_images = batch["group_size"], batch["num_images"]
+    grids = batch["image_grid_thw"].split(num_images)
+    patches = batch["pixel_values"].split([int(grid.prod(dim=1).sum()) for grid in grids])
+    chosen = [episode for episode in range(first, last) for _ in range(size)]
+    return {
+        "prompt_ids": batch["input_ids"][first:last].repeat_interleave(size, dim=0),
+        "prompt_mask": batch["attention_mask"][first:last].repeat_interleave(size, dim=0),
+        "mm_token_type_ids": batch["mm_token_type_ids"][first:last].repeat_interleave(size, dim=0),
+        "pixel_values": torch.cat([patches[episode] for episode in chosen]),
+        "image_grid_thw": torch.cat([grids[episode] for episode in chosen]),
+        "num_images": [num_images[episode] for episode in chosen],
+    }

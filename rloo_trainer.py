@@ -16,12 +16,12 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import nanstd, pad, use_adapter
 
-from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator
+from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, repeat_episodes
 from environment import judge
 from model_utils import decode_completion, media_token_ids
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
@@ -80,7 +80,6 @@ class FleetRLOOTrainer(RLOOTrainer):
         reward_weights: RewardWeights = DEFAULT_WEIGHTS,
         allow_reasoning: bool = False,
         peft_config: PeftConfig | None = None,
-        callbacks: list[TrainerCallback] | None = None,
     ):
         """args: `make_rloo_config` says how episodes become TRL's batch sizes. processing_class: pads left.
 
@@ -96,7 +95,6 @@ class FleetRLOOTrainer(RLOOTrainer):
             args=args,
             train_dataset=dataset.as_hf_dataset(num_episodes_of_run(args)),
             processing_class=processing_class,
-            callbacks=callbacks,
             peft_config=peft_config,
         )
         if self.is_deepspeed_enabled:
@@ -149,7 +147,7 @@ class FleetRLOOTrainer(RLOOTrainer):
 
     def _sample_completions(self, batch: EpisodeBatch) -> list[list[int]]:
         """B completions as token ids, each up to and with its first end token, never empty, free of media tokens."""
-        rows = _repeat_episodes(batch, 0, len(batch["episodes"]))
+        rows = repeat_episodes(batch, 0, len(batch["episodes"]))
         prompts = [ids[mask.bool()].tolist() for ids, mask in zip(rows["prompt_ids"], rows["prompt_mask"], strict=True)]
         images = [pictures for pictures in batch["images"] for _ in range(batch["group_size"])]
         fields = {key: rows[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
@@ -166,7 +164,7 @@ class FleetRLOOTrainer(RLOOTrainer):
 
     def _score(self, batch: EpisodeBatch, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities (B, T) of the completions under the policy and, with beta > 0, under the reference."""
-        inputs = _loss_inputs(_repeat_episodes(batch, 0, len(batch["episodes"])), ids_BT, mask_BT)
+        inputs = _loss_inputs(repeat_episodes(batch, 0, len(batch["episodes"])), ids_BT, mask_BT)
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logps_BT = self._completion_logps(self.model, inputs)
             if self.beta == 0.0:
@@ -302,22 +300,6 @@ def num_episodes_of_run(args: RLOOConfig) -> int:
     return num_generations_of_run * args.generation_batch_size // args.num_generations
 
 
-def _repeat_episodes(batch: EpisodeBatch, first: int, last: int) -> dict[str, Any]:
-    """Episodes first to last - 1 as TRL has them: each prompt and its pixels once per rollout."""
-    size, num_images = batch["group_size"], batch["num_images"]
-    grids = batch["image_grid_thw"].split(num_images)
-    patches = batch["pixel_values"].split([int(grid.prod(dim=1).sum()) for grid in grids])
-    chosen = [episode for episode in range(first, last) for _ in range(size)]
-    return {
-        "prompt_ids": batch["input_ids"][first:last].repeat_interleave(size, dim=0),
-        "prompt_mask": batch["attention_mask"][first:last].repeat_interleave(size, dim=0),
-        "mm_token_type_ids": batch["mm_token_type_ids"][first:last].repeat_interleave(size, dim=0),
-        "pixel_values": torch.cat([patches[episode] for episode in chosen]),
-        "image_grid_thw": torch.cat([grids[episode] for episode in chosen]),
-        "num_images": [num_images[episode] for episode in chosen],
-    }
-
-
 def _loss_inputs(rows: dict[str, Any], completion_ids_BT: Tensor, completion_mask_BT: Tensor) -> dict[str, Any]:
     """TRL's inputs of a forward pass over prompts and their completions, which hold no image tokens."""
     text_ids_BT = torch.zeros_like(completion_ids_BT)
@@ -332,7 +314,7 @@ def _loss_inputs(rows: dict[str, Any], completion_ids_BT: Tensor, completion_mas
 def _micro_batch(rollouts: Rollouts, first: int, last: int) -> dict[str, Any]:
     """The inputs of TRL's loss for the groups first to last - 1."""
     rows = slice(first * rollouts.batch["group_size"], last * rollouts.batch["group_size"])
-    repeated = _repeat_episodes(rollouts.batch, first, last)
+    repeated = repeat_episodes(rollouts.batch, first, last)
     return {
         **_loss_inputs(repeated, rollouts.completion_ids_BT[rows], rollouts.completion_mask_BT[rows]),
         "old_logps": rollouts.old_logps_B[rows],

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from environment import Outcome
 from options import Options, ResolvedDefault
+from preflight import CONFIG_NAME
 from rollouts import RolloutRecord
 
 METRICS_NAME = "metrics.jsonl"
@@ -35,26 +36,20 @@ RECORDED_PACKAGES = (
 OUTCOME_STYLES = {Outcome.CORRECT: "green", Outcome.WRONG_INDEX: "yellow"}
 
 
-class ProgressWithReward(ProgressCallback):
-    """The training bar with reward and accuracy in it, in place of a printed dictionary per step."""
+class RunRecorder(ProgressCallback):
+    """The progress bar with reward and accuracy in it, tables of completions, and metrics.jsonl."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Shows the latest figures at the end of the bar."""
-        if self.training_bar is not None and logs and "reward" in logs:
-            self.training_bar.set_postfix(reward=f"{logs['reward']:.2f}", accuracy=f"{logs['accuracy']:.2f}")
-
-
-class RunRecorder(TrainerCallback):
-    """Appends a line to metrics.jsonl at every log, and prints a table of completions every `sample_steps` steps."""
-
-    def __init__(self, output_dir: Path, sample_steps: int):
-        """sample_steps: optimizer steps between tables, 0 for none. `trainer` is set once there is one."""
+    def __init__(self, trainer: Any, output_dir: Path, sample_steps: int):
+        """trainer: a FleetRLOOTrainer. sample_steps: optimizer steps between tables, 0 for none."""
+        super().__init__()
+        self.trainer = trainer
+        self.output_dir = output_dir
         self.metrics_path = output_dir / METRICS_NAME
         self.sample_steps = sample_steps
-        self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drops lines past the step that the run resumes from: those steps are taken and written again."""
+        super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero and self.metrics_path.exists():
             kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= state.global_step]
             unfinished = self.metrics_path.with_suffix(".unfinished")
@@ -62,23 +57,27 @@ class RunRecorder(TrainerCallback):
             os.replace(unfinished, self.metrics_path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Writes one JSON object: the step and every finite figure."""
+        """Writes one JSON object, the step and every figure, and shows the latest two at the end of the bar."""
         if not state.is_world_process_zero or not logs or "reward" not in logs:
             return
+        self.training_bar.set_postfix(reward=f"{logs['reward']:.2f}", accuracy=f"{logs['accuracy']:.2f}")
         figures = {name: value for name, value in logs.items() if isinstance(value, int | float)}
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **finite}) + "\n")
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Puts the run's configuration into the checkpoint, whose own config.json is the model's."""
+        if state.is_world_process_zero:
+            checkpoint = self.output_dir / f"checkpoint-{state.global_step}"
+            shutil.copyfile(self.output_dir / CONFIG_NAME, checkpoint / "run_config.json")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prints the table when it is due."""
+        """Moves the bar, and prints the table when it is due."""
+        super().on_step_end(args, state, control, **kwargs)
         is_due = self.sample_steps and (state.global_step == 1 or state.global_step % self.sample_steps == 0)
-        if state.is_world_process_zero and is_due and self.trainer is not None:
-            bar = next((cb.training_bar for cb in self.trainer.callback_handler.callbacks
-                        if isinstance(cb, ProgressWithReward)), None)  # fmt: skip
-            text = sample_table(self.trainer.latest_rollouts, state.global_step)
-            if bar is not None:
-                bar.write(text)
+        if state.is_world_process_zero and is_due:
+            self.training_bar.write(sample_table(self.trainer.latest_rollouts, state.global_step))
 
 
 def sample_table(rollouts: Sequence[RolloutRecord], step: int, max_rows: int = 4) -> str:
@@ -124,7 +123,7 @@ def write_config(output_dir: Path, options: Options) -> None:
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
-    (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (output_dir / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def installed_versions() -> dict[str, str]:

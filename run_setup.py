@@ -31,7 +31,6 @@ from rloo_trainer import FleetRLOOTrainer
 from run_records import (
     CURVE_NAME,
     METRICS_NAME,
-    ProgressWithReward,
     RunRecorder,
     draw_curve,
     read_metrics,
@@ -170,7 +169,6 @@ def build_trainer(options: Options, args: RLOOConfig, env: EpisodeSource) -> Fle
         raise UsageError(f"model {options.model_id} cannot be loaded ({error}); correct --model_id") from error
     is_new_adapter = options.use_lora and not is_adapter
     lora = make_lora_config(options.lora_rank, options.lora_alpha, options.lora_dropout) if is_new_adapter else None
-    recorder = RunRecorder(Path(str(options.output_dir)), options.sample_steps)
     trainer = FleetRLOOTrainer(
         model,
         args,
@@ -179,11 +177,9 @@ def build_trainer(options: Options, args: RLOOConfig, env: EpisodeSource) -> Fle
         reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
         allow_reasoning=options.allow_reasoning,
         peft_config=lora,
-        callbacks=[recorder],
     )
-    recorder.trainer = trainer
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressWithReward())
+    trainer.add_callback(RunRecorder(trainer, Path(str(options.output_dir)), options.sample_steps))
     logger.info(describe_parameters(trainer.model))
     return trainer
 

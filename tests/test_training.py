@@ -56,7 +56,8 @@ def test_a_run_leaves_its_records(uninterrupted: Path) -> None:
     assert config["options"]["learning_rate"] == 1e-4 and config["options"]["train_steps"] == 4
     assert config["versions"]["trl"] and "commit" in config
     assert Image.open(uninterrupted / "curve.png").width > 600
-    assert (uninterrupted / "checkpoint-2").is_dir() and (uninterrupted / "checkpoint-4").is_dir()
+    for step in (2, 4):
+        assert json.loads((uninterrupted / f"checkpoint-{step}" / "run_config.json").read_text()) == config
 
 
 def test_final_opens_with_from_pretrained_and_answers(uninterrupted: Path) -> None:
