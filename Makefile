@@ -11,11 +11,11 @@ test: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
-	$(BIN)/python -m pytest
+	$(ACTIVATE) && python -m pytest
 
 # the tests that import no torch, in seconds
 test-fast: setup-dev
-	$(BIN)/python -m pytest -m fast
+	$(ACTIVATE) && python -m pytest -m fast
 
 setup: .venv/.installed
 setup-dev: .venv/.installed-dev

@@ -156,7 +156,6 @@ def _add_rloo_flags(add: Callable[..., Any]) -> None:
     add(
         "--beta",
         type=float,
-        default=0.0,
         metavar="X",
         help="weight of the KL to the reference model (default: 0, no reference model in memory)",
     )

@@ -51,7 +51,7 @@ class Options:
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float
-    beta: float
+    beta: float | None
     epsilon: float
     epsilon_high: float | None
     normalize_advantages: bool
@@ -124,6 +124,7 @@ def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, l
         "per_device_batch_size": (8, "the toy is small") if is_toy else (1, "one group of a real model at a time"),
         "steps_per_generation": (options.gradient_accumulation_steps, "on-policy: one optimizer step a generation"),
         "learning_rate": rate,
+        "beta": (0.0, "no KL term, so no reference model in memory"),
         "dtype": ("bfloat16", "the GPU computes in it") if has_bf16_gpu else ("float32", "no GPU with bfloat16"),
         "image_max_pixels": (56 * 56, kind) if is_toy else (448 * 448, "256 tokens an image at most"),
         "max_completion_length": (32, "a toy call has 20 tokens") if is_toy else length,

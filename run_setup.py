@@ -5,6 +5,7 @@ one writes.
 """
 
 import datetime
+import itertools
 import logging
 import os
 import shutil
@@ -41,8 +42,6 @@ from toy_model import toy_model_path
 
 logger = logging.getLogger("fleet")
 
-MAY_DIFFER_BETWEEN_RANKS = frozenset({"output_dir"})
-
 
 def has_gpu() -> bool:
     """Whether a GPU will train: there is one, and the launcher was not told to use the CPU."""
@@ -69,22 +68,36 @@ def start_distributed(options: Options) -> tuple[Options, RLOOConfig]:
 
     Raises UsageError on all processes if their flags differ.
     """
-    name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{Path(options.model_id).name}"
-    output_dir = options.output_dir or str(Path("runs") / name)
-    args = make_rloo_config(options, output_dir)
+    args = make_rloo_config(options)
     require_same_options_on_all_ranks(options)
-    agreed = [output_dir]
+    agreed = [str(claim_output_dir(options))] if args.process_index == 0 else [""]
     broadcast_object_list(agreed)
     args.output_dir = agreed[0]
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(agreed[0]) / "tensorboard")
     options = replace(options, output_dir=agreed[0])
     if args.process_index == 0:
-        folder = Path(agreed[0])
-        if options.overwrite and folder.is_dir():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, options)
+        write_config(Path(agreed[0]), options)
     args.distributed_state.wait_for_everyone()
     return options, args
+
+
+def claim_output_dir(options: Options) -> Path:
+    """The run's folder, made or emptied; without --output_dir a new one, also if another run starts this second."""
+    if options.output_dir is None:
+        stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{Path(options.model_id).name}"
+        for number in itertools.count(1):
+            folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            logger.info(f"--output_dir {folder}: a new folder each time\n")
+            return folder
+    folder = Path(str(options.output_dir))
+    if options.overwrite and folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def require_same_options_on_all_ranks(options: Options) -> None:
@@ -92,22 +105,21 @@ def require_same_options_on_all_ranks(options: Options) -> None:
     of_ranks = gather_object([asdict(options)])
     differing = [
         f"{name}={sorted({str(of_rank[name]) for of_rank in of_ranks})}"
-        for name in sorted(of_ranks[0].keys() - MAY_DIFFER_BETWEEN_RANKS)
+        for name in sorted(of_ranks[0].keys())
         if any(of_rank[name] != of_ranks[0][name] for of_rank in of_ranks)
     ]
     if differing:
         raise UsageError(f"processes were started with different flags: {', '.join(differing)}; give all the same")
 
 
-def make_rloo_config(options: Options, output_dir: str) -> RLOOConfig:
+def make_rloo_config(options: Options) -> RLOOConfig:
     """TRL's arguments for these resolved options. Constructing them starts the process group and DeepSpeed.
 
     Fleet counts episodes where TRL counts rollouts: a device's batch is per_device_batch_size x num_rollouts.
     """
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(output_dir) / "tensorboard")
     assert options.per_device_batch_size is not None
     return RLOOConfig(
-        output_dir=output_dir,
+        output_dir=options.output_dir or "runs",
         max_steps=options.train_steps,
         num_generations=options.num_rollouts,
         per_device_train_batch_size=options.per_device_batch_size * options.num_rollouts,

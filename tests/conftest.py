@@ -2,12 +2,16 @@
 
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+# `accelerate` is beside the Python that runs the tests, also when nobody activated its environment
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 _FUZZ_EXAMPLES = os.environ.get("FLEET_FUZZ_EXAMPLES")
 # the everyday run tries the same few examples each time; FLEET_FUZZ_EXAMPLES=100000 goes looking for new ones

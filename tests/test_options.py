@@ -47,7 +47,7 @@ FLAGS = {
     "warmup_steps": (0, "5", 5, ["--lr_scheduler_type", "linear"]),
     "weight_decay": (0.0, "0.01", 0.01, []),
     "max_grad_norm": (1.0, "0.5", 0.5, []),
-    "beta": (0.0, "0.04", 0.04, []),
+    "beta": (None, "0.04", 0.04, []),
     "epsilon": (0.2, "0.1", 0.1, []),
     "epsilon_high": (None, "0.28", 0.28, []),
     "normalize_advantages": (False, "true", True, []),
@@ -356,7 +356,8 @@ def test_missing_config_file(tmp_path):
 RESOLVED = (
     "train_steps",
     "per_device_batch_size",
-    "steps_per_generation",
+    "learning_rate",
+    "beta",
     "learning_rate",
     "dtype",
     "image_max_pixels",
@@ -367,18 +368,18 @@ REAL = "--model_id Qwen/Qwen2.5-VL-3B-Instruct"
 
 # the values are of the flags in RESOLVED
 CASES = {
-    "toy on a CPU": ("", False, (60, 8, 1, 1e-4, "float32", 3136, 32, False)),
-    "toy on a GPU": ("", True, (60, 8, 1, 1e-4, "bfloat16", 3136, 32, False)),
-    "toy with LoRA": ("--use_lora", False, (60, 8, 1, 2e-3, "float32", 3136, 32, False)),
-    "real": (REAL, True, (200, 1, 1, 1e-6, "bfloat16", 200_704, 64, True)),
-    "real with LoRA": (f"{REAL} --use_lora", True, (200, 1, 1, 1e-5, "bfloat16", 200_704, 64, True)),
-    "real with reasoning": (f"{REAL} --allow_reasoning", True, (200, 1, 1, 1e-6, "bfloat16", 200_704, 512, True)),
+    "toy on a CPU": ("", False, (60, 8, 1, 1e-4, 0.0, "float32", 3136, 32, False)),
+    "toy on a GPU": ("", True, (60, 8, 1, 1e-4, 0.0, "bfloat16", 3136, 32, False)),
+    "toy with LoRA": ("--use_lora", False, (60, 8, 1, 2e-3, 0.0, "float32", 3136, 32, False)),
+    "real": (REAL, True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 64, True)),
+    "real with LoRA": (f"{REAL} --use_lora", True, (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True)),
+    "real with reasoning": (f"{REAL} --allow_reasoning", True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 512, True)),
     "real, accumulating": (
         f"{REAL} --gradient_accumulation_steps 4",
         True,
-        (200, 1, 4, 1e-6, "bfloat16", 200_704, 64, True),
+        (200, 1, 4, 1e-6, 0.0, "bfloat16", 200_704, 64, True),
     ),
-    "folder": ("--model_id ./my_model", False, (200, 1, 1, 1e-6, "float32", 200_704, 64, True)),
+    "folder": ("--model_id ./my_model", False, (200, 1, 1, 1e-6, 0.0, "float32", 200_704, 64, True)),
 }
 
 
@@ -393,7 +394,7 @@ def test_defaults_of_the_case(line, has_bf16_gpu, values):
 
 def test_what_was_given_is_not_filled_in():
     line = (
-        "--train_steps 3 --per_device_batch_size 2 --steps_per_generation 5 --learning_rate 0.5 --dtype float32 "
+        "--train_steps 3 --per_device_batch_size 2 --steps_per_generation 5 --learning_rate 0.5 --beta 0 --dtype float32 "
         "--image_max_pixels 784 --max_completion_length 9 --gradient_checkpointing false"
     )
     assert resolve_options(parse(line), has_bf16_gpu=True) == (parse(line), [])

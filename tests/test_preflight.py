@@ -359,7 +359,7 @@ def test_every_changed_flag_is_listed(tmp_path):
     leave_run(tmp_path, options_of("--output_dir", tmp_path, "--seed", 1, "--beta", 0.1, "--save_steps", 5))
     now = options_of("--output_dir", tmp_path, "--resume", "--num_rollouts", 8, "--train_steps", 99)
     assert refusal_of(preflight.require_same_flags_on_resume, now) == (
-        f"resume: the run in {tmp_path} had other flags: beta (was 0.1, now 0.0), num_rollouts (was 4, now 8), "
+        f"resume: the run in {tmp_path} had other flags: beta (was 0.1, now None), num_rollouts (was 4, now 8), "
         "seed (was 1, now 0); pass the same ones, or start a new run"
     )
 
