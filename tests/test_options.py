@@ -356,9 +356,9 @@ def test_missing_config_file(tmp_path):
 RESOLVED = (
     "train_steps",
     "per_device_batch_size",
+    "steps_per_generation",
     "learning_rate",
     "beta",
-    "learning_rate",
     "dtype",
     "image_max_pixels",
     "max_completion_length",
@@ -394,8 +394,8 @@ def test_defaults_of_the_case(line, has_bf16_gpu, values):
 
 def test_what_was_given_is_not_filled_in():
     line = (
-        "--train_steps 3 --per_device_batch_size 2 --steps_per_generation 5 --learning_rate 0.5 --beta 0 --dtype float32 "
-        "--image_max_pixels 784 --max_completion_length 9 --gradient_checkpointing false"
+        "--train_steps 3 --per_device_batch_size 2 --steps_per_generation 5 --learning_rate 0.5 --beta 0 "
+        "--dtype float32 --image_max_pixels 784 --max_completion_length 9 --gradient_checkpointing false"
     )
     assert resolve_options(parse(line), has_bf16_gpu=True) == (parse(line), [])
 
