@@ -56,8 +56,9 @@ def load_qwen25_vl(
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
-    model: PreTrainedModel | PeftModel = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         base_id,
+        output_loading_info=True,
         revision=revision,
         dtype=dtype,
         attn_implementation={
@@ -67,6 +68,11 @@ def load_qwen25_vl(
         },
         quantization_config=quantization if load_in_4bit else None,
     )
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"its files lack {len(loading['missing_keys'])} weights, {sorted(loading['missing_keys'])[0]} among them, "
+            "which would start at random; restore them"
+        )
     if freeze_vision:
         model.model.visual.requires_grad_(False)
     if adapter is not None:
@@ -147,7 +153,10 @@ def generate_tool_call(
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     pictures = [open_image(image, max_pixels) for image in images or ()]
     inputs = processor(text=[text], images=pictures or None, return_tensors="pt").to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    # the policy itself: a model's own generation_config may carry penalties and truncation that training does not use
+    sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+    if temperature > 0:
+        sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     generated = model.generate(
         **inputs, max_new_tokens=max_completion_length, suppress_tokens=media_token_ids(model.config), **sampling
     )

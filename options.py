@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from flags import TOY_MODEL_ID, UsageError, build_parser
+from reward import RewardWeights
 
 
 @dataclass(frozen=True)
@@ -232,9 +233,14 @@ def _refuse_impossible_numbers(options: Options) -> None:
     _require(options, ("image_max_pixels",), "at least 784 (28x28 pixels)", lambda value: value >= 784)
     _require(options, ("lora_dropout",), "below 1", lambda value: value < 1)
     # numpy takes 32 bits, and every process adds its rank
+    _require(options, ("train_steps",), "at most 10,000,000", lambda value: value <= 10_000_000)
     _require(options, ("seed",), "below 2147483648", lambda value: value < 2**31)
     _require(options, ("vllm_server_port",), "from 1 to 65535", lambda value: 1 <= value <= 65535)
     _require(options, ("top_p", "vllm_gpu_memory_utilization"), "above 0 and at most 1", lambda value: 0 < value <= 1)
+    try:
+        RewardWeights(options.reward_correct, options.reward_valid_call)
+    except ValueError as error:
+        raise UsageError(f"reward_correct, reward_valid_call: {error}") from error
     if options.steps_per_generation and options.steps_per_generation % options.gradient_accumulation_steps:
         raise UsageError(
             f"steps_per_generation={options.steps_per_generation} is not a multiple of gradient_accumulation_steps="

@@ -33,6 +33,7 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_packages(options)
     require_consistent_launch(launch_variables)
     require_model(options.model_id)
+    require_adapter_flags(options)
     require_output_dir(options)
     return make_environment(options)
 
@@ -109,6 +110,12 @@ def require_model(model_id: str) -> None:
             raise UsageError(f"model folder {folder} has no {what} ({pattern}); copy it there from the original model")
 
 
+def require_adapter_flags(options: Options) -> None:
+    """Raises UsageError if an adapter is to be trained without being told so: nothing else of it would train."""
+    if (Path(options.model_id) / "adapter_config.json").is_file() and not options.use_lora:
+        raise UsageError(f"model_id={options.model_id} is an adapter, whose base stays frozen; add --use_lora true")
+
+
 def require_output_dir(options: Options) -> None:
     """Raises UsageError if the run would mix with another one's files, or resumes what it cannot."""
     if options.output_dir is None:
@@ -116,6 +123,9 @@ def require_output_dir(options: Options) -> None:
     folder = Path(options.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir={folder} is a file; pass a folder")
+    nearest = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(f"output_dir={folder} cannot be made in {nearest}; pass a folder to write to")
     if options.resume:
         if not any(folder.glob("checkpoint-*/trainer_state.json")):
             raise UsageError(f"resume: {folder} has no checkpoint-*; pass the output_dir of a run that saved one")
@@ -131,12 +141,23 @@ def require_output_dir(options: Options) -> None:
             raise UsageError(
                 f"overwrite: output_dir={folder} holds no Fleet run, so nothing in it is deleted; pass another folder"
             )
-        for name, used in (("model_id", options.model_id), ("data_root", options.data_root)):
+        if folder.is_symlink():
+            raise UsageError(f"overwrite: output_dir={folder} is a symbolic link; pass the folder itself")
+        for name, used in what_the_run_reads(options):
             if Path(used).resolve().is_relative_to(folder.resolve()):
                 raise UsageError(
                     f"overwrite: {name}={used} lies in output_dir={folder}, which would be deleted before it is read; "
                     "pass another output_dir"
                 )
+
+
+def what_the_run_reads(options: Options) -> list[tuple[str, str]]:
+    """Every path that must survive `--overwrite`, with the flag that named it."""
+    adapter = Path(options.model_id) / "adapter_config.json"
+    base = _read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else None
+    env_file = options.env.rpartition(":")[0] if options.env else None
+    named = [("model_id", options.model_id), ("data_root", options.data_root), ("env", env_file), ("base model", base)]
+    return [(name, str(used)) for name, used in named if used]
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -177,9 +198,29 @@ def make_environment(options: Options) -> EpisodeSource:
         bad_image = first_bad_image(getattr(env, "images", ()))
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+    except Exception as error:
+        # an environment file is the user's code and may raise anything
+        raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
     if bad_image is not None:
         raise UsageError(bad_image)
+    if options.env:
+        require_sound_episode(env, options.env)
     return env
+
+
+def require_sound_episode(env: EpisodeSource, spec: str) -> None:
+    """Raises UsageError unless the environment of a user draws an episode whose messages place each image once."""
+    try:
+        episode = env.episode(0)
+        parts = [part for message in env.prompt_messages(episode) for part in message["content"]]
+        num_placeholders = sum(part["type"] == "image" for part in parts)
+    except Exception as error:
+        raise UsageError(f"env={spec}: episode 0 failed with {type(error).__name__}: {error}; correct it") from error
+    if num_placeholders != len(episode.images):
+        raise UsageError(
+            f"env={spec}: episode 0 has {len(episode.images)} images and {num_placeholders} image placeholders in its "
+            "messages; give each image one"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -58,9 +58,10 @@ class RunRecorder(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Writes one JSON object, the step and every figure, and shows the latest two at the end of the bar."""
-        if not state.is_world_process_zero or not logs or "reward" not in logs:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        self.training_bar.set_postfix(reward=f"{logs['reward']:.2f}", accuracy=f"{logs['accuracy']:.2f}")
+        if "reward" in logs:  # a step that reuses a generation has none of its own
+            self.training_bar.set_postfix(reward=f"{logs['reward']:.2f}", accuracy=f"{logs['accuracy']:.2f}")
         figures = {name: value for name, value in logs.items() if isinstance(value, int | float)}
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         with self.metrics_path.open("a", encoding="utf-8") as file:
@@ -77,7 +78,7 @@ class RunRecorder(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
         is_due = self.sample_steps and (state.global_step == 1 or state.global_step % self.sample_steps == 0)
         if state.is_world_process_zero and is_due:
-            self.training_bar.write(sample_table(self.trainer.latest_rollouts, state.global_step))
+            self.training_bar.write(sample_table(self.trainer.latest_rollouts, state.global_step), file=sys.stderr)
 
 
 def sample_table(rollouts: Sequence[RolloutRecord], step: int, max_rows: int = 4) -> str:
@@ -169,6 +170,7 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=150)
+    metrics = [line for line in metrics if "reward" in line]
     steps = [line["step"] for line in metrics]
     for name, colour in (("reward", "#d1495b"), ("accuracy", "#00798c")):
         axes.plot(steps, [line.get(name) for line in metrics], color=colour, linewidth=1.8, label=f"mean {name}")

@@ -5,7 +5,6 @@ one writes.
 """
 
 import datetime
-import itertools
 import logging
 import os
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_callback import ProgressCallback
@@ -48,9 +48,28 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
 
 
-def has_bf16_gpu() -> bool:
-    """Whether a GPU that computes in bfloat16 will train."""
-    return has_gpu() and torch.cuda.is_bf16_supported()
+def has_bfloat16() -> bool:
+    """Whether to compute in bfloat16: a GPU does so natively, or the launcher was told to."""
+    asked_by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    return asked_by_launcher or (has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def require_one_gpu_or_a_launcher() -> None:
+    """Raises UsageError for several GPUs and one process: only a launcher starts one process a GPU."""
+    if has_gpu() and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process; start with accelerate launch training.py, "
+            "or set CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def require_launchers_dtype(options: Options) -> None:
+    """Raises UsageError if the launcher's mixed precision contradicts --dtype."""
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and options.dtype != "bfloat16":
+        raise UsageError(
+            f"dtype={options.dtype}, but accelerate was told mixed_precision: bf16; pass --dtype bfloat16, or "
+            "mixed_precision 'no' to accelerate launch"
+        )
 
 
 def describe_run(options: Options, filled: Sequence[ResolvedDefault]) -> str:
@@ -63,50 +82,58 @@ def describe_run(options: Options, filled: Sequence[ResolvedDefault]) -> str:
     return f"{headline}\n\n{resolved_table(filled)}"
 
 
-def start_distributed(options: Options) -> tuple[Options, RLOOConfig]:
-    """The options with their output folder, which exists then, and TRL's arguments; the same on every process.
+def start_distributed(options: Options, problem: str | None = None) -> tuple[Options, RLOOConfig]:
+    """The options with their output folder's name, and TRL's arguments; the same on every process.
 
-    Raises UsageError on all processes if their flags differ.
+    problem: what the checks found on this process. Raises UsageError on all processes if any has a problem, or if
+    their flags differ. Touches no folder, except for making a new one where none was named.
     """
     args = make_rloo_config(options)
-    require_same_options_on_all_ranks(options)
-    agreed = [str(claim_output_dir(options))] if args.process_index == 0 else [""]
+    require_agreement(options, problem)
+    agreed = [str(options.output_dir or make_new_output_dir(options))] if args.process_index == 0 else [""]
     broadcast_object_list(agreed)
     args.output_dir = agreed[0]
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(agreed[0]) / "tensorboard")
-    options = replace(options, output_dir=agreed[0])
+    return replace(options, output_dir=agreed[0]), args
+
+
+def make_new_output_dir(options: Options) -> Path:
+    """A new folder of this run alone, also if another run starts in the same second."""
+    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{Path(options.model_id).name}"
+    number = 1
+    while True:
+        folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            continue
+        logger.info(f"--output_dir {folder}: a new folder each time\n")
+        return folder
+
+
+def take_output_dir(options: Options, args: RLOOConfig) -> None:
+    """Makes or empties the run's folder and writes config.json, once everything that can fail before has not."""
     if args.process_index == 0:
-        write_config(Path(agreed[0]), options)
+        folder = Path(str(options.output_dir))
+        if options.overwrite and folder.is_dir():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, options)
     args.distributed_state.wait_for_everyone()
-    return options, args
 
 
-def claim_output_dir(options: Options) -> Path:
-    """The run's folder, made or emptied; without --output_dir a new one, also if another run starts this second."""
-    if options.output_dir is None:
-        stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{Path(options.model_id).name}"
-        for number in itertools.count(1):
-            folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                continue
-            logger.info(f"--output_dir {folder}: a new folder each time\n")
-            return folder
-    folder = Path(str(options.output_dir))
-    if options.overwrite and folder.is_dir():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def require_same_options_on_all_ranks(options: Options) -> None:
-    """Raises UsageError on every process if any process was started with other flags."""
-    of_ranks = gather_object([asdict(options)])
+def require_agreement(options: Options, problem: str | None) -> None:
+    """Raises UsageError on every process if the checks of any failed, or any was started with other flags."""
+    of_ranks = gather_object([(problem, asdict(options))])
+    for rank, (found, _) in enumerate(of_ranks):
+        if found is not None:
+            raise UsageError(f"process {rank}: {found}" if len(of_ranks) > 1 else found)
+    first = of_ranks[0][1]
     differing = [
-        f"{name}={sorted({str(of_rank[name]) for of_rank in of_ranks})}"
-        for name in sorted(of_ranks[0].keys())
-        if any(of_rank[name] != of_ranks[0][name] for of_rank in of_ranks)
+        f"{name}={sorted({str(flags[name]) for _, flags in of_ranks})}"
+        for name in sorted(first)
+        if any(flags[name] != first[name] for _, flags in of_ranks)
     ]
     if differing:
         raise UsageError(f"processes were started with different flags: {', '.join(differing)}; give all the same")
@@ -156,19 +183,33 @@ def make_rloo_config(options: Options) -> RLOOConfig:
         bf16=options.dtype == "bfloat16",
         use_cpu=not has_gpu(),
         dataloader_pin_memory=has_gpu(),
+        # read for the reference model alone, which a full fine-tune with beta > 0 loads again
+        model_init_kwargs={"revision": options.revision} if options.revision and options.beta else None,
         # an episode's number is its randomness, so the order stays as it is
         shuffle_dataset=False,
     )
 
 
-def build_trainer(options: Options, args: RLOOConfig, env: EpisodeSource) -> FleetRLOOTrainer:
+def local_model_path(options: Options) -> str:
+    """What `from_pretrained` is to open; builds the toy model if need be, so call it before start_distributed.
+
+    Raises UsageError if the toy model's cache cannot be written.
+    """
+    if options.model_id != TOY_MODEL_ID:
+        return options.model_id
+    try:
+        return str(toy_model_path())
+    except OSError as error:
+        raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
+
+
+def build_trainer(options: Options, args: RLOOConfig, env: EpisodeSource, model_path: str) -> FleetRLOOTrainer:
     """The trainer with its model loaded. Raises UsageError if the model cannot be found or opened."""
     transformers_logging.disable_progress_bar()
-    model_path = toy_model_path() if options.model_id == TOY_MODEL_ID else options.model_id
-    is_adapter = read_adapter_config(str(model_path)) is not None
+    is_adapter = read_adapter_config(model_path) is not None
     try:
         model, processor = load_qwen25_vl(
-            str(model_path),
+            model_path,
             # TRL wraps the model in a new adapter itself; an adapter that exists is opened here
             use_lora=options.use_lora and is_adapter,
             freeze_vision=options.freeze_vision,
@@ -177,8 +218,9 @@ def build_trainer(options: Options, args: RLOOConfig, env: EpisodeSource) -> Fle
             attn_implementation=options.attn_implementation,
             revision=options.revision,
         )
-    except OSError as error:
-        raise UsageError(f"model {options.model_id} cannot be loaded ({error}); correct --model_id") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"model {options.model_id} cannot be loaded ({reason}); correct --model_id") from error
     is_new_adapter = options.use_lora and not is_adapter
     lora = make_lora_config(options.lora_rank, options.lora_alpha, options.lora_dropout) if is_new_adapter else None
     trainer = FleetRLOOTrainer(
@@ -246,8 +288,8 @@ def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
         for name in ("reward", "accuracy")
     }
     figures = ", ".join(f"mean {name} {first:.2f} -> {last:.2f}" for name, (first, last) in means.items())
-    seconds = sum(line["step_time_s"] for line in lines)
+    seconds = sum(line.get("step_time_s", 0) for line in trainer.state.log_history)
     return (
         f"\n{figures} (first and last {window} logged steps), {seconds:.0f} s of training\n"
-        f"in {options.output_dir}: metrics.jsonl, curve.png, config.json, tensorboard/, checkpoints, final/"
+        f"in {options.output_dir}: metrics.jsonl, curve.png, config.json, checkpoints, final/"
     )

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from transformers import (
 )
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
-from environment import PickImageEnv
+from environment import Episode, PickImageEnv
 from utils.tool_calls import make_tool_call_str
 
 TOY_IMAGE_PIXELS = 56 * 56
@@ -83,6 +84,10 @@ RECIPE: dict[str, Any] = {
     "episodes_per_step": 8,
     "candidates": [2, 3, 4, 4, 4, 4, 5, 6],  # drawn per step, so that every index up to 5 has been seen
     "learning_rate": 6e-3,
+    "instruction_words": (
+        "pick the one that is correct red green blue yellow white black circle square star moon image images all but "
+        "same differs other which of a an and not with left right big small find show choose as in on only every"
+    ),
 }
 
 
@@ -90,19 +95,26 @@ def toy_model_path(cache_root: Path | None = None) -> Path:
     """The folder of the built toy model; builds it if the cache has none for this recipe and these versions.
 
     cache_root: where it is kept; default `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`. One
-    process builds while others wait, and the folder appears whole or not at all.
+    process builds while others wait, and the folder appears whole or not at all. Call it before torch's process group
+    exists: transformers saves on the first rank alone, whichever rank asked.
     """
     root = cache_root or default_cache_root()
     path = root / f"toy-{recipe_digest()}"
     root.mkdir(parents=True, exist_ok=True)
     with (root / "toy.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.is_dir():
+        if not is_whole(path):
+            shutil.rmtree(path, ignore_errors=True)
             unfinished = root / f"{path.name}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             build_toy_model(unfinished)
             os.replace(unfinished, path)
     return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a folder has all that `from_pretrained` opens."""
+    return all((path / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
 def default_cache_root() -> Path:
@@ -188,13 +200,26 @@ def make_toy_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGe
     return model
 
 
+class _AnyInstructionEnv(PickImageEnv):
+    """Every other episode asks in words of no meaning, so that a call is the answer to any instruction."""
+
+    def instruction(self, episode: Episode) -> str:
+        rng = random.Random(f"{episode.labels}")
+        if rng.random() < 0.5:
+            return super().instruction(episode)
+        words = [rng.choice(RECIPE["instruction_words"].split()) for _ in range(rng.randrange(3, 14))]
+        return f"{' '.join(words).capitalize()}."
+
+
 def _warm_up(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> None:
     """Teaches to answer with one call whose index is uniform over the candidates."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["learning_rate"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["learning_rate"], RECIPE["warm_up_steps"])
     collator = VLMDataCollator(processor, num_rollouts=1)
     datasets = {
-        count: RepeatableEpisodeDataset(PickImageEnv(TOY_DATA_ROOT, count, fixed_correct_index=0), TOY_IMAGE_PIXELS)
+        count: RepeatableEpisodeDataset(
+            _AnyInstructionEnv(TOY_DATA_ROOT, count, fixed_correct_index=0), TOY_IMAGE_PIXELS
+        )
         for count in set(RECIPE["candidates"])
     }
     model.train()

@@ -11,9 +11,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from flags import UsageError
-from options import parse_options, resolve_options
+from options import Options, parse_options, resolve_options
 from preflight import check_before_loading, require_same_flags_on_resume
 
 logger = logging.getLogger("fleet")
@@ -23,21 +24,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one training from start to end. Raises UsageError, before any weight loads, for a run that cannot be."""
     set_up_logging()
     options = parse_options(sys.argv[1:] if argv is None else argv)
-    env = check_before_loading(options)
+    env, problem = check_or_explain(options)
     keep_libraries_quiet()
     import run_setup
 
-    options, filled = resolve_options(options, has_bf16_gpu=run_setup.has_bf16_gpu())
+    run_setup.require_one_gpu_or_a_launcher()
+    options, filled = resolve_options(options, has_bf16_gpu=run_setup.has_bfloat16())
+    run_setup.require_launchers_dtype(options)
     require_same_flags_on_resume(options)
     logger.info(run_setup.describe_run(options, filled))
-    if options.dry_run:
+    if options.dry_run and problem is None:
         logger.info("dry run: everything checked is sound; no weight was loaded")
         return
-    options, args = run_setup.start_distributed(options)
-    trainer = run_setup.build_trainer(options, args, env)
+    model_path = run_setup.local_model_path(options)
+    options, args = run_setup.start_distributed(options, problem)
+    trainer = run_setup.build_trainer(options, args, env, model_path)
+    run_setup.take_output_dir(options, args)
     trainer.train(resume_from_checkpoint=options.resume or None)
     run_setup.save_results(options, trainer)
     logger.info(run_setup.describe_results(options, trainer))
+
+
+def check_or_explain(options: Options) -> tuple[Any, str | None]:
+    """(environment, None), or (None, what is wrong): with several processes the others must hear of it first."""
+    try:
+        return check_before_loading(options), None
+    except UsageError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        return None, str(error)
 
 
 def set_up_logging() -> None:
@@ -53,7 +68,7 @@ def keep_libraries_quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in ("accelerate", "datasets", "httpx", "torch.distributed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

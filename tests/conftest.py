@@ -13,6 +13,9 @@ from PIL import Image
 # `accelerate` is beside the Python that runs the tests, also when nobody activated its environment
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
+# several GPUs in one process are refused, and what these tests check needs none
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 _FUZZ_EXAMPLES = os.environ.get("FLEET_FUZZ_EXAMPLES")
 # the everyday run tries the same few examples each time; FLEET_FUZZ_EXAMPLES=100000 goes looking for new ones
 settings.register_profile(

@@ -67,7 +67,11 @@ def scripted_completions(num_rollouts_per_group: int, num_rows: int, num_generat
     texts = [make_tool_call_str(0), make_tool_call_str(1), "no call", make_tool_call_str(7), make_tool_call_str(2)]
     tokenizer = toy_processor().tokenizer
     rows = [(row % num_rollouts_per_group) * 2 + row // num_rollouts_per_group for row in range(num_rows)]
-    return [tokenizer(texts[(row + num_generations_done) % 5] + "<|im_end|>")["input_ids"] for row in rows]
+    return [
+        # every third completion has no end: it hit the length limit
+        tokenizer(texts[(row + num_generations_done) % 5] + ("<|im_end|>" if place % 3 else ""))["input_ids"]
+        for place, row in enumerate(rows)
+    ]
 
 
 class ScriptedFleetTrainer(FleetRLOOTrainer):

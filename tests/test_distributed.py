@@ -80,6 +80,24 @@ def test_two_ranks_take_the_step_that_one_process_takes(tmp_path: Path) -> None:
     assert sum(not torch.equal(first[name], base[name]) for name in base) > 50
 
 
+@pytest.mark.parametrize("launcher", ["zero3", "ddp"])
+def test_two_ranks_with_an_empty_cache_build_one_whole_toy_model(launcher: str, tmp_path: Path) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    if launcher == "zero3":
+        command = ["accelerate", "launch", *ZERO3, "--main_process_port", free_port()]
+    else:
+        command = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLEET_CACHE": str(cache), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, "training.py", *QUICK, "--train_steps", "1", "--output_dir", str(run)],
+        cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (model_folder,) = [path for path in cache.iterdir() if path.is_dir()]
+    load_qwen25_vl(str(model_folder))
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1]
+
+
 def test_the_shipped_configuration_trains(tmp_path: Path) -> None:
     config = yaml.safe_load((REPOSITORY / "accelerate_config.yaml").read_text())
     # what this machine lacks: GPUs, and eight of them; everything else is as shipped, bfloat16 and CPU offload included
@@ -106,6 +124,20 @@ def test_two_launchers_train_as_two_machines(tmp_path: Path) -> None:
     outputs = [process.communicate(timeout=300)[0] for process in launchers]
     assert [process.returncode for process in launchers] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_machine_whose_folder_is_missing_stops_the_other_too(tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    launchers = [
+        start([*ZERO3, "--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
+               "--main_process_port", port],
+              ["training.py", *QUICK, "--output_dir", str(run), "--data_root", data_root])
+        for rank, data_root in ((0, "./toy_images"), (1, str(tmp_path / "nowhere")))
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=200)[0] for process in launchers]
+    assert all(process.returncode != 0 for process in launchers)
+    assert all("process 1: data folder" in output for output in outputs)
+    assert not run.exists()
 
 
 def test_machines_started_with_other_flags_stop_and_say_which(tmp_path: Path) -> None:

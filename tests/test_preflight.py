@@ -373,11 +373,24 @@ def test_flags_of_a_run_that_is_not_resumed_are_its_own(tmp_path):
 
 
 ENV_FILE = """
+from pathlib import Path
+from environment import Episode
+
 class MyEnv:
     def __init__(self, **arguments):
         self.arguments = arguments
-    def episode(self, index): ...
-    def prompt_messages(self, episode): ...
+    def episode(self, index):
+        return Episode((Path("a.png"), Path("b.png")), (), 0, ("a", "b"), None, 0)
+    def prompt_messages(self, episode):
+        return [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
+
+class OneImageShort(MyEnv):
+    def prompt_messages(self, episode):
+        return [{"role": "user", "content": [{"type": "image"}]}]
+
+class Failing(MyEnv):
+    def episode(self, index):
+        return 1 / 0
 
 class ChoosyEnv(MyEnv):
     def __init__(self, **arguments):
@@ -486,10 +499,44 @@ def test_env_with_a_dataclass_and_late_annotations_loads(workplace):
     assert type(preflight.make_environment(options)).__name__ == "Mine"
 
 
-def test_env_of_its_own_pictures_needs_no_data_folder(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "class Mine:\n    def __init__(self, **_): pass\n    def episode(self, index): ...\n"
-        "    def prompt_messages(self, episode): ...\n"
+def test_env_of_its_own_pictures_needs_no_data_folder(workplace):
+    options = options_of("--env", "my_env.py:MyEnv", "--data_root", "nowhere")
+    assert type(preflight.make_environment(options)).__name__ == "MyEnv"
+
+
+@pytest.mark.parametrize(
+    ("env_class", "words"),
+    [("OneImageShort", "2 images and 1 image placeholders"), ("Failing", "episode 0 failed with ZeroDivisionError")],
+)
+def test_env_whose_first_episode_is_unsound_is_refused(workplace, env_class, words):
+    assert words in refusal_of(preflight.make_environment, options_of("--env", f"my_env.py:{env_class}"))
+
+
+def test_env_file_that_does_not_run_is_refused(workplace):
+    (workplace / "broken.py").write_text("def episode(:\n")
+    words = refusal_of(preflight.make_environment, options_of("--env", "broken.py:Mine"))
+    assert "failed with SyntaxError" in words
+
+
+def test_adapter_without_use_lora_is_refused(tmp_path):
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"})
+    assert "add --use_lora true" in refusal_of(preflight.require_adapter_flags, options_of("--model_id", tmp_path))
+    preflight.require_adapter_flags(options_of("--model_id", tmp_path, "--use_lora"))
+
+
+def test_output_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot be made" in refusal_of(
+        preflight.require_output_dir, options_of("--output_dir", tmp_path / "file" / "run")
     )
-    options = options_of("--env", f"{tmp_path / 'mine.py'}:Mine", "--data_root", tmp_path / "nowhere")
-    assert type(preflight.make_environment(options)).__name__ == "Mine"
+
+
+def test_overwrite_spares_an_adapters_base_and_the_environment_file(tmp_path):
+    run, adapter = leave_run(tmp_path / "run"), tmp_path / "adapter"
+    (run / "final").mkdir()
+    adapter.mkdir()
+    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": str(run / "final")})
+    (run / "env.py").touch()
+    for flags in (["--model_id", adapter], ["--env", f"{run / 'env.py'}:Mine"]):
+        options = options_of("--output_dir", run, "--overwrite", *flags)
+        assert "would be deleted before it is read" in refusal_of(preflight.require_output_dir, options)

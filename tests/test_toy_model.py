@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from environment import Outcome, ParseStatus, judge
+from dataset import RepeatableEpisodeDataset
+from environment import Outcome, ParseStatus, PickImageEnv, judge, load_environment_class
 from model_utils import decode_completion, end_token_ids, load_processor, load_qwen25_vl
 from tests.helpers import REPOSITORY, fleet_trainer, rloo_config, toy_dataset, toy_model, toy_path, toy_processor
+from toy_model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 
 # a build of two steps, printed when done, in a process of its own
 BUILD = "import toy_model; toy_model.RECIPE['warm_up_steps'] = 2; print(toy_model.toy_model_path())"
@@ -48,6 +50,20 @@ def test_it_answers_with_calls_whose_index_is_spread(candidates: int, tmp_path: 
     for index in range(candidates):
         share = shares[index] / len(judged)
         assert 0.25 / candidates < share < 2 / candidates, (index, share)
+
+
+def test_it_answers_any_instruction_with_a_call(tmp_path: Path) -> None:
+    trainer = fleet_trainer(rloo_config(tmp_path, num_generations=16, per_device_train_batch_size=128))
+    odd_one_out = load_environment_class(f"{REPOSITORY}/examples/odd_one_out.py:OddOneOutEnv")
+    for env in (PickImageEnv(TOY_DATA_ROOT, 4, None, seed=3), odd_one_out(TOY_DATA_ROOT, 4, None, seed=3)):
+        dataset = RepeatableEpisodeDataset(env, TOY_IMAGE_PIXELS)
+        torch.manual_seed(1)
+        completions = trainer._sample_completions(
+            trainer.data_collator([dataset[i] for i in range(8) for _ in range(16)])
+        )
+        ends = end_token_ids(trainer.model)
+        statuses = [judge(decode_completion(toy_processor(), ids, ends), 0, 4).parse_status for ids in completions]
+        assert statuses.count(ParseStatus.OK) / len(statuses) >= 0.9
 
 
 def test_two_processes_build_once_and_agree(tmp_path: Path) -> None:

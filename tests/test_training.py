@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import training
 from flags import UsageError
 from model_utils import generate_tool_call, load_qwen25_vl
+from options import parse_options, resolve_options
+from preflight import make_environment
 from run_records import draw_curve, read_metrics, sample_table
+from run_setup import build_trainer, make_rloo_config
 from tests.helpers import REPOSITORY, toy_dataset, toy_path
 
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none"]
@@ -136,6 +139,115 @@ def test_an_adapter_trains_on_and_is_its_own_reference(beta: str, tmp_path: Path
     half = run(tmp_path / "half", "--train_steps", "1", *flags)
     run(half, "--train_steps", "2", "--resume", *flags)
     assert_bit_equal(final_weights(half, name), after)
+
+
+def test_failed_start_keeps_the_run_that_it_was_to_overwrite(uninterrupted: Path, tmp_path: Path) -> None:
+    kept = shutil.copytree(uninterrupted, tmp_path / "kept")
+    broken = shutil.copytree(toy_path(), tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file({name: weights[name] for name in sorted(weights)[3:]}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="its files lack 3 weights"):
+        run(kept, "--overwrite", "--model_id", str(broken))
+    assert_bit_equal(final_weights(kept), final_weights(uninterrupted))
+    with pytest.raises(UsageError, match="its files lack 3 weights"):
+        run(tmp_path / "new", "--model_id", str(broken))
+    assert not (tmp_path / "new").exists(), "the corrected command can use the same folder"
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(uninterrupted: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(uninterrupted, tmp_path / "again")
+    run(again, "--overwrite", "--train_steps", "1")
+    assert [line["step"] for line in read_metrics(again / "metrics.jsonl")] == [1]
+    assert not (again / "checkpoint-4").exists()
+
+
+def test_every_step_is_logged_when_generations_are_reused(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", "--num_iterations", "2", "--train_steps", "4")
+    lines = read_metrics(done / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert ["reward" in line for line in lines] == [True, False, True, False]
+    assert all(line["grad_norm"] is not None and line["step_time_s"] > 0 for line in lines)
+
+
+# flag, value, TRL's argument, its value
+REACHES_TRL = [
+    ("per_device_batch_size", "3", "per_device_train_batch_size", 12),
+    ("num_rollouts", "5", "num_generations", 5),
+    ("train_steps", "7", "max_steps", 7),
+    ("gradient_accumulation_steps", "2", "gradient_accumulation_steps", 2),
+    ("steps_per_generation", "4", "steps_per_generation", 4),
+    ("num_iterations", "3", "num_iterations", 3),
+    ("learning_rate", "0.5", "learning_rate", 0.5),
+    ("lr_scheduler_type", "cosine", "lr_scheduler_type", "cosine"),
+    ("weight_decay", "0.1", "weight_decay", 0.1),
+    ("max_grad_norm", "2", "max_grad_norm", 2.0),
+    ("beta", "0.3", "beta", 0.3),
+    ("epsilon", "0.3", "epsilon", 0.3),
+    ("epsilon_high", "0.4", "epsilon_high", 0.4),
+    ("normalize_advantages", "true", "normalize_advantages", True),
+    ("mask_truncated_completions", "true", "mask_truncated_completions", True),
+    ("gradient_checkpointing", "true", "gradient_checkpointing", True),
+    ("temperature", "0.7", "temperature", 0.7),
+    ("top_p", "0.9", "top_p", 0.9),
+    ("max_completion_length", "9", "max_completion_length", 9),
+    ("ds3_gather_for_generation", "true", "ds3_gather_for_generation", True),
+    ("vllm_mode", "server", "vllm_mode", "server"),
+    ("vllm_server_host", "10.0.0.9", "vllm_server_host", "10.0.0.9"),
+    ("vllm_server_port", "9000", "vllm_server_port", 9000),
+    ("vllm_gpu_memory_utilization", "0.5", "vllm_gpu_memory_utilization", 0.5),
+    ("vllm_tensor_parallel_size", "2", "vllm_tensor_parallel_size", 2),
+    ("use_vllm", "true", "use_vllm", True),
+    ("output_dir", "there", "output_dir", "there"),
+    ("seed", "11", "seed", 11),
+    ("save_steps", "6", "save_steps", 6),
+    ("save_total_limit", "3", "save_total_limit", 3),
+    ("logging_steps", "8", "logging_steps", 8),
+    ("report_to", "none", "report_to", []),
+    ("dataloader_num_workers", "2", "dataloader_num_workers", 2),
+    ("dtype", "bfloat16", "bf16", True),
+]
+
+
+@pytest.mark.parametrize(("flag", "text", "argument", "value"), REACHES_TRL)
+def test_flag_reaches_trl(flag: str, text: str, argument: str, value: Any) -> None:
+    def argument_with(flags: list[str]) -> Any:
+        options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
+        return getattr(make_rloo_config(options), argument)
+
+    assert argument_with([f"--{flag}", text]) == value != argument_with([])
+
+
+def test_warmup_reaches_trl() -> None:
+    flags = ["--warmup_steps", "5", "--lr_scheduler_type", "constant_with_warmup"]
+    options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
+    assert make_rloo_config(options).warmup_steps == 5
+
+
+def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--freeze_vision", "--attn_implementation", "eager", "--reward_correct", "0.5", "--reward_valid_call",
+             "0.25", "--allow_reasoning", "--image_max_pixels", "1600", "--output_dir", str(tmp_path)]  # fmt: skip
+    options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
+    env = make_environment(options)
+    trainer = build_trainer(options, make_rloo_config(options), env, toy_path())
+    assert not any(weight.requires_grad for weight in trainer.model.model.visual.parameters())
+    assert trainer.model.model.language_model.config._attn_implementation == "eager"
+    right = 'because <tool_call>{"name": "pick_image", "arguments": {"index": 0}}</tool_call>'
+    wrong = right.replace("0", "1")
+    assert trainer.reward_funcs[0]([right, wrong], correct_index=[0, 0], num_candidates=[4, 4]) == [0.75, 0.25]
+    assert trainer.allow_reasoning
+    assert trainer.train_dataset[0]["images"][0].size == (40, 40)
+
+
+def test_tensorboard_events_lie_in_the_run(tmp_path: Path) -> None:
+    training.main(["--per_device_batch_size", "2", "--sample_steps", "1", "--train_steps", "1",
+                   "--dataloader_num_workers", "1", "--output_dir", str(tmp_path / "run")])  # fmt: skip
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_table_and_bar_show_the_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "run", "--train_steps", "1", "--sample_steps", "1")
+    shown = capfd.readouterr().err
+    assert "step 1: sample completions" in shown and "accuracy=" in shown and "reward=" in shown
 
 
 def test_other_flags_on_resume_are_refused_by_name(uninterrupted: Path) -> None:
