@@ -136,7 +136,7 @@ def _add_rloo_flags(add: Callable[..., Any]) -> None:
         "--learning_rate",
         type=float,
         metavar="X",
-        help="AdamW's (default: 1e-4 for the toy, 2e-3 with LoRA; else 1e-6, 1e-5 with LoRA)",
+        help="AdamW's (default: 1e-4 for the toy, 5e-4 with LoRA; else 1e-6, 1e-5 with LoRA)",
     )
     add(
         "--lr_scheduler_type",

@@ -116,7 +116,7 @@ def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, l
     is_toy = options.model_id == TOY_MODEL_ID
     kind = "the toy model" if is_toy else "a real model"
     if options.use_lora:
-        rate = (2e-3, "LoRA on the toy model") if is_toy else (1e-5, "LoRA: ten times a full fine-tune's")
+        rate = (5e-4, "LoRA on the toy model") if is_toy else (1e-5, "LoRA: ten times a full fine-tune's")
     else:
         rate = (1e-4, "full fine-tune of the toy model") if is_toy else (1e-6, "full fine-tune, TRL's default")
     length = (512, "room to reason before the call") if options.allow_reasoning else (64, "a call has about 25 tokens")

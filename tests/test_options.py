@@ -370,7 +370,7 @@ REAL = "--model_id Qwen/Qwen2.5-VL-3B-Instruct"
 CASES = {
     "toy on a CPU": ("", False, (60, 8, 1, 1e-4, 0.0, "float32", 3136, 32, False)),
     "toy on a GPU": ("", True, (60, 8, 1, 1e-4, 0.0, "bfloat16", 3136, 32, False)),
-    "toy with LoRA": ("--use_lora", False, (60, 8, 1, 2e-3, 0.0, "float32", 3136, 32, False)),
+    "toy with LoRA": ("--use_lora", False, (60, 8, 1, 5e-4, 0.0, "float32", 3136, 32, False)),
     "real": (REAL, True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 64, True)),
     "real with LoRA": (f"{REAL} --use_lora", True, (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True)),
     "real with reasoning": (f"{REAL} --allow_reasoning", True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 512, True)),

@@ -122,7 +122,7 @@ def test_merged_weights_answer_as_the_adapter_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("beta", ["0", "0.05"])
 def test_an_adapter_trains_on_and_is_its_own_reference(beta: str, tmp_path: Path) -> None:
-    first = run(tmp_path / "first", "--use_lora", "--train_steps", "2")
+    first = run(tmp_path / "first", "--use_lora", "--train_steps", "2", "--learning_rate", "1e-4")
     flags = ["--use_lora", "--model_id", str(first / "final"), "--image_max_pixels", "3136", "--learning_rate", "1e-3",
              "--beta", beta, "--save_steps", "1"]  # fmt: skip
     second = run(tmp_path / "second", "--train_steps", "2", *flags)
