@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from run_records import (
     resolved_table,
     write_config,
 )
-from toy_model import toy_model_path
+from toy_model import build_in_own_process
 
 logger = logging.getLogger("fleet")
 
@@ -191,15 +192,15 @@ def make_rloo_config(options: Options) -> RLOOConfig:
 
 
 def local_model_path(options: Options) -> str:
-    """What `from_pretrained` is to open; builds the toy model if need be, so call it before start_distributed.
+    """What `from_pretrained` is to open; builds the toy model if need be.
 
     Raises UsageError if the toy model's cache cannot be written.
     """
     if options.model_id != TOY_MODEL_ID:
         return options.model_id
     try:
-        return str(toy_model_path())
-    except OSError as error:
+        return str(build_in_own_process())
+    except (OSError, subprocess.CalledProcessError) as error:
         raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
 
 

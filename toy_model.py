@@ -11,6 +11,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -95,8 +97,8 @@ def toy_model_path(cache_root: Path | None = None) -> Path:
     """The folder of the built toy model; builds it if the cache has none for this recipe and these versions.
 
     cache_root: where it is kept; default `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`. One
-    process builds while others wait, and the folder appears whole or not at all. Call it before torch's process group
-    exists: transformers saves on the first rank alone, whichever rank asked.
+    process builds while others wait, and the folder appears whole or not at all. In a process that a launcher started,
+    use build_in_own_process, because transformers saves on the first rank alone.
     """
     root = cache_root or default_cache_root()
     path = root / f"toy-{recipe_digest()}"
@@ -110,6 +112,24 @@ def toy_model_path(cache_root: Path | None = None) -> Path:
             build_toy_model(unfinished)
             os.replace(unfinished, path)
     return path
+
+
+def build_in_own_process() -> Path:
+    """`toy_model_path` run by a process that knows nothing of launcher, ranks and GPUs.
+
+    Raises OSError if the cache cannot be written, subprocess.CalledProcessError if the build fails.
+    """
+    default_cache_root().mkdir(parents=True, exist_ok=True)
+    of_launcher = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launcher)}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=environment | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return Path(done.stdout.splitlines()[-1])
 
 
 def is_whole(path: Path) -> bool:
@@ -274,3 +294,7 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+if __name__ == "__main__":
+    print(toy_model_path())

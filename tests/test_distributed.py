@@ -87,7 +87,7 @@ def test_two_ranks_with_an_empty_cache_build_one_whole_toy_model(launcher: str, 
         command = ["accelerate", "launch", *ZERO3, "--main_process_port", free_port()]
     else:
         command = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLEET_CACHE": str(cache), "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLEET_CACHE": str(cache)}
     done = subprocess.run(
         [*command, "training.py", *QUICK, "--train_steps", "1", "--output_dir", str(run)],
         cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=300,

@@ -36,8 +36,8 @@ def test_it_is_a_real_qwen25_vl_with_its_real_processor() -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
-@pytest.mark.parametrize("candidates", [2, 4, 6])
-def test_it_answers_with_calls_whose_index_is_spread(candidates: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("candidates", "least"), [(2, 0.3), (4, 0.12), (6, 0.01)])
+def test_it_answers_with_calls_whose_index_is_spread(candidates: int, least: float, tmp_path: Path) -> None:
     args = rloo_config(tmp_path, num_generations=16, per_device_train_batch_size=256)
     trainer = fleet_trainer(args, dataset=toy_dataset(candidates, seed=99))
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(16) for _ in range(16)])
@@ -49,7 +49,7 @@ def test_it_answers_with_calls_whose_index_is_spread(candidates: int, tmp_path: 
     assert sum(verdict.parse_status is ParseStatus.OK for verdict in judged) / len(judged) >= 0.93
     for index in range(candidates):
         share = shares[index] / len(judged)
-        assert 0.25 / candidates < share < 2 / candidates, (index, share)
+        assert least < share < 2 / candidates, (index, share)
 
 
 def test_it_answers_any_instruction_with_a_call(tmp_path: Path) -> None:
