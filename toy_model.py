@@ -119,7 +119,10 @@ def build_in_own_process() -> Path:
 
     Raises OSError if the cache cannot be written, subprocess.CalledProcessError if the build fails.
     """
-    default_cache_root().mkdir(parents=True, exist_ok=True)
+    path = default_cache_root() / f"toy-{recipe_digest()}"
+    if is_whole(path):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     of_launcher = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launcher)}
     done = subprocess.run(
