@@ -159,7 +159,8 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderOfUniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"config file {path} is not YAML: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"config file {path} is not YAML: {reason}") from error
     if not isinstance(settings, dict):
         raise UsageError(f"config file {path} holds a {type(settings).__name__}, wanted lines of 'flag: value'")
     known = [field.name for field in fields(Options)]
