@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from environment import Episode, EpisodeSource, Message
-from utils.images import open_image
+from utils.images import image_digest, open_image
 
 Row = dict[str, Any]
 
@@ -28,6 +28,7 @@ class EpisodeBatch(TypedDict):
     pixel_values: torch.Tensor  # (N, patch values) float32
     image_grid_thw: torch.Tensor  # (I, 3) int64, patches of each image along time, height, width
     num_images: list[int]  # P ints that sum to I
+    image_digests: list[bytes]  # I, equal for equal pictures
     episodes: list[Episode]  # P
     images: list[list[Image.Image]]  # P lists of RGB pictures, for vLLM and for reports
     prompts: list[list[Message]]  # P conversations
@@ -126,6 +127,7 @@ class VLMDataCollator:
             pixel_values=encoded["pixel_values"],
             image_grid_thw=encoded["image_grid_thw"],
             num_images=[len(pictures) for pictures in images],
+            image_digests=[image_digest(picture) for pictures in images for picture in pictures],
             episodes=[row["episode"] for row in firsts],
             images=images,
             prompts=[row["prompt"] for row in firsts],

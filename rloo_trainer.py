@@ -8,6 +8,7 @@ paper. Unlike TRL, a batch is encoded once per episode (TRL: twice per rollout),
 in its micro-batch (TRL shuffles rollouts), and completions are judged with special tokens visible (TRL strips them).
 """
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,29 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
-from trl.models.utils import disable_gradient_checkpointing
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import nanstd, pad, use_adapter
 
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, repeat_episodes
 from environment import judge
+from flops import packed_work, text_flops, unpacked_work, vision_flops
+from group_passes import (
+    base_qwen,
+    encode_images,
+    generate_groups,
+    image_inputs,
+    prompt_positions,
+    score_packed,
+    takes_image_features,
+    why_not_to_pack,
+)
 from model_utils import decode_completion, media_token_ids
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
 from rollouts import RolloutRecord, rollout_metrics
+from shared_prefix import pack_groups, unpack
+from vision_cache import VisionCache
+
+logger = logging.getLogger("fleet")
 
 # Axes: P episodes (groups), G rollouts of each, B = P * G of them group after group, T completion tokens.
 
@@ -52,22 +68,31 @@ def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
     return (rewards_PG - siblings_sum_PG / num_siblings_P1).nan_to_num(nan=0.0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rollouts:
-    """This device's completions of one generation, ready to be trained on; P whole groups of G."""
+    """This device's completions of one generation and what is known of them so far; P whole groups of G."""
 
     batch: EpisodeBatch
+    positions_3PL: Tensor  # int64, the model's positions of the prompts
+    image_features: list[Tensor] | None  # one an image from the vision cache, or None for the encoder to run
+    completions: list[list[int]]
+    texts: list[str]
     completion_ids_BT: Tensor  # int64, right-padded
     completion_mask_BT: Tensor  # int64, 0 on padding and on masked truncated completions
-    old_logps_B: Tensor  # float32, summed over tokens
-    advantages_B: Tensor  # float32
+    rewards_B: Tensor  # float32, from the task alone
+    advantages_B: Tensor  # float32; filled step by step where a KL term waits for the step's own forward pass
+    is_packed: bool  # whether a forward pass has each group as one row
+    ref_logps_BT: Tensor | None = None  # float32, with beta > 0
+    old_logps_BT: Tensor | None = None  # float32, of the policy that sampled, where needs_old_logps
+    kl_and_tokens_2: Tensor | None = None  # float32 sums so far, with beta > 0
 
 
 class FleetRLOOTrainer(RLOOTrainer):
     """TRL's RLOOTrainer, fed by RepeatableEpisodeDataset through VLMDataCollator.
 
     `latest_rollouts` holds the records of the last generation over all devices, the same on every one. Besides TRL's
-    metrics it logs rollouts.rollout_metrics, `rollouts_per_s`, and TRL's `step_time` as `step_time_s`.
+    metrics it logs rollouts.rollout_metrics, `rollouts_per_s`, `token_ratio` (tokens that TRL would pass through the
+    model per token that passes through it), `vision_cache/hit_rate`, and TRL's `step_time` as `step_time_s`.
     """
 
     def __init__(
@@ -80,9 +105,13 @@ class FleetRLOOTrainer(RLOOTrainer):
         reward_weights: RewardWeights = DEFAULT_WEIGHTS,
         allow_reasoning: bool = False,
         peft_config: PeftConfig | None = None,
+        shared_prefix: bool = True,
+        vision_cache_bytes: int = 0,
     ):
         """args: `make_rloo_config` says how episodes become TRL's batch sizes. processing_class: pads left.
 
+        shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
+        vision_cache_bytes: host memory for the features of images, where the vision tower is frozen; 0 keeps none.
         Image and video tokens are never sampled. Raises ValueError if a group would be split over devices.
         """
         refuse_split_groups(args)
@@ -97,99 +126,220 @@ class FleetRLOOTrainer(RLOOTrainer):
             processing_class=processing_class,
             peft_config=peft_config,
         )
+        policy = self.accelerator.unwrap_model(self.model)
         if self.is_deepspeed_enabled:
             # loading under ZeRO-3 notes renamings that matched no weight, and saving would undo those as well
             # ("model.model.layers"); without the note, saving gives the hub's names
-            self.accelerator.unwrap_model(self.model)._weight_conversions = None
+            policy._weight_conversions = None
         if args.beta == 0.0 and "ref" in getattr(self.model, "peft_config", {}):
             # TRL's copy of an adapter that training goes on from, which only a KL term would read
             self.model.delete_adapter("ref")
         # TRL's constructor insists on its own identity collator
         self.data_collator = VLMDataCollator(processing_class, args.num_generations)
         self.allow_reasoning = allow_reasoning
+        self.shared_prefix = shared_prefix
+        self.vision_cache: VisionCache | None = None
+        if vision_cache_bytes and shared_prefix and takes_image_features():
+            self.vision_cache = VisionCache(policy, vision_cache_bytes)
         self.latest_rollouts: tuple[RolloutRecord, ...] = ()
         self._rollouts: Rollouts | None = None
+        self._scores_of_step: tuple[Tensor, Tensor | None] | None = None
+        self._attention = base_qwen(policy).config.get_text_config()._attn_implementation
+        self._told_reasons: set[str] = set()
         self._num_rollouts_since_log = 0
         self._last_log_time_s = time.perf_counter()
 
     def _prepare_inputs(self, generation_batch: EpisodeBatch) -> dict[str, Any]:
-        """The micro-batch of this step, in the form of TRL's loss; generates first when a new generation is due."""
+        """The groups of this step, as `rollouts` and a slice of them; generates first when a new generation is due."""
         steps_per_generation = self.args.steps_per_generation
         if self._rollouts is None or self._step % (steps_per_generation * self.num_iterations) == 0:
             self._rollouts = self._roll_out(generation_batch)
-        groups_per_step = len(self._rollouts.batch["episodes"]) // steps_per_generation
-        first = self._step % steps_per_generation * groups_per_step
-        return _micro_batch(self._rollouts, first, first + groups_per_step)
+        first = self._step % steps_per_generation * self._groups_per_step
+        return {"rollouts": self._rollouts, "groups": slice(first, first + self._groups_per_step)}
+
+    @property
+    def _groups_per_step(self) -> int:
+        return self.args.per_device_train_batch_size // self.num_generations
 
     @torch.no_grad()
     def _roll_out(self, batch: EpisodeBatch) -> Rollouts:
-        """Samples G completions of each episode and turns their rewards into advantages. Every rank takes part."""
-        completions = self._sample_completions(batch)
+        """Samples G completions of each episode and rewards them. Every rank takes part."""
+        features = self._image_features(batch)
+        completions = self._sample_completions(batch, features)
+        texts = [decode_completion(self.processing_class, ids, self.eos_token_ids) for ids in completions]
         ids_BT = self._pad_completions(completions)
         mask_BT = self._pad_completions([[1] * len(ids) for ids in completions], padding_value=0)
         if self.mask_truncated_completions:
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
             is_ended_B = torch.tensor([ids[-1] in ends for ids in completions], device=ids_BT.device)
             mask_BT = mask_BT * is_ended_B.unsqueeze(1)
-        logps_BT, ref_logps_BT = self._score(batch, ids_BT, mask_BT)
-        texts = [decode_completion(self.processing_class, ids, self.eos_token_ids) for ids in completions]
-        rewards_all = self._task_rewards(batch, texts, completions)
-        shaped_all = self._subtract_kl(rewards_all, logps_BT, ref_logps_BT, mask_BT)
-        is_tied_P = nanstd(shaped_all.view(-1, self.num_generations), dim=1) < 1e-8
-        self._metrics["train"]["frac_reward_zero_std"].append(is_tied_P.float().mean().item())
-        advantages_all = leave_one_out_advantages(shaped_all.view(-1, self.num_generations)).view(-1)
-        if self.normalize_advantages:
-            advantages_all = (advantages_all - advantages_all.mean()) / (advantages_all.std() + 1e-4)
-        own = slice(self.accelerator.process_index * len(texts), (self.accelerator.process_index + 1) * len(texts))
+        rollouts = Rollouts(
+            batch=batch,
+            positions_3PL=prompt_positions(self.accelerator.unwrap_model(self.model), batch),
+            image_features=features,
+            completions=completions,
+            texts=texts,
+            completion_ids_BT=ids_BT,
+            completion_mask_BT=mask_BT,
+            rewards_B=self._task_rewards(batch, texts, completions),
+            advantages_B=torch.zeros(len(completions), device=ids_BT.device),
+            is_packed=self._is_packing_less_work(batch, mask_BT),
+        )
         self._log_completions(batch, completions)
-        self._record(batch, texts, rewards_all, advantages_all, own)
-        return Rollouts(batch, ids_BT, mask_BT, (logps_BT * mask_BT).sum(1), advantages_all[own])
+        if self.beta != 0.0:
+            rollouts.ref_logps_BT = self._score_reference(rollouts)
+        if needs_old_logps(self.args):
+            rollouts.old_logps_BT = self._score(self.model, rollouts)
+        if self.beta == 0.0 or rollouts.old_logps_BT is not None:
+            self._take_advantages(rollouts, slice(0, len(completions)), rollouts.old_logps_BT)
+        return rollouts
 
-    def _sample_completions(self, batch: EpisodeBatch) -> list[list[int]]:
+    def _image_features(self, batch: EpisodeBatch) -> list[Tensor] | None:
+        """The features of the batch's images from the vision cache, in host memory; None without a cache."""
+        cache, device = self.vision_cache, self.accelerator.device
+        if cache is None:
+            return None
+        digests = batch["image_digests"]
+        # under ZeRO-3 the encoder's weights are gathered by all ranks, so all call it or none
+        num_unknown = torch.tensor(len(cache.unknown_places(digests)), device=device)
+        must_encode = bool(self.accelerator.reduce(num_unknown, reduction="sum") > 0)
+        policy = self.accelerator.unwrap_model(self.model)
+
+        def encode(places: list[int]) -> list[Tensor]:
+            with self.accelerator.autocast():
+                return encode_images(policy, batch, places)
+
+        features = cache.features_of(digests, encode, must_encode=must_encode)
+        counts = torch.tensor([cache.num_hits, cache.num_lookups], device=device)
+        num_hits, num_lookups = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self._metrics["train"]["vision_cache/hit_rate"].append(num_hits / num_lookups)
+        return features
+
+    def _sample_completions(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
         """B completions as token ids, each up to and with its first end token, never empty, free of media tokens."""
-        rows = repeat_episodes(batch, 0, len(batch["episodes"]))
-        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(rows["prompt_ids"], rows["prompt_mask"], strict=True)]
-        images = [pictures for pictures in batch["images"] for _ in range(batch["group_size"])]
-        fields = {key: rows[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+        if self.shared_prefix and not self.use_vllm:
+            completions = self._generate_behind_one_prefill(batch, features)
+        else:
+            rows = repeat_episodes(batch, 0, len(batch["episodes"]))
+            masked_rows = zip(rows["prompt_ids"], rows["prompt_mask"], strict=True)
+            prompts = [ids[mask.bool()].tolist() for ids, mask in masked_rows]
+            images = [pictures for pictures in batch["images"] for _ in range(batch["group_size"])]
+            fields = {key: rows[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+            completions = self._generate_single_turn(prompts, images, fields)
         media_ids = set(media_token_ids(self.model.config))
-        return [
-            _without_media(ids, media_ids) or [self.eos_token_ids[0]]
-            for ids in self._generate_single_turn(prompts, images, fields)
-        ]
+        return [_without_media(ids, media_ids) or [self.eos_token_ids[0]] for ids in completions]
+
+    def _generate_behind_one_prefill(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
+        checkpointing = self.args.gradient_checkpointing_kwargs
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            generation_kwargs=self.generation_kwargs,
+            gradient_checkpointing_kwargs=checkpointing,
+        ) as policy:
+            rows = generate_groups(policy, batch, features, self.generation_config).tolist()
+        return [_up_to_end(ids, set(self.eos_token_ids)) for ids in rows]
 
     def _pad_completions(self, rows: list[list[int]], padding_value: int | None = None) -> Tensor:
         value = self._tokenizer.pad_token_id if padding_value is None else padding_value
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
         return pad(tensors, padding_value=value, padding_side="right").to(self.accelerator.device)
 
-    def _score(self, batch: EpisodeBatch, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities (B, T) of the completions under the policy and, with beta > 0, under the reference."""
-        inputs = _loss_inputs(repeat_episodes(batch, 0, len(batch["episodes"])), ids_BT, mask_BT)
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            logps_BT = self._completion_logps(self.model, inputs)
-            if self.beta == 0.0:
-                return logps_BT, None
-            if self.ref_model is not None:
-                return logps_BT, self._completion_logps(self.ref_model, inputs)
-            # TRL keeps a copy of an adapter that training began with as "ref"; a new adapter begins as none at all
-            policy = self.accelerator.unwrap_model(self.model)
-            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-                return logps_BT, self._completion_logps(self.model, inputs)
+    def _is_packing_less_work(self, batch: EpisodeBatch, mask_BT: Tensor) -> bool:
+        """Whether packed rows take less arithmetic than TRL's for this generation, over all devices."""
+        if not self.shared_prefix:
+            return False
+        config, size = self.model.config, self._groups_per_step
+        prompts = batch["attention_mask"].sum(dim=1).tolist()
+        lengths = mask_BT.sum(dim=1).view(-1, self.num_generations).tolist()
+        steps = [slice(first, first + size) for first in range(0, len(prompts), size)]
+        packed = [packed_work(prompts[step], lengths[step]) for step in steps]
+        unpacked = [unpacked_work(prompts[step], lengths[step]) for step in steps]
+        vision = vision_flops(config, batch["image_grid_thw"].tolist())
+        own = [
+            sum(text_flops(config, work) for work in packed) + vision,
+            sum(text_flops(config, work) for work in unpacked) + vision * self.num_generations,
+            sum(work.num_tokens for work in packed),
+            sum(work.num_tokens for work in unpacked),
+            max(work.num_pairs for work in packed),
+        ]
+        of_ranks = self.accelerator.gather(torch.tensor([own], dtype=torch.float32, device=mask_BT.device))
+        packed_flops, unpacked_flops, packed_tokens, unpacked_tokens, _ = of_ranks.sum(dim=0).tolist()
+        reason = why_not_to_pack(self._attention, packed_flops / unpacked_flops, int(of_ranks[:, 4].max()))
+        if reason is not None and reason not in self._told_reasons:
+            logger.info(f"shared prefix: training on TRL's rows, because {reason}")
+            self._told_reasons.add(reason)
+        self._metrics["train"]["token_ratio"].append(unpacked_tokens / packed_tokens if reason is None else 1.0)
+        return reason is None
 
-    def _completion_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        names = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
-        logps_BT, _, _ = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].shape[1],
-            batch_size=self.args.per_device_train_batch_size,
-            **{name: inputs[name] for name in names},
+    def _score_reference(self, rollouts: Rollouts) -> Tensor:
+        """The completions' log-probabilities (B, T) under the reference: another model, or this one's base."""
+        if self.ref_model is not None:
+            return self._score(self.ref_model, rollouts)
+        # TRL keeps a copy of an adapter that training began with as "ref"; a new adapter begins as none at all
+        policy = self.accelerator.unwrap_model(self.model)
+        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+            return self._score(self.model, rollouts)
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, rollouts: Rollouts) -> Tensor:
+        """The completions' log-probabilities (B, T) under a model, as many groups at a time as a step has."""
+        size, num_groups = self._groups_per_step, len(rollouts.batch["episodes"])
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return torch.cat(
+                [
+                    self._completion_logps(model, rollouts, slice(first, first + size))[0]
+                    for first in range(0, num_groups, size)
+                ]
+            )
+
+    def _completion_logps(self, model: nn.Module, rollouts: Rollouts, groups: slice) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and entropies (b, T) of these groups' completion tokens, from one forward pass."""
+        batch, size = rollouts.batch, rollouts.batch["group_size"]
+        rows = slice(groups.start * size, groups.stop * size)
+        ids_BT, mask_BT = rollouts.completion_ids_BT[rows], rollouts.completion_mask_BT[rows]
+        if not rollouts.is_packed:
+            return self._score_as_trl(model, repeat_episodes(batch, groups.start, groups.stop), ids_BT, mask_BT)
+        packed = pack_groups(
+            batch["input_ids"][groups],
+            batch["attention_mask"][groups],
+            rollouts.positions_3PL[:, groups],
+            ids_BT.view(-1, size, ids_BT.shape[1]),
+            mask_BT.sum(dim=1).view(-1, size),
+            self._tokenizer.pad_token_id,
         )
-        return logps_BT
+        images = image_inputs(batch, groups, rollouts.image_features)
+        with self.accelerator.autocast():
+            logps_PS, entropies_PS = score_packed(model, packed, images, self._attention)
+        logps_BT = unpack(logps_PS, packed).flatten(0, 1)
+        return logps_BT, None if entropies_PS is None else unpack(entropies_PS, packed).flatten(0, 1)
+
+    def _score_as_trl(
+        self, model: nn.Module, rows: dict[str, Any], ids_BT: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        logps_BT, entropies_BT, _ = super()._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([rows["prompt_ids"], ids_BT], dim=1),
+            torch.cat([rows["prompt_mask"], mask_BT], dim=1),
+            ids_BT.shape[1],
+            compute_entropy=torch.is_grad_enabled(),
+            pixel_values=rows["pixel_values"],
+            image_grid_thw=rows["image_grid_thw"],
+            num_images=rows["num_images"],
+            # completions hold no image tokens
+            mm_token_type_ids=torch.cat([rows["mm_token_type_ids"], torch.zeros_like(ids_BT)], dim=1),
+        )
+        return logps_BT, entropies_BT
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, None]:
+        """What TRL's loss asks for, which _compute_loss has just computed."""
+        assert self._scores_of_step is not None, "TRL scored outside its loss: rloo_trainer.py must follow"
+        scores, self._scores_of_step = self._scores_of_step, None
+        return *scores, None
 
     def _task_rewards(self, batch: EpisodeBatch, texts: list[str], completions: list[list[int]]) -> Tensor:
-        """Rewards of all devices' rollouts, in order of devices; NaN where every reward function returned None."""
+        """This device's rewards (B,), NaN where every reward function returned None; logs those of all devices."""
         rows = [
             {"correct_index": episode.correct_index, "num_candidates": episode.num_candidates, "episode": episode}
             for episode in batch["episodes"]
@@ -205,18 +355,65 @@ class FleetRLOOTrainer(RLOOTrainer):
             self._metrics["train"][f"{prefix}std"].append(nanstd(values).item())
         self._metrics["train"]["reward"].append(rewards.nanmean().item())
         self._metrics["train"]["reward_std"].append(nanstd(rewards).item())
-        return rewards
+        return rewards[self._own_rows(len(texts))]
 
-    def _subtract_kl(self, rewards: Tensor, logps_BT: Tensor, ref_logps_BT: Tensor | None, mask_BT: Tensor) -> Tensor:
-        """Clipped task rewards minus beta times each sequence's log-ratio to the reference (first-order KL)."""
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss of these groups. On-policy, the forward pass that is trained on is the policy's only one."""
+        rollouts, groups = inputs["rollouts"], inputs["groups"]
+        size = rollouts.batch["group_size"]
+        rows = slice(groups.start * size, groups.stop * size)
+        mask_BT = rollouts.completion_mask_BT[rows]
+        logps_BT, entropies_BT = self._completion_logps(model, rollouts, groups)
+        if rollouts.old_logps_BT is None:
+            old_logps_BT = logps_BT.detach()
+            if self.beta != 0.0:
+                self._take_advantages(rollouts, rows, old_logps_BT)
+        else:
+            old_logps_BT = rollouts.old_logps_BT[rows]
+        self._scores_of_step = logps_BT, entropies_BT
+        no_prompt = mask_BT[:, :0]
+        return super()._compute_loss(
+            model,
+            {
+                "prompt_ids": no_prompt,
+                "prompt_mask": no_prompt,
+                "completion_ids": rollouts.completion_ids_BT[rows],
+                "completion_mask": mask_BT,
+                "old_logps": (old_logps_BT * mask_BT).sum(dim=1),
+                "advantages": rollouts.advantages_B[rows],
+            },
+        )
+
+    @torch.no_grad()
+    def _take_advantages(self, rollouts: Rollouts, rows: slice, logps_BT: Tensor | None) -> None:
+        """Fills in the advantages of these rows, and records the rollouts once the last row has its own.
+
+        With beta > 0 a reward loses beta times its sequence's KL, the log-ratio to the reference (first order). Every
+        rank takes part.
+        """
+        shaped_B = rollouts.rewards_B[rows]
         if self.reward_clip_range:
-            rewards = rewards.clamp(*self.reward_clip_range)
-        if ref_logps_BT is None:
-            return rewards
-        kl_BT = (logps_BT - ref_logps_BT) * mask_BT
-        sums = self.accelerator.reduce(torch.stack([kl_BT.sum(), mask_BT.sum().float()]), reduction="sum")
-        self._metrics["train"]["kl"].append((sums[0] / sums[1].clamp(min=1)).item())
-        return rewards - self.beta * self.accelerator.gather(kl_BT.sum(dim=1))
+            shaped_B = shaped_B.clamp(*self.reward_clip_range)
+        if logps_BT is not None and rollouts.ref_logps_BT is not None:
+            mask_BT = rollouts.completion_mask_BT[rows]
+            kl_BT = (logps_BT - rollouts.ref_logps_BT[rows]) * mask_BT
+            sums_2 = torch.stack([kl_BT.sum(), mask_BT.sum().float()])
+            rollouts.kl_and_tokens_2 = sums_2 + (0 if rollouts.kl_and_tokens_2 is None else rollouts.kl_and_tokens_2)
+            shaped_B = shaped_B - self.beta * kl_BT.sum(dim=1)
+        shaped_all = self.accelerator.gather(shaped_B)
+        is_tied_P = nanstd(shaped_all.view(-1, self.num_generations), dim=1) < 1e-8
+        self._metrics["train"]["frac_reward_zero_std"].append(is_tied_P.float().mean().item())
+        advantages_all = leave_one_out_advantages(shaped_all.view(-1, self.num_generations)).view(-1)
+        if self.normalize_advantages:
+            advantages_all = (advantages_all - advantages_all.mean()) / (advantages_all.std() + 1e-4)
+        rollouts.advantages_B[rows] = advantages_all[self._own_rows(len(shaped_B))]
+        if rows.stop == len(rollouts.completions):
+            self._record(rollouts)
+
+    def _own_rows(self, num_rows: int) -> slice:
+        """Where this device's rows are among those of all devices, each of which has as many."""
+        first = self.accelerator.process_index * num_rows
+        return slice(first, first + num_rows)
 
     def _log_completions(self, batch: EpisodeBatch, completions: list[list[int]]) -> None:
         """TRL's metrics of completion lengths in tokens, over all devices, and of tokens seen since the start."""
@@ -235,10 +432,10 @@ class FleetRLOOTrainer(RLOOTrainer):
             metrics[f"completions/min_{name}"].append(values.min().item())
             metrics[f"completions/max_{name}"].append(values.max().item())
 
-    def _record(self, batch: EpisodeBatch, texts: list[str], rewards: Tensor, advantages: Tensor, own: slice) -> None:
+    def _record(self, rollouts: Rollouts) -> None:
         """Gathers every rollout's record to every rank, and logs what they amount to."""
-        episodes = [episode for episode in batch["episodes"] for _ in range(batch["group_size"])]
-        values = zip(episodes, texts, rewards[own].tolist(), advantages[own].tolist(), strict=True)
+        episodes = [episode for episode in rollouts.batch["episodes"] for _ in range(self.num_generations)]
+        numbers = zip(rollouts.rewards_B.tolist(), rollouts.advantages_B.tolist(), strict=True)
         records = [
             RolloutRecord(
                 target=episode.target,
@@ -251,12 +448,15 @@ class FleetRLOOTrainer(RLOOTrainer):
                 reward=reward,
                 advantage=advantage,
             )
-            for episode, text, reward, advantage in values
+            for episode, text, (reward, advantage) in zip(episodes, rollouts.texts, numbers, strict=True)
         ]
         self.latest_rollouts = tuple(gather_object(records))
         self._num_rollouts_since_log += len(self.latest_rollouts)
         for name, value in rollout_metrics(self.latest_rollouts, self.num_generations).items():
             self._metrics["train"][name].append(value)
+        if rollouts.kl_and_tokens_2 is not None:
+            kl, num_tokens = self.accelerator.reduce(rollouts.kl_and_tokens_2, reduction="sum").tolist()
+            self._metrics["train"]["kl"].append(kl / max(num_tokens, 1))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log with Fleet's rates in it."""
@@ -300,26 +500,20 @@ def num_episodes_of_run(args: RLOOConfig) -> int:
     return num_generations_of_run * args.generation_batch_size // args.num_generations
 
 
-def _loss_inputs(rows: dict[str, Any], completion_ids_BT: Tensor, completion_mask_BT: Tensor) -> dict[str, Any]:
-    """TRL's inputs of a forward pass over prompts and their completions, which hold no image tokens."""
-    text_ids_BT = torch.zeros_like(completion_ids_BT)
-    return {
-        **rows,
-        "mm_token_type_ids": torch.cat([rows["mm_token_type_ids"], text_ids_BT], dim=1),
-        "completion_ids": completion_ids_BT,
-        "completion_mask": completion_mask_BT,
-    }
+def needs_old_logps(args: RLOOConfig) -> bool:
+    """Whether the sampling policy's log-probabilities need a pass of their own, before a generation's first step.
+
+    They do where a generation serves several optimizer steps. Where it serves one, the step's own forward pass has
+    them, unless advantages that contain them are normalized over several micro-batches.
+    """
+    is_used_once = args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
+    return not is_used_once or (args.beta != 0.0 and args.normalize_advantages and args.steps_per_generation > 1)
 
 
-def _micro_batch(rollouts: Rollouts, first: int, last: int) -> dict[str, Any]:
-    """The inputs of TRL's loss for the groups first to last - 1."""
-    rows = slice(first * rollouts.batch["group_size"], last * rollouts.batch["group_size"])
-    repeated = repeat_episodes(rollouts.batch, first, last)
-    return {
-        **_loss_inputs(repeated, rollouts.completion_ids_BT[rows], rollouts.completion_mask_BT[rows]),
-        "old_logps": rollouts.old_logps_B[rows],
-        "advantages": rollouts.advantages_B[rows],
-    }
+def _up_to_end(completion_ids: list[int], end_ids: set[int]) -> list[int]:
+    """The completion up to and with its first end token."""
+    stop = next((place + 1 for place, token in enumerate(completion_ids) if token in end_ids), len(completion_ids))
+    return completion_ids[:stop]
 
 
 def _without_media(completion_ids: list[int], media_ids: set[int]) -> list[int]:

@@ -19,7 +19,7 @@ ANSWERS = [make_tool_call_str(0), "no call", make_tool_call_str(2), make_tool_ca
 class FixedFleetTrainer(FleetRLOOTrainer):
     """Answers by the pictures shown, so that an episode gets the same completions on whatever device it is."""
 
-    def _sample_completions(self, batch: Any) -> list[list[int]]:
+    def _sample_completions(self, batch: Any, features: Any) -> list[list[int]]:
         tokenizer = toy_processor().tokenizer
         numbers = [sum(map(len, episode.labels)) for episode in batch["episodes"]]
         return [

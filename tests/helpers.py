@@ -79,9 +79,10 @@ class ScriptedFleetTrainer(FleetRLOOTrainer):
 
     num_generations_done = 0
 
-    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
+    def _sample_completions(self, batch: Any, features: Any) -> list[list[int]]:
         self.num_generations_done += 1
-        return scripted_completions(self.num_generations, len(prompt_ids), self.num_generations_done)
+        num_rows = len(batch["episodes"]) * self.num_generations
+        return scripted_completions(self.num_generations, num_rows, self.num_generations_done)
 
 
 class ScriptedStockTrainer(RLOOTrainer):
@@ -100,9 +101,10 @@ def fleet_trainer(
     peft_config: Any = None,
     model: Any = None,
     dataset: RepeatableEpisodeDataset | None = None,
+    **settings: Any,
 ) -> FleetRLOOTrainer:
     model = toy_model() if model is None else model
-    return trainer_class(model, args, dataset or toy_dataset(), toy_processor(), peft_config=peft_config)
+    return trainer_class(model, args, dataset or toy_dataset(), toy_processor(), peft_config=peft_config, **settings)
 
 
 def stock_trainer(args: RLOOConfig, peft_config: Any = None, num_episodes: int = 64) -> RLOOTrainer:

@@ -110,7 +110,7 @@ def test_our_advantages_equal_stock_trls(tmp_path: Path) -> None:
     stock.model.train()
     ours.model.train()
     stock_advantages = stock._generate_and_score_completions(rows)["advantages"]
-    our_advantages = ours._prepare_inputs(ours.data_collator(rows))["advantages"]
+    our_advantages = ours._prepare_inputs(ours.data_collator(rows))["rollouts"].advantages_B
     assert our_advantages.abs().sum() > 0
     torch.testing.assert_close(our_advantages, stock_advantages)
 
@@ -171,7 +171,7 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
 class OddFleetTrainer(FleetRLOOTrainer):
     """Samples what no healthy model does: media tokens, nothing at all, no end, only an end, special tokens."""
 
-    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
+    def _generate_behind_one_prefill(self, batch: Any, features: Any) -> list[list[int]]:
         tokenizer, config = toy_processor().tokenizer, self.model.config
         call, end = tokenizer("<tool_call>")["input_ids"], [tokenizer.eos_token_id]
         odd = [
@@ -185,7 +185,7 @@ class OddFleetTrainer(FleetRLOOTrainer):
             + end,
             [tokenizer.pad_token_id],
         ]
-        return odd[: len(prompt_ids)]
+        return odd
 
 
 def test_odd_completions_do_not_stop_the_run(tmp_path: Path) -> None:
@@ -212,9 +212,7 @@ def test_media_tokens_are_never_sampled(media_token: str, tmp_path: Path) -> Non
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
     unguarded = model.generate(**{name: batch[name] for name in names}, max_new_tokens=4, do_sample=False)
     assert media_id in unguarded[:, batch["input_ids"].shape[1] :], "the trap must be one"
-    sampled = trainer._generate_single_turn(
-        batch["input_ids"].tolist(), None, {name: batch[name] for name in names[2:]}
-    )
+    sampled = trainer._generate_behind_one_prefill(batch, None)
     assert all(media_id not in ids for ids in sampled)
 
 

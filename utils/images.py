@@ -4,6 +4,7 @@ Owns the folder layouts, the decoding rules (EXIF rotation, RGB, limits) and the
 """
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -178,3 +179,9 @@ def _shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
     short = max(1, math.floor(min(image.size) * scale))
     long = min(math.floor(max(image.size) * scale), short * (MAX_ASPECT_RATIO - 1), max_pixels // short)
     return image.resize((long, short) if image.width >= image.height else (short, long), Image.Resampling.BICUBIC)
+
+
+def image_digest(image: Image.Image) -> bytes:
+    """Sixteen bytes that stand for a picture: equal for equal mode, size and pixels."""
+    header = f"{image.mode} {image.width}x{image.height} ".encode()
+    return hashlib.blake2b(header + image.tobytes(), digest_size=16).digest()

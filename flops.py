@@ -1,0 +1,77 @@
+"""How much arithmetic a forward pass of a Qwen2.5-VL is, from its configuration and the lengths of its input.
+
+Owns the count that decides whether packing a group pays, and the ideal that benchmarks are held against. Counts the
+matrix products (two operations per multiply-add); norms, rotations and softmax are left out, as is usual.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TextWork:
+    """What the language model is given: how many tokens, query-key pairs and scored tokens (through the LM head)."""
+
+    num_tokens: int
+    num_pairs: int
+    num_scored: int
+
+    def __add__(self, other: "TextWork") -> "TextWork":
+        return TextWork(
+            self.num_tokens + other.num_tokens, self.num_pairs + other.num_pairs, self.num_scored + other.num_scored
+        )
+
+
+def text_flops(config: Any, work: TextWork) -> int:
+    """Operations of the language model and its head; config: a Qwen2_5_VLConfig."""
+    text = config.get_text_config()
+    head_dim = text.hidden_size // text.num_attention_heads
+    projections = 2 * text.hidden_size * head_dim * (text.num_attention_heads + text.num_key_value_heads)
+    per_token = 2 * (projections + 3 * text.hidden_size * text.intermediate_size)
+    per_pair = 4 * text.hidden_size
+    return (
+        text.num_hidden_layers * (work.num_tokens * per_token + work.num_pairs * per_pair)
+        + 2 * work.num_scored * text.hidden_size * text.vocab_size
+    )
+
+
+def vision_flops(config: Any, grids_thw: Sequence[Sequence[int]]) -> int:
+    """Operations of the vision tower and its merger on images of these (time, height, width) patches each."""
+    vision = config.vision_config
+    hidden, merge = vision.hidden_size, vision.spatial_merge_size
+    num_patches = sum(time * height * width for time, height, width in grids_thw)
+    # a window is counted whole: its side in patches is a multiple of the merged side
+    side = vision.window_size // vision.patch_size
+    full_pairs = sum(time * (height * width) ** 2 for time, height, width in grids_thw)
+    window_pairs = sum(time * _pieces(height, side) * _pieces(width, side) for time, height, width in grids_thw)
+    num_full = len(vision.fullatt_block_indexes)
+    patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    per_patch = 2 * hidden * (4 * hidden + 3 * vision.intermediate_size)
+    merged_width = hidden * merge**2
+    return (
+        2 * num_patches * patch_values * hidden
+        + vision.depth * num_patches * per_patch
+        + 4 * hidden * (num_full * full_pairs + (vision.depth - num_full) * window_pairs)
+        + 2 * (num_patches // merge**2) * merged_width * (merged_width + vision.out_hidden_size)
+    )
+
+
+def unpacked_work(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> TextWork:
+    """Every rollout as a row with its own prompt, each row as long as the longest, as stock TRL has them."""
+    num_rows = sum(map(len, completion_lengths))
+    longest_completion = max(map(max, completion_lengths))
+    length = max(prompt_lengths) + longest_completion
+    return TextWork(num_rows * length, num_rows * length * (length + 1) // 2, num_rows * longest_completion)
+
+
+def packed_work(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> TextWork:
+    """Every group as one packed row behind a dense mask, each row as long as the longest."""
+    totals = [sum(lengths) for lengths in completion_lengths]
+    num_slots = max(prompt - 1 + total for prompt, total in zip(prompt_lengths, totals, strict=True))
+    return TextWork(len(totals) * num_slots, len(totals) * num_slots**2, sum(totals))
+
+
+def _pieces(length: int, side: int) -> int:
+    """The sum of the squares of the pieces that windows of `side` cut `length` into."""
+    return length // side * side**2 + (length % side) ** 2

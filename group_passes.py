@@ -1,0 +1,139 @@
+"""The passes of whole groups through a Qwen2.5-VL: prefill once and decode, score packed rows, encode images.
+
+The only code that leans on the model's internals (mrope positions, `rope_deltas`, precomputed image features). Works
+on a bare model, under PEFT, and under DDP or DeepSpeed as far as each function says. Knows no trainer.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from dataset import EpisodeBatch
+from shared_prefix import PackedGroups, attention_mask
+
+# Attention that a mask can keep the branches of a packed row apart in; flash attention takes no such mask.
+MASKED_ATTENTION = ("sdpa", "eager")
+# A dense mask has a byte for every pair of slots, and attention kernels make a copy of two or four.
+MAX_MASK_BYTES = 2**29
+
+
+def base_qwen(model: nn.Module) -> Qwen2_5_VLForConditionalGeneration:
+    """The Qwen2.5-VL inside a model that may be wrapped by PEFT."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def takes_image_features() -> bool:
+    """Whether this version of transformers lets a model be given its images' features (from 5.23 on)."""
+    return "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
+
+
+def why_not_to_pack(attention: str, work_ratio: float, num_mask_pairs: int) -> str | None:
+    """Why a generation had better be scored in unpacked rows; None if packed rows are right.
+
+    attention: the language model's implementation. work_ratio: operations of packed over unpacked rows. num_mask_pairs:
+    query-key pairs of the largest packed step. The last two over all devices, so that all decide the same.
+    """
+    if attention not in MASKED_ATTENTION:
+        return f"attention {attention} takes no mask that keeps branches apart; pass --attn_implementation sdpa"
+    if work_ratio >= 1:
+        return f"these lengths make packed rows {work_ratio:.1f} times the work"
+    if num_mask_pairs > MAX_MASK_BYTES:
+        return f"the mask of a packed step would take {num_mask_pairs / 2**30:.1f} GiB"
+    return None
+
+
+def prompt_positions(model: nn.Module, batch: EpisodeBatch) -> Tensor:
+    """The model's positions of the prompts, images included: (3, P, L) int64, L as in the batch."""
+    positions_3PL, _ = base_qwen(model).model.get_rope_index(
+        batch["input_ids"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        image_grid_thw=batch["image_grid_thw"],
+        attention_mask=batch["attention_mask"],
+    )
+    return positions_3PL
+
+
+def image_inputs(batch: EpisodeBatch, groups: slice, features: Sequence[Tensor] | None) -> dict[str, Any]:
+    """What a forward pass over these episodes takes for their images: features if there are any, else pixels.
+
+    features: of each image of the whole batch, (image tokens, width), or None for the encoder to run.
+    """
+    starts = [sum(batch["num_images"][:episode]) for episode in (groups.start, groups.stop)]
+    if features is not None:
+        device = batch["input_ids"].device
+        chosen = tuple(values.to(device) for values in features[slice(*starts)])
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=chosen)}}
+    grids = batch["image_grid_thw"]
+    patches = [int(grids[:start].prod(dim=1).sum()) for start in starts]
+    return {"pixel_values": batch["pixel_values"][slice(*patches)], "image_grid_thw": grids[slice(*starts)]}
+
+
+@torch.no_grad()
+def encode_images(model: nn.Module, batch: EpisodeBatch, places: Sequence[int]) -> list[Tensor]:
+    """The features of the batch's images at these places, each (image tokens, width), in one call of the encoder."""
+    grids = batch["image_grid_thw"]
+    pixels = batch["pixel_values"].split(grids.prod(dim=1).tolist())
+    chosen = torch.cat([pixels[place] for place in places]), grids[list(places)]
+    return list(base_qwen(model).model.get_image_features(*chosen, return_dict=True).pooler_output)
+
+
+@torch.no_grad()
+def generate_groups(
+    model: nn.Module, batch: EpisodeBatch, features: Sequence[Tensor] | None, generation_config: GenerationConfig
+) -> Tensor:
+    """G completions of each prompt, whose images and tokens are computed once: (P * G, T) int64, group after group.
+
+    Equal, token for token, to `generate` on every prompt repeated G times. model: unwrapped, as for `generate`. Under
+    ZeRO-3 every rank must call it with as many prompts; completions may be of any lengths.
+    """
+    group_size, config = batch["group_size"], model.config.get_text_config()
+    cache = DynamicCache(config=config)
+    # the last token is left for `generate`, which wants at least one to go on from
+    model(
+        input_ids=batch["input_ids"][:, :-1],
+        attention_mask=batch["attention_mask"][:, :-1],
+        mm_token_type_ids=batch["mm_token_type_ids"][:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **{"image_grid_thw": batch["image_grid_thw"], **image_inputs(batch, slice(0, len(batch["prompts"])), features)},
+    )
+    cache.batch_repeat_interleave(group_size)
+    # how far a row's positions are from its token count; the last token is text, so its prompt's is its prefix's
+    qwen = base_qwen(model).model
+    qwen.rope_deltas = qwen.rope_deltas.repeat_interleave(group_size, dim=0)
+    sequences = model.generate(
+        input_ids=batch["input_ids"].repeat_interleave(group_size, dim=0),
+        attention_mask=batch["attention_mask"].repeat_interleave(group_size, dim=0),
+        past_key_values=cache,
+        generation_config=generation_config,
+    )
+    return sequences[:, batch["input_ids"].shape[1] :]
+
+
+def score_packed(
+    model: nn.Module, packed: PackedGroups, images: dict[str, Any], attention: str
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability and entropy of what each slot predicts, (P, S) float each, from one forward pass.
+
+    model: with TRL's fused head, which gives no entropy if it was not asked for at its making; may be wrapped by
+    DDP or DeepSpeed. images: from image_inputs. attention: the language model's, one of MASKED_ATTENTION.
+    """
+    mask_P1SS = attention_mask(packed.branch_PS)
+    if attention == "eager":
+        # eager attention adds its mask to the scores
+        mask_P1SS = torch.where(mask_P1SS, 0.0, torch.finfo(torch.float32).min)
+    outputs = model(
+        input_ids=packed.input_ids_PS,
+        attention_mask=mask_P1SS,
+        position_ids=packed.position_ids_3PS,
+        shift_labels=packed.shift_labels_PS,
+        fused_lm_head=True,
+        **images,
+    )
+    return outputs.log_probs, outputs.entropy
