@@ -66,6 +66,13 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
     _add_switch(add, "--merge_lora", False, "also write the base model with the adapters merged in, as final_merged/")
     _add_switch(add, "--load_in_4bit", False, "QLoRA: hold the base weights in 4 bits; needs bitsandbytes")
     _add_switch(add, "--freeze_vision", False, "keep the vision tower and its merger as they are")
+    add(
+        "--vision_cache_mib",
+        type=int,
+        metavar="N",
+        help="host memory per process for features of images, which shared_prefix then encodes once a run, in MiB; 0 "
+        "keeps none (default: 2048 where vision is frozen, as with LoRA; else 0, as features change with each step)",
+    )
 
 
 def _add_task_flags(add: Callable[..., Any]) -> None:
@@ -193,6 +200,13 @@ def _add_generation_flags(add: Callable[..., Any]) -> None:
         type=int,
         metavar="N",
         help="tokens a completion may have (default: 32 for the toy, else 64, or 512 with reasoning)",
+    )
+    _add_switch(
+        add,
+        "--shared_prefix",
+        True,
+        "compute each prompt once per group in generation and training, as long as that is less work; false "
+        "takes TRL's own passes",
     )
     _add_switch(
         add,

@@ -17,10 +17,16 @@ class TextWork:
     num_pairs: int
     num_scored: int
 
-    def __add__(self, other: "TextWork") -> "TextWork":
-        return TextWork(
-            self.num_tokens + other.num_tokens, self.num_pairs + other.num_pairs, self.num_scored + other.num_scored
-        )
+
+@dataclass(frozen=True)
+class WorkComparison:
+    """One generation's scoring, forward, as packed rows and as stock TRL's rows."""
+
+    packed_flops: int
+    unpacked_flops: int
+    packed_tokens: int
+    unpacked_tokens: int
+    largest_mask: int  # query-key pairs of the largest packed step
 
 
 def text_flops(config: Any, work: TextWork) -> int:
@@ -54,6 +60,41 @@ def vision_flops(config: Any, grids_thw: Sequence[Sequence[int]]) -> int:
         + vision.depth * num_patches * per_patch
         + 4 * hidden * (num_full * full_pairs + (vision.depth - num_full) * window_pairs)
         + 2 * (num_patches // merge**2) * merged_width * (merged_width + vision.out_hidden_size)
+    )
+
+
+def compare_work(
+    config: Any,
+    prompt_lengths: Sequence[int],
+    completion_lengths: Sequence[Sequence[int]],
+    grids_thw: Sequence[Sequence[int]],
+    groups_per_step: int,
+) -> WorkComparison:
+    """What packing P groups, `groups_per_step` in a forward pass, saves or costs.
+
+    prompt_lengths: P, completion_lengths: P lists of G, in tokens. grids_thw: patches of every image of the P prompts.
+    """
+    steps = [slice(first, first + groups_per_step) for first in range(0, len(prompt_lengths), groups_per_step)]
+    packed = [packed_work(prompt_lengths[step], completion_lengths[step]) for step in steps]
+    unpacked = [unpacked_work(prompt_lengths[step], completion_lengths[step]) for step in steps]
+    vision = vision_flops(config, grids_thw)
+    return WorkComparison(
+        packed_flops=sum(text_flops(config, work) for work in packed) + vision,
+        unpacked_flops=sum(text_flops(config, work) for work in unpacked) + vision * len(completion_lengths[0]),
+        packed_tokens=sum(work.num_tokens for work in packed),
+        unpacked_tokens=sum(work.num_tokens for work in unpacked),
+        largest_mask=max(work.num_pairs for work in packed),
+    )
+
+
+def add_up(of_ranks: Sequence[WorkComparison]) -> WorkComparison:
+    """The work of all ranks together; the largest mask is the largest of any."""
+    return WorkComparison(
+        packed_flops=sum(work.packed_flops for work in of_ranks),
+        unpacked_flops=sum(work.unpacked_flops for work in of_ranks),
+        packed_tokens=sum(work.packed_tokens for work in of_ranks),
+        unpacked_tokens=sum(work.unpacked_tokens for work in of_ranks),
+        largest_mask=max(work.largest_mask for work in of_ranks),
     )
 
 

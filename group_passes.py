@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, Qwen2_5_VLForConditiona
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dataset import EpisodeBatch
+from flops import WorkComparison
 from shared_prefix import PackedGroups, attention_mask
 
 # Attention that a mask can keep the branches of a packed row apart in; flash attention takes no such mask.
@@ -32,18 +33,17 @@ def takes_image_features() -> bool:
     return "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 
 
-def why_not_to_pack(attention: str, work_ratio: float, num_mask_pairs: int) -> str | None:
+def why_not_to_pack(attention: str, work: WorkComparison) -> str | None:
     """Why a generation had better be scored in unpacked rows; None if packed rows are right.
 
-    attention: the language model's implementation. work_ratio: operations of packed over unpacked rows. num_mask_pairs:
-    query-key pairs of the largest packed step. The last two over all devices, so that all decide the same.
+    attention: the language model's implementation. work: of all devices together, so that all decide the same.
     """
     if attention not in MASKED_ATTENTION:
         return f"attention {attention} takes no mask that keeps branches apart; pass --attn_implementation sdpa"
-    if work_ratio >= 1:
-        return f"these lengths make packed rows {work_ratio:.1f} times the work"
-    if num_mask_pairs > MAX_MASK_BYTES:
-        return f"the mask of a packed step would take {num_mask_pairs / 2**30:.1f} GiB"
+    if work.packed_flops >= work.unpacked_flops:
+        return "with completions this long beside their prompts, packed rows would be more work"
+    if work.largest_mask > MAX_MASK_BYTES:
+        return f"a packed step would need a mask of more than {MAX_MASK_BYTES / 2**20:.0f} MiB"
     return None
 
 

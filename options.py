@@ -33,6 +33,7 @@ class Options:
     merge_lora: bool
     load_in_4bit: bool
     freeze_vision: bool
+    vision_cache_mib: int | None
     data_root: str
     env: str | None
     candidates_per_episode: int
@@ -61,6 +62,7 @@ class Options:
     temperature: float
     top_p: float
     max_completion_length: int | None
+    shared_prefix: bool
     ds3_gather_for_generation: bool
     use_vllm: bool
     vllm_mode: str
@@ -120,6 +122,8 @@ def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, l
     else:
         rate = (1e-4, "full fine-tune of the toy model") if is_toy else (1e-6, "full fine-tune, TRL's default")
     length = (512, "room to reason before the call") if options.allow_reasoning else (64, "a call has about 25 tokens")
+    is_frozen = options.freeze_vision or options.use_lora
+    cache = (2048, "vision is frozen: features keep") if is_frozen else (0, "vision trains, so features change")
     defaults = {
         "train_steps": (60, "the toy learns in 60") if is_toy else (200, "a real model"),
         "per_device_batch_size": (8, "the toy is small") if is_toy else (1, "one group of a real model at a time"),
@@ -128,6 +132,7 @@ def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, l
         "beta": (0.0, "no KL term, so no reference model in memory"),
         "dtype": ("bfloat16", "the GPU computes in it") if has_bf16_gpu else ("float32", "no GPU with bfloat16"),
         "image_max_pixels": (56 * 56, kind) if is_toy else (448 * 448, "256 tokens an image at most"),
+        "vision_cache_mib": cache,
         "max_completion_length": (32, "a toy call has 20 tokens") if is_toy else length,
         "gradient_checkpointing": (False, kind) if is_toy else (True, "memory before speed for a real model"),
     }
@@ -227,6 +232,7 @@ def _refuse_impossible_numbers(options: Options) -> None:
         "lora_dropout",
         "dataloader_num_workers",
         "seed",
+        "vision_cache_mib",
     )
     _require(options, at_least_one, "at least 1", lambda value: value >= 1)
     _require(options, above_zero, "above 0", lambda value: value > 0)
@@ -246,6 +252,11 @@ def _refuse_impossible_numbers(options: Options) -> None:
         raise UsageError(
             f"steps_per_generation={options.steps_per_generation} is not a multiple of gradient_accumulation_steps="
             f"{options.gradient_accumulation_steps}, so a step would mix two generations; make it one"
+        )
+    if options.vision_cache_mib and not (options.freeze_vision or options.use_lora):
+        raise UsageError(
+            f"vision_cache_mib={options.vision_cache_mib}, but the vision tower trains, so features change with every "
+            "step; add --freeze_vision true or drop --vision_cache_mib"
         )
     if options.load_in_4bit and not options.use_lora:
         raise UsageError("load_in_4bit=true, but 4-bit weights cannot be trained themselves; add --use_lora true")

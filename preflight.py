@@ -21,7 +21,7 @@ CONFIG_NAME = "config.json"
 MAY_CHANGE_ON_RESUME = frozenset(
     {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
      "sample_steps", "report_to", "dataloader_num_workers", "dry_run", "merge_lora", "ds3_gather_for_generation",
-     "vllm_server_host", "vllm_server_port", "vllm_gpu_memory_utilization"}
+     "vision_cache_mib", "vllm_server_host", "vllm_server_port", "vllm_gpu_memory_utilization"}
 )  # fmt: skip
 
 

@@ -23,8 +23,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from trl.trainer.utils import nanstd, pad, use_adapter
 
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, repeat_episodes
-from environment import judge
-from flops import packed_work, text_flops, unpacked_work, vision_flops
+from flops import add_up, compare_work
 from group_passes import (
     base_qwen,
     encode_images,
@@ -37,7 +36,7 @@ from group_passes import (
 )
 from model_utils import decode_completion, media_token_ids
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
-from rollouts import RolloutRecord, rollout_metrics
+from rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
 from shared_prefix import pack_groups, unpack
 from vision_cache import VisionCache
 
@@ -183,7 +182,7 @@ class FleetRLOOTrainer(RLOOTrainer):
             completion_mask_BT=mask_BT,
             rewards_B=self._task_rewards(batch, texts, completions),
             advantages_B=torch.zeros(len(completions), device=ids_BT.device),
-            is_packed=self._is_packing_less_work(batch, mask_BT),
+            is_packed=self._chooses_packing(batch, mask_BT),
         )
         self._log_completions(batch, completions)
         if self.beta != 0.0:
@@ -246,31 +245,24 @@ class FleetRLOOTrainer(RLOOTrainer):
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
         return pad(tensors, padding_value=value, padding_side="right").to(self.accelerator.device)
 
-    def _is_packing_less_work(self, batch: EpisodeBatch, mask_BT: Tensor) -> bool:
-        """Whether packed rows take less arithmetic than TRL's for this generation, over all devices."""
+    def _chooses_packing(self, batch: EpisodeBatch, mask_BT: Tensor) -> bool:
+        """Whether this generation's forward passes have each group as one row; decided on the work of all devices."""
         if not self.shared_prefix:
             return False
-        config, size = self.model.config, self._groups_per_step
-        prompts = batch["attention_mask"].sum(dim=1).tolist()
-        lengths = mask_BT.sum(dim=1).view(-1, self.num_generations).tolist()
-        steps = [slice(first, first + size) for first in range(0, len(prompts), size)]
-        packed = [packed_work(prompts[step], lengths[step]) for step in steps]
-        unpacked = [unpacked_work(prompts[step], lengths[step]) for step in steps]
-        vision = vision_flops(config, batch["image_grid_thw"].tolist())
-        own = [
-            sum(text_flops(config, work) for work in packed) + vision,
-            sum(text_flops(config, work) for work in unpacked) + vision * self.num_generations,
-            sum(work.num_tokens for work in packed),
-            sum(work.num_tokens for work in unpacked),
-            max(work.num_pairs for work in packed),
-        ]
-        of_ranks = self.accelerator.gather(torch.tensor([own], dtype=torch.float32, device=mask_BT.device))
-        packed_flops, unpacked_flops, packed_tokens, unpacked_tokens, _ = of_ranks.sum(dim=0).tolist()
-        reason = why_not_to_pack(self._attention, packed_flops / unpacked_flops, int(of_ranks[:, 4].max()))
+        own = compare_work(
+            self.model.config,
+            batch["attention_mask"].sum(dim=1).tolist(),
+            mask_BT.sum(dim=1).view(-1, self.num_generations).tolist(),
+            batch["image_grid_thw"].tolist(),
+            self._groups_per_step,
+        )
+        work = add_up(gather_object([own]))
+        reason = why_not_to_pack(self._attention, work)
         if reason is not None and reason not in self._told_reasons:
-            logger.info(f"shared prefix: training on TRL's rows, because {reason}")
+            logger.info(f"shared prefix: this generation is trained on as TRL does it: {reason} (said once)")
             self._told_reasons.add(reason)
-        self._metrics["train"]["token_ratio"].append(unpacked_tokens / packed_tokens if reason is None else 1.0)
+        token_ratio = work.unpacked_tokens / work.packed_tokens if reason is None else 1.0
+        self._metrics["train"]["token_ratio"].append(token_ratio)
         return reason is None
 
     def _score_reference(self, rollouts: Rollouts) -> Tensor:
@@ -416,40 +408,27 @@ class FleetRLOOTrainer(RLOOTrainer):
         return slice(first, first + num_rows)
 
     def _log_completions(self, batch: EpisodeBatch, completions: list[list[int]]) -> None:
-        """TRL's metrics of completion lengths in tokens, over all devices, and of tokens seen since the start."""
-        device, metrics = self.accelerator.device, self._metrics["train"]
-        prompt_tokens = batch["attention_mask"].sum() * batch["group_size"]
-        self.state.num_input_tokens_seen += int(self.accelerator.reduce(prompt_tokens, reduction="sum").item())
-        lengths = self.accelerator.gather(torch.tensor([len(ids) for ids in completions], device=device))
-        self.state.num_input_tokens_seen += int(lengths.sum().item())
-        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        """TRL's metrics of completion lengths, over all devices, and of tokens seen since the start."""
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        is_ended = self.accelerator.gather(torch.tensor([ids[-1] in ends for ids in completions], device=device))
-        ended_lengths = lengths[is_ended] if is_ended.any() else lengths.new_zeros(1)
-        metrics["completions/clipped_ratio"].append(1 - is_ended.float().mean().item())
-        for name, values in (("length", lengths.float()), ("terminated_length", ended_lengths.float())):
-            metrics[f"completions/mean_{name}"].append(values.mean().item())
-            metrics[f"completions/min_{name}"].append(values.min().item())
-            metrics[f"completions/max_{name}"].append(values.max().item())
+        prompt_tokens = int(batch["attention_mask"].sum()) * batch["group_size"]
+        own = prompt_tokens, [len(ids) for ids in completions], [ids[-1] in ends for ids in completions]
+        of_ranks = gather_object([own])
+        lengths = [length for _, of_rank, _ in of_ranks for length in of_rank]
+        self.state.num_input_tokens_seen += sum(of_rank[0] for of_rank in of_ranks) + sum(lengths)
+        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        is_ended = [has_end for _, _, of_rank in of_ranks for has_end in of_rank]
+        for name, value in length_metrics(lengths, is_ended).items():
+            self._metrics["train"][name].append(value)
 
     def _record(self, rollouts: Rollouts) -> None:
         """Gathers every rollout's record to every rank, and logs what they amount to."""
-        episodes = [episode for episode in rollouts.batch["episodes"] for _ in range(self.num_generations)]
-        numbers = zip(rollouts.rewards_B.tolist(), rollouts.advantages_B.tolist(), strict=True)
-        records = [
-            RolloutRecord(
-                target=episode.target,
-                correct_index=episode.correct_index,
-                num_candidates=episode.num_candidates,
-                completion=text,
-                judgement=judge(
-                    text, episode.correct_index, episode.num_candidates, allow_reasoning=self.allow_reasoning
-                ),
-                reward=reward,
-                advantage=advantage,
-            )
-            for episode, text, (reward, advantage) in zip(episodes, rollouts.texts, numbers, strict=True)
-        ]
+        records = make_records(
+            rollouts.batch["episodes"],
+            rollouts.texts,
+            rollouts.rewards_B.tolist(),
+            rollouts.advantages_B.tolist(),
+            allow_reasoning=self.allow_reasoning,
+        )
         self.latest_rollouts = tuple(gather_object(records))
         self._num_rollouts_since_log += len(self.latest_rollouts)
         for name, value in rollout_metrics(self.latest_rollouts, self.num_generations).items():

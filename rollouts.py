@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from environment import Judgement, Outcome
+from environment import Episode, Judgement, Outcome, judge
 from utils.tool_calls import ParseStatus
 
 
@@ -22,6 +22,44 @@ class RolloutRecord:
     judgement: Judgement
     reward: float
     advantage: float
+
+
+def make_records(
+    episodes: Sequence[Episode],
+    texts: Sequence[str],
+    rewards: Sequence[float],
+    advantages: Sequence[float],
+    *,
+    allow_reasoning: bool,
+) -> list[RolloutRecord]:
+    """The records of P groups of completions, group after group; texts, rewards and advantages are one a rollout."""
+    group_size = len(texts) // len(episodes)
+    of_rollouts = [episode for episode in episodes for _ in range(group_size)]
+    return [
+        RolloutRecord(
+            target=episode.target,
+            correct_index=episode.correct_index,
+            num_candidates=episode.num_candidates,
+            completion=text,
+            judgement=judge(text, episode.correct_index, episode.num_candidates, allow_reasoning=allow_reasoning),
+            reward=reward,
+            advantage=advantage,
+        )
+        for episode, text, reward, advantage in zip(of_rollouts, texts, rewards, advantages, strict=True)
+    ]
+
+
+def length_metrics(lengths: Sequence[int], is_ended: Sequence[bool]) -> dict[str, float]:
+    """TRL's metrics of completion lengths in tokens: of all, of those that ended by themselves, and who did not."""
+    ended = [length for length, has_end in zip(lengths, is_ended, strict=True) if has_end] or [0]
+    metrics = {"completions/clipped_ratio": 1 - sum(is_ended) / len(is_ended)}
+    for name, values in (("length", lengths), ("terminated_length", ended)):
+        metrics |= {
+            f"completions/mean_{name}": sum(values) / len(values),
+            f"completions/min_{name}": float(min(values)),
+            f"completions/max_{name}": float(max(values)),
+        }
+    return metrics
 
 
 def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int) -> dict[str, float]:

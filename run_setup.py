@@ -40,6 +40,7 @@ from run_records import (
     write_config,
 )
 from toy_model import build_in_own_process
+from vision_cache import vision_is_frozen
 
 logger = logging.getLogger("fleet")
 
@@ -224,6 +225,10 @@ def build_trainer(options: Options, args: RLOOConfig, env: EpisodeSource, model_
         raise UsageError(f"model {options.model_id} cannot be loaded ({reason}); correct --model_id") from error
     is_new_adapter = options.use_lora and not is_adapter
     lora = make_lora_config(options.lora_rank, options.lora_alpha, options.lora_dropout) if is_new_adapter else None
+    cache_mib = int(options.vision_cache_mib or 0)
+    if cache_mib and not (is_new_adapter or vision_is_frozen(model)):
+        logger.info(f"the adapter {options.model_id} trains the vision side, so no image features are kept\n")
+        cache_mib = 0
     trainer = FleetRLOOTrainer(
         model,
         args,
@@ -232,6 +237,8 @@ def build_trainer(options: Options, args: RLOOConfig, env: EpisodeSource, model_
         reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
         allow_reasoning=options.allow_reasoning,
         peft_config=lora,
+        shared_prefix=options.shared_prefix,
+        vision_cache_bytes=cache_mib * 2**20,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunRecorder(trainer, Path(str(options.output_dir)), options.sample_steps))

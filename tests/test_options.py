@@ -28,6 +28,7 @@ FLAGS = {
     "merge_lora": (False, "true", True, ["--use_lora"]),
     "load_in_4bit": (False, "true", True, ["--use_lora"]),
     "freeze_vision": (False, "true", True, []),
+    "vision_cache_mib": (None, "64", 64, ["--freeze_vision"]),
     "data_root": ("./toy_images", "my images", "my images", []),
     "env": (None, "my_env.py:MyEnv", "my_env.py:MyEnv", []),
     "candidates_per_episode": (4, "3", 3, []),
@@ -56,6 +57,7 @@ FLAGS = {
     "temperature": (1.0, "0.7", 0.7, []),
     "top_p": (1.0, "0.9", 0.9, []),
     "max_completion_length": (None, "48", 48, []),
+    "shared_prefix": (True, "false", False, []),
     "ds3_gather_for_generation": (False, "true", True, []),
     "use_vllm": (False, "true", True, []),
     "vllm_mode": ("colocate", "server", "server", []),
@@ -75,7 +77,7 @@ FLAGS = {
     "dataloader_num_workers": (0, "2", 2, []),
     "dry_run": (False, "true", True, []),
 }
-SWITCHES = [flag for flag, (_, given, value, _) in FLAGS.items() if (given, value) == ("true", True)]
+SWITCHES = [flag for flag, (_, _, value, _) in FLAGS.items() if type(value) is bool]
 
 
 def parse(line: str) -> Options:
@@ -138,7 +140,7 @@ def test_switch_alone_is_true_and_may_be_spelt_out(flag):
 
 
 def test_there_are_as_many_switches_as_booleans():
-    assert len(SWITCHES) == sum("bool" in str(field.type) for field in dataclasses.fields(Options)) == 13
+    assert len(SWITCHES) == sum("bool" in str(field.type) for field in dataclasses.fields(Options)) == 14
 
 
 @pytest.mark.parametrize(("given", "index"), [("none", None), ("None", None), ("0", 0), ("3", 3), ("12", 12)])
@@ -219,6 +221,8 @@ IMPOSSIBLE = {
     "--gradient_accumulation_steps 2 --steps_per_generation 3": "steps_per_generation=3 is not a multiple of "
     "gradient_accumulation_steps=2",
     "--gradient_accumulation_steps 2 --steps_per_generation 1": "steps_per_generation=1 is not a multiple",
+    "--vision_cache_mib 64": "vision_cache_mib=64, .* add --freeze_vision true",
+    "--vision_cache_mib -1": "vision_cache_mib=-1, but it must be at least 0",
     "--load_in_4bit": "load_in_4bit=true, .* add --use_lora true",
     "--merge_lora": "merge_lora=true, .* add --use_lora true",
     "--warmup_steps 5": "warmup_steps=5, .* add --lr_scheduler_type constant_with_warmup",
@@ -235,6 +239,8 @@ BARELY_POSSIBLE = [
     "--gradient_accumulation_steps 2 --steps_per_generation 6",
     "--warmup_steps 5 --lr_scheduler_type constant_with_warmup",
     "--load_in_4bit --use_lora --merge_lora",
+    "--vision_cache_mib 64 --use_lora",
+    "--vision_cache_mib 0",
     "--overwrite",
 ]
 
@@ -363,23 +369,28 @@ RESOLVED = (
     "image_max_pixels",
     "max_completion_length",
     "gradient_checkpointing",
+    "vision_cache_mib",
 )
 REAL = "--model_id Qwen/Qwen2.5-VL-3B-Instruct"
 
 # the values are of the flags in RESOLVED
 CASES = {
-    "toy on a CPU": ("", False, (60, 8, 1, 1e-4, 0.0, "float32", 3136, 32, False)),
-    "toy on a GPU": ("", True, (60, 8, 1, 1e-4, 0.0, "bfloat16", 3136, 32, False)),
-    "toy with LoRA": ("--use_lora", False, (60, 8, 1, 5e-4, 0.0, "float32", 3136, 32, False)),
-    "real": (REAL, True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 64, True)),
-    "real with LoRA": (f"{REAL} --use_lora", True, (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True)),
-    "real with reasoning": (f"{REAL} --allow_reasoning", True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 512, True)),
+    "toy on a CPU": ("", False, (60, 8, 1, 1e-4, 0.0, "float32", 3136, 32, False, 0)),
+    "toy on a GPU": ("", True, (60, 8, 1, 1e-4, 0.0, "bfloat16", 3136, 32, False, 0)),
+    "toy with LoRA": ("--use_lora", False, (60, 8, 1, 5e-4, 0.0, "float32", 3136, 32, False, 2048)),
+    "real": (REAL, True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 64, True, 0)),
+    "real with LoRA": (f"{REAL} --use_lora", True, (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True, 2048)),
+    "real with reasoning": (
+        f"{REAL} --allow_reasoning",
+        True,
+        (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 512, True, 0),
+    ),
     "real, accumulating": (
         f"{REAL} --gradient_accumulation_steps 4",
         True,
-        (200, 1, 4, 1e-6, 0.0, "bfloat16", 200_704, 64, True),
+        (200, 1, 4, 1e-6, 0.0, "bfloat16", 200_704, 64, True, 0),
     ),
-    "folder": ("--model_id ./my_model", False, (200, 1, 1, 1e-6, 0.0, "float32", 200_704, 64, True)),
+    "folder": ("--model_id ./my_model", False, (200, 1, 1, 1e-6, 0.0, "float32", 200_704, 64, True, 0)),
 }
 
 
@@ -395,7 +406,8 @@ def test_defaults_of_the_case(line, has_bf16_gpu, values):
 def test_what_was_given_is_not_filled_in():
     line = (
         "--train_steps 3 --per_device_batch_size 2 --steps_per_generation 5 --learning_rate 0.5 --beta 0 "
-        "--dtype float32 --image_max_pixels 784 --max_completion_length 9 --gradient_checkpointing false"
+        "--dtype float32 --image_max_pixels 784 --max_completion_length 9 --gradient_checkpointing false "
+        "--vision_cache_mib 0"
     )
     assert resolve_options(parse(line), has_bf16_gpu=True) == (parse(line), [])
 

@@ -331,6 +331,7 @@ MAY_CHANGE = {
     "dry_run",
     "merge_lora",
     "ds3_gather_for_generation",
+    "vision_cache_mib",
     "vllm_server_host",
     "vllm_server_port",
     "vllm_gpu_memory_utilization",

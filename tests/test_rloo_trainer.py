@@ -174,7 +174,7 @@ class OddFleetTrainer(FleetRLOOTrainer):
     def _generate_behind_one_prefill(self, batch: Any, features: Any) -> list[list[int]]:
         tokenizer, config = toy_processor().tokenizer, self.model.config
         call, end = tokenizer("<tool_call>")["input_ids"], [tokenizer.eos_token_id]
-        odd = [
+        return [
             [config.image_token_id, *end],
             [*call, config.video_token_id, *call],
             [],
@@ -185,7 +185,6 @@ class OddFleetTrainer(FleetRLOOTrainer):
             + end,
             [tokenizer.pad_token_id],
         ]
-        return odd
 
 
 def test_odd_completions_do_not_stop_the_run(tmp_path: Path) -> None:
