@@ -107,9 +107,15 @@ def fleet_trainer(
     return trainer_class(model, args, dataset or toy_dataset(), toy_processor(), peft_config=peft_config, **settings)
 
 
-def stock_trainer(args: RLOOConfig, peft_config: Any = None, num_episodes: int = 64) -> RLOOTrainer:
-    return ScriptedStockTrainer(
-        model=toy_model(),
+def stock_trainer(
+    args: RLOOConfig,
+    peft_config: Any = None,
+    num_episodes: int = 64,
+    model: Any = None,
+    trainer_class: type[RLOOTrainer] | None = None,
+) -> RLOOTrainer:
+    return (trainer_class or ScriptedStockTrainer)(
+        model=toy_model() if model is None else model,
         reward_funcs=make_trl_reward_function(),
         args=args,
         train_dataset=toy_dataset().as_hf_dataset(num_episodes),

@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl import RLOOTrainer
 
 from environment import Outcome
 from model_utils import make_lora_config
-from rloo_trainer import FleetRLOOTrainer, leave_one_out_advantages, num_episodes_of_run, refuse_split_groups
+from rloo_trainer import (
+    FleetRLOOTrainer,
+    leave_one_out_advantages,
+    needs_old_logps,
+    num_episodes_of_run,
+    refuse_split_groups,
+)
 from tests.helpers import (
     ScriptedFleetTrainer,
     fleet_trainer,
@@ -71,6 +78,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipped rewards": {"reward_clip_range": (0.0, 0.5)},
     "lora": {"lora": True},
     "lora with kl": {"lora": True, "beta": 0.05},
+    "kl over micro-batches": {"beta": 0.05, "gradient_accumulation_steps": 2},
+    "normalized kl over micro-batches": {
+        "beta": 0.05,
+        "gradient_accumulation_steps": 2,
+        "normalize_advantages": True,
+    },
+    "frozen vision": {"freeze_vision": True},
+    "frozen vision with kl": {"freeze_vision": True, "beta": 0.05},
+    "without shared prefix": {"shared_prefix": False},
+    "without shared prefix, with kl": {"shared_prefix": False, "beta": 0.05},
 }
 
 
@@ -78,12 +95,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_same_completions_give_the_same_steps_as_stock_trl(name: str, tmp_path: Path) -> None:
     settings = dict(SETTINGS[name])
     lora = make_lora_config(rank=4) if settings.pop("lora", False) else None
+    is_frozen, is_shared = settings.pop("freeze_vision", False), settings.pop("shared_prefix", True)
     # plain descent, because Adam would turn a rounding difference near zero into a whole step
     settings |= {"optim": "sgd", "learning_rate": 0.01}
-    stock = stock_trainer(rloo_config(tmp_path / "stock", **settings), lora)
-    ours = fleet_trainer(rloo_config(tmp_path / "ours", **settings), ScriptedFleetTrainer, lora)
+    models = [toy_model(freeze_vision=is_frozen) for _ in range(2)]
+    stock = stock_trainer(rloo_config(tmp_path / "stock", **settings), lora, model=models[0])
+    ours = fleet_trainer(
+        rloo_config(tmp_path / "ours", **settings),
+        ScriptedFleetTrainer,
+        lora,
+        model=models[1],
+        shared_prefix=is_shared,
+        vision_cache_bytes=2**20 if is_frozen or lora else 0,
+    )
     stock.train()
     ours.train()
+    assert ours._rollouts is not None and ours._rollouts.is_packed is is_shared
+    assert (ours.vision_cache is not None) is (is_frozen or lora is not None)
     not_compared = {"step_time", "loss"}
     if "gradient_accumulation_steps" in settings:
         # a mean of micro-batches' means, and TRL deals rollouts to micro-batches at random where we keep groups whole
@@ -100,7 +128,150 @@ def test_same_completions_give_the_same_steps_as_stock_trl(name: str, tmp_path: 
     for weight_name, stock_weight in weights_of(stock.model).items():
         torch.testing.assert_close(our_weights[weight_name], stock_weight, rtol=1e-4, atol=1e-6, msg=weight_name)
         moved += weight_name in base and not torch.equal(stock_weight, base[weight_name])
-    assert lora is not None or moved > 50
+    assert lora is not None or moved > (35 if is_frozen else 50)
+
+
+class GradientKeeper(TrainerCallback):
+    """Keeps every gradient of the first step as the optimizer finds it."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.gradients = {
+                name: parameter.grad.detach().clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+            }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+@pytest.mark.parametrize("kind", ["full", "lora", "frozen vision"])
+def test_every_gradient_equals_stock_trls(kind: str, beta: float, checkpointing: bool, tmp_path: Path) -> None:
+    lora = None
+    if kind == "lora":
+        lora = make_lora_config(rank=4)
+        lora.init_lora_weights = False  # at zero, half of an adapter has no gradient
+    keepers = []
+    makers: tuple[Any, ...] = (stock_trainer, fleet_trainer)
+    for make in makers:
+        args = rloo_config(
+            tmp_path, beta=beta, gradient_checkpointing=checkpointing, max_steps=1, max_grad_norm=0.0, num_iterations=1
+        )
+        torch.manual_seed(0)
+        model, settings = toy_model(freeze_vision=kind == "frozen vision"), dict[str, Any]()
+        if make is fleet_trainer:
+            settings = {"trainer_class": ScriptedFleetTrainer, "vision_cache_bytes": 0 if kind == "full" else 2**20}
+        trainer = make(args, peft_config=lora, model=model, **settings)
+        keepers.append(GradientKeeper())
+        trainer.add_callback(keepers[-1])
+        trainer.train()
+    stocks, ours = (keeper.gradients for keeper in keepers)
+    assert stocks.keys() == ours.keys() and len(ours) == {"full": 69, "lora": 42, "frozen vision": 39}[kind]
+    largest = max(gradient.norm() for gradient in stocks.values())
+    for name, gradient in stocks.items():
+        scale = max(gradient.norm(), 1e-5 * largest)
+        assert (ours[name] - gradient).norm() <= 1e-4 * scale, name
+
+
+class LongFleetTrainer(FleetRLOOTrainer):
+    """Answers at a length that makes packed rows more work than rows of their own."""
+
+    def _sample_completions(self, batch: Any, features: Any) -> list[list[int]]:
+        return [[40 + row % 7] * 600 for row in range(len(batch["episodes"]) * self.num_generations)]
+
+
+class LongStockTrainer(RLOOTrainer):
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
+        return [[40 + row % 7] * 600 for row in range(len(prompt_ids))]
+
+
+def test_long_completions_are_trained_on_as_trl_does_and_said_once(tmp_path: Path, caplog: Any) -> None:
+    settings = {"beta": 0.05, "max_steps": 2, "optim": "sgd", "learning_rate": 0.01, "max_completion_length": 600}
+    ours = fleet_trainer(rloo_config(tmp_path / "ours", **settings), LongFleetTrainer)
+    stock = stock_trainer(rloo_config(tmp_path / "stock", **settings), trainer_class=LongStockTrainer)
+    with caplog.at_level("INFO", logger="fleet"):
+        ours.train()
+    stock.train()
+    assert ours._rollouts is not None and not ours._rollouts.is_packed
+    assert [line["token_ratio"] for line in ours.state.log_history if "token_ratio" in line] == [1.0, 1.0]
+    told = [record.message for record in caplog.records if "packed rows would be more work" in record.message]
+    assert len(told) == 1
+    for name, weight in weights_of(stock.model).items():
+        torch.testing.assert_close(weights_of(ours.model)[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "needs"),
+    [
+        ({}, False),
+        ({"beta": 0.05}, False),
+        ({"gradient_accumulation_steps": 4}, False),
+        ({"gradient_accumulation_steps": 4, "beta": 0.05}, False),
+        ({"normalize_advantages": True, "beta": 0.05}, False),
+        ({"gradient_accumulation_steps": 4, "beta": 0.05, "normalize_advantages": True}, True),
+        ({"num_iterations": 2}, True),
+        ({"steps_per_generation": 2}, True),
+        ({"steps_per_generation": 4, "gradient_accumulation_steps": 2}, True),
+    ],
+)
+def test_old_log_probabilities_have_a_pass_only_where_they_need_one(
+    changes: dict[str, Any], needs: bool, tmp_path: Path
+) -> None:
+    assert needs_old_logps(rloo_config(tmp_path, **changes)) is needs
+
+
+def forward_tokens(trainer: FleetRLOOTrainer) -> list[tuple[bool, int]]:
+    """(whether gradients are on, rows x tokens) of every pass through the language model, decoding left out."""
+    passes: list[tuple[bool, int]] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        rows, tokens = kwargs["inputs_embeds"].shape[:2]
+        if tokens > 1:
+            passes.append((torch.is_grad_enabled(), rows * tokens))
+
+    trainer.model.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    return passes
+
+
+def test_a_step_passes_each_prompt_once_to_generate_and_once_to_train(tmp_path: Path) -> None:
+    trainer = fleet_trainer(rloo_config(tmp_path, max_steps=1))
+    passes = forward_tokens(trainer)
+    trainer.train()
+    (prefill_has_gradient, prefill), (training_has_gradient, packed) = passes
+    assert (prefill_has_gradient, training_has_gradient) == (False, True)
+    lengths = trainer.data_collator([toy_dataset()[0]] * 4)["attention_mask"].sum(dim=1)
+    assert prefill == 2 * (int(lengths[0]) - 1)
+    ended = [len(toy_processor().tokenizer(rollout.completion)["input_ids"]) + 1 for rollout in trainer.latest_rollouts]
+    assert packed <= 2 * (int(lengths[0]) - 1 + max(sum(ended[:4]), sum(ended[4:])) + 8)
+    line = trainer.state.log_history[0]
+    assert line["token_ratio"] > 2
+
+
+def test_kl_takes_one_pass_of_the_reference_and_none_more_of_the_policy(tmp_path: Path) -> None:
+    trainer = fleet_trainer(rloo_config(tmp_path, max_steps=1, beta=0.05))
+    passes = forward_tokens(trainer)
+    trainer.train()
+    assert [has_gradient for has_gradient, _ in passes] == [False, True]
+
+
+def test_an_image_is_encoded_once_a_run_where_vision_is_frozen(tmp_path: Path) -> None:
+    args = rloo_config(tmp_path, max_steps=6, beta=0.05)
+    model = toy_model(freeze_vision=True)
+    trainer = fleet_trainer(args, ScriptedFleetTrainer, model=model, vision_cache_bytes=2**20)
+    patches: list[int] = []
+    trainer.model.model.visual.register_forward_pre_hook(
+        lambda module, args, kwargs: patches.append(args[0].shape[0]), with_kwargs=True
+    )
+    trainer.train()
+    # the toy's twelve pictures of 16 patches, each once, for generation, reference and training of six steps
+    assert sum(patches) == 12 * 16
+    rates = [line["vision_cache/hit_rate"] for line in trainer.state.log_history if "reward" in line]
+    assert rates == sorted(rates) and 0 <= rates[0] < rates[-1] == pytest.approx(1 - 12 / 48)
+
+
+def test_a_cache_of_a_tower_that_trains_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pass --freeze_vision true or --vision_cache_mib 0"):
+        fleet_trainer(rloo_config(tmp_path), vision_cache_bytes=2**20)
 
 
 def test_our_advantages_equal_stock_trls(tmp_path: Path) -> None:
@@ -246,6 +417,7 @@ def test_a_split_group_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
+        ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
         ("_generate_single_turn", ["self", "prompt_ids", "images", "multimodal_fields"]),
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_compute_loss", ["self", "model", "inputs"]),
@@ -262,5 +434,5 @@ def test_trl_still_has_the_internals_we_lean_on(method: str, parameters: list[st
 def test_trl_still_scores_with_the_arguments_we_pass() -> None:
     found = inspect.signature(RLOOTrainer._get_per_token_logps_and_entropies).parameters
     ours = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "pixel_values", "image_grid_thw",
-            "num_images", "mm_token_type_ids"}  # fmt: skip
+            "num_images", "mm_token_type_ids", "compute_entropy"}  # fmt: skip
     assert ours <= found.keys(), f"TRL changed _get_per_token_logps_and_entropies: {sorted(ours - found.keys())} gone"

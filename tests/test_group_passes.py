@@ -1,0 +1,123 @@
+"""Generation behind one prefill against plain `generate`, features against pixels, and what is not packed."""
+
+import dataclasses
+import inspect
+import re
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
+
+from dataset import RepeatableEpisodeDataset, VLMDataCollator
+from environment import PickImageEnv
+from flops import WorkComparison
+from group_passes import encode_images, generate_groups, takes_image_features, why_not_to_pack
+from model_utils import make_lora_config
+from tests.helpers import toy_model, toy_processor
+from toy_model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
+
+GROUP_SIZE = 3
+
+
+def batch_of_unequal_prompts() -> Any:
+    """Prompts of 2, 5 and 3 pictures, so that two of them are padded."""
+    lines = []
+    for number, candidates in enumerate((2, 5, 3)):
+        dataset = RepeatableEpisodeDataset(PickImageEnv(TOY_DATA_ROOT, candidates, None, seed=3), TOY_IMAGE_PIXELS)
+        lines += [dataset[number]] * GROUP_SIZE
+    batch = VLMDataCollator(toy_processor(), GROUP_SIZE)(lines)
+    assert (batch["attention_mask"] == 0).any(dim=1).tolist() == [True, False, True]
+    return batch
+
+
+def adapted_model() -> Any:
+    config = make_lora_config(rank=4)
+    config.init_lora_weights = False  # the adapter counts from the start
+    torch.manual_seed(0)
+    return get_peft_model(toy_model(), config)
+
+
+def repeated_generate(model: Any, batch: Any, config: GenerationConfig) -> torch.Tensor:
+    """The oracle: transformers' own `generate` on every prompt and its pictures G times over."""
+    grids = batch["image_grid_thw"].split(batch["num_images"])
+    pixels = batch["pixel_values"].split([int(grid.prod(dim=1).sum()) for grid in grids])
+    order = [prompt for prompt in range(len(grids)) for _ in range(GROUP_SIZE)]
+    sequences = model.generate(
+        input_ids=batch["input_ids"][order],
+        attention_mask=batch["attention_mask"][order],
+        mm_token_type_ids=batch["mm_token_type_ids"][order],
+        pixel_values=torch.cat([pixels[prompt] for prompt in order]),
+        image_grid_thw=torch.cat([grids[prompt] for prompt in order]),
+        generation_config=config,
+    )
+    return sequences[:, batch["input_ids"].shape[1] :]
+
+
+def generation_config(**settings: Any) -> GenerationConfig:
+    tokenizer = toy_processor().tokenizer
+    return GenerationConfig(
+        max_new_tokens=32, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **settings
+    )
+
+
+@pytest.mark.parametrize("make_model", [toy_model, adapted_model])
+def test_greedy_output_equals_plain_generate_token_for_token(make_model: Any) -> None:
+    model, batch, config = make_model(), batch_of_unequal_prompts(), generation_config(do_sample=False)
+    expected = repeated_generate(model, batch, config)
+    assert torch.equal(generate_groups(model, batch, None, config), expected)
+    # once more: positions left behind by one call must not reach the next
+    assert torch.equal(generate_groups(model, batch, None, config), expected)
+    assert torch.equal(repeated_generate(model, batch, config), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sampling_draws_what_plain_generate_draws_from_the_same_seed(seed: int) -> None:
+    model, batch = toy_model(), batch_of_unequal_prompts()
+    config = generation_config(do_sample=True, temperature=1.5, top_k=0, top_p=1.0)
+    torch.manual_seed(seed)
+    expected = repeated_generate(model, batch, config)
+    torch.manual_seed(seed)
+    found = generate_groups(model, batch, None, config)
+    assert torch.equal(found, expected)
+    assert len({tuple(row) for row in found.tolist()}) > GROUP_SIZE, "rollouts of one group differ from each other"
+
+
+@pytest.mark.skipif(not takes_image_features(), reason="this transformers takes no image features")
+def test_features_stand_for_pixels() -> None:
+    model, batch, config = toy_model(), batch_of_unequal_prompts(), generation_config(do_sample=False)
+    expected = repeated_generate(model, batch, config)
+    features = encode_images(model, batch, range(10))
+    assert [tuple(image.shape) for image in features] == [(4, 96)] * 10
+    assert torch.equal(generate_groups(model, batch, features, config), expected)
+    # and the model does read them: other pictures' features give another answer's likelihood
+    assert not torch.equal(encode_images(model, batch, [9, 0])[0], features[0])
+    assert torch.allclose(encode_images(model, batch, [9, 0])[1], features[0], atol=1e-5)
+
+
+SOUND = WorkComparison(packed_flops=1, unpacked_flops=5, packed_tokens=100, unpacked_tokens=500, largest_mask=600 * 600)
+
+
+@pytest.mark.parametrize(
+    ("attention", "changes", "words"),
+    [
+        ("sdpa", {}, None),
+        ("eager", {}, None),
+        ("flash_attention_2", {}, "flash_attention_2 takes no mask .* pass --attn_implementation sdpa"),
+        ("sdpa", {"packed_flops": 5}, "packed rows would be more work"),
+        ("sdpa", {"largest_mask": 40_000**2}, "a mask of more than 512 MiB"),
+    ],
+)
+def test_what_is_not_packed_says_why(attention: str, changes: dict[str, int], words: str | None) -> None:
+    reason = why_not_to_pack(attention, dataclasses.replace(SOUND, **changes))
+    assert reason is None if words is None else reason is not None and re.search(words, reason)
+
+
+def test_the_model_still_has_the_internals_we_lean_on() -> None:
+    inner = Qwen2_5_VLForConditionalGeneration(toy_model().config).model
+    gone = "transformers changed Qwen2_5_VLModel: group_passes.py must follow before transformers' pin moves"
+    taken = inspect.signature(inner.get_rope_index).parameters.keys()
+    assert {"input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask"} <= taken, gone
+    assert hasattr(inner, "rope_deltas") and hasattr(inner, "visual") and hasattr(inner, "language_model"), gone
+    assert {"pixel_values", "image_grid_thw"} <= inspect.signature(inner.get_image_features).parameters.keys(), gone
