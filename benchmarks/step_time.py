@@ -54,8 +54,7 @@ NUM_PICTURES = 12
 
 def main() -> None:
     arguments = parse_arguments()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    keep_libraries_quiet()
     if arguments.memory_of is not None:
         with prepared_folder(arguments) as folder:
             print(json.dumps(memory_of_training_pass(arguments, folder)))
@@ -71,6 +70,16 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def keep_libraries_quiet() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def device_name() -> str:
+    """What the measured work runs on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+
+
 def parse_arguments() -> argparse.Namespace:
     def switch(text: str) -> bool:
         if text not in ("true", "false"):
@@ -81,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model_size", default="30m", choices=list(random_model.SIZES), help="random-weight model (default: 30m)")
     add("--num_rollouts", type=int, default=8, help="G, rollouts per episode (default: 8)")
-    add("--num_episodes", type=int, default=2, help="episodes per step (default: 2)")
+    add("--num_episodes", type=int, default=1, help="episodes per step (default: 1)")
     add("--num_images", type=int, default=4, help="candidates per episode (default: 4)")
     add("--image_side_px", type=int, default=224, help="a multiple of 28 (default: 224)")
     add("--completion_tokens", type=int, default=30, help="every completion's length (default: 30)")
@@ -389,7 +398,7 @@ def summarize(arguments: argparse.Namespace, fleet: Any, stock: Any) -> dict[str
     rollouts = arguments.num_rollouts * arguments.num_episodes
     return {
         "command": " ".join(["python benchmarks/step_time.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "device": device_name(),
         "platform": platform.machine(),
         "versions": installed_versions(),
         "settings": {name: value for name, value in vars(arguments).items() if name not in ("json", "memory_of")},

@@ -1,6 +1,6 @@
 """Started by tests/test_distributed.py: two steps on fixed completions, and the weights that came of them.
 
-accelerate launch --config_file CONFIG tests/distributed_step.py OUTPUT EPISODES_PER_DEVICE
+accelerate launch --config_file CONFIG tests/distributed_step.py OUTPUT EPISODES_PER_DEVICE full|lora packed|unpacked
 """
 
 import sys
@@ -9,11 +9,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
+from model_utils import make_lora_config
 from rloo_trainer import FleetRLOOTrainer
 from tests.helpers import fleet_trainer, rloo_config, toy_model, toy_processor
 from utils.tool_calls import make_tool_call_str
 
-ANSWERS = [make_tool_call_str(0), "no call", make_tool_call_str(2), make_tool_call_str(1)]
+ANSWERS = [make_tool_call_str(0), "no call", make_tool_call_str(2), make_tool_call_str(1) + " and more of it"]
 
 
 class FixedFleetTrainer(FleetRLOOTrainer):
@@ -30,16 +33,33 @@ class FixedFleetTrainer(FleetRLOOTrainer):
 
 
 def main() -> None:
-    output, episodes = Path(sys.argv[1]), int(sys.argv[2])
+    output, episodes, kind, rows = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     # the arguments come first: they start ZeRO-3, under which the model must load
-    args = rloo_config(output, per_device_train_batch_size=4 * episodes, optim="sgd", learning_rate=0.01)
-    trainer = fleet_trainer(args, FixedFleetTrainer, model=toy_model())
+    args = rloo_config(
+        output,
+        per_device_train_batch_size=4 * episodes,
+        optim="sgd",
+        learning_rate=0.01,
+        beta=0.05,
+        gradient_checkpointing=kind == "lora",
+    )
+    torch.manual_seed(0)
+    trainer = fleet_trainer(
+        args,
+        FixedFleetTrainer,
+        peft_config=make_lora_config(rank=4) if kind == "lora" else None,
+        model=toy_model(),
+        shared_prefix=rows == "packed",
+        # room for a few images only, so that ranks miss others than their neighbours
+        vision_cache_bytes=8 * 4 * 96 * 4 if kind == "lora" else 0,
+    )
     trainer.train()
+    assert trainer._rollouts is not None and trainer._rollouts.is_packed == (rows == "packed")
     trainer.save_model(str(output / "final"))
     if trainer.is_world_process_zero():
-        norms = [str(line["grad_norm"]) for line in trainer.state.log_history if "grad_norm" in line]
-        rewards = [str(line["reward"]) for line in trainer.state.log_history if "reward" in line]
-        (output / "figures.txt").write_text(" ".join(norms + rewards), encoding="utf-8")
+        lines = [line for line in trainer.state.log_history if "reward" in line]
+        figures = [str(line[name]) for name in ("grad_norm", "reward", "kl", "entropy") for line in lines]
+        (output / "figures.txt").write_text(" ".join(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

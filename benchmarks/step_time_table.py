@@ -1,0 +1,95 @@
+"""Runs step_time.py over the settings that the README reports, and writes the table, the results and the plot.
+
+    python benchmarks/step_time_table.py
+
+Every row is a process of its own. Run it with nothing else running: it reports seconds. On two CPU cores it takes
+about half an hour, nearly all of it stock TRL's.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# name of the result, what the table calls it, the flags
+ROWS: list[tuple[str, str, list[str]]] = [
+    ("g4", "4 rollouts", ["--num_rollouts", "4"]),
+    ("g8", "8 rollouts", ["--num_rollouts", "8"]),
+    ("g16", "16 rollouts", ["--num_rollouts", "16"]),
+    ("g8_beta", "8 rollouts, beta 0.05", ["--num_rollouts", "8", "--beta", "0.05"]),
+    ("g8_frozen", "8 rollouts, frozen vision", ["--num_rollouts", "8", "--freeze_vision", "true"]),
+    ("g8_lora", "8 rollouts, LoRA", ["--num_rollouts", "8", "--use_lora", "true"]),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "step_time")
+    parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "step_time.png")
+    parser.add_argument("--only", nargs="*", help="names of rows to measure; the others are read (default: all)")
+    arguments, extra = parser.parse_known_args()
+    for name, label, flags in ROWS:
+        if arguments.only is None or name in arguments.only:
+            print(f"--- {label}", flush=True)
+            command = [sys.executable, "benchmarks/step_time.py", *flags, *extra]
+            subprocess.run([*command, "--json", str(arguments.results / f"{name}.json")], cwd=REPOSITORY, check=True)
+    results = {name: json.loads((arguments.results / f"{name}.json").read_text()) for name, _, _ in ROWS}
+    print(markdown_table(results))
+    draw(results, arguments.plot)
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = [
+        "| | step: Fleet | stock | ratio (spread) | generate | train | of ideal | memory | overhead |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, label, _ in ROWS:
+        found = results[name]
+        step, train = found["step"], found["train"]
+        lines.append(
+            f"| {label} | {step['fleet_s_median']:.2f} s | {step['stock_s_median']:.2f} s "
+            f"| **{step['ratio_median']:.1f}x** ({step['ratio_min']:.1f} to {step['ratio_max']:.1f}) "
+            f"| {found['generate']['ratio_median']:.1f}x | {train['ratio_median']:.1f}x "
+            f"| {train['share_of_ideal']:.0%} | {found['memory']['ratio']:.1f}x less "
+            f"| {found['overhead']['fleet_share_median']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """How the ratio and the seconds of a step grow with the number of rollouts."""
+    from matplotlib.figure import Figure
+
+    found = [results[name] for name in ("g4", "g8", "g16")]
+    groups = [result["settings"]["num_rollouts"] for result in found]
+    ratios = [result["step"]["ratio_median"] for result in found]
+    spread = [
+        [result["step"]["ratio_median"] - result["step"]["ratio_min"] for result in found],
+        [result["step"]["ratio_max"] - result["step"]["ratio_median"] for result in found],
+    ]
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.errorbar(groups, ratios, yerr=spread, marker="o", capsize=3, color="#1f6f8b", label="measured")
+    ideals = [result["ideal"]["ratio"] for result in found]
+    left.plot(groups, ideals, linestyle="--", color="0.5", label="by FLOPs alone")
+    left.set(title="Whole step: stock TRL's time over Fleet's", xlabel="rollouts per episode", ylim=(0, None))
+    for kind, color in (("stock", "#c1553b"), ("fleet", "#1f6f8b")):
+        seconds = [result["step"][f"{kind}_s_median"] for result in found]
+        right.plot(groups, seconds, marker="o", color=color, label={"stock": "stock TRL", "fleet": "Fleet"}[kind])
+    right.set(title="Seconds a step", xlabel="rollouts per episode", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xticks(groups)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
