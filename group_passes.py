@@ -29,7 +29,7 @@ def base_qwen(model: nn.Module) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def takes_image_features() -> bool:
-    """Whether this version of transformers lets a model be given its images' features (from 5.23 on)."""
+    """Whether this version of transformers lets a model be given its images' features (from 5.18 on)."""
     return "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 
 

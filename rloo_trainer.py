@@ -138,7 +138,9 @@ class FleetRLOOTrainer(RLOOTrainer):
         self.allow_reasoning = allow_reasoning
         self.shared_prefix = shared_prefix
         self.vision_cache: VisionCache | None = None
-        if vision_cache_bytes and shared_prefix and takes_image_features():
+        if vision_cache_bytes and not takes_image_features():
+            logger.info("this transformers takes no image features, so every pass encodes its images; 5.18 takes them")
+        elif vision_cache_bytes and shared_prefix:
             self.vision_cache = VisionCache(policy, vision_cache_bytes)
         self.latest_rollouts: tuple[RolloutRecord, ...] = ()
         self._rollouts: Rollouts | None = None

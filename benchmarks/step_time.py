@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model_size", default="30m", choices=list(random_model.SIZES), help="random-weight model (default: 30m)")
     add("--num_rollouts", type=int, default=8, help="G, rollouts per episode (default: 8)")
-    add("--num_episodes", type=int, default=1, help="episodes per step (default: 1)")
+    add("--num_episodes", type=int, default=2, help="episodes per step (default: 2)")
     add("--num_images", type=int, default=4, help="candidates per episode (default: 4)")
     add("--image_side_px", type=int, default=224, help="a multiple of 28 (default: 224)")
     add("--completion_tokens", type=int, default=30, help="every completion's length (default: 30)")
@@ -344,7 +344,9 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
             peft_config=lora,
         )
     trainer.stopwatch = Stopwatch()
-    trainer.stopwatch.count_amounts(trainer.model)
+    for passed in (trainer.model, trainer.ref_model):
+        if passed is not None:
+            trainer.stopwatch.count_amounts(passed)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
@@ -494,7 +496,7 @@ def as_table(result: dict[str, Any]) -> str:
     amounts = result["amounts"]
     for unit in ("tokens", "patches"):
         counts = [amounts[kind].get(unit, 0) for kind in ("fleet", "stock")]
-        lines.append(f"{unit + ' a step':<16}{counts[0]:>7,}{counts[1]:>10,}")
+        lines.append(f"{unit + ' a step':<16}{counts[0]:>6,.0f}{counts[1]:>10,.0f}")
     lines.append(f"ideal by FLOPs: step {result['ideal']['ratio']:.2f}x, train {result['train']['ideal_ratio']:.2f}x")
     lines.append(f"share of the ideal that training reaches: {result['train']['share_of_ideal']:.0%}")
     lines.append(f"Fleet's time outside the model: {result['overhead']['fleet_share_median']:.1%} of its step")

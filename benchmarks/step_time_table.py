@@ -22,6 +22,7 @@ ROWS: list[tuple[str, str, list[str]]] = [
     ("g16", "16 rollouts", ["--num_rollouts", "16"]),
     ("g8_beta", "8 rollouts, beta 0.05", ["--num_rollouts", "8", "--beta", "0.05"]),
     ("g8_frozen", "8 rollouts, frozen vision", ["--num_rollouts", "8", "--freeze_vision", "true"]),
+    ("g8_one_episode", "8 rollouts, 1 episode a step", ["--num_rollouts", "8", "--num_episodes", "1"]),
     ("g8_lora", "8 rollouts, LoRA", ["--num_rollouts", "8", "--use_lora", "true"]),
 ]
 
