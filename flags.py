@@ -50,8 +50,8 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
         "--attn_implementation",
         default="sdpa",
         choices=["sdpa", "eager", "flash_attention_2"],
-        help="attention of the language model; the vision tower uses flash attention where it is installed "
-        "(default: sdpa, which is everywhere)",
+        help="attention of the language model; flash_attention_2 cannot train on shared prefixes; the vision tower "
+        "uses flash attention where it is installed (default: sdpa, which is everywhere)",
     )
     _add_switch(add, "--use_lora", False, "train LoRA adapters on the language model, not all weights")
     add("--lora_rank", type=int, default=16, metavar="N", help="rank of the adapters (default: 16)")
@@ -70,8 +70,8 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
         "--vision_cache_mib",
         type=int,
         metavar="N",
-        help="host memory per process for features of images, which shared_prefix then encodes once a run, in MiB; 0 "
-        "keeps none (default: 2048 where vision is frozen, as with LoRA; else 0, as features change with each step)",
+        help="host memory per process for features of images, each of which is then encoded once while it is held, in "
+        "MiB; 0 keeps none (default: 2048 where vision is frozen, as with LoRA; else 0, as features change)",
     )
 
 

@@ -26,7 +26,7 @@ class WorkComparison:
     unpacked_flops: int
     packed_tokens: int
     unpacked_tokens: int
-    largest_mask: int  # query-key pairs of the largest packed step
+    largest_mask_pairs: int  # query-key pairs of the largest packed step
 
 
 def text_flops(config: Any, work: TextWork) -> int:
@@ -67,23 +67,27 @@ def compare_work(
     config: Any,
     prompt_lengths: Sequence[int],
     completion_lengths: Sequence[Sequence[int]],
+    *,
+    padded_lengths: tuple[int, int],
     grids_thw: Sequence[Sequence[int]],
+    are_features_known: bool,
     groups_per_step: int,
 ) -> WorkComparison:
     """What packing P groups, `groups_per_step` in a forward pass, saves or costs.
 
-    prompt_lengths: P, completion_lengths: P lists of G, in tokens. grids_thw: patches of every image of the P prompts.
+    prompt_lengths: P, completion_lengths: P lists of G, in tokens. padded_lengths: of prompts and completions in TRL's
+    rows. grids_thw: patches of every image of the P prompts. are_features_known: packed rows need no encoder.
     """
     steps = [slice(first, first + groups_per_step) for first in range(0, len(prompt_lengths), groups_per_step)]
     packed = [packed_work(prompt_lengths[step], completion_lengths[step]) for step in steps]
-    unpacked = [unpacked_work(prompt_lengths[step], completion_lengths[step]) for step in steps]
+    unpacked = unpacked_work(sum(map(len, completion_lengths)), *padded_lengths)
     vision = vision_flops(config, grids_thw)
     return WorkComparison(
-        packed_flops=sum(text_flops(config, work) for work in packed) + vision,
-        unpacked_flops=sum(text_flops(config, work) for work in unpacked) + vision * len(completion_lengths[0]),
+        packed_flops=sum(text_flops(config, work) for work in packed) + (0 if are_features_known else vision),
+        unpacked_flops=text_flops(config, unpacked) + vision * len(completion_lengths[0]),
         packed_tokens=sum(work.num_tokens for work in packed),
-        unpacked_tokens=sum(work.num_tokens for work in unpacked),
-        largest_mask=max(work.num_pairs for work in packed),
+        unpacked_tokens=unpacked.num_tokens,
+        largest_mask_pairs=max(work.num_pairs for work in packed),
     )
 
 
@@ -94,16 +98,14 @@ def add_up(of_ranks: Sequence[WorkComparison]) -> WorkComparison:
         unpacked_flops=sum(work.unpacked_flops for work in of_ranks),
         packed_tokens=sum(work.packed_tokens for work in of_ranks),
         unpacked_tokens=sum(work.unpacked_tokens for work in of_ranks),
-        largest_mask=max(work.largest_mask for work in of_ranks),
+        largest_mask_pairs=max(work.largest_mask_pairs for work in of_ranks),
     )
 
 
-def unpacked_work(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> TextWork:
-    """Every rollout as a row with its own prompt, each row as long as the longest, as stock TRL has them."""
-    num_rows = sum(map(len, completion_lengths))
-    longest_completion = max(map(max, completion_lengths))
-    length = max(prompt_lengths) + longest_completion
-    return TextWork(num_rows * length, num_rows * length * (length + 1) // 2, num_rows * longest_completion)
+def unpacked_work(num_rows: int, prompt_length: int, completion_length: int) -> TextWork:
+    """Every rollout as a row with its own prompt, all rows of one length, as stock TRL has them."""
+    length = prompt_length + completion_length
+    return TextWork(num_rows * length, num_rows * length * (length + 1) // 2, num_rows * completion_length)
 
 
 def packed_work(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> TextWork:

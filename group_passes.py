@@ -17,10 +17,9 @@ from dataset import EpisodeBatch
 from flops import WorkComparison
 from shared_prefix import PackedGroups, attention_mask
 
-# Attention that a mask can keep the branches of a packed row apart in; flash attention takes no such mask.
-MASKED_ATTENTION = ("sdpa", "eager")
-# A dense mask has a byte for every pair of slots, and attention kernels make a copy of two or four.
-MAX_MASK_BYTES = 2**29
+# The attention that takes a mask which keeps the branches of a packed row apart; flash attention takes none.
+# The most query-key pairs that a packed step may have: sdpa holds a byte or four for each, eager four for every head.
+MAX_MASK_PAIRS = {"sdpa": 2**29, "eager": 2**25}
 
 
 def base_qwen(model: nn.Module) -> Qwen2_5_VLForConditionalGeneration:
@@ -38,12 +37,16 @@ def why_not_to_pack(attention: str, work: WorkComparison) -> str | None:
 
     attention: the language model's implementation. work: of all devices together, so that all decide the same.
     """
-    if attention not in MASKED_ATTENTION:
+    if attention not in MAX_MASK_PAIRS:
         return f"attention {attention} takes no mask that keeps branches apart; pass --attn_implementation sdpa"
     if work.packed_flops >= work.unpacked_flops:
-        return "with completions this long beside their prompts, packed rows would be more work"
-    if work.largest_mask > MAX_MASK_BYTES:
-        return f"a packed step would need a mask of more than {MAX_MASK_BYTES / 2**20:.0f} MiB"
+        ratio = work.packed_flops / work.unpacked_flops
+        return f"completions this long beside their prompts make packed rows {ratio:.1f} times the work"
+    if work.largest_mask_pairs > MAX_MASK_PAIRS[attention]:
+        return (
+            f"a packed step would have a mask of {work.largest_mask_pairs:,} pairs, wanted at most "
+            f"{MAX_MASK_PAIRS[attention]:,}; lower --per_device_batch_size or --max_completion_length"
+        )
     return None
 
 
@@ -122,7 +125,7 @@ def score_packed(
     """Log-probability and entropy of what each slot predicts, (P, S) float each, from one forward pass.
 
     model: with TRL's fused head, which gives no entropy if it was not asked for at its making; may be wrapped by
-    DDP or DeepSpeed. images: from image_inputs. attention: the language model's, one of MASKED_ATTENTION.
+    DDP or DeepSpeed. images: from image_inputs. attention: the language model's, one of MAX_MASK_PAIRS.
     """
     mask_P1SS = attention_mask(packed.branch_PS)
     if attention == "eager":

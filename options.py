@@ -122,8 +122,11 @@ def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, l
     else:
         rate = (1e-4, "full fine-tune of the toy model") if is_toy else (1e-6, "full fine-tune, TRL's default")
     length = (512, "room to reason before the call") if options.allow_reasoning else (64, "a call has about 25 tokens")
-    is_frozen = options.freeze_vision or options.use_lora
-    cache = (2048, "vision is frozen: features keep") if is_frozen else (0, "vision trains, so features change")
+    cache = (2048, "vision is frozen: features keep")
+    if not options.freeze_vision and not options.use_lora:
+        cache = (0, "vision trains, so features change")
+    elif not options.shared_prefix:
+        cache = (0, "TRL's own passes take no features")
     defaults = {
         "train_steps": (60, "the toy learns in 60") if is_toy else (200, "a real model"),
         "per_device_batch_size": (8, "the toy is small") if is_toy else (1, "one group of a real model at a time"),
@@ -257,6 +260,11 @@ def _refuse_impossible_numbers(options: Options) -> None:
         raise UsageError(
             f"vision_cache_mib={options.vision_cache_mib}, but the vision tower trains, so features change with every "
             "step; add --freeze_vision true or drop --vision_cache_mib"
+        )
+    if options.vision_cache_mib and not options.shared_prefix:
+        raise UsageError(
+            f"vision_cache_mib={options.vision_cache_mib}, but TRL's own passes take no features; drop "
+            "--vision_cache_mib or --shared_prefix false"
         )
     if options.load_in_4bit and not options.use_lora:
         raise UsageError("load_in_4bit=true, but 4-bit weights cannot be trained themselves; add --use_lora true")

@@ -36,6 +36,7 @@ from group_passes import (
 )
 from model_utils import decode_completion, media_token_ids
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
+from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_run, refuse_split_groups
 from rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
 from shared_prefix import pack_groups, unpack
 from vision_cache import VisionCache
@@ -43,28 +44,6 @@ from vision_cache import VisionCache
 logger = logging.getLogger("fleet")
 
 # Axes: P episodes (groups), G rollouts of each, B = P * G of them group after group, T completion tokens.
-
-
-def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
-    """Advantage of each rollout over the mean of its siblings.
-
-    rewards_PG: (P, G) float, G >= 2; NaN marks a rollout that could not be scored: it is nobody's sibling and its
-    advantage is 0, as is that of a rollout without a scored sibling. Returns (P, G); each row sums to 0.
-    Raises ValueError if G < 2 or a reward is infinite.
-    Source: "Back to Basics", arXiv 2402.14740, the RLOO estimator.
-
-    >>> leave_one_out_advantages(torch.tensor([[1., 0., 0., 0.]]))
-    tensor([[ 1.0000, -0.3333, -0.3333, -0.3333]])
-    """
-    if rewards_PG.shape[1] < 2:
-        raise ValueError(
-            f"{rewards_PG.shape[1]} rollout per episode, but leave-one-out needs at least 2; pass --num_rollouts 4"
-        )
-    if torch.isinf(rewards_PG).any():
-        raise ValueError("a reward is infinite, and one such reward destroys the policy; return finite numbers")
-    num_siblings_P1 = (~rewards_PG.isnan()).sum(dim=1, keepdim=True) - 1
-    siblings_sum_PG = rewards_PG.nansum(dim=1, keepdim=True) - rewards_PG
-    return (rewards_PG - siblings_sum_PG / num_siblings_P1).nan_to_num(nan=0.0)
 
 
 @dataclass
@@ -90,8 +69,9 @@ class FleetRLOOTrainer(RLOOTrainer):
     """TRL's RLOOTrainer, fed by RepeatableEpisodeDataset through VLMDataCollator.
 
     `latest_rollouts` holds the records of the last generation over all devices, the same on every one. Besides TRL's
-    metrics it logs rollouts.rollout_metrics, `rollouts_per_s`, `token_ratio` (tokens that TRL would pass through the
-    model per token that passes through it), `vision_cache/hit_rate`, and TRL's `step_time` as `step_time_s`.
+    metrics it logs rollouts.rollout_metrics, `rollouts_per_s`, `token_ratio` (tokens that would pass through TRL's
+    training pass per token that passes through ours), `vision_cache/hit_rate` (of a generation's images), and TRL's
+    `step_time` as `step_time_s`.
     """
 
     def __init__(
@@ -197,23 +177,21 @@ class FleetRLOOTrainer(RLOOTrainer):
 
     def _image_features(self, batch: EpisodeBatch) -> list[Tensor] | None:
         """The features of the batch's images from the vision cache, in host memory; None without a cache."""
-        cache, device = self.vision_cache, self.accelerator.device
+        cache, digests = self.vision_cache, batch["image_digests"]
         if cache is None:
             return None
-        digests = batch["image_digests"]
-        # under ZeRO-3 the encoder's weights are gathered by all ranks, so all call it or none
-        num_unknown = torch.tensor(len(cache.unknown_places(digests)), device=device)
-        must_encode = bool(self.accelerator.reduce(num_unknown, reduction="sum") > 0)
         policy = self.accelerator.unwrap_model(self.model)
-
-        def encode(places: list[int]) -> list[Tensor]:
-            with self.accelerator.autocast():
-                return encode_images(policy, batch, places)
-
-        features = cache.features_of(digests, encode, must_encode=must_encode)
-        counts = torch.tensor([cache.num_hits, cache.num_lookups], device=device)
-        num_hits, num_lookups = self.accelerator.reduce(counts, reduction="sum").tolist()
-        self._metrics["train"]["vision_cache/hit_rate"].append(num_hits / num_lookups)
+        # under ZeRO-3 the encoder's weights are gathered by all ranks, so all call it or none
+        unknown_of_ranks = gather_object([len(cache.unknown_places(digests))])
+        with (
+            self.accelerator.autocast(),
+            disable_gradient_checkpointing(policy, self.args.gradient_checkpointing_kwargs),
+        ):
+            features = cache.features_of(
+                digests, lambda places: encode_images(policy, batch, places), must_encode=any(unknown_of_ranks)
+            )
+        num_images = sum(gather_object([len(digests)]))
+        self._metrics["train"]["vision_cache/hit_rate"].append(1 - sum(unknown_of_ranks) / num_images)
         return features
 
     def _sample_completions(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
@@ -255,8 +233,10 @@ class FleetRLOOTrainer(RLOOTrainer):
             self.model.config,
             batch["attention_mask"].sum(dim=1).tolist(),
             mask_BT.sum(dim=1).view(-1, self.num_generations).tolist(),
-            batch["image_grid_thw"].tolist(),
-            self._groups_per_step,
+            padded_lengths=(batch["input_ids"].shape[1], mask_BT.shape[1]),
+            grids_thw=batch["image_grid_thw"].tolist(),
+            are_features_known=self.vision_cache is not None,
+            groups_per_step=self._groups_per_step,
         )
         work = add_up(gather_object([own]))
         reason = why_not_to_pack(self._attention, work)
@@ -397,10 +377,10 @@ class FleetRLOOTrainer(RLOOTrainer):
         shaped_all = self.accelerator.gather(shaped_B)
         is_tied_P = nanstd(shaped_all.view(-1, self.num_generations), dim=1) < 1e-8
         self._metrics["train"]["frac_reward_zero_std"].append(is_tied_P.float().mean().item())
-        advantages_all = leave_one_out_advantages(shaped_all.view(-1, self.num_generations)).view(-1)
-        if self.normalize_advantages:
-            advantages_all = (advantages_all - advantages_all.mean()) / (advantages_all.std() + 1e-4)
-        rollouts.advantages_B[rows] = advantages_all[self._own_rows(len(shaped_B))]
+        advantages_PG = leave_one_out_advantages(
+            shaped_all.view(-1, self.num_generations), normalize=self.normalize_advantages
+        )
+        rollouts.advantages_B[rows] = advantages_PG.view(-1)[self._own_rows(len(shaped_B))]
         if rows.stop == len(rollouts.completions):
             self._record(rollouts)
 
@@ -463,32 +443,6 @@ class FleetRLOOTrainer(RLOOTrainer):
             return
         saved = type(policy).from_pretrained(resume_from_checkpoint, dtype=policy.dtype)
         policy.load_state_dict(saved.state_dict(), strict=True)
-
-
-def refuse_split_groups(args: RLOOConfig) -> None:
-    """Raises ValueError unless every device's micro-batch holds whole groups."""
-    if args.per_device_train_batch_size % args.num_generations:
-        raise ValueError(
-            f"per_device_train_batch_size={args.per_device_train_batch_size} is not a multiple of "
-            f"num_generations={args.num_generations}, but a group stays whole on its device; make it one"
-        )
-
-
-def num_episodes_of_run(args: RLOOConfig) -> int:
-    """How many episodes `args.max_steps` optimizer steps draw over all devices: one epoch, so no order repeats."""
-    micro_steps = args.max_steps * args.gradient_accumulation_steps
-    num_generations_of_run = -(-micro_steps // (args.steps_per_generation * args.num_iterations))
-    return num_generations_of_run * args.generation_batch_size // args.num_generations
-
-
-def needs_old_logps(args: RLOOConfig) -> bool:
-    """Whether the sampling policy's log-probabilities need a pass of their own, before a generation's first step.
-
-    They do where a generation serves several optimizer steps. Where it serves one, the step's own forward pass has
-    them, unless advantages that contain them are normalized over several micro-batches.
-    """
-    is_used_once = args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
-    return not is_used_once or (args.beta != 0.0 and args.normalize_advantages and args.steps_per_generation > 1)
 
 
 def _up_to_end(completion_ids: list[int], end_ids: set[int]) -> list[int]:

@@ -27,8 +27,6 @@ class VisionCache:
             )
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.num_hits = 0
-        self.num_lookups = 0
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def features_of(
@@ -43,10 +41,9 @@ class VisionCache:
         fresh: dict[bytes, Tensor] = {}
         if unknown or must_encode:
             places = unknown or [0]
-            encoded = [features.detach().to("cpu") for features in encode(places)]
+            # copies, because an encoder's results are views of all that it encoded at once
+            encoded = [features.detach().to("cpu", copy=True) for features in encode(places)]
             fresh = {digests[place]: features for place, features in zip(places, encoded, strict=True)}
-        self.num_lookups += len(digests)
-        self.num_hits += len(digests) - len(unknown)
         found = [fresh[digest] if digest in fresh else self._features[digest] for digest in digests]
         for digest, features in zip(digests, found, strict=True):
             self._keep(digest, features)

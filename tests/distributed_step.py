@@ -10,17 +10,35 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from accelerate.utils import gather_object
 
+from dataset import RepeatableEpisodeDataset
+from environment import Episode, PickImageEnv
 from model_utils import make_lora_config
 from rloo_trainer import FleetRLOOTrainer
 from tests.helpers import fleet_trainer, rloo_config, toy_model, toy_processor
+from toy_model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 from utils.tool_calls import make_tool_call_str
 
 ANSWERS = [make_tool_call_str(0), "no call", make_tool_call_str(2), make_tool_call_str(1) + " and more of it"]
 
 
+class HalfRepeatingEnv(PickImageEnv):
+    """The first two episodes of every four are always the same ones: of two ranks, one soon knows all its pictures."""
+
+    def episode(self, index: int) -> Episode:
+        return super().episode(index % 4 if index % 4 < 2 else index)
+
+
 class FixedFleetTrainer(FleetRLOOTrainer):
     """Answers by the pictures shown, so that an episode gets the same completions on whatever device it is."""
+
+    unknown_images: list[int] = []
+
+    def _image_features(self, batch: Any) -> Any:
+        if self.vision_cache is not None:
+            self.unknown_images = [*self.unknown_images, len(self.vision_cache.unknown_places(batch["image_digests"]))]
+        return super()._image_features(batch)
 
     def _sample_completions(self, batch: Any, features: Any) -> list[list[int]]:
         tokenizer = toy_processor().tokenizer
@@ -50,12 +68,15 @@ def main() -> None:
         peft_config=make_lora_config(rank=4) if kind == "lora" else None,
         model=toy_model(),
         shared_prefix=rows == "packed",
-        # room for a few images only, so that ranks miss others than their neighbours
-        vision_cache_bytes=8 * 4 * 96 * 4 if kind == "lora" else 0,
+        vision_cache_bytes=2**20 if kind == "lora" else 0,
+        dataset=RepeatableEpisodeDataset(HalfRepeatingEnv(TOY_DATA_ROOT, 4, 0), TOY_IMAGE_PIXELS),
     )
     trainer.train()
     assert trainer._rollouts is not None and trainer._rollouts.is_packed == (rows == "packed")
     trainer.save_model(str(output / "final"))
+    unknown = gather_object([trainer.unknown_images])
+    if len(unknown) == 2 and kind == "lora":
+        assert unknown[0][1] == 0 < unknown[1][1], f"wanted one rank alone to encode: {unknown}"
     if trainer.is_world_process_zero():
         lines = [line for line in trainer.state.log_history if "reward" in line]
         figures = [str(line[name]) for name in ("grad_norm", "reward", "kl", "entropy") for line in lines]

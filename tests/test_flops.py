@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dataset import VLMDataCollator
 from flops import TextWork, WorkComparison, add_up, compare_work, text_flops, vision_flops
-from tests.helpers import toy_dataset, toy_model, toy_processor
+from tests.helpers import toy_model
 
 
 def counted(model: Any, **inputs: Any) -> int:
@@ -37,23 +36,33 @@ def test_vision_operations_equal_pytorchs_count(side: int) -> None:
     assert vision_flops(model.config, grid.tolist()) == pytest.approx(found, rel=0.01)
 
 
+def compare(prompts: list[int], completions: list[list[int]], step: int, **changes: Any) -> WorkComparison:
+    padded = max(prompts), max(map(max, completions))
+    settings = {"grids_thw": [(1, 4, 4)], "are_features_known": False, "groups_per_step": step, **changes}
+    return compare_work(toy_model().config, prompts, completions, padded_lengths=padded, **settings)
+
+
 def test_packing_compared_by_hand() -> None:
-    config = toy_model().config
     # two steps of one group each: prompts of 10 and 4 tokens, completions of 1 + 2 and 5 + 5
-    work = compare_work(config, [10, 4], [[1, 2], [5, 5]], [(1, 4, 4)], groups_per_step=1)
+    work = compare([10, 4], [[1, 2], [5, 5]], 1)
     assert work.packed_tokens == (10 - 1 + 3) + (4 - 1 + 10)
-    assert work.unpacked_tokens == 2 * (10 + 2) + 2 * (4 + 5)
-    assert work.largest_mask == 13**2
-    # both groups in one step: every row is as long as the longest
-    together = compare_work(config, [10, 4], [[1, 2], [5, 5]], [(1, 4, 4)], groups_per_step=2)
+    assert work.unpacked_tokens == 4 * (10 + 5)
+    assert work.largest_mask_pairs == 13**2
+    # both groups in one step: every packed row is as long as the longest
+    together = compare([10, 4], [[1, 2], [5, 5]], 2)
     assert together.packed_tokens == 2 * 13 and together.unpacked_tokens == 4 * 15
-    assert together.largest_mask == 2 * 13**2
+    assert together.largest_mask_pairs == 2 * 13**2
+
+
+def test_known_features_save_the_encoder_in_packed_rows_alone() -> None:
+    picture = vision_flops(toy_model().config, [(1, 4, 4)])
+    fresh, known = (compare([97], [[20] * 8], 1, are_features_known=is_known) for is_known in (False, True))
+    assert fresh.packed_flops - known.packed_flops == picture
+    assert fresh.unpacked_flops == known.unpacked_flops
 
 
 def test_long_completions_behind_a_short_prompt_are_more_work_packed() -> None:
-    config, picture = toy_model().config, [(1, 4, 4)]
-    short = compare_work(config, [97], [[20] * 8], picture, 1)
-    long = compare_work(config, [97], [[2000] * 8], picture, 1)
+    short, long = compare([97], [[20] * 8], 1), compare([97], [[2000] * 8], 1)
     assert short.packed_flops < short.unpacked_flops / 2
     assert long.packed_flops > long.unpacked_flops
 
@@ -62,10 +71,3 @@ def test_ranks_are_added_up_except_for_their_masks() -> None:
     assert add_up([WorkComparison(1, 2, 3, 4, 5), WorkComparison(10, 20, 30, 40, 3)]) == WorkComparison(
         11, 22, 33, 44, 5
     )
-
-
-def test_a_real_batch_is_counted_as_it_is_packed() -> None:
-    batch = VLMDataCollator(toy_processor(), 2)([toy_dataset()[0]] * 2)
-    length = int(batch["attention_mask"].sum())
-    work = compare_work(toy_model().config, [length], [[3, 4]], batch["image_grid_thw"].tolist(), 1)
-    assert work.packed_tokens == length - 1 + 7

@@ -96,7 +96,9 @@ def test_features_stand_for_pixels() -> None:
     assert torch.allclose(encode_images(model, batch, [9, 0])[1], features[0], atol=1e-5)
 
 
-SOUND = WorkComparison(packed_flops=1, unpacked_flops=5, packed_tokens=100, unpacked_tokens=500, largest_mask=600 * 600)
+SOUND = WorkComparison(
+    packed_flops=1, unpacked_flops=5, packed_tokens=100, unpacked_tokens=500, largest_mask_pairs=600 * 600
+)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +107,10 @@ SOUND = WorkComparison(packed_flops=1, unpacked_flops=5, packed_tokens=100, unpa
         ("sdpa", {}, None),
         ("eager", {}, None),
         ("flash_attention_2", {}, "flash_attention_2 takes no mask .* pass --attn_implementation sdpa"),
-        ("sdpa", {"packed_flops": 5}, "packed rows would be more work"),
-        ("sdpa", {"largest_mask": 40_000**2}, "a mask of more than 512 MiB"),
+        ("sdpa", {"packed_flops": 10}, "packed rows 2.0 times the work"),
+        ("sdpa", {"largest_mask_pairs": 40_000**2}, "1,600,000,000 pairs, wanted at most .* lower --per_device_batch"),
+        ("sdpa", {"largest_mask_pairs": 8_000**2}, None),
+        ("eager", {"largest_mask_pairs": 8_000**2}, "64,000,000 pairs, wanted at most 33,554,432"),
     ],
 )
 def test_what_is_not_packed_says_why(attention: str, changes: dict[str, int], words: str | None) -> None:

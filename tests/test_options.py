@@ -222,6 +222,7 @@ IMPOSSIBLE = {
     "gradient_accumulation_steps=2",
     "--gradient_accumulation_steps 2 --steps_per_generation 1": "steps_per_generation=1 is not a multiple",
     "--vision_cache_mib 64": "vision_cache_mib=64, .* add --freeze_vision true",
+    "--vision_cache_mib 64 --use_lora --shared_prefix false": "vision_cache_mib=64, .* drop --vision_cache_mib",
     "--vision_cache_mib -1": "vision_cache_mib=-1, but it must be at least 0",
     "--load_in_4bit": "load_in_4bit=true, .* add --use_lora true",
     "--merge_lora": "merge_lora=true, .* add --use_lora true",
@@ -303,7 +304,9 @@ def test_config_file_sets_flags(config, content, expected):
 
 
 def test_config_file_sets_every_flag(config):
-    settings = {flag: given for flag, (_, given, _, _) in FLAGS.items() if flag not in ("resume", "overwrite")}
+    settings = {
+        flag: given for flag, (_, given, _, _) in FLAGS.items() if flag not in ("resume", "overwrite", "shared_prefix")
+    }
     options = parse_options(config("\n".join(f"{flag}: {given}" for flag, given in settings.items())))
     assert {flag: getattr(options, flag) for flag in settings} == {flag: FLAGS[flag][2] for flag in settings}
 
@@ -380,6 +383,11 @@ CASES = {
     "toy with LoRA": ("--use_lora", False, (60, 8, 1, 5e-4, 0.0, "float32", 3136, 32, False, 2048)),
     "real": (REAL, True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 64, True, 0)),
     "real with LoRA": (f"{REAL} --use_lora", True, (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True, 2048)),
+    "LoRA on TRL's passes": (
+        f"{REAL} --use_lora --shared_prefix false",
+        True,
+        (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True, 0),
+    ),
     "real with reasoning": (
         f"{REAL} --allow_reasoning",
         True,
