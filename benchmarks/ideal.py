@@ -7,67 +7,68 @@ masks cost.
 import argparse
 from typing import Any
 
+import torch
+
 from flops import TextWork, text_flops, vision_flops
 
-Costs = tuple[float, float]  # stock, fleet
+Costs = tuple[float, float]  # stock's operations, Fleet's
 
 
-def prompt_tokens(trainer: Any) -> int:
-    """Tokens of the first prompt, images included."""
-    row = trainer.train_dataset[0]
-    return int(trainer.data_collator([row] * trainer.num_generations)["attention_mask"].sum())
+class Work:
+    """The arithmetic of one episode's step under step_time.py's settings."""
 
+    def __init__(self, arguments: argparse.Namespace, trainer: Any, encoded_share: float | None):
+        """encoded_share: of the images that Fleet's cache has to encode; None without a cache."""
+        self.arguments, self.config = arguments, trainer.model.config
+        row = trainer.train_dataset[0]
+        self.prompt = int(trainer.data_collator([row] * arguments.num_rollouts)["attention_mask"].sum())
+        side = arguments.image_side_px // self.config.vision_config.patch_size
+        images = vision_flops(self.config, [(1, side, side)] * arguments.num_images)
+        self.vision = arguments.num_rollouts * images, images if encoded_share is None else 0.0
+        self.encoding = self.vision[0], images if encoded_share is None else images * encoded_share
 
-def train_ratio(arguments: argparse.Namespace, trainer: Any) -> float:
-    """Of the training pass, forward and backward."""
-    stock, fleet = _train(arguments, trainer)
-    return stock / fleet
+    def step_ratio(self) -> float:
+        """Of a whole step's passes: generation, scoring where there is any, training."""
+        parts = [self._generate(), self._score(), self._train()]
+        return sum(stock for stock, _ in parts) / sum(fleet for _, fleet in parts)
 
+    def train_ratio(self) -> float:
+        """Of the training pass, forward and backward."""
+        stock, fleet = self._train()
+        return stock / fleet
 
-def step_ratio(arguments: argparse.Namespace, trainer: Any) -> float:
-    """Of a whole step's passes: generation, scoring where there is any, training."""
-    parts = [_generate(arguments, trainer), _score(arguments, trainer), _train(arguments, trainer)]
-    return sum(stock for stock, _ in parts) / sum(fleet for _, fleet in parts)
+    def _train(self) -> Costs:
+        arguments, text = self.arguments, self._text()
+        # a trained weight costs a pass for its input's gradient and one for its own
+        text_passes = 2 if arguments.use_lora else 3
+        vision_passes = 1 if arguments.use_lora or arguments.freeze_vision else 3
+        if arguments.gradient_checkpointing:
+            text_passes, vision_passes = text_passes + 1, vision_passes + (vision_passes == 3)
+        stock, fleet = (text_passes * text[kind] + vision_passes * self.vision[kind] for kind in (0, 1))
+        return stock, fleet
 
+    def _score(self) -> Costs:
+        text, of_reference = self._text(), 1 if self.arguments.beta else 0
+        return (1 + of_reference) * (text[0] + self.vision[0]), of_reference * (text[1] + self.vision[1])
 
-def _train(arguments: argparse.Namespace, trainer: Any) -> Costs:
-    text, vision = _forward(arguments, trainer)
-    # a trained weight costs a pass for its input's gradient and one for its own
-    text_passes = 2 if arguments.use_lora else 3
-    vision_passes = 1 if arguments.use_lora or arguments.freeze_vision else 3
-    if arguments.gradient_checkpointing:
-        text_passes, vision_passes = text_passes + 1, vision_passes + (vision_passes == 3)
-    return text_passes * text[0] + vision_passes * vision[0], text_passes * text[1] + vision_passes * vision[1]
+    def _generate(self) -> Costs:
+        length, size = self.arguments.completion_tokens, self.arguments.num_rollouts
+        row, prefix = self.prompt + length - 1, self.prompt - 1
+        stock = TextWork(size * row, size * _triangle(row), size * length)
+        decoded_pairs = size * (_triangle(prefix + length) - _triangle(prefix))
+        fleet = TextWork(prefix + size * length, _triangle(prefix) + decoded_pairs, size * length)
+        return text_flops(self.config, stock) + self.encoding[0], text_flops(self.config, fleet) + self.encoding[1]
 
-
-def _score(arguments: argparse.Namespace, trainer: Any) -> Costs:
-    text, vision = _forward(arguments, trainer)
-    of_reference = 1 if arguments.beta else 0
-    return (1 + of_reference) * (text[0] + vision[0]), of_reference * (text[1] + vision[1])
-
-
-def _generate(arguments: argparse.Namespace, trainer: Any) -> Costs:
-    config, prompt = trainer.model.config, prompt_tokens(trainer)
-    length, size = arguments.completion_tokens, arguments.num_rollouts
-    _, vision = _forward(arguments, trainer)
-    stock = TextWork(size * (prompt + length - 1), size * _triangle(prompt + length - 1), size * length)
-    prefix = prompt - 1
-    decoding = size * (_triangle(prefix + length) - _triangle(prefix))
-    fleet = TextWork(prefix + size * length, _triangle(prefix) + decoding, size * length)
-    return text_flops(config, stock) + vision[0], text_flops(config, fleet) + vision[1]
-
-
-def _forward(arguments: argparse.Namespace, trainer: Any) -> tuple[Costs, Costs]:
-    """Language model and vision tower, one episode forward: stock's operations and Fleet's."""
-    config, prompt = trainer.model.config, prompt_tokens(trainer)
-    length, size = arguments.completion_tokens, arguments.num_rollouts
-    stock = TextWork(size * (prompt + length), size * _triangle(prompt + length), size * length)
-    branches = size * (_triangle(prompt - 1 + length) - _triangle(prompt - 1))
-    fleet = TextWork(prompt - 1 + size * length, _triangle(prompt - 1) + branches, size * length)
-    side = arguments.image_side_px // config.vision_config.patch_size
-    images = vision_flops(config, [(1, side, side)] * arguments.num_images)
-    is_cached = trainer.vision_cache is not None
-    return (text_flops(config, stock), text_flops(config, fleet)), (size * images, 0 if is_cached else images)
+    def _text(self) -> Costs:
+        """The language model forward over completions and their prompts."""
+        length, size = self.arguments.completion_tokens, self.arguments.num_rollouts
+        row, prefix = self.prompt + length, self.prompt - 1
+        branch_pairs = size * (_triangle(prefix + length) - _triangle(prefix))
+        tokens, pairs = (size * row, prefix + size * length), (size * _triangle(row), _triangle(prefix) + branch_pairs)
+        # TRL's fused head projects the scored tokens alone on a GPU, and every token on a CPU
+        scored = (size * length,) * 2 if torch.cuda.is_available() else tokens
+        stock, fleet = (text_flops(self.config, TextWork(tokens[kind], pairs[kind], scored[kind])) for kind in (0, 1))
+        return stock, fleet
 
 
 def _triangle(length: int) -> int:

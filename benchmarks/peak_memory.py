@@ -1,4 +1,4 @@
-"""How much more memory a piece of work holds at its peak than before it: of the GPU, or of this process."""
+"""What memory a piece of work holds at its peak, and how much more than before it: of the GPU, or of this process."""
 
 import gc
 from collections.abc import Callable
@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 
 
-def peak_growth_bytes(work: Callable[[], None]) -> int:
-    """Runs `work` and returns the growth at its peak in bytes; on the CPU in whole pages of resident memory (Linux)."""
+def peak_memory(work: Callable[[], None]) -> dict[str, int]:
+    """Runs `work`; its peak in bytes, as `total_bytes`, and over what was held before, as `growth_bytes`.
+
+    On the CPU in whole pages of resident memory (Linux).
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -16,11 +19,13 @@ def peak_growth_bytes(work: Callable[[], None]) -> int:
         before = torch.cuda.memory_allocated()
         work()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # starts the peak (VmHWM) afresh
-    before = _status_bytes("VmRSS")
-    work()
-    return _status_bytes("VmHWM") - before
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # starts the peak (VmHWM) afresh
+        before = _status_bytes("VmRSS")
+        work()
+        peak = _status_bytes("VmHWM")
+    return {"growth_bytes": peak - before, "total_bytes": peak}
 
 
 def _status_bytes(field: str) -> int:

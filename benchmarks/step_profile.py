@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def operations_of_a_step(kind: str, arguments: argparse.Namespace, folder: Path) -> str:
-    """A Markdown section with the operations that take most of a step's time."""
+    """A Markdown section with the operations that take most of a step's time, on the GPU if there is one."""
     trainer = step_time.make_trainer(kind, arguments, folder)
     trainer.create_optimizer_and_scheduler(2)
     loader = iter(trainer.get_train_dataloader())
@@ -59,6 +59,11 @@ def operations_of_a_step(kind: str, arguments: argparse.Namespace, folder: Path)
     gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     with profile(activities=[ProfilerActivity.CPU, *gpu]) as profiler:
         step()
+    clock = "self_device_time_total" if gpu else "self_cpu_time_total"
+
+    def time_of(row: Any) -> float:
+        return float(getattr(row, clock))
+
     rows: list[Any] = [row for row in profiler.key_averages() if time_of(row) > 0]
     total = sum(time_of(row) for row in rows)
     rows.sort(key=time_of, reverse=True)
@@ -70,11 +75,6 @@ def operations_of_a_step(kind: str, arguments: argparse.Namespace, folder: Path)
     for row in rows[:NUM_OPERATIONS]:
         lines.append(f"| `{row.key}` | {row.count:,} | {time_of(row) / 1e6:.3f} | {time_of(row) / total:.1%} |")
     return "\n".join(lines) + "\n"
-
-
-def time_of(row: Any) -> float:
-    """Microseconds of an operation itself, on the GPU if there is one."""
-    return float(row.self_device_time_total or row.self_cpu_time_total)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,24 +30,20 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
-from trl import RLOOConfig, RLOOTrainer  # noqa: E402
+from trl import RLOOConfig  # noqa: E402
 
 from benchmarks import ideal, random_model  # noqa: E402
-from benchmarks.peak_memory import peak_growth_bytes  # noqa: E402
+from benchmarks.peak_memory import peak_memory  # noqa: E402
+from benchmarks.timed_trainers import StepClock, Stopwatch, TimedFleet, TimedStock, Turnstile  # noqa: E402
 from dataset import RepeatableEpisodeDataset  # noqa: E402
 from environment import PickImageEnv  # noqa: E402
 from model_utils import load_qwen25_vl, make_lora_config, media_token_ids  # noqa: E402
 from reward import make_trl_reward_function  # noqa: E402
-from rloo_trainer import FleetRLOOTrainer  # noqa: E402
 from run_records import installed_versions  # noqa: E402
 
-Tally = defaultdict[str, float]
 PHASES = ("prepare", "generate", "score", "train", "optimizer")
 MODEL_PHASES = ("generate", "score", "train")
-NUM_PICTURES = 12
 
 
 def main() -> None:
@@ -93,21 +87,25 @@ def parse_arguments() -> argparse.Namespace:
     add("--num_episodes", type=int, default=2, help="episodes per step (default: 2)")
     add("--num_images", type=int, default=4, help="candidates per episode (default: 4)")
     add("--image_side_px", type=int, default=224, help="a multiple of 28 (default: 224)")
+    add("--num_pictures", type=int, default=240, help="different images in all, drawn from at random (default: 240)")
     add("--completion_tokens", type=int, default=30, help="every completion's length (default: 30)")
     add("--beta", type=float, default=0.0, help="KL weight (default: 0)")
     for name in ("freeze_vision", "use_lora", "gradient_checkpointing"):
         add(f"--{name}", type=switch, nargs="?", const=True, default=False, help="true or false (default: false)")
     add("--measure_memory", type=switch, nargs="?", const=True, default=True, help="true or false (default: true)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights (default: float32)")
-    add("--attn_implementation", default="sdpa", help="of the language model (default: sdpa)")
+    add("--attn_implementation", default="sdpa", help="of Fleet's language model (default: sdpa)")
+    add("--stock_attn_implementation", default="sdpa", help="of stock TRL's language model (default: sdpa)")
     add("--num_steps", type=int, default=5, help="pairs of steps that are timed (default: 5)")
     add("--json", type=Path, help="file for the result (default: none)")
     add("--memory_of", choices=["fleet", "stock"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.image_side_px % 28 or arguments.image_side_px < 56:
         parser.error(f"--image_side_px {arguments.image_side_px} is not a multiple of 28 from 56 up")
-    if arguments.num_rollouts < 2 or arguments.num_images < 2 or arguments.num_images > NUM_PICTURES:
-        parser.error(f"wanted at least 2 rollouts and from 2 to {NUM_PICTURES} images")
+    if arguments.num_rollouts < 2 or not 2 <= arguments.num_images <= arguments.num_pictures:
+        parser.error("wanted at least 2 rollouts, and from 2 images up to --num_pictures of them")
+    if min(arguments.num_steps, arguments.num_episodes, arguments.completion_tokens) < 1:
+        parser.error("wanted --num_steps, --num_episodes and --completion_tokens of at least 1")
     return arguments
 
 
@@ -119,201 +117,57 @@ def prepared_folder(arguments: argparse.Namespace) -> Iterator[Path]:
         random_model.build(
             folder / "model", arguments.model_size, arguments.image_side_px, getattr(torch, arguments.dtype)
         )
-        random_model.draw_noise(folder / "pictures", NUM_PICTURES, arguments.image_side_px)
+        random_model.draw_noise(folder / "pictures", arguments.num_pictures, arguments.image_side_px)
         yield folder
 
 
-class Stopwatch:
-    """Seconds by phase, and what passed through the model, of the step that is under way."""
-
-    def __init__(self) -> None:
-        self.seconds: Tally = defaultdict(float)
-        self.amounts: Tally = defaultdict(float)
-        self.steps: list[tuple[Tally, Tally]] = []
-
-    @contextlib.contextmanager
-    def timing(self, phase: str) -> Iterator[None]:
-        start_s = now_s()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += now_s() - start_s
-
-    def end_step(self) -> None:
-        self.steps.append((self.seconds, self.amounts))
-        self.seconds, self.amounts = defaultdict(float), defaultdict(float)
-
-    def count_amounts(self, model: torch.nn.Module) -> None:
-        """Counts the tokens and image patches that enter the model from now on."""
-
-        def of_text(module: Any, args: Any, kwargs: Any) -> None:
-            self.amounts["tokens"] += kwargs["inputs_embeds"].shape[0] * kwargs["inputs_embeds"].shape[1]
-
-        def of_vision(module: Any, args: Any, kwargs: Any) -> None:
-            self.amounts["patches"] += (args[0] if args else kwargs["hidden_states"]).shape[0]
-
-        for name, module in model.named_modules():
-            if name.endswith("model.language_model"):
-                module.register_forward_pre_hook(of_text, with_kwargs=True)
-            elif name.endswith("model.visual"):
-                module.register_forward_pre_hook(of_vision, with_kwargs=True)
-
-
-def now_s() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class Turnstile(TrainerCallback):
-    """Lets the steps of several training loops through one at a time, in order."""
-
-    def __init__(self, names: list[str]):
-        self.names = names
-        self.turn = 0
-        self.changed = threading.Condition()
-
-    def wait(self, name: str) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.names[self.turn % len(self.names)] in (name, "all"))
-
-    def advance(self) -> None:
-        with self.changed:
-            self.turn += 1
-            self.changed.notify_all()
-
-    def open(self) -> None:
-        """Lets everyone through, for good."""
-        with self.changed:
-            self.names = ["all"]
-            self.changed.notify_all()
-
-
-class StepClock(TrainerCallback):
-    """Times whole steps, the fetching of their batch included, between the turns of a turnstile."""
-
-    def __init__(self, name: str, turnstile: Turnstile, stopwatch: Stopwatch):
-        self.name, self.turnstile, self.stopwatch = name, turnstile, stopwatch
-        self.model: torch.nn.Module | None = None
-        self.first_gradients: dict[str, Tensor] = {}
-        self.turnstile_wait()
-
-    def turnstile_wait(self) -> None:
-        self.turnstile.wait(self.name)
-        self.start_s = now_s()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.first_gradients = {
-                name: parameter.grad.detach().clone()
-                for name, parameter in model.named_parameters()
-                if parameter.grad is not None
-            }
-        self.optimizer_start_s = now_s()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stopwatch.seconds["optimizer"] += now_s() - self.optimizer_start_s
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stopwatch.seconds["step"] = now_s() - self.start_s
-        self.stopwatch.end_step()
-        self.turnstile.advance()
-        self.turnstile_wait()
-
-
-class TimedMixin:
-    """What both timed trainers share: rewards from the completions' tokens alone, and the phases of a step."""
-
-    stopwatch: Stopwatch
-    first_logps: dict[tuple[int, ...], Tensor] | None = None  # by the completion's tokens: TRL shuffles its rows
-    first_completions: list[list[int]] | None = None
-
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
-        values = [[sum(ids) % 7 / 7] for ids in completion_ids]
-        return self.accelerator.gather(torch.tensor(values, device=self.accelerator.device))  # type: ignore[attr-defined]
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        before = self.stopwatch.seconds["prepare_and_model"]
-        with self.stopwatch.timing("training_step"):
-            loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        in_preparation = self.stopwatch.seconds["prepare_and_model"] - before
-        self.stopwatch.seconds["train"] += self.stopwatch.seconds.pop("training_step") - in_preparation
-        return loss
-
-    def _prepare_inputs(self, batch: Any) -> Any:
-        with self.stopwatch.timing("prepare_and_model"):
-            return super()._prepare_inputs(batch)  # type: ignore[misc]
-
-    def keep_first_logps(self, completion_ids_BT: Tensor, logps_BT: Tensor) -> None:
-        if self.first_logps is None:
-            rows = zip(completion_ids_BT.tolist(), logps_BT.detach().clone(), strict=True)
-            self.first_logps = {tuple(ids): logps for ids, logps in rows}
-
-
-class TimedStock(TimedMixin, RLOOTrainer):
-    """Stock TRL with a stopwatch; its first step takes the completions that Fleet's first step had."""
-
-    def _generate_single_turn(self, *args: Any) -> list[list[int]]:
-        with self.stopwatch.timing("generate"):
-            completions = super()._generate_single_turn(*args)
-        given, self.first_completions = self.first_completions, None
-        return given or completions
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            self.keep_first_logps(args[1][:, -args[3] :], found[0])
-            return found
-        with self.stopwatch.timing("score"):
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-
-
-class TimedFleet(TimedMixin, FleetRLOOTrainer):
-    """Fleet's trainer with a stopwatch."""
-
-    def _image_features(self, *args: Any) -> Any:
-        with self.stopwatch.timing("generate"):
-            return super()._image_features(*args)
-
-    def _sample_completions(self, *args: Any) -> list[list[int]]:
-        with self.stopwatch.timing("generate"):
-            completions = super()._sample_completions(*args)
-        if self.first_completions is None:
-            self.first_completions = completions
-        return completions
-
-    def _score(self, *args: Any) -> Tensor:
-        with self.stopwatch.timing("score"):
-            return super()._score(*args)
-
-    def _completion_logps(self, model: Any, rollouts: Any, groups: slice) -> Any:
-        found = super()._completion_logps(model, rollouts, groups)
-        if torch.is_grad_enabled():
-            self.keep_first_logps(rollouts.completion_ids_BT, found[0])
-        return found
-
-
 def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> TimedStock | TimedFleet:
+    """Stock TRL's trainer or Fleet's, with a stopwatch, on the folder's model and pictures."""
+    is_fleet = kind == "fleet"
     model, processor = load_qwen25_vl(
         str(folder / "model"),
         freeze_vision=arguments.freeze_vision,
         dtype=getattr(torch, arguments.dtype),
-        attn_implementation=arguments.attn_implementation if kind == "fleet" else "sdpa",
+        attn_implementation=arguments.attn_implementation if is_fleet else arguments.stock_attn_implementation,
     )
     env = PickImageEnv(folder / "pictures", arguments.num_images, seed=0)
     dataset = RepeatableEpisodeDataset(env, arguments.image_side_px**2)
-    args = RLOOConfig(
-        output_dir=str(folder / kind),
+    args = make_config(arguments, folder / kind, media_token_ids(model.config))
+    lora = make_lora_config() if arguments.use_lora else None
+    trainer: TimedStock | TimedFleet
+    if is_fleet:
+        cache_bytes = 2**31 if arguments.freeze_vision or arguments.use_lora else 0
+        trainer = TimedFleet(model, args, dataset, processor, peft_config=lora, vision_cache_bytes=cache_bytes)
+    else:
+        trainer = TimedStock(
+            model=model,
+            reward_funcs=make_trl_reward_function(),
+            args=args,
+            train_dataset=dataset.as_hf_dataset(arguments.num_episodes * (1 + arguments.num_steps)),
+            processing_class=processor,
+            peft_config=lora,
+        )
+    trainer.stopwatch = Stopwatch()
+    for passed in (trainer.model, trainer.ref_model):
+        if passed is not None:
+            trainer.stopwatch.count_amounts(passed)
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ == "PrinterCallback":
+            trainer.remove_callback(callback)
+    return trainer
+
+
+def make_config(arguments: argparse.Namespace, output_dir: Path, never_sampled: list[int]) -> RLOOConfig:
+    """What both trainers are told."""
+    return RLOOConfig(
+        output_dir=str(output_dir),
         max_steps=1 + arguments.num_steps,
         num_generations=arguments.num_rollouts,
         per_device_train_batch_size=arguments.num_rollouts * arguments.num_episodes,
         gradient_accumulation_steps=1,
         gradient_checkpointing=arguments.gradient_checkpointing,
         max_completion_length=arguments.completion_tokens,
-        generation_kwargs={
-            "min_new_tokens": arguments.completion_tokens,
-            "suppress_tokens": media_token_ids(model.config),
-        },
+        generation_kwargs={"min_new_tokens": arguments.completion_tokens, "suppress_tokens": never_sampled},
         beta=arguments.beta,
         learning_rate=1e-6,
         lr_scheduler_type="constant",
@@ -327,30 +181,6 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
         disable_tqdm=True,
         seed=0,
     )
-    lora = make_lora_config() if arguments.use_lora else None
-    trainer: TimedStock | TimedFleet
-    if kind == "fleet":
-        is_frozen = arguments.freeze_vision or arguments.use_lora
-        cache_bytes = 2**31 if is_frozen else 0
-        trainer = TimedFleet(model, args, dataset, processor, peft_config=lora, vision_cache_bytes=cache_bytes)
-    else:
-        num_episodes = arguments.num_episodes * (1 + arguments.num_steps)
-        trainer = TimedStock(
-            model=model,
-            reward_funcs=make_trl_reward_function(),
-            args=args,
-            train_dataset=dataset.as_hf_dataset(num_episodes),
-            processing_class=processor,
-            peft_config=lora,
-        )
-    trainer.stopwatch = Stopwatch()
-    for passed in (trainer.model, trainer.ref_model):
-        if passed is not None:
-            trainer.stopwatch.count_amounts(passed)
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ == "PrinterCallback":
-            trainer.remove_callback(callback)
-    return trainer
 
 
 def run_in_turns(arguments: argparse.Namespace, folder: Path) -> tuple[TimedFleet, TimedStock]:
@@ -394,25 +224,34 @@ def summarize(arguments: argparse.Namespace, fleet: Any, stock: Any) -> dict[str
     names = ("step", *PHASES)
     phases = {name: compare([step[0][name] for step in timed["fleet"]], [step[0][name] for step in timed["stock"]])
               for name in names}  # fmt: skip
-    phases["train"]["ideal_ratio"] = ideal.train_ratio(arguments, fleet)
-    phases["train"]["share_of_ideal"] = phases["train"]["ratio_median"] / phases["train"]["ideal_ratio"]
+    hit_rates = [line["vision_cache/hit_rate"] for line in fleet.state.log_history if "vision_cache/hit_rate" in line]
+    work = ideal.Work(arguments, fleet, encoded_share=1 - statistics.mean(hit_rates[1:]) if hit_rates else None)
+    for name, ratio in (("step", work.step_ratio()), ("train", work.train_ratio())):
+        phases[name] |= {"ideal_ratio": ratio, "share_of_ideal": phases[name]["ratio_median"] / ratio}
     overhead = [1 - sum(step[0][phase] for phase in MODEL_PHASES) / step[0]["step"] for step in timed["fleet"]]
     rollouts = arguments.num_rollouts * arguments.num_episodes
     return {
-        "command": " ".join(["python benchmarks/step_time.py", *sys.argv[1:]]),
+        "command": " ".join(["python benchmarks/step_time.py", *without_json(sys.argv[1:])]),
         "device": device_name(),
         "platform": platform.machine(),
         "versions": installed_versions(),
         "settings": {name: value for name, value in vars(arguments).items() if name not in ("json", "memory_of")},
         "num_parameters": sum(parameter.numel() for parameter in fleet.model.parameters()),
-        "prompt_tokens": ideal.prompt_tokens(fleet),
+        "prompt_tokens": work.prompt,
+        "vision_cache_hit_rate": statistics.mean(hit_rates[1:]) if hit_rates else None,
         **phases,
         "overhead": {"fleet_share_median": statistics.median(overhead)},
         "rollouts_per_s": {kind: rollouts / phases["step"][f"{kind}_s_median"] for kind in timed},
         "amounts": {kind: dict(steps[-1][1]) for kind, steps in timed.items()},
         "parity": parity(fleet, stock),
-        "ideal": {"ratio": ideal.step_ratio(arguments, fleet)},
+        "ideal": {"ratio": work.step_ratio(), "train_ratio": work.train_ratio()},
     }
+
+
+def without_json(argv: list[str]) -> list[str]:
+    """The command line without the file that it writes, whose place is no part of a result."""
+    place = argv.index("--json") if "--json" in argv else len(argv)
+    return argv[:place] + argv[place + 2 :]
 
 
 def compare(fleet_s: list[float], stock_s: list[float]) -> dict[str, Any]:
@@ -448,12 +287,12 @@ def parity(fleet: Any, stock: Any) -> dict[str, float]:
 
 
 def memory_of_training_pass(arguments: argparse.Namespace, folder: Path) -> dict[str, int]:
-    """How far the training pass of a second step grows this process's, or the GPU's, memory at its peak."""
+    """The peak of the second step's training pass: `growth_bytes` over what is held before it, and `total_bytes`."""
     trainer = make_trainer(arguments.memory_of, arguments, folder)
     trainer.create_optimizer_and_scheduler(2)
     loader = iter(trainer.get_train_dataloader())
     trainer.model.train()
-    growth = 0
+    found: dict[str, int] = {}
     for _ in range(2):
         inputs = trainer._prepare_inputs(next(loader))
 
@@ -461,24 +300,29 @@ def memory_of_training_pass(arguments: argparse.Namespace, folder: Path) -> dict
             trainer.accelerator.backward(trainer.compute_loss(trainer.model, inputs))
 
         # gradients exist from the first pass on, so that the second shows activations alone
-        growth = peak_growth_bytes(train)
+        found = peak_memory(train)
         trainer._step += 1
-    return {"bytes": growth}
+    return found
 
 
 def compare_memory() -> dict[str, float]:
-    """The growth at the peak of either trainer's training pass, each in a process of its own."""
-    growth = {}
+    """The peak of either trainer's training pass, each in a process of its own.
+
+    `*_bytes` and `ratio` are the growth over weights, gradients and what else is held before the pass: activations.
+    """
+    found = {}
     for kind in ("fleet", "stock"):
         # every tensor in pages of its own, returned when it dies, so that resident memory is what is held
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", kind]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        growth[kind] = json.loads(done.stdout.splitlines()[-1])["bytes"]
+        found[kind] = json.loads(done.stdout.splitlines()[-1])
     return {
-        "fleet_bytes": growth["fleet"],
-        "stock_bytes": growth["stock"],
-        "ratio": growth["stock"] / growth["fleet"],
+        "fleet_bytes": found["fleet"]["growth_bytes"],
+        "stock_bytes": found["stock"]["growth_bytes"],
+        "ratio": found["stock"]["growth_bytes"] / found["fleet"]["growth_bytes"],
+        "fleet_total_bytes": found["fleet"]["total_bytes"],
+        "stock_total_bytes": found["stock"]["total_bytes"],
     }
 
 
@@ -497,8 +341,11 @@ def as_table(result: dict[str, Any]) -> str:
     for unit in ("tokens", "patches"):
         counts = [amounts[kind].get(unit, 0) for kind in ("fleet", "stock")]
         lines.append(f"{unit + ' a step':<16}{counts[0]:>6,.0f}{counts[1]:>10,.0f}")
-    lines.append(f"ideal by FLOPs: step {result['ideal']['ratio']:.2f}x, train {result['train']['ideal_ratio']:.2f}x")
-    lines.append(f"share of the ideal that training reaches: {result['train']['share_of_ideal']:.0%}")
+    for name in ("step", "train"):
+        row = result[name]
+        lines.append(
+            f"ideal by FLOPs, {name}: {row['ideal_ratio']:.2f}x, of which {row['share_of_ideal']:.0%} is reached"
+        )
     lines.append(f"Fleet's time outside the model: {result['overhead']['fleet_share_median']:.1%} of its step")
     found = result["parity"]
     lines.append(
@@ -508,7 +355,7 @@ def as_table(result: dict[str, Any]) -> str:
     if "memory" in result:
         mib = {kind: result["memory"][f"{kind}_bytes"] / 2**20 for kind in ("fleet", "stock")}
         lines.append(
-            f"peak memory of the training pass: {mib['fleet']:.0f} MiB against {mib['stock']:.0f} MiB, "
+            f"memory that the training pass adds at its peak: {mib['fleet']:.0f} MiB against {mib['stock']:.0f} MiB, "
             f"{result['memory']['ratio']:.1f}x"
         )
     return "\n".join(lines)

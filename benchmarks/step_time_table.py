@@ -21,7 +21,12 @@ ROWS: list[tuple[str, str, list[str]]] = [
     ("g8", "8 rollouts", ["--num_rollouts", "8"]),
     ("g16", "16 rollouts", ["--num_rollouts", "16"]),
     ("g8_beta", "8 rollouts, beta 0.05", ["--num_rollouts", "8", "--beta", "0.05"]),
-    ("g8_frozen", "8 rollouts, frozen vision", ["--num_rollouts", "8", "--freeze_vision", "true"]),
+    ("g8_frozen", "8 rollouts, frozen vision, images new", ["--num_rollouts", "8", "--freeze_vision", "true"]),
+    (
+        "g8_frozen_known",
+        "8 rollouts, frozen vision, 12 images in all",
+        ["--num_rollouts", "8", "--freeze_vision", "true", "--num_pictures", "12"],
+    ),
     ("g8_one_episode", "8 rollouts, 1 episode a step", ["--num_rollouts", "8", "--num_episodes", "1"]),
     ("g8_lora", "8 rollouts, LoRA", ["--num_rollouts", "8", "--use_lora", "true"]),
 ]
@@ -33,12 +38,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "step_time.png")
     parser.add_argument("--only", nargs="*", help="names of rows to measure; the others are read (default: all)")
     arguments, extra = parser.parse_known_args()
+    results = {}
     for name, label, flags in ROWS:
+        path = arguments.results / f"{name}.json"
+        command = [*flags, *extra]
         if arguments.only is None or name in arguments.only:
             print(f"--- {label}", flush=True)
-            command = [sys.executable, "benchmarks/step_time.py", *flags, *extra]
-            subprocess.run([*command, "--json", str(arguments.results / f"{name}.json")], cwd=REPOSITORY, check=True)
-    results = {name: json.loads((arguments.results / f"{name}.json").read_text()) for name, _, _ in ROWS}
+            start = [sys.executable, "benchmarks/step_time.py", *command, "--json", str(path)]
+            subprocess.run(start, cwd=REPOSITORY, check=True)
+        results[name] = json.loads(path.read_text())
+        if results[name]["command"] != f"python benchmarks/step_time.py {' '.join(command)}":
+            raise SystemExit(f"{path} is of `{results[name]['command']}`; measure {name} again")
     print(markdown_table(results))
     draw(results, arguments.plot)
 
@@ -46,8 +56,8 @@ def main() -> None:
 def markdown_table(results: dict[str, Any]) -> str:
     """The README's table."""
     lines = [
-        "| | step: Fleet | stock | ratio (spread) | generate | train | of ideal | memory | overhead |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | step: Fleet | stock | ratio (spread) | of ideal | generate | train | of ideal | memory added | overhead |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, label, _ in ROWS:
         found = results[name]
@@ -55,8 +65,8 @@ def markdown_table(results: dict[str, Any]) -> str:
         lines.append(
             f"| {label} | {step['fleet_s_median']:.2f} s | {step['stock_s_median']:.2f} s "
             f"| **{step['ratio_median']:.1f}x** ({step['ratio_min']:.1f} to {step['ratio_max']:.1f}) "
-            f"| {found['generate']['ratio_median']:.1f}x | {train['ratio_median']:.1f}x "
-            f"| {train['share_of_ideal']:.0%} | {found['memory']['ratio']:.1f}x less "
+            f"| {step['share_of_ideal']:.0%} | {found['generate']['ratio_median']:.1f}x "
+            f"| {train['ratio_median']:.1f}x | {train['share_of_ideal']:.0%} | {found['memory']['ratio']:.1f}x less "
             f"| {found['overhead']['fleet_share_median']:.1%} |"
         )
     return "\n".join(lines)

@@ -47,7 +47,7 @@ def test_steps_are_compared_side_by_side_and_written_down(tmp_path: Path) -> Non
     [
         (["--image_side_px", "100"], "--image_side_px 100 is not a multiple of 28"),
         (["--num_rollouts", "1"], "at least 2 rollouts"),
-        (["--num_images", "13"], "from 2 to 12 images"),
+        (["--num_images", "13", "--num_pictures", "12"], "up to --num_pictures"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(flags: list[str], words: str) -> None:
