@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights (default: float32)")
     add("--attn_implementation", default="sdpa", help="of Fleet's language model (default: sdpa)")
     add("--stock_attn_implementation", default="sdpa", help="of stock TRL's language model (default: sdpa)")
-    add("--num_steps", type=int, default=5, help="pairs of steps that are timed (default: 5)")
+    add("--num_steps", type=int, default=3, help="pairs of steps that are timed (default: 3)")
     add("--json", type=Path, help="file for the result (default: none)")
     add("--memory_of", choices=["fleet", "stock"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
