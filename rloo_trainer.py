@@ -126,7 +126,7 @@ class FleetRLOOTrainer(RLOOTrainer):
         self._rollouts: Rollouts | None = None
         self._scores_of_step: tuple[Tensor, Tensor | None] | None = None
         self._attention = base_qwen(policy).config.get_text_config()._attn_implementation
-        self._told_reasons: set[str] = set()
+        self._has_told_why_not_packed = False
         self._num_rollouts_since_log = 0
         self._last_log_time_s = time.perf_counter()
 
@@ -240,9 +240,9 @@ class FleetRLOOTrainer(RLOOTrainer):
         )
         work = add_up(gather_object([own]))
         reason = why_not_to_pack(self._attention, work)
-        if reason is not None and reason not in self._told_reasons:
+        if reason is not None and not self._has_told_why_not_packed:
             logger.info(f"shared prefix: this generation is trained on as TRL does it: {reason} (said once)")
-            self._told_reasons.add(reason)
+            self._has_told_why_not_packed = True
         token_ratio = work.unpacked_tokens / work.packed_tokens if reason is None else 1.0
         self._metrics["train"]["token_ratio"].append(token_ratio)
         return reason is None

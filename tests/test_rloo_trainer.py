@@ -180,12 +180,14 @@ class LongFleetTrainer(FleetRLOOTrainer):
     """Answers at a length that makes packed rows more work than rows of their own."""
 
     def _sample_completions(self, batch: Any, features: Any) -> list[list[int]]:
-        return [[40 + row % 7] * 600 for row in range(len(batch["episodes"]) * self.num_generations)]
+        # the second step's are longer still, so that their reason is another
+        length = 600 + 100 * self.state.global_step
+        return [[40 + row % 7] * length for row in range(len(batch["episodes"]) * self.num_generations)]
 
 
 class LongStockTrainer(RLOOTrainer):
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
-        return [[40 + row % 7] * 600 for row in range(len(prompt_ids))]
+        return [[40 + row % 7] * (600 + 100 * self.state.global_step) for row in range(len(prompt_ids))]
 
 
 def test_long_completions_are_trained_on_as_trl_does_and_said_once(tmp_path: Path, caplog: Any) -> None:
