@@ -28,6 +28,11 @@ ROWS: list[tuple[str, str, list[str]]] = [
         "8 rollouts, frozen vision, 12 images in all",
         ["--num_rollouts", "8", "--freeze_vision", "--num_pictures", "12", *TIME_ALONE],
     ),
+    (
+        "g8_frozen_known_4_episodes",
+        "the same, 4 episodes a step",
+        ["--num_rollouts", "8", "--freeze_vision", "--num_pictures", "12", "--num_episodes", "4", *TIME_ALONE],
+    ),
     ("g8_lora", "8 rollouts, LoRA", ["--num_rollouts", "8", "--use_lora", *TIME_ALONE]),
     ("g8_one_episode", "8 rollouts, 1 episode a step", ["--num_rollouts", "8", "--num_episodes", "1", *TIME_ALONE]),
 ]

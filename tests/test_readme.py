@@ -1,5 +1,6 @@
 """What the README says to type works as written, and what it names exists."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.step_time_table import ROWS, markdown_table
 from flags import build_parser
 from options import parse_options, resolve_options
 from run_records import read_metrics
@@ -68,10 +70,22 @@ def test_every_file_in_the_tree_exists() -> None:
 def test_default_values_in_the_flag_table_are_the_real_ones() -> None:
     rows = dict(re.findall(r"^\| `--(\w+)` \| ([^|]+?) \|", README, re.MULTILINE))
     defaults, _ = resolve_options(parse_options([]), has_bf16_gpu=False)
-    plain = {name: text.strip("`") for name, text in rows.items() if "toy)" not in text}
+    plain = {name: text.strip("`") for name, text in rows.items() if "toy)" not in text and " where " not in text}
     assert len(plain) >= 6
     for name, text in plain.items():
         assert getattr(defaults, name) == yaml.safe_load(text), name
+    frozen, _ = resolve_options(parse_options(["--freeze_vision"]), has_bf16_gpu=False)
+    cache_sizes = (frozen.vision_cache_mib, defaults.vision_cache_mib)
+    assert rows["vision_cache_mib"] == "{} where vision is frozen, else {}".format(*cache_sizes)
+
+
+def test_the_table_of_steps_is_of_the_committed_results() -> None:
+    folder = REPOSITORY / "benchmarks" / "results" / "step_time"
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name, _, _ in ROWS}
+    for line in markdown_table(results).splitlines():
+        assert line in README
+    assert max(result["parity"]["max_logprob_abs"] for result in results.values()) <= 1e-5
+    assert max(result["parity"]["max_grad_rel"] for result in results.values()) <= 1e-4
 
 
 @pytest.mark.slow
