@@ -28,9 +28,14 @@ class Work:
         self.encoding = self.vision[0], images if encoded_share is None else images * encoded_share
 
     def step_ratio(self) -> float:
-        """Of a whole step's passes: generation, scoring where there is any, training."""
+        """Of a whole step's passes."""
+        stock, fleet = self.step_costs()
+        return stock / fleet
+
+    def step_costs(self) -> Costs:
+        """Of generation, scoring where there is any, and training; LoRA's own small products are left out."""
         parts = [self._generate(), self._score(), self._train()]
-        return sum(stock for stock, _ in parts) / sum(fleet for _, fleet in parts)
+        return sum(stock for stock, _ in parts), sum(fleet for _, fleet in parts)
 
     def train_ratio(self) -> float:
         """Of the training pass, forward and backward."""

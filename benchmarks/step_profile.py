@@ -17,6 +17,7 @@ import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from benchmarks import step_time  # noqa: E402
+from benchmarks.comparison import device_name  # noqa: E402
 from run_records import installed_versions  # noqa: E402
 
 NUM_OPERATIONS = 12
@@ -26,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "step_profile.md")
     own, rest = parser.parse_known_args()
+    step_time.refuse_no_file(parser, "--output", own.output)
     sys.argv = [sys.argv[0], *rest]
     arguments = step_time.parse_arguments()
     step_time.keep_libraries_quiet()
@@ -34,7 +36,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {number}" for name, number in installed_versions().items())
     heading = (
         "# One optimizer step, before and after\n\n"
-        f"`python benchmarks/step_profile.py {' '.join(rest)}` on {step_time.device_name()}; {versions}. Seconds are "
+        f"`python benchmarks/step_profile.py {' '.join(rest)}` on {device_name()}; {versions}. Seconds are "
         "of the operation itself, under the profiler, which slows small operations.\n"
     )
     own.output.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "step_time")
     parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "step_time.png")
-    parser.add_argument("--only", nargs="*", help="names of rows to measure; the others are read (default: all)")
+    names = [name for name, _, _ in ROWS]
+    parser.add_argument("--only", nargs="*", choices=names, help="rows to measure; the others are read (default: all)")
     arguments, extra = parser.parse_known_args()
     results = {}
     for name, label, flags in ROWS:

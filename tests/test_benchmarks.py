@@ -1,4 +1,4 @@
-"""The benchmark of whole steps runs as written, on a small model: what it reports is there, and parity holds."""
+"""The benchmark of whole steps runs as written on a small model, parity holds, and its ideal is what PyTorch counts."""
 
 import json
 import subprocess
@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import ideal, step_time
 from tests.helpers import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
 
-def step_time(*flags: str) -> "subprocess.CompletedProcess[str]":
+def run_step_time(*flags: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "benchmarks/step_time.py", "--model_size", "2m", "--image_side_px", "56", *flags],
         cwd=REPOSITORY, text=True, capture_output=True, timeout=300,
@@ -22,7 +24,7 @@ def step_time(*flags: str) -> "subprocess.CompletedProcess[str]":
 def test_steps_are_compared_side_by_side_and_written_down(tmp_path: Path) -> None:
     path = tmp_path / "results" / "step.json"
     flags = ["--num_steps", "2", "--num_rollouts", "4", "--num_episodes", "2", "--beta", "0.05", "--json", str(path)]
-    done = step_time(*flags)
+    done = run_step_time(*flags)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(path.read_text())
     assert result["parity"]["max_logprob_abs"] <= 1e-5
@@ -48,8 +50,43 @@ def test_steps_are_compared_side_by_side_and_written_down(tmp_path: Path) -> Non
         (["--image_side_px", "100"], "--image_side_px 100 is not a multiple of 28"),
         (["--num_rollouts", "1"], "at least 2 rollouts"),
         (["--num_images", "13", "--num_pictures", "12"], "up to --num_pictures"),
+        (["--json", "benchmarks"], "--json benchmarks is a folder; name a file in it"),
+        (["--json", "README.md/step.json"], "README.md is a file, not a folder"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(flags: list[str], words: str) -> None:
-    done = step_time(*flags)
+    done = run_step_time(*flags)
     assert done.returncode == 2 and words in done.stderr
+
+
+def test_a_row_that_the_table_does_not_have_is_refused() -> None:
+    command = [sys.executable, "benchmarks/step_time_table.py", "--only", "g32"]
+    done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 2 and "invalid choice: 'g32'" in done.stderr
+
+
+@pytest.mark.parametrize("flags", ["", "--beta 0.05", "--freeze_vision", "--use_lora"])
+def test_the_ideal_is_what_pytorch_counts_in_both_trainers_steps(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # eager attention, because PyTorch counts its products; few tokens, because it computes masked pairs too
+    few = "--num_rollouts 3 --num_episodes 1 --completion_tokens 6 --image_side_px 56 --num_pictures 4"
+    eager = "--attn_implementation eager --stock_attn_implementation eager"
+    monkeypatch.setattr(sys, "argv", f"step_time.py {few} {eager} {flags}".split())
+    arguments = step_time.parse_arguments()
+    counted = []
+    with step_time.prepared_folder(arguments) as folder:
+        for kind in ("stock", "fleet"):
+            trainer = step_time.make_trainer(kind, arguments, folder)
+            trainer.model.train()
+            trainer.current_gradient_accumulation_steps = 1
+            batch = next(iter(trainer.get_train_dataloader()))
+            with FlopCounterMode(display=False) as counter:
+                trainer.training_step(trainer.model, batch, 1)
+            counted.append(counter.get_total_flops())
+        # the first step finds nothing in the cache, if there is one
+        has_cache = trainer.vision_cache is not None
+        work = ideal.Work(arguments, trainer, encoded_share=1.0 if has_cache else None)
+    # with a model of this size LoRA's own products are 8 % of the work
+    assert work.step_costs() == pytest.approx(counted, rel=0.1 if "lora" in flags else 0.01)
+    assert work.step_ratio() == pytest.approx(counted[0] / counted[1], rel=0.02)

@@ -93,7 +93,8 @@ def test_features_stand_for_pixels() -> None:
     assert torch.equal(generate_groups(model, batch, features, config), expected)
     # and the model does read them: other pictures' features give another answer's likelihood
     assert not torch.equal(encode_images(model, batch, [9, 0])[0], features[0])
-    assert torch.allclose(encode_images(model, batch, [9, 0])[1], features[0], atol=1e-5)
+    # an image has the same features in any company: a resumed run's cache fills in another order
+    assert all(torch.equal(encode_images(model, batch, [place])[0], features[place]) for place in range(10))
 
 
 SOUND = WorkComparison(
