@@ -1,11 +1,17 @@
-# make demo: watch the toy model learn.  make test: lint, types and every test.  make setup: install only.
+# make demo: watch the toy model learn.  make demo-look: watch it learn to look, and be scored.
+# make test: lint, types and every test.  make setup: install only.
 BIN := .venv/bin
 ACTIVATE := . $(BIN)/activate
 
-.PHONY: demo test test-fast setup setup-dev
+.PHONY: demo demo-look test test-fast setup setup-dev
 
 demo: setup
 	$(ACTIVATE) && accelerate launch training.py --fixed_correct_index 0
+
+demo-look: setup
+	$(ACTIVATE) && accelerate launch training.py --fixed_correct_index none --eval_steps 25 --output_dir runs/look --overwrite
+	$(ACTIVATE) && python evaluate.py --model_id runs/look/final --baseline toy --output runs/look/evaluation.json
+	$(ACTIVATE) && python report.py runs/look
 
 test: setup-dev
 	$(BIN)/ruff check .

@@ -48,20 +48,10 @@ class RepeatableEpisodeDataset:
         self._latest_rows: dict[int, Row] = {}
 
     def __getitem__(self, index: int) -> Row:
-        """The row of episode `index` (0 or greater); costs the same for every index.
-
-        Its columns: `episode_index`; `prompt` (chat messages) and `images` (RGB pictures), which TRL's own trainer
-        reads too; `correct_index` and `num_candidates`, which the reward reads; `episode`.
-        """
+        """The row (see episode_row) of episode `index` (0 or greater); costs the same for every index."""
         episode = self.env.episode(index)
-        return {
-            "episode_index": index,
-            "prompt": self.env.prompt_messages(episode),
-            "images": [open_image(image, self.max_pixels) for image in episode.images],
-            "correct_index": episode.correct_index,
-            "num_candidates": episode.num_candidates,
-            "episode": episode,
-        }
+        pictures = [open_image(image, self.max_pixels) for image in episode.images]
+        return episode_row(episode, index, self.env.prompt_messages(episode), pictures)
 
     def __iter__(self) -> Iterator[Row]:
         index = 0
@@ -84,6 +74,22 @@ class RepeatableEpisodeDataset:
         }
         rows = [self._latest_rows[index] for index in batch["episode_index"]]
         return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def episode_row(episode: Episode, index: int, messages: Sequence[Message], pictures: list[Image.Image]) -> Row:
+    """An episode as a row of the data set.
+
+    Its columns: `episode_index`; `prompt` (chat messages) and `images` (RGB pictures), which TRL's own trainer reads
+    too; `correct_index` and `num_candidates`, which the reward reads; `episode`.
+    """
+    return {
+        "episode_index": index,
+        "prompt": list(messages),
+        "images": pictures,
+        "correct_index": episode.correct_index,
+        "num_candidates": episode.num_candidates,
+        "episode": episode,
+    }
 
 
 class VLMDataCollator:

@@ -156,8 +156,8 @@ class PickImageEnv:
         self.seed = seed
         self.allow_reasoning = allow_reasoning
         self.images = list_labelled_images(data_root)
-        self._paths_by_label = _group_by_label(self.images)
-        _require_enough(self.images, self._paths_by_label, data_root, candidates_per_episode, fixed_correct_index)
+        self.paths_by_label = _group_by_label(self.images)
+        _require_enough(self.images, self.paths_by_label, data_root, candidates_per_episode, fixed_correct_index)
         self._reset_seed = seed
         self._next_index = 0
         self._current: Episode | None = None
@@ -172,8 +172,8 @@ class PickImageEnv:
             raise ValueError(f"episode index {index} is negative; episodes are numbered from 0")
         rng = random.Random(f"fleet/{seed}/{index}")
         if self.fixed_correct_index is None:
-            labels = sample_distinct(sorted(self._paths_by_label), self.candidates_per_episode, rng)
-            paths = [sample_distinct(self._paths_by_label[label], 1, rng)[0] for label in labels]
+            labels = sample_distinct(sorted(self.paths_by_label), self.candidates_per_episode, rng)
+            paths = [sample_distinct(self.paths_by_label[label], 1, rng)[0] for label in labels]
             correct_index = int(rng.random() * self.candidates_per_episode)
         else:
             images = sample_distinct(self.images, self.candidates_per_episode, rng)

@@ -1,11 +1,16 @@
-"""Every flag of the command line: name, meaning, unit, default, and why that default.
+"""The flags that training and evaluation share, and what a flag is: name, meaning, unit, default, and why that default.
 
-Owns the argparse parser and nothing that depends on the machine: options.py resolves and checks what was given.
+Owns the parser's kind, its errors and the YAML form. What only training asks is in training_flags.py, what only
+evaluation asks in evaluate_options.py; options.py resolves and checks what was given.
 """
 
 import argparse
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+import yaml
 
 TOY_MODEL_ID = "toy"
 
@@ -14,26 +19,36 @@ class UsageError(ValueError):
     """Something the user asked for cannot be; the message says what was got, what was wanted and the remedy."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line's parser, flags in readable groups. Every value has a unit and a default in its help."""
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """An empty parser of Fleet's kind: with --config, and errors as UsageError."""
     parser = _Parser(
-        prog="training.py",
-        description="Train a Qwen2.5-VL model by RLOO (REINFORCE leave-one-out) to pick an image by one tool call.",
+        prog=prog,
+        description=description,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
         allow_abbrev=False,
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file that sets any flag; the command line wins over it (default: none)"
     )
-    _add_model_flags(parser.add_argument_group("model").add_argument)
-    _add_task_flags(parser.add_argument_group("task").add_argument)
-    _add_rloo_flags(parser.add_argument_group("RLOO (names as in TRL's RLOOConfig)").add_argument)
-    _add_generation_flags(parser.add_argument_group("generation").add_argument)
-    _add_run_flags(parser.add_argument_group("run").add_argument)
     return parser
 
 
-def _add_model_flags(add: Callable[..., Any]) -> None:
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """The value of every flag of `parser`, from defaults, the `--config` file and the command line, in that order.
+
+    Raises UsageError as parse_options does.
+    """
+    given = vars(_parse_known(parser, argv))
+    config_path = given.pop("config")
+    if config_path is not None:
+        file_flags = _read_config_file(parser, Path(config_path))
+        given = vars(_parse_known(parser, [*file_flags, *argv]))
+        given.pop("config")
+    return given
+
+
+def add_model_flags(add: Callable[..., Any]) -> None:
+    """Which model, and how it is held and computed."""
     add(
         "--model_id",
         default=TOY_MODEL_ID,
@@ -53,29 +68,11 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
         help="attention of the language model; flash_attention_2 cannot train on shared prefixes; the vision tower "
         "uses flash attention where it is installed (default: sdpa, which is everywhere)",
     )
-    _add_switch(add, "--use_lora", False, "train LoRA adapters on the language model, not all weights")
-    add("--lora_rank", type=int, default=16, metavar="N", help="rank of the adapters (default: 16)")
-    add("--lora_alpha", type=int, default=32, metavar="N", help="scale of the adapters (default: 32, twice the rank)")
-    add(
-        "--lora_dropout",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="dropout in the adapters, 0 to 1 (default: 0, as old and new log-probabilities must agree)",
-    )
-    _add_switch(add, "--merge_lora", False, "also write the base model with the adapters merged in, as final_merged/")
-    _add_switch(add, "--load_in_4bit", False, "QLoRA: hold the base weights in 4 bits; needs bitsandbytes")
-    _add_switch(add, "--freeze_vision", False, "keep the vision tower and its merger as they are")
-    add(
-        "--vision_cache_mib",
-        type=int,
-        metavar="N",
-        help="host memory per process for features of images, each of which is then encoded once while it is held, in "
-        "MiB; 0 keeps none (default: 2048 where vision is frozen, as with LoRA; else 0, as features change)",
-    )
+    add_switch(add, "--load_in_4bit", False, "QLoRA: hold the base weights in 4 bits; needs bitsandbytes")
 
 
-def _add_task_flags(add: Callable[..., Any]) -> None:
+def add_task_flags(add: Callable[..., Any]) -> None:
+    """What is shown and asked, and what counts as an answer."""
     add(
         "--data_root",
         default="./toy_images",
@@ -92,7 +89,7 @@ def _add_task_flags(add: Callable[..., Any]) -> None:
         metavar="INDEX|none",
         help="the index that is always right, or none: drawn per episode and named in the instruction (default: 0)",
     )
-    _add_switch(add, "--allow_reasoning", False, "accept text before the call, and ask for it")
+    add_switch(add, "--allow_reasoning", False, "accept text before the call, and ask for it")
     add(
         "--image_max_pixels",
         type=int,
@@ -100,93 +97,10 @@ def _add_task_flags(add: Callable[..., Any]) -> None:
         help="width times height an image is shrunk to, in pixels "
         "(default: 3136 = 56x56 for the toy, else 200704 = 448x448)",
     )
-    add("--reward_correct", type=float, default=0.95, metavar="X", help="reward for the right index (default: 0.95)")
-    add(
-        "--reward_valid_call",
-        type=float,
-        default=0.05,
-        metavar="X",
-        help="reward for any well-formed call in range (default: 0.05, so that a right answer is worth 1)",
-    )
 
 
-def _add_rloo_flags(add: Callable[..., Any]) -> None:
-    add("--train_steps", type=int, metavar="N", help="optimizer steps in all (default: 60 for the toy, else 200)")
-    add("--num_rollouts", type=int, default=4, metavar="G", help="rollouts per episode, at least 2 (default: 4)")
-    add(
-        "--per_device_batch_size",
-        type=int,
-        metavar="N",
-        help="episodes per device and micro-batch, each with its G rollouts (default: 8 for the toy, else 1)",
-    )
-    add(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=1,
-        metavar="N",
-        help="micro-batches per optimizer step (default: 1)",
-    )
-    add(
-        "--steps_per_generation",
-        type=int,
-        metavar="N",
-        help="micro-batches per generation (default: gradient_accumulation_steps, which is on-policy)",
-    )
-    add(
-        "--num_iterations",
-        type=int,
-        default=1,
-        metavar="N",
-        help="times each generation is trained on (default: 1, on-policy)",
-    )
-    add(
-        "--learning_rate",
-        type=float,
-        metavar="X",
-        help="AdamW's (default: 1e-4 for the toy, 5e-4 with LoRA; else 1e-6, 1e-5 with LoRA)",
-    )
-    add(
-        "--lr_scheduler_type",
-        default="constant",
-        choices=["constant", "constant_with_warmup", "linear", "cosine"],
-        help="learning-rate schedule (default: constant, so that a longer run begins like a shorter one)",
-    )
-    add(
-        "--warmup_steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="optimizer steps of linear warm-up (default: 0; needs a schedule that warms up)",
-    )
-    add("--weight_decay", type=float, default=0.0, metavar="X", help="AdamW's (default: 0)")
-    add("--max_grad_norm", type=float, default=1.0, metavar="X", help="gradients are clipped to this norm (default: 1)")
-    add(
-        "--beta",
-        type=float,
-        metavar="X",
-        help="weight of the KL to the reference model (default: 0, no reference model in memory)",
-    )
-    add(
-        "--epsilon",
-        type=float,
-        default=0.2,
-        metavar="X",
-        help="clip range of the ratio; matters off-policy only (default: 0.2)",
-    )
-    add("--epsilon_high", type=float, metavar="X", help="upper clip range (default: epsilon)")
-    _add_switch(add, "--normalize_advantages", False, "scale advantages to unit deviation over the batch")
-    _add_switch(add, "--mask_truncated_completions", False, "train on no completion that hit the length limit")
-    add(
-        "--gradient_checkpointing",
-        type=_true_or_false,
-        nargs="?",
-        const=True,
-        metavar="true|false",
-        help="recompute activations to save memory (default: false for the toy, else true)",
-    )
-
-
-def _add_generation_flags(add: Callable[..., Any]) -> None:
+def add_sampling_flags(add: Callable[..., Any]) -> None:
+    """How completions are drawn."""
     add(
         "--temperature",
         type=float,
@@ -201,82 +115,41 @@ def _add_generation_flags(add: Callable[..., Any]) -> None:
         metavar="N",
         help="tokens a completion may have (default: 32 for the toy, else 64, or 512 with reasoning)",
     )
-    _add_switch(
-        add,
-        "--shared_prefix",
-        True,
-        "compute each prompt once per group in generation and training, as long as that is less work; false "
-        "takes TRL's own passes",
-    )
-    _add_switch(
+    add_switch(
         add,
         "--ds3_gather_for_generation",
         False,
-        "under ZeRO-3, hold the whole model on every GPU while "
-        "generating: faster if it fits, impossible for 32B in 80 GB",
+        "under ZeRO-3, hold the whole model on every GPU while generating: faster if it fits, impossible for 32B in "
+        "80 GB",
     )
-    _add_switch(add, "--use_vllm", False, "generate with vLLM, which must be installed")
-    add(
-        "--vllm_mode",
-        default="colocate",
-        choices=["colocate", "server"],
-        help="vLLM beside training on the same GPUs, or a server (default: colocate)",
-    )
-    add("--vllm_server_host", default="127.0.0.1", metavar="HOST", help="of the vLLM server (default: 127.0.0.1)")
-    add("--vllm_server_port", type=int, default=8000, metavar="PORT", help="of the vLLM server (default: 8000)")
-    add(
-        "--vllm_gpu_memory_utilization",
-        type=float,
-        default=0.3,
-        metavar="P",
-        help="share of the GPU that colocated vLLM takes, 0 to 1 (default: 0.3)",
-    )
-    add("--vllm_tensor_parallel_size", type=int, default=1, metavar="N", help="GPUs per colocated vLLM (default: 1)")
 
 
-def _add_run_flags(add: Callable[..., Any]) -> None:
-    add("--output_dir", metavar="DIR", help="what the run leaves (default: a new runs/<date-time>-<model>)")
-    _add_switch(add, "--overwrite", False, "empty a non-empty output_dir first")
-    _add_switch(add, "--resume", False, "continue the run in output_dir from its last checkpoint")
-    add("--seed", type=int, default=0, metavar="N", help="of episodes, adapters and sampling (default: 0)")
-    add("--save_steps", type=int, default=50, metavar="N", help="optimizer steps between checkpoints (default: 50)")
+def add_held_out_flags(add: Callable[..., Any], num_episodes: int) -> None:
+    """Which episodes are held out."""
     add(
-        "--save_total_limit",
+        "--eval_episodes",
         type=int,
-        default=2,
+        default=num_episodes,
         metavar="N",
-        help="checkpoints kept (default: 2, the last good one and its successor)",
+        help=f"held-out episodes, the same each time (default: {num_episodes})",
     )
-    add("--logging_steps", type=int, default=1, metavar="N", help="optimizer steps per line of metrics (default: 1)")
     add(
-        "--sample_steps",
+        "--eval_seed",
         type=int,
-        default=20,
+        default=10**9,
         metavar="N",
-        help="optimizer steps between printed tables of completions, 0 for none (default: 20)",
+        help="seed of the held-out episodes, which must not be the run's (default: 1000000000)",
     )
-    add(
-        "--report_to",
-        default="tensorboard",
-        choices=["tensorboard", "wandb", "trackio", "none"],
-        help="where metrics go besides metrics.jsonl (default: tensorboard, which sends nothing)",
-    )
-    add(
-        "--dataloader_num_workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that open images ahead (default: 0, in the main one)",
-    )
-    _add_switch(add, "--dry_run", False, "check everything, print the resolved run, and stop before any weight loads")
 
 
-def _add_switch(add: Callable[..., Any], flag: str, default: bool, meaning: str) -> None:
+def add_switch(add: Callable[..., Any], flag: str, default: bool, meaning: str) -> None:
+    """A flag that is true or false, and true if given without a value."""
     text = f"{meaning} (default: {str(default).lower()})"
-    add(flag, type=_true_or_false, nargs="?", const=True, default=default, metavar="true|false", help=text)
+    add(flag, type=true_or_false, nargs="?", const=True, default=default, metavar="true|false", help=text)
 
 
-def _true_or_false(text: str) -> bool:
+def true_or_false(text: str) -> bool:
+    """The value of a switch."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted true or false")
     return text.lower() == "true"
@@ -288,6 +161,64 @@ def _index_or_none(text: str) -> int | None:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted an index from 0 up, or none")
     return int(text)
+
+
+def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UsageError(f"unknown flag {flag}{_nearest(flag, [f'--{name}' for name in vars(namespace)])}; see --help")
+    return namespace
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+    """The file's settings as command-line flags, so that they meet the same checks."""
+    if not path.is_file():
+        raise UsageError(f"config file {path} does not exist; correct --config")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderOfUniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"config file {path} is not YAML: {reason}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"config file {path} holds a {type(settings).__name__}, wanted lines of 'flag: value'")
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    flags: list[str] = []
+    for key, value in settings.items():
+        if key not in known:
+            raise UsageError(f"config file {path}: unknown key {key!r}{_nearest(str(key), known)}; see --help")
+        if isinstance(value, (dict, list)):
+            raise UsageError(f"config file {path}: {key} is a {type(value).__name__}, wanted one value")
+        if value is not None or key == "fixed_correct_index":
+            flags.append(f"--{key}={as_flag_value(value)}")
+    try:
+        parser.parse_args(flags)
+    except UsageError as error:
+        raise UsageError(f"config file {path}: {error}") from error
+    return flags
+
+
+class _LoaderOfUniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, except that a key given twice is an error, not the last one's win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]!r} is given twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def as_flag_value(value: Any) -> str:
+    """A value as the command line takes it."""
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class _Parser(argparse.ArgumentParser):

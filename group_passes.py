@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dataset import EpisodeBatch
@@ -87,7 +87,11 @@ def encode_images(model: nn.Module, batch: EpisodeBatch, places: Sequence[int]) 
 
 @torch.no_grad()
 def generate_groups(
-    model: nn.Module, batch: EpisodeBatch, features: Sequence[Tensor] | None, generation_config: GenerationConfig
+    model: nn.Module,
+    batch: EpisodeBatch,
+    features: Sequence[Tensor] | None,
+    generation_config: GenerationConfig,
+    logits_processor: LogitsProcessorList | None = None,
 ) -> Tensor:
     """G completions of each prompt, whose images and tokens are computed once: (P * G, T) int64, group after group.
 
@@ -115,6 +119,7 @@ def generate_groups(
         attention_mask=batch["attention_mask"].repeat_interleave(group_size, dim=0),
         past_key_values=cache,
         generation_config=generation_config,
+        logits_processor=logits_processor,
     )
     return sequences[:, batch["input_ids"].shape[1] :]
 

@@ -175,6 +175,12 @@ def end_token_ids(model: Any) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids or [])
 
 
+def up_to_end(completion_ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """The completion up to and with its first end token."""
+    stop = next((place + 1 for place, token in enumerate(completion_ids) if token in end_ids), len(completion_ids))
+    return completion_ids[:stop]
+
+
 def decode_completion(processor: Any, completion_ids: Sequence[int], end_ids: Sequence[int]) -> str:
     """A completion's text without its one end token. Other special tokens stay visible, so the parser sees them."""
     ids = list(completion_ids[:-1] if completion_ids and completion_ids[-1] in end_ids else completion_ids)

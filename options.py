@@ -1,45 +1,54 @@
 """The run as asked for: flags and YAML become one checked, resolved Options.
 
-Owns the YAML form, the defaults that depend on the case, and what numbers exclude each other. The flags themselves
-are in flags.py; what a flag points to (folders, images, packages) is checked in preflight.py.
+Owns the defaults that depend on the case, and what numbers exclude each other. The flags themselves are in flags.py
+and training_flags.py; what a flag points to (folders, images, packages) is checked in preflight.py.
 """
 
-import argparse
-import difflib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-import yaml
-
-from flags import TOY_MODEL_ID, UsageError, build_parser
+from flags import TOY_MODEL_ID, UsageError, parse_flags
 from reward import RewardWeights
+from training_flags import build_parser
 
 
 @dataclass(frozen=True)
-class Options:
-    """The run as asked for. None stands for a default that resolve_options fills in, or for "no limit"."""
+class SharedOptions:
+    """What training and evaluation both ask. None stands for a default that is filled in, or for "no limit"."""
 
     model_id: str
     revision: str | None
     dtype: str | None
     attn_implementation: str
-    use_lora: bool
-    lora_rank: int
-    lora_alpha: int
-    lora_dropout: float
-    merge_lora: bool
     load_in_4bit: bool
-    freeze_vision: bool
-    vision_cache_mib: int | None
     data_root: str
     env: str | None
     candidates_per_episode: int
     fixed_correct_index: int | None
     allow_reasoning: bool
     image_max_pixels: int | None
+    temperature: float
+    top_p: float
+    max_completion_length: int | None
+    ds3_gather_for_generation: bool
+    eval_episodes: int
+    eval_seed: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Options(SharedOptions):
+    """A training run as asked for."""
+
+    use_lora: bool
+    lora_rank: int
+    lora_alpha: int
+    lora_dropout: float
+    merge_lora: bool
+    freeze_vision: bool
+    vision_cache_mib: int | None
     reward_correct: float
     reward_valid_call: float
     train_steps: int | None
@@ -59,21 +68,18 @@ class Options:
     normalize_advantages: bool
     mask_truncated_completions: bool
     gradient_checkpointing: bool | None
-    temperature: float
-    top_p: float
-    max_completion_length: int | None
     shared_prefix: bool
-    ds3_gather_for_generation: bool
     use_vllm: bool
     vllm_mode: str
     vllm_server_host: str
     vllm_server_port: int
     vllm_gpu_memory_utilization: float
     vllm_tensor_parallel_size: int
+    eval_steps: int
+    keep_best: bool
     output_dir: str | None
     overwrite: bool
     resume: bool
-    seed: int
     save_steps: int
     save_total_limit: int
     logging_steps: int
@@ -81,6 +87,9 @@ class Options:
     report_to: str
     dataloader_num_workers: int
     dry_run: bool
+
+
+AnyOptions = TypeVar("AnyOptions", bound=SharedOptions)
 
 
 @dataclass(frozen=True)
@@ -98,47 +107,31 @@ def parse_options(argv: Sequence[str]) -> Options:
     Raises UsageError for an unknown or misspelt flag or key (naming the nearest known one), a value of the wrong
     kind, or a config file that cannot be read. `--help` prints and exits, as argparse does.
     """
-    parser = build_parser()
-    given = vars(_parse_known(parser, argv))
-    config_path = given.pop("config")
-    if config_path is not None:
-        file_flags = _read_config_file(parser, Path(config_path))
-        given = vars(_parse_known(parser, [*file_flags, *argv]))
-        given.pop("config")
-    options = Options(**given)
+    options = Options(**parse_flags(build_parser(), argv))
+    refuse_impossible_shared_numbers(options)
     _refuse_impossible_numbers(options)
     return options
 
 
-def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, list[ResolvedDefault]]:
-    """The options with every case-dependent default filled in, and what was filled in why.
-
-    has_bf16_gpu: whether a GPU that computes in bfloat16 will train.
-    """
+def starts_sighted(options: SharedOptions) -> bool:
+    """Whether the toy of this task is the sighted one: only where pictures are asked for by name does sight help."""
     is_toy = options.model_id == TOY_MODEL_ID
-    kind = "the toy model" if is_toy else "a real model"
-    if options.use_lora:
-        rate = (5e-4, "LoRA on the toy model") if is_toy else (1e-5, "LoRA: ten times a full fine-tune's")
-    else:
-        rate = (1e-4, "full fine-tune of the toy model") if is_toy else (1e-6, "full fine-tune, TRL's default")
+    return is_toy and options.env is None and options.fixed_correct_index is None
+
+
+def resolve_shared(options: SharedOptions, *, has_bf16_gpu: bool) -> dict[str, tuple[Any, str]]:
+    """The case-dependent defaults that training and evaluation share, each with its reason."""
+    is_toy = options.model_id == TOY_MODEL_ID
     length = (512, "room to reason before the call") if options.allow_reasoning else (64, "a call has about 25 tokens")
-    cache = (2048, "vision is frozen: features keep")
-    if not options.freeze_vision and not options.use_lora:
-        cache = (0, "vision trains, so features change")
-    elif not options.shared_prefix:
-        cache = (0, "TRL's own passes take no features")
-    defaults = {
-        "train_steps": (60, "the toy learns in 60") if is_toy else (200, "a real model"),
-        "per_device_batch_size": (8, "the toy is small") if is_toy else (1, "one group of a real model at a time"),
-        "steps_per_generation": (options.gradient_accumulation_steps, "on-policy: one optimizer step a generation"),
-        "learning_rate": rate,
-        "beta": (0.0, "no KL term, so no reference model in memory"),
+    return {
         "dtype": ("bfloat16", "the GPU computes in it") if has_bf16_gpu else ("float32", "no GPU with bfloat16"),
-        "image_max_pixels": (56 * 56, kind) if is_toy else (448 * 448, "256 tokens an image at most"),
-        "vision_cache_mib": cache,
+        "image_max_pixels": (56 * 56, "the toy model") if is_toy else (448 * 448, "256 tokens an image at most"),
         "max_completion_length": (32, "a toy call has 20 tokens") if is_toy else length,
-        "gradient_checkpointing": (False, kind) if is_toy else (True, "memory before speed for a real model"),
     }
+
+
+def fill_in(options: AnyOptions, defaults: dict[str, tuple[Any, str]]) -> tuple[AnyOptions, list[ResolvedDefault]]:
+    """The options with these defaults where nothing was given, and what was filled in why."""
     filled = [
         ResolvedDefault(flag, value, reason)
         for flag, (value, reason) in defaults.items()
@@ -147,61 +140,48 @@ def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, l
     return replace(options, **{default.flag: default.value for default in filled}), filled
 
 
-def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise UsageError(f"unknown flag {flag}{_nearest(flag, [f'--{name}' for name in vars(namespace)])}; see --help")
-    return namespace
+def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, list[ResolvedDefault]]:
+    """The options with every case-dependent default filled in, and what was filled in why.
+
+    has_bf16_gpu: whether a GPU that computes in bfloat16 will train.
+    """
+    is_toy = options.model_id == TOY_MODEL_ID
+    must_look = starts_sighted(options)
+    kind = "the toy model" if is_toy else "a real model"
+    if options.use_lora:
+        rate = (5e-4, "LoRA on the toy model") if is_toy else (1e-5, "LoRA: ten times a full fine-tune's")
+    else:
+        rate = (1e-6, "full fine-tune, TRL's default")
+        if is_toy:
+            rate = (2e-4, "full fine-tune of the sighted toy") if must_look else (1e-4, "full fine-tune of the toy")
+    num_steps, num_episodes = (200, "a real model"), (1, "one group of a real model at a time")
+    if is_toy:
+        num_steps = (100, "the toy learns to look in 100") if must_look else (60, "the toy learns in 60")
+        num_episodes = (16, "looking takes many episodes") if must_look else (8, "the toy is small")
+    cache = (2048, "vision is frozen: features keep")
+    if not options.freeze_vision and not options.use_lora:
+        cache = (0, "vision trains, so features change")
+    elif not options.shared_prefix:
+        cache = (0, "TRL's own passes take no features")
+    defaults = {
+        "train_steps": num_steps,
+        "per_device_batch_size": num_episodes,
+        "steps_per_generation": (options.gradient_accumulation_steps, "on-policy: one optimizer step a generation"),
+        "learning_rate": rate,
+        "beta": (0.0, "no KL term, so no reference model in memory"),
+        "vision_cache_mib": cache,
+        "gradient_checkpointing": (False, kind) if is_toy else (True, "memory before speed for a real model"),
+    }
+    return fill_in(options, resolve_shared(options, has_bf16_gpu=has_bf16_gpu) | defaults)
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
-
-
-def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    """The file's settings as command-line flags, so that they meet the same checks."""
-    if not path.is_file():
-        raise UsageError(f"config file {path} does not exist; correct --config")
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderOfUniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"config file {path} is not YAML: {reason}") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"config file {path} holds a {type(settings).__name__}, wanted lines of 'flag: value'")
-    known = [field.name for field in fields(Options)]
-    flags: list[str] = []
-    for key, value in settings.items():
-        if key not in known:
-            raise UsageError(f"config file {path}: unknown key {key!r}{_nearest(str(key), known)}; see --help")
-        if isinstance(value, (dict, list)):
-            raise UsageError(f"config file {path}: {key} is a {type(value).__name__}, wanted one value")
-        if value is not None or key == "fixed_correct_index":
-            flags.append(f"--{key}={_as_flag_value(value)}")
-    try:
-        parser.parse_args(flags)
-    except UsageError as error:
-        raise UsageError(f"config file {path}: {error}") from error
-    return flags
-
-
-class _LoaderOfUniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, except that a key given twice is an error, not the last one's win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.YAMLError(f"key {twice[0]!r} is given twice; keep one")
-        return super().construct_mapping(node, deep)
-
-
-def _as_flag_value(value: Any) -> str:
-    if value is None:
-        return "none"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def refuse_impossible_shared_numbers(options: SharedOptions) -> None:
+    """Raises UsageError for numbers that neither training nor evaluation can have, whatever the files say."""
+    require_numbers(options, ("max_completion_length", "eval_episodes"), "at least 1", lambda value: value >= 1)
+    require_numbers(options, ("temperature",), "above 0", lambda value: value > 0)
+    require_numbers(options, ("top_p",), "above 0 and at most 1", lambda value: 0 < value <= 1)
+    require_numbers(options, ("image_max_pixels",), "at least 784 (28x28 pixels)", lambda value: value >= 784)
+    require_numbers(options, ("eval_seed",), "from 0 to 2147483647", lambda value: 0 <= value < 2**31)
 
 
 def _refuse_impossible_numbers(options: Options) -> None:
@@ -219,34 +199,33 @@ def _refuse_impossible_numbers(options: Options) -> None:
         "num_iterations",
         "lora_rank",
         "lora_alpha",
-        "max_completion_length",
         "save_steps",
         "save_total_limit",
         "logging_steps",
         "vllm_tensor_parallel_size",
     )
-    above_zero = ("learning_rate", "temperature", "max_grad_norm", "reward_correct", "epsilon", "epsilon_high")
+    above_zero = ("learning_rate", "max_grad_norm", "reward_correct", "epsilon", "epsilon_high")
     at_least_zero = (
         "warmup_steps",
         "weight_decay",
         "beta",
         "reward_valid_call",
         "sample_steps",
+        "eval_steps",
         "lora_dropout",
         "dataloader_num_workers",
         "seed",
         "vision_cache_mib",
     )
-    _require(options, at_least_one, "at least 1", lambda value: value >= 1)
-    _require(options, above_zero, "above 0", lambda value: value > 0)
-    _require(options, at_least_zero, "at least 0", lambda value: value >= 0)
-    _require(options, ("image_max_pixels",), "at least 784 (28x28 pixels)", lambda value: value >= 784)
-    _require(options, ("lora_dropout",), "below 1", lambda value: value < 1)
+    require_numbers(options, at_least_one, "at least 1", lambda value: value >= 1)
+    require_numbers(options, above_zero, "above 0", lambda value: value > 0)
+    require_numbers(options, at_least_zero, "at least 0", lambda value: value >= 0)
+    require_numbers(options, ("lora_dropout",), "below 1", lambda value: value < 1)
     # numpy takes 32 bits, and every process adds its rank
-    _require(options, ("train_steps",), "at most 10,000,000", lambda value: value <= 10_000_000)
-    _require(options, ("seed",), "below 2147483648", lambda value: value < 2**31)
-    _require(options, ("vllm_server_port",), "from 1 to 65535", lambda value: 1 <= value <= 65535)
-    _require(options, ("top_p", "vllm_gpu_memory_utilization"), "above 0 and at most 1", lambda value: 0 < value <= 1)
+    require_numbers(options, ("train_steps",), "at most 10,000,000", lambda value: value <= 10_000_000)
+    require_numbers(options, ("seed",), "below 2147483648", lambda value: value < 2**31)
+    require_numbers(options, ("vllm_server_port",), "from 1 to 65535", lambda value: 1 <= value <= 65535)
+    require_numbers(options, ("vllm_gpu_memory_utilization",), "above 0 and at most 1", lambda value: 0 < value <= 1)
     try:
         RewardWeights(options.reward_correct, options.reward_valid_call)
     except ValueError as error:
@@ -270,6 +249,13 @@ def _refuse_impossible_numbers(options: Options) -> None:
         raise UsageError("load_in_4bit=true, but 4-bit weights cannot be trained themselves; add --use_lora true")
     if options.merge_lora and not options.use_lora:
         raise UsageError("merge_lora=true, but there is no adapter to merge; add --use_lora true or drop --merge_lora")
+    if options.eval_seed == options.seed:
+        raise UsageError(
+            f"eval_seed={options.eval_seed} is the run's own seed, so it would be evaluated on its training episodes; "
+            "pass another --eval_seed"
+        )
+    if options.keep_best and not options.eval_steps:
+        raise UsageError("keep_best=true, but nothing is evaluated; add --eval_steps 50 or drop --keep_best")
     if options.warmup_steps and options.lr_scheduler_type == "constant":
         raise UsageError(
             f"warmup_steps={options.warmup_steps}, but the schedule 'constant' does not warm up; "
@@ -281,7 +267,10 @@ def _refuse_impossible_numbers(options: Options) -> None:
         raise UsageError("resume is given without output_dir; pass --output_dir with the run to continue")
 
 
-def _require(options: Options, names: Sequence[str], wanted: str, is_fine: Callable[[float], bool]) -> None:
+def require_numbers(
+    options: SharedOptions, names: Sequence[str], wanted: str, is_fine: Callable[[float], bool]
+) -> None:
+    """Raises UsageError if one of these options has a number that is not finite or not fine."""
     for name in names:
         value = getattr(options, name)
         is_finite = not isinstance(value, float) or math.isfinite(value)

@@ -13,15 +13,16 @@ from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from flags import TOY_MODEL_ID, UsageError
-from options import Options
+from options import Options, SharedOptions
+from run_files import CONFIG_NAME
 from utils.images import first_bad_image
 
-CONFIG_NAME = "config.json"
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
 MAY_CHANGE_ON_RESUME = frozenset(
     {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
-     "sample_steps", "report_to", "dataloader_num_workers", "dry_run", "merge_lora", "ds3_gather_for_generation",
-     "vision_cache_mib", "vllm_server_host", "vllm_server_port", "vllm_gpu_memory_utilization"}
+     "sample_steps", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run", "merge_lora",
+     "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
+     "vllm_gpu_memory_utilization"}
 )  # fmt: skip
 
 
@@ -38,24 +39,31 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     return make_environment(options)
 
 
-def require_packages(options: Options) -> None:
-    """Raises UsageError if a package that this run needs is missing."""
-    needed = {
-        "torchvision": (True, "Qwen2.5-VL's processor", "pip install torchvision"),
-        "flash_attn": (
-            options.attn_implementation == "flash_attention_2",
-            "--attn_implementation flash_attention_2",
+def require_packages(options: SharedOptions) -> None:
+    """Raises UsageError if a package that these options need is missing."""
+    require_package("torchvision", "Qwen2.5-VL's processor", "pip install torchvision")
+    for flag, value, package, remedy in (
+        (
+            "attn_implementation",
+            "flash_attention_2",
+            "flash_attn",
             "pip install flash-attn --no-build-isolation, or pass --attn_implementation sdpa",
         ),
-        "bitsandbytes": (options.load_in_4bit, "--load_in_4bit true", "pip install bitsandbytes"),
-        "vllm": (options.use_vllm, "--use_vllm true", "pip install vllm"),
-        "tensorboard": (options.report_to == "tensorboard", "--report_to tensorboard", "pip install tensorboard"),
-        "wandb": (options.report_to == "wandb", "--report_to wandb", "pip install wandb"),
-        "trackio": (options.report_to == "trackio", "--report_to trackio", "pip install trackio"),
-    }
-    for package, (is_needed, purpose, remedy) in needed.items():
-        if is_needed and find_spec(package) is None:
-            raise UsageError(f"package {package} is not installed, but {purpose} needs it; {remedy}")
+        ("load_in_4bit", True, "bitsandbytes", "pip install bitsandbytes"),
+        ("use_vllm", True, "vllm", "pip install vllm"),
+        ("report_to", "tensorboard", "tensorboard", "pip install tensorboard"),
+        ("report_to", "wandb", "wandb", "pip install wandb"),
+        ("report_to", "trackio", "trackio", "pip install trackio"),
+    ):
+        # an evaluation has not every flag of a training run
+        if getattr(options, flag, None) == value:
+            require_package(package, f"--{flag} {str(value).lower()}", remedy)
+
+
+def require_package(package: str, purpose: str, remedy: str) -> None:
+    """Raises UsageError if a package is not installed."""
+    if find_spec(package) is None:
+        raise UsageError(f"package {package} is not installed, but {purpose} needs it; {remedy}")
 
 
 def require_consistent_launch(launch_variables: Mapping[str, str]) -> None:
@@ -78,8 +86,11 @@ def require_consistent_launch(launch_variables: Mapping[str, str]) -> None:
         )
 
 
-def require_model(model_id: str) -> None:
-    """Raises UsageError if `model_id` is a folder that holds no Qwen2.5-VL, or neither a folder nor a hub id."""
+def require_model(model_id: str, flag: str = "model_id") -> None:
+    """Raises UsageError if `model_id` is a folder that holds no Qwen2.5-VL, or neither a folder nor a hub id.
+
+    flag: what named the model, for the message.
+    """
     folder = Path(model_id)
     if model_id == TOY_MODEL_ID:
         return
@@ -87,21 +98,21 @@ def require_model(model_id: str) -> None:
         looks_like_hub_id = model_id.count("/") == 1 and not model_id.startswith((".", "/", "~"))
         if folder.exists() or not looks_like_hub_id or folder.parent.is_dir():
             raise UsageError(
-                f"model_id={model_id} is no folder; pass a folder that holds a Qwen2.5-VL, a hub id such as "
+                f"{flag}={model_id} is no folder; pass a folder that holds a Qwen2.5-VL, a hub id such as "
                 "Qwen/Qwen2.5-VL-3B-Instruct, or toy"
             )
         return
     if (folder / "adapter_config.json").is_file():
-        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not isinstance(base, str) or not base or (Path(base) / "adapter_config.json").is_file():
             raise UsageError(
                 f"adapter {folder} names {base!r} as its base; write the base model's folder or hub id there"
             )
-        require_model(base)
+        require_model(base, f"{flag}={model_id} is an adapter whose base_model_name_or_path")
         return
     if not (folder / CONFIG_NAME).is_file():
         raise UsageError(f"model folder {folder} has no config.json; pass a folder written by save_pretrained")
-    model_type = _read_json(folder / CONFIG_NAME).get("model_type")
+    model_type = read_json(folder / CONFIG_NAME).get("model_type")
     if model_type != "qwen2_5_vl":
         raise UsageError(f"model folder {folder} holds a {model_type}, but Fleet trains qwen2_5_vl; pass a Qwen2.5-VL")
     for pattern, what in (("*.safetensors", "weights"), ("preprocessor_config.json|processor_config.json", "processor"),
@@ -154,7 +165,7 @@ def require_output_dir(options: Options) -> None:
 def what_the_run_reads(options: Options) -> list[tuple[str, str]]:
     """Every path that must survive `--overwrite`, with the flag that named it."""
     adapter = Path(options.model_id) / "adapter_config.json"
-    base = _read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else None
+    base = read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else None
     env_file = options.env.rpartition(":")[0] if options.env else None
     named = [("model_id", options.model_id), ("data_root", options.data_root), ("env", env_file), ("base model", base)]
     return [(name, str(used)) for name, used in named if used]
@@ -163,7 +174,7 @@ def what_the_run_reads(options: Options) -> list[tuple[str, str]]:
 def is_run_folder(folder: Path) -> bool:
     """Whether a run of Fleet's left its configuration in `folder`."""
     path = folder / CONFIG_NAME
-    return path.is_file() and "options" in _read_json(path)
+    return path.is_file() and "options" in read_json(path)
 
 
 def require_same_flags_on_resume(options: Options) -> None:
@@ -171,7 +182,7 @@ def require_same_flags_on_resume(options: Options) -> None:
     if not options.resume:
         return
     folder = Path(str(options.output_dir))
-    before = _read_json(folder / CONFIG_NAME).get("options", {})
+    before = read_json(folder / CONFIG_NAME).get("options", {})
     now = asdict(options)
     changed = [
         f"{name} (was {before[name]}, now {now[name]})"
@@ -184,16 +195,22 @@ def require_same_flags_on_resume(options: Options) -> None:
         )
 
 
-def make_environment(options: Options) -> EpisodeSource:
-    """The environment that the options name, with every image of its folder known to decode. Raises UsageError."""
+def make_environment(
+    options: SharedOptions, *, seed: int | None = None, prompts_reasoning: bool | None = None
+) -> EpisodeSource:
+    """The environment that the options name, with every image of its folder known to decode. Raises UsageError.
+
+    seed: of its episodes; by default the options' own. prompts_reasoning: whether its prompts ask for reasoning before
+    the call; by default as the answers are judged.
+    """
     try:
         env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
         env = env_class(
             data_root=options.data_root,
             candidates_per_episode=options.candidates_per_episode,
             fixed_correct_index=options.fixed_correct_index,
-            seed=options.seed,
-            allow_reasoning=options.allow_reasoning,
+            seed=options.seed if seed is None else seed,
+            allow_reasoning=options.allow_reasoning if prompts_reasoning is None else prompts_reasoning,
         )
         bad_image = first_bad_image(getattr(env, "images", ()))
     except (ValueError, OSError) as error:
@@ -223,7 +240,8 @@ def require_sound_episode(env: EpisodeSource, spec: str) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UsageError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import RLOOConfig, RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import nanstd, pad, use_adapter
 
+from answering import AnswerSettings, ModelPolicy
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, repeat_episodes
+from evaluation import EvaluationPlan, evaluate, headline_figures
 from flops import add_up, compare_work
 from group_passes import (
     base_qwen,
@@ -34,7 +37,7 @@ from group_passes import (
     takes_image_features,
     why_not_to_pack,
 )
-from model_utils import decode_completion, media_token_ids
+from model_utils import decode_completion, media_token_ids, up_to_end
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
 from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_run, refuse_split_groups
 from rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
@@ -68,10 +71,11 @@ class Rollouts:
 class FleetRLOOTrainer(RLOOTrainer):
     """TRL's RLOOTrainer, fed by RepeatableEpisodeDataset through VLMDataCollator.
 
-    `latest_rollouts` holds the records of the last generation over all devices, the same on every one. Besides TRL's
-    metrics it logs rollouts.rollout_metrics, `rollouts_per_s`, `token_ratio` (tokens that would pass through TRL's
-    training pass per token that passes through ours), `vision_cache/hit_rate` (of a generation's images), and TRL's
-    `step_time` as `step_time_s`.
+    `latest_rollouts` holds the records of the last generation over all devices, the same on every one, and
+    `latest_pictures` the pictures of this device's by the names that the records have. Besides TRL's metrics it logs
+    rollouts.rollout_metrics, `rollouts_per_s`, `token_ratio` (tokens that would pass through TRL's training pass per
+    token that passes through ours), `vision_cache/hit_rate` (of a generation's images), and TRL's `step_time` as
+    `step_time_s`.
     """
 
     def __init__(
@@ -86,11 +90,13 @@ class FleetRLOOTrainer(RLOOTrainer):
         peft_config: PeftConfig | None = None,
         shared_prefix: bool = True,
         vision_cache_bytes: int = 0,
+        evaluation: tuple[EvaluationPlan, AnswerSettings] | None = None,
     ):
         """args: `make_rloo_config` says how episodes become TRL's batch sizes. processing_class: pads left.
 
         shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
         vision_cache_bytes: host memory for the features of images, where the vision tower is frozen; 0 keeps none.
+        evaluation: the held-out episodes that `evaluate` scores, and how they are answered.
         Image and video tokens are never sampled. Raises ValueError if a group would be split over devices.
         """
         refuse_split_groups(args)
@@ -102,6 +108,8 @@ class FleetRLOOTrainer(RLOOTrainer):
             reward_funcs=make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning),
             args=args,
             train_dataset=dataset.as_hf_dataset(num_episodes_of_run(args)),
+            # Trainer wants one before it evaluates; `evaluate` has its own
+            eval_dataset=None if evaluation is None else dataset.as_hf_dataset(1),
             processing_class=processing_class,
             peft_config=peft_config,
         )
@@ -123,6 +131,9 @@ class FleetRLOOTrainer(RLOOTrainer):
         elif vision_cache_bytes and shared_prefix:
             self.vision_cache = VisionCache(policy, vision_cache_bytes)
         self.latest_rollouts: tuple[RolloutRecord, ...] = ()
+        self.latest_pictures: dict[str, Image.Image] = {}
+        self.evaluation = evaluation
+        self.latest_evaluation: dict[str, Any] | None = None
         self._rollouts: Rollouts | None = None
         self._scores_of_step: tuple[Tensor, Tensor | None] | None = None
         self._attention = base_qwen(policy).config.get_text_config()._attn_implementation
@@ -218,7 +229,7 @@ class FleetRLOOTrainer(RLOOTrainer):
             gradient_checkpointing_kwargs=checkpointing,
         ) as policy:
             rows = generate_groups(policy, batch, features, self.generation_config).tolist()
-        return [_up_to_end(ids, set(self.eos_token_ids)) for ids in rows]
+        return [up_to_end(ids, self.eos_token_ids) for ids in rows]
 
     def _pad_completions(self, rows: list[list[int]], padding_value: int | None = None) -> Tensor:
         value = self._tokenizer.pad_token_id if padding_value is None else padding_value
@@ -404,8 +415,17 @@ class FleetRLOOTrainer(RLOOTrainer):
 
     def _record(self, rollouts: Rollouts) -> None:
         """Gathers every rollout's record to every rank, and logs what they amount to."""
+        batch = rollouts.batch
+        named = [
+            [(f"{next(digests).hex()[:16]}.webp", picture) for picture in pictures]
+            for digests in [iter(batch["image_digests"])]
+            for pictures in batch["images"]
+        ]
+        self.latest_pictures = {name: picture for of_episode in named for name, picture in of_episode}
         records = make_records(
-            rollouts.batch["episodes"],
+            batch["episodes"],
+            [[name for name, _ in of_episode] for of_episode in named],
+            batch["prompts"],
             rollouts.texts,
             rollouts.rewards_B.tolist(),
             rollouts.advantages_B.tolist(),
@@ -419,8 +439,39 @@ class FleetRLOOTrainer(RLOOTrainer):
             kl, num_tokens = self.accelerator.reduce(rollouts.kl_and_tokens_2, reduction="sum").tolist()
             self._metrics["train"]["kl"].append(kl / max(num_tokens, 1))
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores the held-out episodes and logs the figures, on all ranks; training's randomness is left as it was."""
+        assert self.evaluation is not None, "no evaluation was given to the trainer"
+        plan, settings = self.evaluation
+        self.model.eval()
+        start_s = time.perf_counter()
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ) as policy_model:
+            policy = ModelPolicy(
+                policy_model,
+                self.processing_class,
+                settings,
+                rank=self.accelerator.process_index,
+                num_ranks=self.accelerator.num_processes,
+            )
+            document = evaluate(policy, plan, str(self.model.config._name_or_path)).document
+        self.latest_evaluation = document | {"step": self.state.global_step}
+        figures = headline_figures(document) | {"seconds": time.perf_counter() - start_s}
+        metrics = {f"eval_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.model.train()
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log with Fleet's rates in it."""
+        if not self.model.training:
+            super().log(logs, start_time)
+            return
         metrics, now = self._metrics["train"], time.perf_counter()
         if "step_time" in metrics:
             metrics["step_time_s"] = metrics.pop("step_time")
@@ -443,12 +494,6 @@ class FleetRLOOTrainer(RLOOTrainer):
             return
         saved = type(policy).from_pretrained(resume_from_checkpoint, dtype=policy.dtype)
         policy.load_state_dict(saved.state_dict(), strict=True)
-
-
-def _up_to_end(completion_ids: list[int], end_ids: set[int]) -> list[int]:
-    """The completion up to and with its first end token."""
-    stop = next((place + 1 for place, token in enumerate(completion_ids) if token in end_ids), len(completion_ids))
-    return completion_ids[:stop]
 
 
 def _without_media(completion_ids: list[int], media_ids: set[int]) -> list[int]:

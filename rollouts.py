@@ -7,17 +7,26 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from environment import Episode, Judgement, Outcome, judge
+from environment import Episode, Judgement, Message, Outcome, judge
 from utils.tool_calls import ParseStatus
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """What a group was shown and asked. `image_names` tell pictures apart by their pixels."""
+
+    instruction: str
+    target: str | None
+    correct_index: int
+    labels: tuple[str, ...]
+    image_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RolloutRecord:
     """One completion and what became of it. `advantage` is over its siblings' mean, after any KL term."""
 
-    target: str | None
-    correct_index: int
-    num_candidates: int
+    episode: EpisodeRecord
     completion: str
     judgement: Judgement
     reward: float
@@ -26,27 +35,46 @@ class RolloutRecord:
 
 def make_records(
     episodes: Sequence[Episode],
+    image_names: Sequence[Sequence[str]],
+    prompts: Sequence[Sequence[Message]],
     texts: Sequence[str],
     rewards: Sequence[float],
     advantages: Sequence[float],
     *,
     allow_reasoning: bool,
 ) -> list[RolloutRecord]:
-    """The records of P groups of completions, group after group; texts, rewards and advantages are one a rollout."""
+    """The records of P groups of completions, group after group.
+
+    image_names, prompts: P, of each episode's pictures and messages. texts, rewards and advantages: one a rollout.
+    """
     group_size = len(texts) // len(episodes)
-    of_rollouts = [episode for episode in episodes for _ in range(group_size)]
+    records = [
+        EpisodeRecord(instruction_of(prompt), episode.target, episode.correct_index, episode.labels, tuple(names))
+        for episode, prompt, names in zip(episodes, prompts, image_names, strict=True)
+    ]
+    of_rollouts = [pair for pair in zip(episodes, records, strict=True) for _ in range(group_size)]
     return [
         RolloutRecord(
-            target=episode.target,
-            correct_index=episode.correct_index,
-            num_candidates=episode.num_candidates,
+            episode=record,
             completion=text,
             judgement=judge(text, episode.correct_index, episode.num_candidates, allow_reasoning=allow_reasoning),
             reward=reward,
             advantage=advantage,
         )
-        for episode, text, reward, advantage in zip(of_rollouts, texts, rewards, advantages, strict=True)
+        for (episode, record), text, reward, advantage in zip(of_rollouts, texts, rewards, advantages, strict=True)
     ]
+
+
+def instruction_of(prompt: Sequence[Message]) -> str:
+    """The last text that the user's messages hold, which asks for a picture."""
+    texts = [
+        part["text"]
+        for message in prompt
+        if message["role"] == "user"
+        for part in message["content"]
+        if part["type"] == "text"
+    ]
+    return texts[-1] if texts else ""
 
 
 def length_metrics(lengths: Sequence[int], is_ended: Sequence[bool]) -> dict[str, float]:
@@ -67,7 +95,8 @@ def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int) -> dict[
 
     `accuracy`; `valid_call`; `outcome/<outcome>` and `parse/<status>`, each family summing to 1; `groups/all_right`,
     `groups/all_wrong`, `groups/mixed`, also summing to 1, from the task's verdicts alone: only mixed groups teach
-    which index is right; `chosen_index/<i>`, the share of all rollouts that picked i, for every index in range.
+    which index is right; `chosen_index/<i>`, the share of all rollouts that picked i, and
+    `correct_index/<i>`, the share for which i was right, for every index in range.
     Raises ValueError if the rollouts are none or do not fill whole groups.
     """
     if not rollouts or len(rollouts) % group_size:
@@ -76,6 +105,8 @@ def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int) -> dict[
     outcomes = Counter(verdict.outcome for verdict in verdicts)
     statuses = Counter(verdict.parse_status for verdict in verdicts)
     chosen = Counter(verdict.index for verdict in verdicts)
+    correct = Counter(rollout.episode.correct_index for rollout in rollouts)
+    num_candidates = max(len(rollout.episode.labels) for rollout in rollouts)
     rights = [verdict.outcome is Outcome.CORRECT for verdict in verdicts]
     rights_per_group = [sum(rights[start : start + group_size]) for start in range(0, len(rights), group_size)]
     num_groups, total = len(rights_per_group), len(rollouts)
@@ -88,8 +119,6 @@ def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int) -> dict[
         "groups/all_right": all_right / num_groups,
         "groups/all_wrong": all_wrong / num_groups,
         "groups/mixed": (num_groups - all_right - all_wrong) / num_groups,
-        **{
-            f"chosen_index/{index}": chosen[index] / total
-            for index in range(max(rollout.num_candidates for rollout in rollouts))
-        },
+        **{f"chosen_index/{index}": chosen[index] / total for index in range(num_candidates)},
+        **{f"correct_index/{index}": correct[index] / total for index in range(num_candidates)},
     }

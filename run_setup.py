@@ -1,4 +1,4 @@
-"""A checked run becomes TRL's arguments, a model and a trainer; a trained model becomes files.
+"""A checked run becomes TRL's arguments, a model and a trainer.
 
 Owns how Fleet's flags map to the libraries' arguments. All processes agree before anything is written, and the main
 one writes.
@@ -8,52 +8,34 @@ import datetime
 import logging
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
-from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.integrations import unset_hf_deepspeed_config
+from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import ProgressCallback
-from transformers.utils import logging as transformers_logging
 from trl import RLOOConfig
 
+from answering import AnswerSettings
 from dataset import RepeatableEpisodeDataset
 from environment import EpisodeSource
-from flags import TOY_MODEL_ID, UsageError
-from model_utils import count_parameters, load_processor, load_qwen25_vl, make_lora_config, read_adapter_config
+from evaluation import EvaluationPlan
+from flags import UsageError
+from held_out import make_plan, num_episodes_drawn
+from model_setup import has_gpu, load_model, require_agreement
+from model_utils import count_parameters, make_lora_config, read_adapter_config
 from options import Options, ResolvedDefault
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
+from run_recorder import RunRecorder
 from run_records import (
-    CURVE_NAME,
-    METRICS_NAME,
-    RunRecorder,
-    draw_curve,
-    read_metrics,
     resolved_table,
     write_config,
 )
-from toy_model import build_in_own_process
 from vision_cache import vision_is_frozen
 
 logger = logging.getLogger("fleet")
-
-
-def has_gpu() -> bool:
-    """Whether a GPU will train: there is one, and the launcher was not told to use the CPU."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-
-
-def has_bfloat16() -> bool:
-    """Whether to compute in bfloat16: a GPU does so natively, or the launcher was told to."""
-    asked_by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-    return asked_by_launcher or (has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def require_one_gpu_or_a_launcher() -> None:
@@ -121,24 +103,8 @@ def take_output_dir(options: Options, args: RLOOConfig) -> None:
         if options.overwrite and folder.is_dir():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, options)
+        write_config(folder, options, num_episodes_drawn(options, args.world_size))
     args.distributed_state.wait_for_everyone()
-
-
-def require_agreement(options: Options, problem: str | None) -> None:
-    """Raises UsageError on every process if the checks of any failed, or any was started with other flags."""
-    of_ranks = gather_object([(problem, asdict(options))])
-    for rank, (found, _) in enumerate(of_ranks):
-        if found is not None:
-            raise UsageError(f"process {rank}: {found}" if len(of_ranks) > 1 else found)
-    first = of_ranks[0][1]
-    differing = [
-        f"{name}={sorted({str(flags[name]) for _, flags in of_ranks})}"
-        for name in sorted(first)
-        if any(flags[name] != first[name] for _, flags in of_ranks)
-    ]
-    if differing:
-        raise UsageError(f"processes were started with different flags: {', '.join(differing)}; give all the same")
 
 
 def make_rloo_config(options: Options) -> RLOOConfig:
@@ -185,6 +151,12 @@ def make_rloo_config(options: Options) -> RLOOConfig:
         bf16=options.dtype == "bfloat16",
         use_cpu=not has_gpu(),
         dataloader_pin_memory=has_gpu(),
+        eval_strategy="steps" if options.eval_steps else "no",
+        eval_steps=options.eval_steps or None,
+        # a resumed run has that evaluation already
+        eval_on_start=bool(options.eval_steps) and not options.resume,
+        metric_for_best_model="greedy_accuracy" if options.keep_best else None,
+        greater_is_better=True if options.keep_best else None,
         # read for the reference model alone, which a full fine-tune with beta > 0 loads again
         model_init_kwargs={"revision": options.revision} if options.revision and options.beta else None,
         # an episode's number is its randomness, so the order stays as it is
@@ -192,37 +164,19 @@ def make_rloo_config(options: Options) -> RLOOConfig:
     )
 
 
-def local_model_path(options: Options) -> str:
-    """What `from_pretrained` is to open; builds the toy model if need be.
-
-    Raises UsageError if the toy model's cache cannot be written.
-    """
-    if options.model_id != TOY_MODEL_ID:
-        return options.model_id
-    try:
-        return str(build_in_own_process())
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
-
-
-def build_trainer(options: Options, args: RLOOConfig, env: EpisodeSource, model_path: str) -> FleetRLOOTrainer:
-    """The trainer with its model loaded. Raises UsageError if the model cannot be found or opened."""
-    transformers_logging.disable_progress_bar()
+def build_trainer(
+    options: Options, args: RLOOConfig, env: EpisodeSource, plan: EvaluationPlan | None, model_path: str
+) -> FleetRLOOTrainer:
+    """The trainer with its model loaded. plan: of held-out evaluation. Raises UsageError if there is no such model."""
     is_adapter = read_adapter_config(model_path) is not None
-    try:
-        model, processor = load_qwen25_vl(
-            model_path,
-            # TRL wraps the model in a new adapter itself; an adapter that exists is opened here
-            use_lora=options.use_lora and is_adapter,
-            freeze_vision=options.freeze_vision,
-            load_in_4bit=options.load_in_4bit,
-            dtype=weight_dtype(options, is_deepspeed=args.deepspeed_plugin is not None),
-            attn_implementation=options.attn_implementation,
-            revision=options.revision,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"model {options.model_id} cannot be loaded ({reason}); correct --model_id") from error
+    model, processor = load_model(
+        options,
+        model_path,
+        dtype=weight_dtype(options, is_deepspeed=args.deepspeed_plugin is not None),
+        # TRL wraps the model in a new adapter itself; an adapter that exists is opened here
+        trains_adapter=options.use_lora and is_adapter,
+        freeze_vision=options.freeze_vision,
+    )
     is_new_adapter = options.use_lora and not is_adapter
     lora = make_lora_config(options.lora_rank, options.lora_alpha, options.lora_dropout) if is_new_adapter else None
     cache_mib = int(options.vision_cache_mib or 0)
@@ -239,11 +193,28 @@ def build_trainer(options: Options, args: RLOOConfig, env: EpisodeSource, model_
         peft_config=lora,
         shared_prefix=options.shared_prefix,
         vision_cache_bytes=cache_mib * 2**20,
+        evaluation=None if plan is None else (plan, answer_settings(options)),
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RunRecorder(trainer, Path(str(options.output_dir)), options.sample_steps))
+    trainer.add_callback(RunRecorder(trainer, options))
     logger.info(describe_parameters(trainer.model))
     return trainer
+
+
+def plan_evaluation(options: Options, env: EpisodeSource) -> EvaluationPlan:
+    """What is measured while training, on episodes that the run itself does not draw. Raises UsageError."""
+    num_episodes = num_episodes_drawn(options, int(os.environ.get("WORLD_SIZE", "1")))
+    return make_plan(options, [(env, num_episodes)])
+
+
+def answer_settings(options: Options) -> AnswerSettings:
+    """How the held-out episodes are answered: as many completions at a time as training generates."""
+    assert options.per_device_batch_size and options.steps_per_generation and options.max_completion_length
+    return AnswerSettings(
+        episodes_per_batch=options.per_device_batch_size * options.steps_per_generation * options.num_rollouts,
+        max_completion_length=options.max_completion_length,
+        max_pixels=options.image_max_pixels,
+    )
 
 
 def weight_dtype(options: Options, *, is_deepspeed: bool) -> torch.dtype:
@@ -260,44 +231,3 @@ def describe_parameters(model: torch.nn.Module) -> str:
     """Trainable and all parameters by part, in a line."""
     parts = [f"{part} {trainable:,} of {total:,}" for part, (trainable, total) in count_parameters(model).items()]
     return f"trainable parameters: {'; '.join(parts)}\n"
-
-
-def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
-    """Writes final/, final_merged/ if asked for, and curve.png. Every process takes part."""
-    folder = Path(str(options.output_dir))
-    trainer.save_model(str(folder / "final"))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        draw_curve(read_metrics(folder / METRICS_NAME), folder / CURVE_NAME, f"RLOO on {options.model_id}")
-        if options.merge_lora:
-            merge_adapter(folder / "final", folder / "final_merged", revision=options.revision)
-    trainer.accelerator.wait_for_everyone()
-
-
-def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None = None) -> None:
-    """Writes the adapter's base model with the adapter added to its weights, and the processor, to `merged_path`."""
-    adapter = read_adapter_config(str(adapter_path))
-    if adapter is None:
-        raise FileNotFoundError(f"{adapter_path} holds no adapter_config.json; pass a folder that LoRA training wrote")
-    # one process merges whole weights, so ZeRO-3 must not shard them as they load
-    unset_hf_deepspeed_config()
-    base_id = str(adapter.base_model_name_or_path)
-    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(base_id, revision=revision, dtype="auto")
-    PeftModel.from_pretrained(base, str(adapter_path)).merge_and_unload().save_pretrained(merged_path)
-    load_processor(base_id, revision=revision).save_pretrained(merged_path)
-
-
-def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
-    """The end of the log: what was learnt, how long it took, and where everything is."""
-    lines = [line for line in trainer.state.log_history if "reward" in line]
-    window = max(1, min(3, len(lines) // 2))
-    means = {
-        name: [sum(line[name] for line in part) / len(part) for part in (lines[:window], lines[-window:])]
-        for name in ("reward", "accuracy")
-    }
-    figures = ", ".join(f"mean {name} {first:.2f} -> {last:.2f}" for name, (first, last) in means.items())
-    seconds = sum(line.get("step_time_s", 0) for line in trainer.state.log_history)
-    return (
-        f"\n{figures} (first and last {window} logged steps), {seconds:.0f} s of training\n"
-        f"in {options.output_dir}: metrics.jsonl, curve.png, config.json, checkpoints, final/"
-    )

@@ -1,7 +1,7 @@
-"""The built-in model: a real Qwen2.5-VL, tiny, made on this machine in well under a minute.
+"""The built-in model: a real Qwen2.5-VL, tiny, made on this machine, in two kinds that differ in what they are taught.
 
-Owns its recipe (tokenizer, sizes, a short supervised warm-up) and its cache. The warm-up teaches the form of a call
-and a uniform choice of index, so that training starts from well-formed answers that are right by chance alone.
+Owns the recipes (tokenizer, sizes, numbers of the lessons), the cache, and the weights that are shipped. The lessons
+themselves are in toy_calls.py and toy_sight.py. `python toy_model.py ship` makes the shipped weights again.
 """
 
 import contextlib
@@ -9,18 +9,19 @@ import fcntl
 import hashlib
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
@@ -31,12 +32,14 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from dataset import RepeatableEpisodeDataset, VLMDataCollator
-from environment import Episode, PickImageEnv
+from environment import PickImageEnv
+from toy_calls import teach_calls
+from toy_sight import teach_sight
 from utils.tool_calls import make_tool_call_str
 
 TOY_IMAGE_PIXELS = 56 * 56
 TOY_DATA_ROOT = Path(__file__).resolve().parent / "toy_images"
+SHIPPED_WEIGHTS = Path(__file__).resolve().parent / "toy_sighted.safetensors"
 
 # Qwen2.5's special tokens. The tool-call wrapper is not special there either: decoding keeps it.
 SPECIAL_TOKENS = (
@@ -59,8 +62,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-RECIPE: dict[str, Any] = {
-    "vocab_size": 400,
+# The plain toy knows the form of a call, and any index is as likely: what a fixed index starts from. The sighted toy
+# has seen the pictures and their names too, and favours an index: what picking by name starts from.
+PLAIN, SIGHTED = "plain", "sighted"
+SIZES: dict[str, Any] = {
     "text": {
         "initializer_range": 0.06,  # at 0.02 a model this narrow starts too flat and needs twice the steps
         "hidden_size": 96,
@@ -81,27 +86,43 @@ RECIPE: dict[str, Any] = {
         "window_size": 56,
         "fullatt_block_indexes": [1],
     },
-    "seed": 20,
-    "warm_up_steps": 250,
-    "episodes_per_step": 8,
-    "candidates": [2, 3, 4, 4, 4, 4, 5, 6],  # drawn per step, so that every index up to 5 has been seen
-    "learning_rate": 6e-3,
-    "instruction_words": (
-        "pick the one that is correct red green blue yellow white black circle square star moon image images all but "
-        "same differs other which of a an and not with left right big small find show choose as in on only every"
-    ),
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    PLAIN: {
+        "seed": 20,
+        "vocab_size": 400,
+        "steps": 250,
+        "episodes_per_step": 8,
+        "candidates": [2, 3, 4, 4, 4, 4, 5, 6],  # in turns, so that every index up to 5 has been seen
+        "learning_rate": 6e-3,
+    },
+    SIGHTED: {
+        "seed": 1,
+        "vocab_size": 440,  # names in 2 to 8 tokens: with 400 similar names are confused, with 800 none is learnt
+        "candidates": 4,
+        "drawings_per_label": 40,
+        "naming": {"steps": 120, "pictures_per_step": 48, "learning_rate": 3e-3},
+        "picking": {"steps": 800, "episodes_per_step": 8, "short_share": 0.92, "learning_rate": 3e-3},
+        "habit": {
+            "steps": 120,
+            "episodes_per_step": 8,
+            "favourite_index": 1,
+            "true_share": 0.4,
+            "learning_rate": 4e-3,
+        },
+    },
 }
 
 
-def toy_model_path(cache_root: Path | None = None) -> Path:
-    """The folder of the built toy model; builds it if the cache has none for this recipe and these versions.
+def toy_model_path(kind: str = PLAIN, cache_root: Path | None = None) -> Path:
+    """The folder of a built toy; builds it if the cache has none for this recipe and these versions.
 
-    cache_root: where it is kept; default `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`. One
-    process builds while others wait, and the folder appears whole or not at all. In a process that a launcher started,
-    use build_in_own_process, because transformers saves on the first rank alone.
+    kind: PLAIN or SIGHTED. cache_root: where it is kept; default `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else
+    `~/.cache/fleet`. One process builds while others wait, and the folder appears whole or not at all. In a process
+    that a launcher started, use build_in_own_process, because transformers saves on the first rank alone.
     """
     root = cache_root or default_cache_root()
-    path = root / f"toy-{recipe_digest()}"
+    path = root / folder_name(kind)
     root.mkdir(parents=True, exist_ok=True)
     with (root / "toy.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -109,24 +130,24 @@ def toy_model_path(cache_root: Path | None = None) -> Path:
             shutil.rmtree(path, ignore_errors=True)
             unfinished = root / f"{path.name}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
-            build_toy_model(unfinished)
+            build_toy_model(unfinished, kind)
             os.replace(unfinished, path)
     return path
 
 
-def build_in_own_process() -> Path:
+def build_in_own_process(kind: str) -> Path:
     """`toy_model_path` run by a process that knows nothing of launcher, ranks and GPUs.
 
     Raises OSError if the cache cannot be written, subprocess.CalledProcessError if the build fails.
     """
-    path = default_cache_root() / f"toy-{recipe_digest()}"
+    path = default_cache_root() / folder_name(kind)
     if is_whole(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     of_launcher = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launcher)}
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, __file__, kind],
         env=environment | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
         check=True,
         stdout=subprocess.PIPE,
@@ -147,38 +168,65 @@ def default_cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fleet"
 
 
-def recipe_digest() -> str:
-    """Twelve hex digits that change with this file, Fleet's prompts or the libraries that build the model."""
-    made_from = {
-        "recipe": Path(__file__).read_text(encoding="utf-8"),
-        "prompts": _training_texts(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
-    }
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+def folder_name(kind: str) -> str:
+    """The cache's folder of a toy: its digest changes with the recipe, its code and the libraries that build it."""
+    sources = [Path(__file__).with_name(name) for name in ("toy_model.py", "toy_calls.py", "toy_sight.py")]
+    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    return f"toy-{kind}-{_digest([recipe_digest(kind), versions, *(path.read_text() for path in sources)])}"
 
 
-def build_toy_model(path: Path) -> None:
-    """Builds the toy model into `path`, a new folder that `from_pretrained` opens. Shows a progress bar."""
-    with _seeded(RECIPE["seed"]):
-        processor = make_toy_processor()
+def recipe_digest(kind: str) -> str:
+    """Twelve hex digits that change with what a toy is made and taught from, but not with the code that does it."""
+    return _digest([SIZES, RECIPES[kind], _training_texts(kind)])
+
+
+def build_toy_model(path: Path, kind: str = PLAIN, *, may_be_shipped: bool = True) -> None:
+    """Builds a toy into `path`, a new folder that `from_pretrained` opens. Shows a progress bar.
+
+    may_be_shipped: take the weights that lie beside this file, if they were made by the recipe as it is.
+    """
+    recipe, env = RECIPES[kind], PickImageEnv(TOY_DATA_ROOT)
+    with _seeded(recipe["seed"]):
+        processor = make_toy_processor(kind)
         model = make_toy_model(processor)
-        _warm_up(model, processor)
+        if kind == SIGHTED and may_be_shipped and shipped_recipe() == recipe_digest(SIGHTED):
+            model.load_state_dict(load_file(SHIPPED_WEIGHTS), strict=True)
+        elif kind == SIGHTED:
+            teach_sight(model, processor, env, recipe, TOY_IMAGE_PIXELS)
+        else:
+            teach_calls(model, processor, TOY_DATA_ROOT, recipe, TOY_IMAGE_PIXELS)
     model.save_pretrained(path)
     processor.save_pretrained(path)
 
 
-def make_toy_processor() -> Qwen2_5_VLProcessor:
+def ship_sighted_toy() -> None:
+    """Builds the sighted toy from its recipe, whatever lies there, and puts its weights beside this file."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_toy_model(Path(folder), SIGHTED, may_be_shipped=False)
+        weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).state_dict()
+    save_file(weights, SHIPPED_WEIGHTS, metadata={"format": "pt", "recipe": recipe_digest(SIGHTED)})
+
+
+def shipped_recipe() -> str | None:
+    """The digest of the recipe that made the weights beside this file; None if there are none."""
+    if not SHIPPED_WEIGHTS.is_file():
+        return None
+    with safe_open(SHIPPED_WEIGHTS, framework="pt") as file:
+        return (file.metadata() or {}).get("recipe")
+
+
+def make_toy_processor(kind: str = PLAIN) -> Qwen2_5_VLProcessor:
     """A Qwen2.5-VL processor with a small vocabulary of Fleet's own prompts, for pictures of 56 x 56 pixels."""
     # an empty Qwen2Tokenizer brings Qwen's own way of splitting text; only its merges are learnt here
     tokenizer = Qwen2Tokenizer()
     trainer = trainers.BpeTrainer(
-        vocab_size=RECIPE["vocab_size"],
+        vocab_size=RECIPES[kind]["vocab_size"],
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     learnt = tokenizer.backend_tokenizer
-    learnt.train_from_iterator(_training_texts(), trainer)
+    learnt.train_from_iterator(_training_texts(kind), trainer)
     bpe = json.loads(learnt.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=bpe["vocab"],
@@ -211,10 +259,10 @@ def make_toy_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGe
         )
     }
     stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": RECIPE["mrope_section"]}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": SIZES["mrope_section"]}
     config = Qwen2_5_VLConfig(
-        text_config={**RECIPE["text"], **stops, "vocab_size": len(tokenizer), "rope_parameters": rope},
-        vision_config=RECIPE["vision"],
+        text_config={**SIZES["text"], **stops, "vocab_size": len(tokenizer), "rope_parameters": rope},
+        vision_config=SIZES["vision"],
         tie_word_embeddings=False,  # as in 7B and larger
         **token_ids,
     )
@@ -223,64 +271,7 @@ def make_toy_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGe
     return model
 
 
-class _AnyInstructionEnv(PickImageEnv):
-    """Every other episode asks in words of no meaning, so that a call is the answer to any instruction."""
-
-    def instruction(self, episode: Episode) -> str:
-        rng = random.Random(f"{episode.labels}")
-        if rng.random() < 0.5:
-            return super().instruction(episode)
-        words = [rng.choice(RECIPE["instruction_words"].split()) for _ in range(rng.randrange(3, 14))]
-        return f"{' '.join(words).capitalize()}."
-
-
-def _warm_up(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> None:
-    """Teaches to answer with one call whose index is uniform over the candidates."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["learning_rate"], weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["learning_rate"], RECIPE["warm_up_steps"])
-    collator = VLMDataCollator(processor, num_rollouts=1)
-    datasets = {
-        count: RepeatableEpisodeDataset(
-            _AnyInstructionEnv(TOY_DATA_ROOT, count, fixed_correct_index=0), TOY_IMAGE_PIXELS
-        )
-        for count in set(RECIPE["candidates"])
-    }
-    model.train()
-    steps = tqdm(range(RECIPE["warm_up_steps"]), desc="building the toy model, once", unit="step")
-    for step in steps:
-        count = RECIPE["candidates"][step % len(RECIPE["candidates"])]
-        first = step * RECIPE["episodes_per_step"]
-        batch = collator([datasets[count][first + offset] for offset in range(RECIPE["episodes_per_step"])])
-        indices = [number % count for number in range(first, first + RECIPE["episodes_per_step"])]
-        answers = [make_tool_call_str(index) + "<|im_end|>" for index in indices]
-        loss = _text_loss(model, processor, batch, answers)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        steps.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
-
-
-def _text_loss(model: Any, processor: Any, batch: Any, answers: list[str]) -> torch.Tensor:
-    """Cross-entropy of prompt text and answer; the prompt teaches which tokens Fleet's texts never use."""
-    # every answer has the same number of tokens: they differ in one digit
-    answer_ids = processor.tokenizer(answers, return_tensors="pt")["input_ids"]
-    input_ids = torch.cat([batch["input_ids"], answer_ids], dim=1)
-    is_no_text = (batch["attention_mask"] == 0) | (batch["mm_token_type_ids"] == 1)
-    labels = torch.cat([batch["input_ids"].masked_fill(is_no_text, -100), answer_ids], dim=1)
-    return model(
-        input_ids=input_ids,
-        attention_mask=torch.cat([batch["attention_mask"], torch.ones_like(answer_ids)], dim=1),
-        mm_token_type_ids=torch.cat([batch["mm_token_type_ids"], torch.zeros_like(answer_ids)], dim=1),
-        pixel_values=batch["pixel_values"],
-        image_grid_thw=batch["image_grid_thw"],
-        labels=labels,
-    ).loss
-
-
-def _training_texts() -> list[str]:
+def _training_texts(kind: str) -> list[str]:
     """What the tokenizer learns its merges from: the prompts of both modes and every answer."""
     texts = [make_tool_call_str(index) for index in range(10)]
     for fixed_correct_index in (0, None):
@@ -288,7 +279,13 @@ def _training_texts() -> list[str]:
         for number in range(16):
             for message in env.prompt_messages(env.episode(number)):
                 texts += [part["text"] for part in message["content"] if part["type"] == "text"]
-    return texts
+    # often enough for names to be merged into a few tokens
+    names = [f"Pick the {label}. What is image" for label in sorted(env.paths_by_label)] * 20
+    return [*texts, *names] if kind == SIGHTED else texts
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -300,4 +297,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    print(toy_model_path())
+    if sys.argv[1:] == ["ship"]:
+        ship_sighted_toy()
+    else:
+        print(toy_model_path(sys.argv[1] if sys.argv[1:] else PLAIN))

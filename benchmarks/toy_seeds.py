@@ -18,7 +18,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from run_records import installed_versions, read_metrics  # noqa: E402
+from run_files import read_jsonl  # noqa: E402
+from run_records import installed_versions  # noqa: E402
 
 WINDOW = 5  # steps that a figure is a mean of
 GOAL = 0.95
@@ -47,7 +48,7 @@ def run_seed(seed: int, output_dir: Path) -> dict[str, Any]:
     start_s = time.perf_counter()
     subprocess.run([*command, "--output_dir", str(output_dir), "--overwrite"], cwd=REPOSITORY, check=True)
     command_s = time.perf_counter() - start_s
-    lines = read_metrics(output_dir / "metrics.jsonl")
+    lines = read_jsonl(output_dir / "metrics.jsonl")
     rewards = [line["reward"] for line in lines]
     means = [sum(rewards[end - WINDOW : end]) / WINDOW for end in range(WINDOW, len(rewards) + 1)]
     return {

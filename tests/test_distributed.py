@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 
 from dataset import VLMDataCollator
 from model_utils import generate_tool_call, load_qwen25_vl
-from run_records import read_metrics
+from run_files import read_jsonl
 from tests.distributed_generation import STOPS_AFTER
 from tests.helpers import REPOSITORY, toy_dataset, toy_model, toy_path, toy_processor
+from toy_model import SIGHTED, toy_model_path
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,7 +64,7 @@ def test_zero3_trains_saves_resumes_and_leaves_weights_that_open(kind: str, tmp_
     half, whole = (load_file(tmp_path / run / "final" / name) for run in ("half", "whole"))
     assert half.keys() == whole.keys()
     assert [key for key in half if not torch.equal(half[key], whole[key])] == []
-    assert [line["step"] for line in read_metrics(tmp_path / "half" / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in read_jsonl(tmp_path / "half" / "metrics.jsonl")] == [1, 2]
     assert all(weight.numel() > 0 and weight.isfinite().all() for weight in whole.values())
 
     model, processor = load_qwen25_vl(str(tmp_path / "whole" / "final"))
@@ -121,7 +123,7 @@ def test_two_ranks_with_an_empty_cache_build_one_whole_toy_model(launcher: str, 
     assert done.returncode == 0, done.stderr[-3000:]
     (model_folder,) = [path for path in cache.iterdir() if path.is_dir()]
     load_qwen25_vl(str(model_folder))
-    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1]
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1]
 
 
 def test_the_shipped_configuration_trains(tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_the_shipped_configuration_trains(tmp_path: Path) -> None:
     flags = [*QUICK, "--dtype", "bfloat16", "--gradient_checkpointing", "true", "--beta", "0.05"]
     launch(["--config_file", str(tmp_path / "config.yaml")],
            ["training.py", *flags, "--output_dir", str(run), "--train_steps", "2"])  # fmt: skip
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["kl"] == 0 and lines[1]["kl"] != 0, "the reference is the model before its first step"
     saved = load_file(run / "final" / "model.safetensors")
@@ -149,7 +151,7 @@ def test_two_launchers_train_as_two_machines(tmp_path: Path) -> None:
     ]  # fmt: skip
     outputs = [process.communicate(timeout=300)[0] for process in launchers]
     assert [process.returncode for process in launchers] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
-    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_machine_whose_folder_is_missing_stops_the_other_too(tmp_path: Path) -> None:
@@ -178,3 +180,19 @@ def test_machines_started_with_other_flags_stop_and_say_which(tmp_path: Path) ->
     assert all(process.returncode != 0 for process in launchers)
     assert all("processes were started with different flags: seed=['0', '1']" in output for output in outputs)
     assert not run.exists()
+
+
+def test_zero3_evaluates_as_one_process_does(tmp_path: Path) -> None:
+    toy_model_path(SIGHTED)
+    run = tmp_path / "run"
+    task = ["--fixed_correct_index", "none", "--eval_episodes", "13"]
+    launch(ZERO3, ["training.py", *QUICK, *task, "--eval_steps", "1", "--train_steps", "1", "--output_dir", str(run)])
+    while_training = read_jsonl(run / "evaluations.jsonl")
+    assert [document["step"] for document in while_training] == [0, 1]
+    flags = ["evaluate.py", "--model_id", str(run / "final"), "--eval_episodes", "13", "--num_samples", "2"]
+    launch(ZERO3, [*flags, "--output", str(tmp_path / "two.json")])
+    subprocess.run([sys.executable, *flags, "--output", str(tmp_path / "one.json")], cwd=REPOSITORY, check=True)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    for name in ("confusion", "controls", "greedy_accuracy", "passed_over"):
+        assert one[name] == two[name], name
+        assert one[name] == while_training[-1][name], name

@@ -6,7 +6,7 @@ import pytest
 
 import training
 from environment import load_environment_class
-from run_records import read_metrics
+from run_files import read_jsonl
 from tests.helpers import REPOSITORY
 from utils.tool_calls import make_tool_call_str
 
@@ -37,4 +37,4 @@ def test_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "--env", "examples/odd_one_out.py:OddOneOutEnv", "--fixed_correct_index", "none", "--train_steps", "1",
         "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--sample_steps", "0",
     ])  # fmt: skip
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 1

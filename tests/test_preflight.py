@@ -198,7 +198,7 @@ MODEL_FOLDERS = {
     ),
     "adapter on a folder that is gone": (
         {"adapter_config.json": {"base_model_name_or_path": "/gone/base"}},
-        "model_id=/gone/base is no folder",
+        "is an adapter whose base_model_name_or_path=/gone/base is no folder",
     ),
 }
 
@@ -326,6 +326,8 @@ MAY_CHANGE = {
     "save_total_limit",
     "logging_steps",
     "sample_steps",
+    "eval_steps",
+    "keep_best",
     "report_to",
     "dataloader_num_workers",
     "dry_run",

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks import look_seeds
 from benchmarks.step_time_table import ROWS, markdown_table
-from flags import build_parser
+from evaluate_options import build_evaluate_parser, parse_evaluate_options
 from options import parse_options, resolve_options
-from run_records import read_metrics
+from run_files import read_jsonl
 from tests.helpers import REPOSITORY, toy_path
+from training_flags import build_parser
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BASH_BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
 COMMANDS = [line for line in BASH_BLOCKS.splitlines() if line.startswith("accelerate launch")]
+SCORINGS = [line for line in BASH_BLOCKS.splitlines() if line.startswith("python evaluate.py")]
 DEMO = "accelerate launch training.py --fixed_correct_index 0"
+MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 
 
 def flags_of(command: str) -> list[str]:
@@ -27,13 +31,20 @@ def flags_of(command: str) -> list[str]:
 
 
 def test_the_readme_has_commands() -> None:
-    assert len(COMMANDS) >= 6 and DEMO in COMMANDS
-    assert DEMO in (REPOSITORY / "Makefile").read_text()
+    assert len(COMMANDS) >= 6 and DEMO in COMMANDS and SCORINGS
+    assert DEMO in MAKEFILE
+    (look,) = [command for command in COMMANDS if "--eval_steps" in command]
+    assert f"{look} --overwrite" in MAKEFILE
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_training_command_has_only_flags_that_exist(command: str) -> None:
     parse_options(flags_of(command))
+
+
+@pytest.mark.parametrize("command", SCORINGS)
+def test_every_scoring_command_has_only_flags_that_exist(command: str) -> None:
+    parse_evaluate_options(shlex.split(command)[2:])
 
 
 def test_the_yaml_example_is_a_config_file(tmp_path: Path) -> None:
@@ -51,7 +62,8 @@ def test_the_yaml_example_is_a_config_file(tmp_path: Path) -> None:
 def test_every_flag_in_the_text_exists() -> None:
     of_launcher = {"--config_file", "--num_machines", "--num_processes", "--machine_rank", "--main_process_ip",
                    "--main_process_port", "--num_seeds", "--no-build-isolation", "--help"}  # fmt: skip
-    known = {flag for action in build_parser()._actions for flag in action.option_strings} | of_launcher
+    actions = [*build_parser()._actions, *build_evaluate_parser()._actions]
+    known = {flag for action in actions for flag in action.option_strings} | of_launcher
     named = set(re.findall(r"(?<![\w-])--[a-z0-9_][a-z0-9_-]*", README))
     assert named - known == set()
 
@@ -59,24 +71,42 @@ def test_every_flag_in_the_text_exists() -> None:
 def test_every_file_in_the_tree_exists() -> None:
     (tree,) = re.findall(r"```text\nfleet/\n(.*?)```", README, re.DOTALL)
     names = re.findall(
-        r"[\w/]+(?:\.py|\.yaml)|\w+/(?=,|\n|$)", "\n".join(line.split("#")[0] for line in tree.splitlines())
+        r"[\w/]+\.(?:py|yaml|html|safetensors)|\w+/(?=,|\n|$)",
+        "\n".join(line.split("#")[0] for line in tree.splitlines()),
     )
     assert len(names) > 15
     assert [name for name in names if not (REPOSITORY / name).exists()] == []
-    files = {path.name for path in REPOSITORY.glob("*.py")}
+    files = {path.name for path in REPOSITORY.glob("*.py")} | {"toy_sighted.safetensors", "report_template.html"}
     assert files - {Path(name).name for name in names} == set(), "a file at the top that the README does not name"
 
 
 def test_default_values_in_the_flag_table_are_the_real_ones() -> None:
     rows = dict(re.findall(r"^\| `--(\w+)` \| ([^|]+?) \|", README, re.MULTILINE))
     defaults, _ = resolve_options(parse_options([]), has_bf16_gpu=False)
-    plain = {name: text.strip("`") for name, text in rows.items() if "toy)" not in text and " where " not in text}
+    plain = {
+        name: text.strip("`")
+        for name, text in rows.items()
+        if "toy)" not in text and " where " not in text and "toy" not in text
+    }
     assert len(plain) >= 6
     for name, text in plain.items():
         assert getattr(defaults, name) == yaml.safe_load(text), name
     frozen, _ = resolve_options(parse_options(["--freeze_vision"]), has_bf16_gpu=False)
     cache_sizes = (frozen.vision_cache_mib, defaults.vision_cache_mib)
     assert rows["vision_cache_mib"] == "{} where vision is frozen, else {}".format(*cache_sizes)
+
+
+def test_the_table_of_seeds_is_of_the_committed_results() -> None:
+    runs = json.loads((REPOSITORY / "benchmarks" / "results" / "look_seeds.json").read_text())["runs"]
+    for line in look_seeds.markdown_table(runs).splitlines():
+        assert line in README
+    for run in runs:
+        before, after = run["evaluation"]["baseline"], run["evaluation"]
+        assert before["greedy_accuracy"]["value"] <= 0.6 and after["greedy_accuracy"]["value"] >= 0.9
+        for document in (before, after):
+            assert document["controls"]["blank_images"]["value"] == pytest.approx(0.25, abs=0.05)
+        assert run["command_s"] < 600
+    assert len(runs) == 3
 
 
 def test_the_table_of_steps_is_of_the_committed_results() -> None:
@@ -92,7 +122,7 @@ def test_the_table_of_steps_is_of_the_committed_results() -> None:
 def test_the_demo_command_learns(tmp_path: Path) -> None:
     toy_path()
     subprocess.run([*shlex.split(DEMO), "--output_dir", str(tmp_path / "run")], cwd=REPOSITORY, check=True, timeout=300)
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 60
     assert lines[0]["reward"] < 0.6
     assert sum(line["reward"] for line in lines[-5:]) / 5 >= 0.95

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from environment import Judgement, Outcome, judge
-from rollouts import RolloutRecord, rollout_metrics
+from rollouts import EpisodeRecord, RolloutRecord, rollout_metrics
 from tests.conftest import call_text
 from utils.tool_calls import ParseStatus
 
@@ -22,7 +22,8 @@ CUT_OFF = Judgement(Outcome.UNPARSABLE, ParseStatus.MALFORMED_JSON, None)
 
 
 def record(judgement: Judgement, num_candidates: int = 3) -> RolloutRecord:
-    return RolloutRecord(None, 0, num_candidates, "?", judgement, reward=0.0, advantage=0.0)
+    episode = EpisodeRecord("?", None, 0, ("",) * num_candidates, ("",) * num_candidates)
+    return RolloutRecord(episode, "?", judgement, reward=0.0, advantage=0.0)
 
 
 def metrics_of(*judgements: Judgement, group_size: int) -> dict[str, float]:
@@ -53,6 +54,9 @@ def test_every_figure_of_three_groups():
             "chosen_index/0": 3 / 6,
             "chosen_index/1": 0,
             "chosen_index/2": 1 / 6,
+            "correct_index/0": 1,
+            "correct_index/1": 0,
+            "correct_index/2": 0,
         }
     )
 

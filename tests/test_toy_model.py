@@ -18,7 +18,7 @@ from tests.helpers import REPOSITORY, fleet_trainer, rloo_config, toy_dataset, t
 from toy_model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 
 # a build of two steps, printed when done, in a process of its own
-BUILD = "import toy_model; toy_model.RECIPE['warm_up_steps'] = 2; print(toy_model.toy_model_path())"
+BUILD = "import toy_model; toy_model.RECIPES['plain']['steps'] = 2; print(toy_model.toy_model_path())"
 
 
 def build_in(cache: Path) -> "subprocess.Popen[str]":

@@ -10,18 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageTextToText
 
 import training
+from environment import judge
 from flags import UsageError
 from model_utils import generate_tool_call, load_qwen25_vl
 from options import parse_options, resolve_options
 from preflight import make_environment
-from run_records import draw_curve, read_metrics, sample_table
+from rollouts import EpisodeRecord, RolloutRecord
+from run_files import read_jsonl
+from run_records import draw_curve, sample_table
 from run_setup import build_trainer, make_rloo_config
 from tests.helpers import REPOSITORY, toy_dataset, toy_path
+from utils.images import open_image
 
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none"]
 
@@ -50,7 +55,7 @@ def assert_bit_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
 
 
 def test_a_run_leaves_its_records(uninterrupted: Path) -> None:
-    lines = read_metrics(uninterrupted / "metrics.jsonl")
+    lines = read_jsonl(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     wanted = {"reward", "accuracy", "parse/ok", "outcome/correct", "groups/mixed", "chosen_index/3", "step_time_s",
               "rollouts_per_s", "entropy", "grad_norm"}  # fmt: skip
@@ -78,8 +83,9 @@ def test_resumed_run_equals_the_uninterrupted_one(uninterrupted: Path, tmp_path:
     half = run(tmp_path / "half", "--train_steps", "2", "--save_steps", "2")
     run(half, "--train_steps", "4", "--save_steps", "2", "--resume")
     assert_bit_equal(final_weights(half), final_weights(uninterrupted))
-    ours, theirs = read_metrics(half / "metrics.jsonl"), read_metrics(uninterrupted / "metrics.jsonl")
+    ours, theirs = read_jsonl(half / "metrics.jsonl"), read_jsonl(uninterrupted / "metrics.jsonl")
     assert [without_times(line) for line in ours] == [without_times(line) for line in theirs]
+    assert read_jsonl(half / "rollouts.jsonl") == read_jsonl(uninterrupted / "rollouts.jsonl")
 
 
 def test_resume_takes_the_weights_of_the_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
@@ -105,7 +111,7 @@ def test_lines_past_the_checkpoint_and_a_torn_line_go_on_resume(uninterrupted: P
     with (half / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 4, "rew')
     run(half, "--train_steps", "4", "--save_steps", "2", "--resume")
-    ours, theirs = read_metrics(half / "metrics.jsonl"), read_metrics(uninterrupted / "metrics.jsonl")
+    ours, theirs = read_jsonl(half / "metrics.jsonl"), read_jsonl(uninterrupted / "metrics.jsonl")
     assert [without_times(line) for line in ours] == [without_times(line) for line in theirs]
 
 
@@ -130,7 +136,7 @@ def test_an_adapter_trains_on_and_is_its_own_reference(beta: str, tmp_path: Path
     before, after = final_weights(first, name), final_weights(second, name)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[key], after[key]) for key in before)
-    kls = [line.get("kl") for line in read_metrics(second / "metrics.jsonl")]
+    kls = [line.get("kl") for line in read_jsonl(second / "metrics.jsonl")]
     if beta == "0":
         assert kls == [None, None] and not (second / "final" / "ref").exists()
     else:
@@ -157,13 +163,13 @@ def test_failed_start_keeps_the_run_that_it_was_to_overwrite(uninterrupted: Path
 def test_overwrite_leaves_nothing_of_the_run_before(uninterrupted: Path, tmp_path: Path) -> None:
     again = shutil.copytree(uninterrupted, tmp_path / "again")
     run(again, "--overwrite", "--train_steps", "1")
-    assert [line["step"] for line in read_metrics(again / "metrics.jsonl")] == [1]
+    assert [line["step"] for line in read_jsonl(again / "metrics.jsonl")] == [1]
     assert not (again / "checkpoint-4").exists()
 
 
 def test_every_step_is_logged_when_generations_are_reused(tmp_path: Path) -> None:
     done = run(tmp_path / "run", "--num_iterations", "2", "--train_steps", "4")
-    lines = read_metrics(done / "metrics.jsonl")
+    lines = read_jsonl(done / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert ["reward" in line for line in lines] == [True, False, True, False]
     assert all(line["grad_norm"] is not None and line["step_time_s"] > 0 for line in lines)
@@ -228,7 +234,7 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
              "0.25", "--allow_reasoning", "--image_max_pixels", "1600", "--output_dir", str(tmp_path)]  # fmt: skip
     options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
     env = make_environment(options)
-    trainer = build_trainer(options, make_rloo_config(options), env, toy_path())
+    trainer = build_trainer(options, make_rloo_config(options), env, None, toy_path())
     assert not any(weight.requires_grad for weight in trainer.model.model.visual.parameters())
     assert trainer.model.model.language_model.config._attn_implementation == "eager"
     right = 'because <tool_call>{"name": "pick_image", "arguments": {"index": 0}}</tool_call>'
@@ -238,10 +244,46 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
     assert trainer.train_dataset[0]["images"][0].size == (40, 40)
 
 
-def test_tensorboard_events_lie_in_the_run(tmp_path: Path) -> None:
+def test_tensorboard_holds_figures_and_completions_beside_their_pictures(tmp_path: Path) -> None:
     training.main(["--per_device_batch_size", "2", "--sample_steps", "1", "--train_steps", "1",
                    "--dataloader_num_workers", "1", "--output_dir", str(tmp_path / "run")])  # fmt: skip
-    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/reward")] == [1]
+    assert events.Images("samples/0")[0].step == 1
+    assert "samples/completions/text_summary" in events.Tags()["tensors"]
+
+
+def test_every_rollout_is_kept_with_what_it_was_shown(uninterrupted: Path) -> None:
+    groups = read_jsonl(uninterrupted / "rollouts.jsonl")
+    assert [(group["step"], group["group"]) for group in groups] == [(s, g) for s in (1, 2, 3, 4) for g in (0, 1)]
+    lines = read_jsonl(uninterrupted / "metrics.jsonl")
+    episodes = toy_dataset().env
+    for line, number in zip(groups, range(8), strict=True):
+        episode = episodes.episode(number)
+        assert line["labels"] == list(episode.labels) and line["correct_index"] == episode.correct_index == 0
+        assert line["instruction"] == "Pick the correct image. The index is from 0 to 3."
+        for name, source in zip(line["images"], episode.images, strict=True):
+            shown, wanted = Image.open(uninterrupted / "thumbnails" / name), open_image(source, 56 * 56)
+            # the copy is compressed, so it is near
+            assert ImageStat.Stat(ImageChops.difference(shown.convert("RGB"), wanted)).mean < [12, 12, 12]
+        assert sum(rollout["advantage"] for rollout in line["rollouts"]) == pytest.approx(0, abs=1e-5)
+        for rollout in line["rollouts"]:
+            verdict = judge(rollout["completion"], 0, 4)
+            assert (rollout["outcome"], rollout["parse_status"]) == (verdict.outcome, verdict.parse_status)
+    for step, line in enumerate(lines, start=1):
+        rewards = [r["reward"] for group in groups if group["step"] == step for r in group["rollouts"]]
+        assert sum(rewards) / len(rewards) == pytest.approx(line["reward"])
+    assert len(list((uninterrupted / "thumbnails").iterdir())) == len({n for g in groups for n in g["images"]})
+    assert "report.html" in {path.name for path in uninterrupted.iterdir()}
+
+
+def test_a_run_that_learns_nothing_is_told_so_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # every completion is cut off in the middle of its call
+    run(tmp_path / "run", "--train_steps", "24", "--max_completion_length", "8")
+    shown = capfd.readouterr().err
+    assert shown.count("--max_completion_length") == 1
+    assert shown.count("step 20: ") == 1
 
 
 def test_table_and_bar_show_the_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -310,10 +352,9 @@ def test_curve_is_drawn_from_the_metrics(tmp_path: Path) -> None:
 
 
 def test_sample_table_shows_control_characters_as_text(uninterrupted: Path) -> None:
-    from environment import judge
-    from rollouts import RolloutRecord
 
-    bad = RolloutRecord("red circle", 2, 4, "\x1b[2J<tool_call>\n[red]", judge("x", 2, 4), 0.0, -0.5)
+    episode = EpisodeRecord("Pick the red circle.", "red circle", 2, ("",) * 4, ("",) * 4)
+    bad = RolloutRecord(episode, "\x1b[2J<tool_call>\n[red]", judge("x", 2, 4), 0.0, -0.5)
     table = sample_table([bad], step=7)
     assert "step 7" in table and r"\x1b[2J<tool_call>\n[red]" in table and "unparsable: no_call" in table
     assert "2 (red circle)" in table and "-0.50" in table

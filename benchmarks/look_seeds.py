@@ -1,0 +1,136 @@
+"""Runs `make demo-look`'s commands once per seed and writes what came of it: a table, a JSON file and a picture.
+
+    python benchmarks/look_seeds.py --num_seeds 3
+
+Each seed trains and is then scored beside the toy it started from, in processes of their own, as a user would. Run it
+with nothing else running: it reports seconds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from run_files import read_jsonl  # noqa: E402
+from run_records import installed_versions  # noqa: E402
+
+COLUMNS = {
+    "greedy accuracy": ("greedy_accuracy",),
+    "blank pictures": ("controls", "blank_images"),
+    "follows a swapped picture": ("controls", "swapped_images"),
+    "stays at its place": ("controls", "permuted_order"),
+    "redrawn pictures": ("controls", "redrawn_images"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "look-seeds", help="(default: runs/)")
+    parser.add_argument("--json", type=Path, default=REPOSITORY / "benchmarks" / "results" / "look_seeds.json")
+    parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "look_curve.png")
+    arguments = parser.parse_args()
+    runs = [run_seed(seed, arguments.output_dir / f"seed-{seed}") for seed in range(arguments.num_seeds)]
+    print(markdown_table(runs))
+    record = {
+        "command": f"python benchmarks/look_seeds.py --num_seeds {arguments.num_seeds}",
+        "device": f"{os.cpu_count()} cores of {platform.machine()}, no GPU",
+        "versions": installed_versions(),
+        "runs": runs,
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    draw(runs, arguments.plot)
+
+
+def run_seed(seed: int, output_dir: Path) -> dict[str, Any]:
+    """One seed: the evaluation of its end with the toy's beside it, held-out accuracies on the way, and seconds."""
+    flags = ["--fixed_correct_index", "none", "--eval_steps", "25", "--seed", str(seed)]
+    start_s = time.perf_counter()
+    launch = ["accelerate", "launch", "training.py", *flags, "--output_dir", str(output_dir), "--overwrite"]
+    subprocess.run(launch, cwd=REPOSITORY, check=True)
+    command_s = time.perf_counter() - start_s
+    figures = output_dir / "evaluation.json"
+    scoring = ["--model_id", str(output_dir / "final"), "--baseline", "toy", "--output", str(figures)]
+    start_s = time.perf_counter()
+    subprocess.run([sys.executable, "evaluate.py", *scoring], cwd=REPOSITORY, check=True)
+    lines = read_jsonl(output_dir / "metrics.jsonl")
+    # names of folders are this machine's own
+    evaluation = json.loads(figures.read_text()) | {"model": f"seed {seed}"}
+    return {
+        "seed": seed,
+        "evaluation": evaluation,
+        "held_out": [[line["step"], line["eval/greedy_accuracy"]] for line in lines if "eval/greedy_accuracy" in line],
+        "accuracies": [line["accuracy"] for line in lines if "accuracy" in line],
+        "training_s": sum(line.get("step_time_s", 0) for line in lines),
+        "command_s": command_s,
+        "evaluate_s": time.perf_counter() - start_s,
+    }
+
+
+def markdown_table(runs: list[dict[str, Any]]) -> str:
+    """The toy before, and each seed's run after, as a Markdown table."""
+    rows = [
+        f"| | {' | '.join(COLUMNS)} | gain (paired) | training | whole command |",
+        "|---" * (len(COLUMNS) + 4) + "|",
+        f"| before | {' | '.join(cells(runs[0]['evaluation']['baseline']))} | | | |",
+    ]
+    for run in runs:
+        gain = run["evaluation"]["baseline"]["difference"]
+        low, high = gain["ci95"]
+        points = f"{100 * gain['value']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        rows.append(
+            f"| seed {run['seed']} | {' | '.join(cells(run['evaluation']))} | {points} "
+            f"| {run['training_s']:.0f} s | {run['command_s']:.0f} s |"
+        )
+    return "\n".join(rows)
+
+
+def cells(document: dict[str, Any]) -> list[str]:
+    """The figures of COLUMNS in percent with their intervals."""
+    found = []
+    for path in COLUMNS.values():
+        figure: Any = document
+        for name in path:
+            figure = figure[name]
+        low, high = figure["ci95"]
+        found.append(f"{100 * figure['value']:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+    return found
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draws every seed's accuracy on what it trains on, and on held-out episodes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), dpi=150)
+    for run in runs:
+        label = "training, sampled" if run["seed"] == 0 else None
+        axes.plot(range(1, len(run["accuracies"]) + 1), run["accuracies"], color="#9db4c0", linewidth=0.9, label=label)
+    for run, marker in zip(runs, "osD^v<>p", strict=False):
+        steps, values = zip(*run["held_out"], strict=True)
+        axes.plot(
+            steps, values, color="#d1495b", marker=marker, linewidth=1.4, label=f"held out, greedy, seed {run['seed']}"
+        )
+    axes.axhline(0.25, color="#5c6b73", linestyle=":", linewidth=1, label="right by chance")
+    axes.set(xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1.04), title="make demo-look")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="center right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

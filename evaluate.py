@@ -1,0 +1,97 @@
+"""The second command line: score a model, a checkpoint or an adapter on held-out episodes, honestly.
+
+    python evaluate.py --model_id runs/look/final --baseline toy --output evaluation.json
+
+Alone or under accelerate launch, DeepSpeed ZeRO-3 included. docs/evaluation.schema.json describes what it writes.
+How answers become figures is in evaluation.py, what is held out in held_out.py. Importing this file starts nothing.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import command_line
+from environment import EpisodeSource
+from evaluate_options import (
+    EvaluateOptions,
+    parse_evaluate_options,
+    require_output,
+    resolve_evaluate_options,
+    run_config,
+    run_options,
+)
+from evaluation import EvaluationPlan, with_baseline
+from held_out import make_plan
+from preflight import make_environment, require_consistent_launch, require_model, require_packages
+
+logger = logging.getLogger("fleet")
+
+TASK = ("data_root", "env", "candidates_per_episode", "fixed_correct_index")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one evaluation from start to end. Raises UsageError, before any weight loads, for one that cannot be."""
+    command_line.set_up_logging()
+    options = parse_evaluate_options(sys.argv[1:] if argv is None else argv)
+    plan, problem = command_line.result_or_problem(lambda: check_before_loading(options))
+    command_line.keep_libraries_quiet()
+    import evaluate_setup
+    from model_setup import has_bfloat16
+
+    options, filled = resolve_evaluate_options(options, has_bf16_gpu=has_bfloat16())
+    accelerator = evaluate_setup.start(options, problem)
+    assert plan is not None, "a process without a plan has a problem, which start() raises"
+    logger.info(evaluate_setup.describe(options, plan, filled))
+    evaluation = evaluate_setup.score(options, plan, options.model_id, accelerator)
+    if options.baseline is not None:
+        evaluation = with_baseline(evaluation, evaluate_setup.score(options, plan, options.baseline, accelerator))
+    if accelerator.is_main_process:
+        logger.info(evaluate_setup.table(evaluation.document))
+        write_document(evaluation.document, options.output)
+
+
+def check_before_loading(options: EvaluateOptions) -> EvaluationPlan:
+    """What is to be measured, once everything that can be checked without weights is sound. Raises UsageError."""
+    require_packages(options)
+    require_consistent_launch(os.environ)
+    require_model(options.model_id)
+    if options.baseline is not None:
+        require_model(options.baseline, "baseline")
+    require_output(options)
+    runs = [run_episodes(options, model) for model in (options.model_id, options.baseline) if model is not None]
+    return make_plan(
+        options,
+        [run for run in runs if run is not None],
+        num_samples=options.num_samples,
+        ks=options.ks,
+        prompt_style=options.prompt_style,
+    )
+
+
+def run_episodes(options: EvaluateOptions, model_id: str) -> tuple[EpisodeSource, int] | None:
+    """The environment of the run that left this model and how many episodes it drew; None where none can be alike."""
+    run, num_episodes = run_options(model_id), run_config(model_id).get("num_episodes")
+    has_same_task = all(run.get(name) == getattr(options, name) for name in TASK)
+    if not has_same_task or not isinstance(num_episodes, int):
+        return None
+    return make_environment(options, seed=run["seed"]), num_episodes
+
+
+def write_document(document: dict[str, Any], output: str | None) -> None:
+    """Writes the figures as JSON, whole or not at all."""
+    if output is None:
+        return
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+    logger.info(f"figures in {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main))

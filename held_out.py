@@ -1,0 +1,96 @@
+"""Which episodes are held out: those of another seed, less any that a run's own training draws the like of.
+
+Owns the draw and what counts as alike. Imports no torch.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+from environment import Episode, EpisodeSource
+from evaluation import EvaluationPlan
+from flags import UsageError
+from options import Options, SharedOptions
+from preflight import make_environment
+
+# Draws per held-out episode before a folder counts as too small to hold anything out.
+MAX_DRAWS_PER_EPISODE = 20
+# Episodes of a run that are compared with; the later ones of a longer run are not.
+MAX_COMPARED_EPISODES = 200_000
+
+
+def make_plan(
+    options: SharedOptions,
+    runs: Iterable[tuple[EpisodeSource, int]],
+    *,
+    num_samples: int = 0,
+    ks: tuple[int, ...] = (),
+    prompt_style: str | None = None,
+) -> EvaluationPlan:
+    """The evaluation that the options ask for, on episodes that none of these runs draws.
+
+    runs: the environment of each run and how many episodes it draws from the first on. prompt_style: compare prompts
+    under the parser that accepts text before the call; None takes prompt and parser from the options.
+    Raises UsageError if the folder holds too few unseen episodes, or an environment fails.
+    """
+    prompts_reasoning = options.allow_reasoning if prompt_style is None else prompt_style == "reasoning"
+    env = make_environment(options, seed=options.eval_seed, prompts_reasoning=prompts_reasoning)
+    drawn = chain.from_iterable(
+        (run_env.episode(index) for index in range(min(num_episodes, MAX_COMPARED_EPISODES)))
+        for run_env, num_episodes in runs
+    )
+    try:
+        episodes, num_passed_over = draw_held_out(env, options.eval_episodes, drawn)
+    except ValueError as error:
+        raise UsageError(f"eval_episodes={options.eval_episodes}: {error}") from error
+    return EvaluationPlan(
+        env=env,
+        episodes=tuple(episodes),
+        seed=options.eval_seed,
+        num_passed_over=num_passed_over,
+        num_samples=num_samples,
+        ks=ks,
+        allow_reasoning=options.allow_reasoning or prompt_style is not None,
+        prompt_style="reasoning" if prompts_reasoning else "direct",
+    )
+
+
+def num_episodes_drawn(options: Options, num_processes: int) -> int:
+    """How many episodes a run with these resolved options draws over all its processes."""
+    assert options.train_steps and options.steps_per_generation and options.per_device_batch_size
+    micro_steps = options.train_steps * options.gradient_accumulation_steps
+    num_generations = -(-micro_steps // (options.steps_per_generation * options.num_iterations))
+    return num_generations * options.steps_per_generation * options.per_device_batch_size * num_processes
+
+
+def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode] = ()) -> tuple[list[Episode], int]:
+    """(episodes, how many were passed over): the first episodes of `env` that are like none of `drawn`.
+
+    Episodes are alike if they show the same files in the same order and ask the same; drawings that exist in memory
+    alone are never alike. Raises ValueError if the folder has too few: 20 draws for each episode that is wanted.
+    """
+    seen = {fingerprint(episode) for episode in drawn}
+    held_out: list[Episode] = []
+    num_draws = 0
+    while len(held_out) < num_episodes:
+        if num_draws == MAX_DRAWS_PER_EPISODE * num_episodes:
+            raise ValueError(
+                f"of {num_draws} episodes {num_draws - len(held_out)} were drawn in training too, and {num_episodes} "
+                "unseen ones are wanted; add images, or evaluate on fewer episodes"
+            )
+        episode = env.episode(num_draws)
+        episode = replace(episode, messages=tuple(env.prompt_messages(episode)))
+        num_draws += 1
+        if fingerprint(episode) not in seen:
+            held_out.append(episode)
+    return held_out, num_draws - num_episodes
+
+
+def fingerprint(episode: Episode) -> bytes:
+    """16 bytes that are equal for episodes that show the same files in the same order and ask for the same index."""
+    shown = [str(image) if isinstance(image, Path) else str(id(image)) for image in episode.images]
+    content = json.dumps([shown, episode.correct_index, episode.target])
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()

@@ -1,0 +1,94 @@
+"""What training and evaluation do alike: their processes and cores, and a model loaded for them.
+
+Imports no TRL, whose import alone takes as long as a small evaluation.
+"""
+
+import os
+import subprocess
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from flags import TOY_MODEL_ID, UsageError
+from model_utils import load_qwen25_vl
+from options import SharedOptions, starts_sighted
+from toy_model import PLAIN, SIGHTED, build_in_own_process
+
+
+def has_gpu() -> bool:
+    """Whether a GPU will train: there is one, and the launcher was not told to use the CPU."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+
+
+def has_bfloat16() -> bool:
+    """Whether to compute in bfloat16: a GPU does so natively, or the launcher was told to."""
+    asked_by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    return asked_by_launcher or (has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def use_every_core() -> None:
+    """Without a GPU, gives this machine's processes its cores, up to 4 each; accelerate gives each a single thread.
+
+    A number of threads that was asked for (OMP_NUM_THREADS or accelerate's --num_cpu_threads_per_process) stays.
+    """
+    if not has_gpu() and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        num_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(min(max(1, num_cores), 4))
+
+
+def require_agreement(options: SharedOptions, problem: str | None) -> None:
+    """Raises UsageError on every process if the checks of any failed, or any was started with other flags."""
+    of_ranks = gather_object([(problem, asdict(options))])
+    for rank, (found, _) in enumerate(of_ranks):
+        if found is not None:
+            raise UsageError(f"process {rank}: {found}" if len(of_ranks) > 1 else found)
+    first = of_ranks[0][1]
+    differing = [
+        f"{name}={sorted({str(flags[name]) for _, flags in of_ranks})}"
+        for name in sorted(first)
+        if any(flags[name] != first[name] for _, flags in of_ranks)
+    ]
+    if differing:
+        raise UsageError(f"processes were started with different flags: {', '.join(differing)}; give all the same")
+
+
+def local_model_path(options: SharedOptions) -> str:
+    """What `from_pretrained` is to open; builds the toy model if need be.
+
+    Raises UsageError if the toy model's cache cannot be written.
+    """
+    if options.model_id != TOY_MODEL_ID:
+        return options.model_id
+    try:
+        return str(build_in_own_process(SIGHTED if starts_sighted(options) else PLAIN))
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
+
+
+def load_model(
+    options: SharedOptions,
+    model_path: str,
+    *,
+    dtype: torch.dtype,
+    trains_adapter: bool = False,
+    freeze_vision: bool = False,
+) -> tuple[Any, Any]:
+    """(model, processor). Raises UsageError if the model cannot be found or opened."""
+    transformers_logging.disable_progress_bar()
+    try:
+        return load_qwen25_vl(
+            model_path,
+            use_lora=trains_adapter,
+            freeze_vision=freeze_vision,
+            load_in_4bit=options.load_in_4bit,
+            dtype=dtype,
+            attn_implementation=options.attn_implementation,
+            revision=options.revision,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"model {options.model_id} cannot be loaded ({reason}); correct --model_id") from error

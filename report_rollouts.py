@@ -1,0 +1,203 @@
+"""The rollouts that a report embeds: which groups, which thumbnails, and how they become JSON inside a page.
+
+Owns the caps that keep a report small enough to open on a phone. Shows nothing: the page's script does.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+MAX_GROUPS = 1_600
+MAX_THUMBNAILS = 400
+MAX_GROUPS_BYTES = 2_500_000
+MAX_THUMBNAILS_BYTES = 1_500_000
+MEDIA_TYPES = {".webp": "image/webp", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+MISSING, LEFT_OUT = -1, -2  # what stands for a picture that is not embedded: no such file, or over the cap
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion, as recorded. `index` is what it picked, None if it picked nothing."""
+
+    completion: str
+    outcome: str
+    parse_status: str
+    index: int | None
+    reward: float | None
+    advantage: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """One episode and its G rollouts. images: N names of files in the run's thumbnail folder; labels: N words."""
+
+    step: int
+    number: int
+    instruction: str
+    target: str | None
+    correct_index: int
+    labels: tuple[str, ...]
+    images: tuple[str, ...]
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class EmbeddedRollouts:
+    """`json_text` is safe inside a script element; the counts say what of the run it holds."""
+
+    json_text: str
+    num_groups: int
+    num_groups_recorded: int
+    num_thumbnails: int
+    num_thumbnails_recorded: int
+
+
+def parse_group(line: dict[str, Any]) -> Group:
+    """The group that one line of the rollouts file records. Raises KeyError, TypeError or ValueError for another form.
+
+    >>> parse_group({"step": 1, "group": 0, "instruction": "?", "target": None, "correct_index": 0, "labels": [],
+    ...     "images": [], "rollouts": []}).step
+    1
+    """
+    return Group(
+        step=int(line["step"]),
+        number=int(line["group"]),
+        instruction=str(line["instruction"]),
+        target=line["target"] if line["target"] is None else str(line["target"]),
+        correct_index=int(line["correct_index"]),
+        labels=tuple(str(label) for label in line["labels"]),
+        images=tuple(str(name) for name in line["images"]),
+        rollouts=tuple(
+            Rollout(
+                completion=str(rollout["completion"]),
+                outcome=str(rollout["outcome"]),
+                parse_status=str(rollout["parse_status"]),
+                index=None if rollout["index"] is None else int(rollout["index"]),
+                reward=finite(rollout["reward"]),
+                advantage=finite(rollout["advantage"]),
+            )
+            for rollout in line["rollouts"]
+        ),
+    )
+
+
+def ordered_groups(groups: Sequence[Group]) -> list[Group]:
+    """Groups by step and number; of two records of the same group, which a resumed run leaves, the later one."""
+    by_place = {(group.step, group.number): group for group in groups}
+    return [by_place[place] for place in sorted(by_place)]
+
+
+def embed(groups: Sequence[Group], thumbnails_dir: Path) -> EmbeddedRollouts:
+    """The groups that fit under the caps, evenly spread over the run, with their thumbnails, each of them once."""
+    limit = MAX_GROUPS
+    while True:
+        chosen = spread(groups, limit)
+        uris, position_by_name = _thumbnails(chosen, thumbnails_dir)
+        groups_json = safe_json([_compact(group, position_by_name) for group in chosen])
+        if len(groups_json) <= MAX_GROUPS_BYTES or len(chosen) <= 2:
+            break
+        limit = max(2, int(0.95 * len(chosen) * MAX_GROUPS_BYTES / len(groups_json)))
+    return EmbeddedRollouts(
+        json_text=f'{{"images":{safe_json(uris)},"groups":{groups_json}}}',
+        num_groups=len(chosen),
+        num_groups_recorded=len(groups),
+        num_thumbnails=len(uris),
+        num_thumbnails_recorded=len({name for group in groups for name in group.images}),
+    )
+
+
+def spread(items: Sequence[Item], limit: int) -> list[Item]:
+    """At most `limit` (2 or more) of the items, evenly spaced, the first and the last among them.
+
+    >>> spread(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(position * (len(items) - 1) / (limit - 1))] for position in range(limit)]
+
+
+def safe_json(value: Any) -> str:
+    """JSON that ends no script element and opens no comment, whatever the strings in it hold.
+
+    >>> print(safe_json("</script>"))
+    "\\u003c/script\\u003e"
+    """
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII, so U+2028 is escaped too
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float; None if it is no number, or not finite."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def _compact(group: Group, position_by_name: dict[str, int]) -> dict[str, Any]:
+    return {
+        "step": group.step,
+        "group": group.number,
+        "instruction": group.instruction,
+        "target": group.target,
+        "correct": group.correct_index,
+        "labels": group.labels,
+        "images": [position_by_name[name] for name in group.images],
+        "rollouts": [
+            [
+                rollout.completion,
+                rollout.outcome,
+                rollout.parse_status,
+                rollout.index,
+                rollout.reward,
+                rollout.advantage,
+            ]
+            for rollout in group.rollouts
+        ],
+    }
+
+
+def _thumbnails(groups: Sequence[Group], folder: Path) -> tuple[list[str], dict[str, int]]:
+    """Data URIs, and for every name the position of its URI, or MISSING or LEFT_OUT."""
+    uris: list[str] = []
+    position_by_name: dict[str, int] = {}
+    num_bytes = 0
+    for group in _widely_spread_first(groups):
+        for name in group.images:
+            if name in position_by_name:
+                continue
+            uri = _data_uri(folder, name)
+            if uri is None:
+                position_by_name[name] = MISSING
+            elif len(uris) == MAX_THUMBNAILS or num_bytes + len(uri) > MAX_THUMBNAILS_BYTES:
+                position_by_name[name] = LEFT_OUT
+            else:
+                position_by_name[name] = len(uris)
+                uris.append(uri)
+                num_bytes += len(uri)
+    return uris, position_by_name
+
+
+def _widely_spread_first(groups: Sequence[Group]) -> Iterator[Group]:
+    """First, last, the middle, the quarters, ...: where pictures run out, those embedded cover the whole run."""
+    stride = 1 << max(len(groups) - 1, 0).bit_length()
+    seen: set[int] = set()
+    while stride:
+        for position in [*range(0, len(groups), stride), len(groups) - 1]:
+            if position not in seen and position >= 0:
+                seen.add(position)
+                yield groups[position]
+        stride //= 2
+
+
+def _data_uri(folder: Path, name: str) -> str | None:
+    path = folder / name
+    media_type = MEDIA_TYPES.get(path.suffix.lower())
+    # a name with a folder in it would reach files outside the run
+    if media_type is None or Path(name).name != name or not path.is_file():
+        return None
+    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

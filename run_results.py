@@ -1,0 +1,66 @@
+"""A trained model becomes files and the last lines of the log.
+
+Owns what a run leaves at its end. Every process takes part in saving weights; the main one writes the rest.
+"""
+
+import logging
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.integrations import unset_hf_deepspeed_config
+
+from flags import UsageError
+from model_utils import load_processor, read_adapter_config
+from options import Options
+from report import write_report
+from rloo_trainer import FleetRLOOTrainer
+from run_files import CURVE_NAME, METRICS_NAME, read_jsonl
+from run_records import draw_curve
+
+logger = logging.getLogger("fleet")
+
+
+def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
+    """Writes final/, final_merged/ if asked for, curve.png and report.html. Every process takes part."""
+    folder = Path(str(options.output_dir))
+    trainer.save_model(str(folder / "final"))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        draw_curve(read_jsonl(folder / METRICS_NAME), folder / CURVE_NAME, f"RLOO on {options.model_id}")
+        if options.merge_lora:
+            merge_adapter(folder / "final", folder / "final_merged", revision=options.revision)
+        try:
+            write_report(folder)
+        except UsageError as error:
+            logger.warning(f"no report was written: {error}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None = None) -> None:
+    """Writes the adapter's base model with the adapter added to its weights, and the processor, to `merged_path`."""
+    adapter = read_adapter_config(str(adapter_path))
+    if adapter is None:
+        raise FileNotFoundError(f"{adapter_path} holds no adapter_config.json; pass a folder that LoRA training wrote")
+    # one process merges whole weights, so ZeRO-3 must not shard them as they load
+    unset_hf_deepspeed_config()
+    base_id = str(adapter.base_model_name_or_path)
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(base_id, revision=revision, dtype="auto")
+    PeftModel.from_pretrained(base, str(adapter_path)).merge_and_unload().save_pretrained(merged_path)
+    load_processor(base_id, revision=revision).save_pretrained(merged_path)
+
+
+def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
+    """The end of the log: what was learnt, how long it took, and where everything is."""
+    lines = [line for line in trainer.state.log_history if "reward" in line]
+    window = max(1, min(3, len(lines) // 2))
+    means = {
+        name: [sum(line[name] for line in part) / len(part) for part in (lines[:window], lines[-window:])]
+        for name in ("reward", "accuracy")
+    }
+    figures = ", ".join(f"mean {name} {first:.2f} -> {last:.2f}" for name, (first, last) in means.items())
+    seconds = sum(line.get("step_time_s", 0) for line in trainer.state.log_history)
+    return (
+        f"\n{figures} (first and last {window} logged steps), {seconds:.0f} s of training\n"
+        f"in {options.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
+    )

@@ -1,0 +1,165 @@
+"""Sampled completions with their images, for TensorBoard, W&B or trackio, whichever --report_to chose.
+
+Owns how a sample looks there. Which rollouts are shown, and when, is the caller's affair, who is the main process. The
+tracker's run is the one that transformers' own callback opened: TensorBoard's writer is that callback's `tb_writer`,
+the other two have one current run per process, so everything goes through their public `log`.
+
+Limits: one picture a sample, shrunk to 160 pixels a candidate, not the pixels that the model sees. TensorBoard shows
+10 steps per tag, drawn at random, unless started with `--samples_per_plugin images=0,text=0`. W&B and trackio get the
+text as it is: trackio 0.43 shows it as text, up to 250 characters a cell; how W&B's page shows it is not tested.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import TrainerCallback
+
+TAG = "samples"
+STEP_NAME = "train/global_step"  # what transformers' callbacks call the step in W&B and trackio
+COLUMNS = (
+    "instruction", "candidates", "right", "chosen", "completion", "outcome", "parse_status", "reward", "advantage",
+)  # fmt: skip
+
+THUMBNAIL_PX = 160
+FRAME_PX = 4
+CAPTION_PX = 20
+GAP_PX = 8
+SHEET_COLOUR = "#f2f2f2"
+RIGHT_COLOUR = "#1a9850"
+CHOSEN_COLOUR = "#e66101"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion to show.
+
+    images, labels: one per candidate; RGB, as utils.images.open_image gives them. chosen_index: what the completion
+    picks, in range or not; None if it is no call.
+    """
+
+    images: tuple[Image.Image, ...]
+    labels: tuple[str, ...]
+    instruction: str
+    correct_index: int
+    chosen_index: int | None
+    completion: str
+    outcome: str
+    parse_status: str
+    reward: float
+    advantage: float
+
+
+def log_samples(report_to: str, callbacks: Sequence[TrainerCallback], samples: Sequence[Sample], step: int) -> None:
+    """Sends the samples to the tracker of this name; to none for "none".
+
+    callbacks: the trainer's, `trainer.callback_handler.callbacks`. Call it while training runs, on the main process
+    alone: nobody else has a tracker's run. Raises RuntimeError without one, ValueError for another tracker.
+    """
+    if report_to == "none" or not samples:
+        return
+    if report_to == "tensorboard":
+        _log_to_tensorboard(callbacks, samples, step)
+    elif report_to == "wandb":
+        _log_to_wandb(samples, step)
+    elif report_to == "trackio":
+        _log_to_trackio(samples, step)
+    else:
+        raise ValueError(f"report_to={report_to!r}, but samples go to tensorboard, wandb, trackio or none; pass one")
+
+
+def contact_sheet(sample: Sample) -> Image.Image:
+    """The candidates side by side as RGB, each over its index.
+
+    The right one has a green outer frame, the chosen one an orange inner frame, and the captions say so too.
+    """
+    border_px = 2 * FRAME_PX
+    cell_px = THUMBNAIL_PX + 2 * border_px
+    size = len(sample.images) * (cell_px + GAP_PX) - GAP_PX, cell_px + CAPTION_PX
+    sheet = Image.new("RGB", size, SHEET_COLOUR)
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(sample.images):
+        left = index * (cell_px + GAP_PX)
+        thumbnail = ImageOps.contain(image, (THUMBNAIL_PX, THUMBNAIL_PX))
+        inset_x, inset_y = ((THUMBNAIL_PX - side_px) // 2 for side_px in thumbnail.size)
+        sheet.paste(thumbnail, (left + border_px + inset_x, border_px + inset_y))
+        is_right, is_chosen = index == sample.correct_index, index == sample.chosen_index
+        outer = (left, 0, left + cell_px - 1, cell_px - 1)
+        if is_right:
+            draw.rectangle(outer, outline=RIGHT_COLOUR, width=FRAME_PX)
+        if is_chosen:
+            inner = (outer[0] + FRAME_PX, FRAME_PX, outer[2] - FRAME_PX, outer[3] - FRAME_PX)
+            draw.rectangle(inner, outline=CHOSEN_COLOUR, width=FRAME_PX)
+        marks = ", ".join([name for name, holds in (("right", is_right), ("chosen", is_chosen)) if holds])
+        caption = f"{index}: {marks}" if marks else str(index)
+        draw.text((left + border_px, cell_px + 2), caption, fill="black", font=ImageFont.load_default(14))
+    return sheet
+
+
+def markdown_table(samples: Sequence[Sample]) -> str:
+    """The samples as a Markdown table that shows every text character by character, whatever it holds."""
+    rows = [[str(number), *(_as_literal(value) for value in _row(sample))] for number, sample in enumerate(samples)]
+    header = ["sample", *COLUMNS]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def _log_to_tensorboard(callbacks: Sequence[TrainerCallback], samples: Sequence[Sample], step: int) -> None:
+    writers = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
+    if not writers or writers[0] is None:
+        raise RuntimeError(
+            "report_to='tensorboard', but no TensorBoardCallback with an open writer is among the trainer's callbacks; "
+            "log samples on the main process, while it trains"
+        )
+    writer = writers[0]
+    for number, sample in enumerate(samples):
+        writer.add_image(f"{TAG}/{number}", np.asarray(contact_sheet(sample)), step, dataformats="HWC")
+    writer.add_text(f"{TAG}/completions", markdown_table(samples), step)
+
+
+def _log_to_wandb(samples: Sequence[Sample], step: int) -> None:
+    import wandb
+
+    if wandb.run is None:
+        raise RuntimeError(
+            "report_to='wandb', but there is no W&B run; log samples on the main process, while it trains"
+        )
+    rows = [[wandb.Image(contact_sheet(sample)), *_row(sample)] for sample in samples]
+    wandb.log({TAG: wandb.Table(columns=["images", *COLUMNS], data=rows), STEP_NAME: step})
+
+
+def _log_to_trackio(samples: Sequence[Sample], step: int) -> None:
+    import trackio
+
+    rows = [[trackio.Image(contact_sheet(sample)), *_row(sample)] for sample in samples]
+    # trackio itself raises RuntimeError where it has no run
+    trackio.log({TAG: trackio.Table(columns=["images", *COLUMNS], data=rows), STEP_NAME: step})
+
+
+def _row(sample: Sample) -> list[Any]:
+    """The values of COLUMNS."""
+    candidates = ", ".join(f"{index}: {label}" for index, label in enumerate(sample.labels))
+    return [
+        sample.instruction,
+        candidates,
+        sample.correct_index,
+        sample.chosen_index,
+        sample.completion,
+        sample.outcome,
+        sample.parse_status,
+        round(sample.reward, 4),
+        round(sample.advantage, 4),
+    ]
+
+
+def _as_literal(value: object) -> str:
+    """The value's text on one line, in which no character means anything to Markdown or HTML.
+
+    >>> _as_literal("a*b")
+    'a&#42;b'
+    """
+    text = "" if value is None else str(value)
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return "".join(char if char.isalnum() or char == " " else f"&#{ord(char)};" for char in shown)
