@@ -15,6 +15,7 @@ from evaluation import EvaluationPlan
 from flags import UsageError
 from options import Options, SharedOptions
 from preflight import make_environment
+from utils.images import image_digest
 
 # Draws per held-out episode before a folder counts as too small to hold anything out.
 MAX_DRAWS_PER_EPISODE = 20
@@ -69,8 +70,8 @@ def num_episodes_drawn(options: Options, num_processes: int) -> int:
 def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode] = ()) -> tuple[list[Episode], int]:
     """(episodes, how many were passed over): the first episodes of `env` that are like none of `drawn`.
 
-    Episodes are alike if they show the same files in the same order and ask the same; drawings that exist in memory
-    alone are never alike. Raises ValueError if the folder has too few: 20 draws for each episode that is wanted.
+    Episodes are alike if they show the same files, or pictures of the same pixels, in the same order and ask for the
+    same one. Raises ValueError if the folder has too few: 20 draws for each episode that is wanted.
     """
     seen = {fingerprint(episode) for episode in drawn}
     held_out: list[Episode] = []
@@ -90,7 +91,7 @@ def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode
 
 
 def fingerprint(episode: Episode) -> bytes:
-    """16 bytes that are equal for episodes that show the same files in the same order and ask for the same index."""
-    shown = [str(image) if isinstance(image, Path) else str(id(image)) for image in episode.images]
+    """16 bytes that are equal for episodes that show the same in the same order and ask for the same one."""
+    shown = [str(image) if isinstance(image, Path) else image_digest(image).hex() for image in episode.images]
     content = json.dumps([shown, episode.correct_index, episode.target])
     return hashlib.blake2b(content.encode(), digest_size=16).digest()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from environment import Episode, PickImageEnv, load_environment_class
 from evaluation import Answers, Evaluation, EvaluationPlan, evaluate, headline_figures, with_baseline
-from held_out import draw_held_out
+from held_out import draw_held_out, fingerprint
 from tests.conftest import call_text
 from utils.images import open_image
 
@@ -226,6 +226,20 @@ def test_no_episode_that_was_drawn_is_held_out(picture_folder: Path) -> None:
     assert len(held_out) == 30 and num_passed_over > 0
     assert not any((episode.images, episode.target) in seen for episode in held_out)
     assert draw_held_out(env, 30)[1] == 0
+
+
+def test_pictures_in_memory_are_alike_by_their_pixels() -> None:
+    def episode(*colours: str, index: int = 0) -> Episode:
+        return Episode(tuple(Image.new("RGB", (4, 4), c) for c in colours), (), index, ("x",) * len(colours), None, 0)
+
+    assert fingerprint(episode("red", "blue")) == fingerprint(episode("red", "blue"))
+    others = [
+        episode("blue", "red"),
+        episode("red", "blue", index=1),
+        episode("red", "navy"),
+        episode("red", "blue", "red"),
+    ]
+    assert len({fingerprint(other) for other in [episode("red", "blue"), *others]}) == 5
 
 
 def test_a_folder_too_small_to_hold_anything_out_is_said(picture_folder: Path) -> None:
