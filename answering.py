@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dataset import Row, VLMDataCollator, episode_row
-from environment import Episode
+from environment import Episode, ImageSource
 from evaluation import Answers
 from group_passes import generate_groups
 from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
@@ -56,6 +55,7 @@ class ModelPolicy:
         """model: unwrapped, on its device, in eval mode. on_progress: is told how many rows are done, on all ranks."""
         self.model, self.processor, self.settings = model, processor, settings
         self.rank, self.num_ranks, self.on_progress = rank, num_ranks, on_progress
+        self._greedy_answers: dict[tuple[str, ...], Answers] = {}
         self._open = lru_cache(maxsize=1024)(lambda path: open_image(path, settings.max_pixels))
 
     def __call__(self, episodes: Sequence[Episode], num_samples: int) -> list[Answers]:
@@ -64,10 +64,10 @@ class ModelPolicy:
             return self._answer(episodes, num_samples)
         # greedy answers to one prompt are one answer: with blank pictures, prompts differ in their instruction alone
         keys = [self._prompt_key(episode) for episode in episodes]
-        distinct = dict(zip(keys, episodes, strict=True))
-        answers = dict(zip(distinct, self._answer(list(distinct.values()), 0), strict=True))
-        self.on_progress(len(episodes) - len(distinct))
-        return [answers[key] for key in keys]
+        new = {key: episode for key, episode in zip(keys, episodes, strict=True) if key not in self._greedy_answers}
+        self._greedy_answers |= zip(new, self._answer(list(new.values()), 0), strict=True)
+        self.on_progress(len(episodes) - len(new))
+        return [self._greedy_answers[key] for key in keys]
 
     def _answer(self, episodes: Sequence[Episode], num_samples: int) -> list[Answers]:
         size = self.settings.episodes_per_batch
@@ -101,14 +101,16 @@ class ModelPolicy:
 
     def _prompt_key(self, episode: Episode) -> tuple[str, ...]:
         """Equal for episodes whose messages are the same and whose pictures have the same pixels or files."""
-        shown = [str(image) if isinstance(image, Path) else image_digest(image).hex() for image in episode.images]
+        shown = [
+            image_digest(image).hex() if isinstance(image, Image.Image) else str(image) for image in episode.images
+        ]
         return (json.dumps(episode.messages), *shown)
 
     def _row(self, episode: Episode, number: int) -> Row:
         return episode_row(episode, number, episode.messages, [self._picture(image) for image in episode.images])
 
-    def _picture(self, image: Path | Image.Image) -> Image.Image:
-        return self._open(image) if isinstance(image, Path) else open_image(image, self.settings.max_pixels)
+    def _picture(self, image: ImageSource) -> Image.Image:
+        return open_image(image, self.settings.max_pixels) if isinstance(image, Image.Image) else self._open(image)
 
 
 class FirstOfGroupIsGreedy(LogitsProcessor):
@@ -128,7 +130,10 @@ class FirstOfGroupIsGreedy(LogitsProcessor):
 
 
 def generation_config(model: Any, settings: AnswerSettings, *, is_sampling: bool) -> GenerationConfig:
-    """The policy itself: no penalties or truncation of a model's own generation_config, and no media tokens."""
+    """The policy itself, without media tokens.
+
+    What is left out here `generate` takes from the model's own generation_config: Qwen2.5-VL's holds a penalty.
+    """
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if is_sampling else {}
     ends = end_token_ids(model)
     return GenerationConfig(
@@ -137,5 +142,7 @@ def generation_config(model: Any, settings: AnswerSettings, *, is_sampling: bool
         eos_token_id=ends,
         pad_token_id=ends[0],
         suppress_tokens=media_token_ids(model.config),
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         **sampling,
     )

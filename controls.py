@@ -16,15 +16,18 @@ BLANK_GREY = (128, 128, 128)
 MAX_SCALE_CHANGE, MAX_SHIFT, MAX_SHADE_CHANGE = 0.25, 0.14, 0.2
 
 
-def blanked(episode: Episode) -> Episode:
-    """The episode with every picture grey, in its own size: all that is left to go by is text and position."""
-    sizes = [open_image(image).size for image in episode.images]
+def blanked(episode: Episode, max_pixels: int | None = None) -> Episode:
+    """The episode with every picture grey: all that is left to go by is text, position and the pictures' sizes.
+
+    max_pixels: budget of one image, see utils.images.open_image.
+    """
+    sizes = [open_image(image, max_pixels).size for image in episode.images]
     return replace(episode, images=tuple(Image.new("RGB", size, BLANK_GREY) for size in sizes))
 
 
-def with_pictures_redrawn(episode: Episode, rng: random.Random) -> Episode:
-    """The episode with every picture in another size, place and shade (see `redrawn`)."""
-    return replace(episode, images=tuple(redrawn(open_image(image), rng) for image in episode.images))
+def with_pictures_redrawn(episode: Episode, rng: random.Random, max_pixels: int | None = None) -> Episode:
+    """The episode with every picture in another size, place and shade (see `redrawn`), within `max_pixels`."""
+    return replace(episode, images=tuple(redrawn(open_image(image, max_pixels), rng) for image in episode.images))
 
 
 def with_picture_swapped(episode: Episode, index: int, rng: random.Random) -> tuple[Episode, int] | None:

@@ -200,17 +200,18 @@ class Diagnostics:
 def is_as_good_as_blind(lines: Sequence[Metrics]) -> bool:
     """Whether accuracy is no more than these picks earn if each is made without regard to the right index.
 
-    A step's picks of index i are the share c_i of its rollouts, and i is right in a share q_i: made blindly, they are
-    right in a share of sum(c_i q_i), which for one constant index i is q_i, and for even picks among N is 1/N. The
-    steps' excess over that counts if its mean is above two standard errors, and above 0.01. False if half the picks
+    A step's picks of index i are the share c_i of its rollouts, and i is right in a share q_i of all steps together:
+    made blindly, they are right in a share of sum(c_i q_i), which for one constant index i is q_i, and for even picks
+    among N is 1/N. (With q_i of the step alone, a step of one episode would always look blind.) The steps' excess over
+    that counts if its mean is above two standard errors, and above 0.01. False if half the picks
     or more are no valid ones, or half the lines or more lack a figure: nothing can be said then.
     """
     excesses, valid_shares = [], []
     indices = [name.removeprefix("chosen_index/") for name in family(lines, "chosen_index/")]
+    right = [mean_of(lines, f"correct_index/{index}") for index in indices]
     for line in lines:
         accuracy = _known(line, "accuracy")
         chosen = [_known(line, f"chosen_index/{index}") for index in indices]
-        right = [_known(line, f"correct_index/{index}") for index in indices]
         pairs = [(c, q) for c, q in zip(chosen, right, strict=True) if c is not None and q is not None]
         if accuracy is not None and pairs:
             excesses.append(accuracy - sum(c * q for c, q in pairs))

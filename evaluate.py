@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from evaluate_options import (
     run_options,
 )
 from evaluation import EvaluationPlan, with_baseline
+from flags import UsageError
 from held_out import make_plan
 from preflight import make_environment, require_consistent_launch, require_model, require_packages
 
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, filled = resolve_evaluate_options(options, has_bf16_gpu=has_bfloat16())
     accelerator = evaluate_setup.start(options, problem)
     assert plan is not None, "a process without a plan has a problem, which start() raises"
+    plan = replace(plan, max_pixels=options.image_max_pixels)
     logger.info(evaluate_setup.describe(options, plan, filled))
     evaluation = evaluate_setup.score(options, plan, options.model_id, accelerator)
     if options.baseline is not None:
@@ -62,23 +65,31 @@ def check_before_loading(options: EvaluateOptions) -> EvaluationPlan:
     if options.baseline is not None:
         require_model(options.baseline, "baseline")
     require_output(options)
-    runs = [run_episodes(options, model) for model in (options.model_id, options.baseline) if model is not None]
+    models = [model for model in (options.model_id, options.baseline) if model is not None]
     return make_plan(
         options,
-        [run for run in runs if run is not None],
+        [run for model in models for run in runs_behind(options, model)],
         num_samples=options.num_samples,
         ks=options.ks,
         prompt_style=options.prompt_style,
     )
 
 
-def run_episodes(options: EvaluateOptions, model_id: str) -> tuple[EpisodeSource, int] | None:
-    """The environment of the run that left this model and how many episodes it drew; None where none can be alike."""
-    run, num_episodes = run_options(model_id), run_config(model_id).get("num_episodes")
-    has_same_task = all(run.get(name) == getattr(options, name) for name in TASK)
-    if not has_same_task or not isinstance(num_episodes, int):
-        return None
-    return make_environment(options, seed=run["seed"]), num_episodes
+def runs_behind(options: EvaluateOptions, model_id: str) -> list[tuple[EpisodeSource, int]]:
+    """The environment of the run that left this model, and how many episodes it drew; of those before it likewise."""
+    runs, folders = [], set()
+    while (config := run_config(model_id)) and Path(model_id).resolve() not in folders:
+        folders.add(Path(model_id).resolve())
+        run = run_options(model_id)
+        try:
+            num_episodes = int(config["num_episodes"])
+            env = make_environment(replace(options, **{name: run[name] for name in TASK}), seed=run["seed"])
+        except (KeyError, UsageError) as error:
+            logger.info(f"what the run of {model_id} trained on is not known, and not passed over: {error}")
+        else:
+            runs.append((env, num_episodes))
+        model_id = str(run.get("model_id"))
+    return runs
 
 
 def write_document(document: dict[str, Any], output: str | None) -> None:

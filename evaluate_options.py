@@ -67,7 +67,7 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
     add_task_flags(parser.add_argument_group("task").add_argument)
     add_sampling_flags(parser.add_argument_group("generation").add_argument)
     add = parser.add_argument_group("evaluation").add_argument
-    add_held_out_flags(add, 512)
+    add_held_out_flags(add, 512, 2 * 10**9)
     add("--baseline", metavar="ID", help="another model, scored on the same episodes and compared (default: none)")
     add(
         "--prompt_style",
@@ -95,21 +95,18 @@ def parse_evaluate_options(argv: Sequence[str]) -> EvaluateOptions:
     For a model in a run's folder, the task, the prompt and the sampling are the run's unless they are given.
     """
     parser = build_evaluate_parser()
-    model_id = parse_flags(parser, argv)["model_id"]
-    run = run_options(model_id)
-    inherited = {field.name for field in fields(SharedOptions)} - {
-        "model_id",
-        "revision",
-        "dtype",
-        "eval_episodes",
-        "seed",
-    }
+    given = parse_flags(parser, argv)
+    not_inherited = {"model_id", "revision", "dtype", "eval_episodes", "eval_seed", "seed"}
+    if given["prompt_style"] is not None:
+        # a run of bare calls leaves no room to reason
+        not_inherited.add("max_completion_length")
+    inherited = {field.name for field in fields(SharedOptions)} - not_inherited
     own_flags = [
         f"--{name}={as_flag_value(value)}"
-        for name, value in run.items()
+        for name, value in run_options(given["model_id"]).items()
         if name in inherited and (value is not None or name == "fixed_correct_index")
     ]
-    options = EvaluateOptions(**parse_flags(parser, [*own_flags, *argv]))
+    options = EvaluateOptions(**parse_flags(parser, argv, own_flags))
     refuse_impossible_shared_numbers(options)
     _refuse_impossible_numbers(options)
     for name, model in (("model_id", options.model_id), ("baseline", options.baseline)):
@@ -127,12 +124,15 @@ def resolve_evaluate_options(
     """The options with every case-dependent default filled in, and what was filled in why."""
     is_toy = TOY_MODEL_ID in (options.model_id, run_options(options.model_id).get("model_id"))
     size = (128, "the toy is small") if is_toy else (4, "20 rows of a real model with 4 samples each")
-    return fill_in(options, resolve_shared(options, has_bf16_gpu=has_bf16_gpu) | {"per_device_batch_size": size})
+    defaults = resolve_shared(options, has_bf16_gpu=has_bf16_gpu) | {"per_device_batch_size": size}
+    if options.prompt_style is not None:
+        defaults["max_completion_length"] = (512, "room to reason, for either prompt")
+    return fill_in(options, defaults)
 
 
 def run_config(model_id: str) -> dict[str, Any]:
     """What the run that left this folder (a checkpoint or final/) wrote of itself; empty for any other model."""
-    folder = Path(model_id)
+    folder = Path(model_id).resolve()
     for path in (folder / "run_config.json", folder.parent / "config.json"):
         if folder.is_dir() and path.is_file():
             config = read_json(path)

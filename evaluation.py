@@ -12,10 +12,13 @@ from typing import Any
 
 from controls import blanked, with_order_permuted, with_picture_swapped, with_pictures_redrawn
 from environment import Episode, EpisodeSource, Judgement, Outcome, judge
-from intervals import Estimate, exactly, paired_difference, pass_at_k, share
+from intervals import exactly, paired_difference, pass_at_k, share
 from utils.tool_calls import ParseStatus
 
 SCHEMA_VERSION = 1
+CONTROLS = ("blank_images", "swapped_images", "permuted_order", "redrawn_images")
+# Changed pictures are held in memory, eight or so an episode.
+CHANGED_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,12 @@ class EvaluationPlan:
     ks: tuple[int, ...] = ()
     allow_reasoning: bool = False
     prompt_style: str = "direct"
+    max_pixels: int | None = None  # budget of one image, which changed pictures keep to as well
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures as a JSON document (see evaluate.py for its schema), and which greedy answers were right."""
+    """The figures as a JSON document (docs/evaluation.schema.json), and which greedy answers were right."""
 
     document: dict[str, Any]
     is_right: tuple[bool, ...]
@@ -69,12 +73,9 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
     """The figures of a policy on the plan's episodes. model: its name, for the document."""
     answers = policy(plan.episodes, plan.num_samples)
     verdicts = [_judge(said.greedy, episode, plan) for said, episode in zip(answers, plan.episodes, strict=True)]
-    changes = [
-        change
-        for number, (episode, verdict) in enumerate(zip(plan.episodes, verdicts, strict=True))
-        for change in _changes(plan.env, episode, verdict, random.Random(f"controls/{plan.seed}/{number}"))
-    ]
-    changed_answers = policy([change.episode for change in changes], 0)
+    hits: dict[str, list[bool]] = {control: [] for control in CONTROLS}
+    for start in range(0, len(verdicts), CHANGED_AT_A_TIME):
+        _count_hits(policy, plan, start, verdicts[start : start + CHANGED_AT_A_TIME], hits)
     is_right = tuple(verdict.outcome is Outcome.CORRECT for verdict in verdicts)
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -89,7 +90,9 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
         "candidates": max(episode.num_candidates for episode in plan.episodes),
         **_figures_of_answers(verdicts, plan.episodes),
         **_figures_of_samples(answers, plan),
-        "controls": _figures_of_controls(changes, changed_answers, plan),
+        "controls": {
+            control: share(sum(of_control), len(of_control)).as_json() for control, of_control in hits.items()
+        },
         "baseline": None,
     }
     return Evaluation(document, is_right)
@@ -119,11 +122,27 @@ def _is_pick(verdict: Judgement) -> bool:
     return verdict.outcome in (Outcome.CORRECT, Outcome.WRONG_INDEX)
 
 
-def _changes(env: EpisodeSource, episode: Episode, verdict: Judgement, rng: random.Random) -> list[_Change]:
+def _count_hits(
+    policy: Policy, plan: EvaluationPlan, start: int, verdicts: Sequence[Judgement], hits: dict[str, list[bool]]
+) -> None:
+    """Adds to `hits` what the policy answers to the changes of the episodes from number `start` on."""
+    changes = [change for number, verdict in enumerate(verdicts, start) for change in _changes(plan, number, verdict)]
+    answers = policy([change.episode for change in changes], 0)
+    for change, said in zip(changes, answers, strict=True):
+        verdict = _judge(said.greedy, change.episode, plan)
+        if change.index is None:
+            is_hit = verdict.outcome is Outcome.CORRECT
+        else:
+            is_hit = _is_pick(verdict) and verdict.index == change.index
+        hits[change.control].append(is_hit)
+
+
+def _changes(plan: EvaluationPlan, number: int, verdict: Judgement) -> list[_Change]:
     """What one episode is changed to; pictures move only around one that was picked."""
+    env, episode, rng = plan.env, plan.episodes[number], random.Random(f"controls/{plan.seed}/{number}")
     changes = [
-        _Change("blank_images", blanked(episode)),
-        _Change("redrawn_images", with_pictures_redrawn(episode, rng)),
+        _Change("blank_images", blanked(episode, plan.max_pixels)),
+        _Change("redrawn_images", with_pictures_redrawn(episode, rng, plan.max_pixels)),
     ]
     if not _is_pick(verdict) or verdict.index is None:
         return changes
@@ -175,22 +194,3 @@ def _figures_of_samples(answers: Sequence[Answers], plan: EvaluationPlan) -> dic
         "sampled_accuracy": share(sum(num_right) / num_samples, n).as_json(),
         "pass_at_k": {str(k): share(min(total, n), n).as_json() for k, total in passes.items()},
     }
-
-
-def _figures_of_controls(
-    changes: Sequence[_Change], answers: Sequence[Answers], plan: EvaluationPlan
-) -> dict[str, dict[str, Any]]:
-    hits: dict[str, list[bool]] = {
-        name: [] for name in ("blank_images", "swapped_images", "permuted_order", "redrawn_images")
-    }
-    for change, said in zip(changes, answers, strict=True):
-        verdict = _judge(said.greedy, change.episode, plan)
-        if change.index is None:
-            is_hit = verdict.outcome is Outcome.CORRECT
-        else:
-            is_hit = _is_pick(verdict) and verdict.index == change.index
-        hits[change.control].append(is_hit)
-    estimates: dict[str, Estimate] = {
-        name: share(sum(of_control), len(of_control)) for name, of_control in hits.items()
-    }
-    return {name: estimate.as_json() for name, estimate in estimates.items()}

@@ -33,16 +33,16 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """The value of every flag of `parser`, from defaults, the `--config` file and the command line, in that order.
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str], inherited: Sequence[str] = ()) -> dict[str, Any]:
+    """The value of every flag of `parser`: from defaults, `inherited` flags, the `--config` file and the command line.
 
-    Raises UsageError as parse_options does.
+    Later ones win. Raises UsageError as parse_options does.
     """
-    given = vars(_parse_known(parser, argv))
+    given = vars(_parse_known(parser, [*inherited, *argv]))
     config_path = given.pop("config")
     if config_path is not None:
         file_flags = _read_config_file(parser, Path(config_path))
-        given = vars(_parse_known(parser, [*file_flags, *argv]))
+        given = vars(_parse_known(parser, [*inherited, *file_flags, *argv]))
         given.pop("config")
     return given
 
@@ -124,7 +124,7 @@ def add_sampling_flags(add: Callable[..., Any]) -> None:
     )
 
 
-def add_held_out_flags(add: Callable[..., Any], num_episodes: int) -> None:
+def add_held_out_flags(add: Callable[..., Any], num_episodes: int, seed: int) -> None:
     """Which episodes are held out."""
     add(
         "--eval_episodes",
@@ -136,9 +136,9 @@ def add_held_out_flags(add: Callable[..., Any], num_episodes: int) -> None:
     add(
         "--eval_seed",
         type=int,
-        default=10**9,
+        default=seed,
         metavar="N",
-        help="seed of the held-out episodes, which must not be the run's (default: 1000000000)",
+        help=f"seed of the held-out episodes, which must not be the run's (default: {seed})",
     )
 
 

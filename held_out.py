@@ -5,10 +5,12 @@ Owns the draw and what counts as alike. Imports no torch.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
+
+from PIL import Image
 
 from environment import Episode, EpisodeSource
 from evaluation import EvaluationPlan
@@ -21,6 +23,10 @@ from utils.images import image_digest
 MAX_DRAWS_PER_EPISODE = 20
 # Episodes of a run that are compared with; the later ones of a longer run are not.
 MAX_COMPARED_EPISODES = 200_000
+
+
+class TooFewEpisodes(ValueError):
+    """A folder that does not hold as many unseen episodes as are wanted."""
 
 
 def make_plan(
@@ -45,8 +51,11 @@ def make_plan(
     )
     try:
         episodes, num_passed_over = draw_held_out(env, options.eval_episodes, drawn)
-    except ValueError as error:
+    except TooFewEpisodes as error:
         raise UsageError(f"eval_episodes={options.eval_episodes}: {error}") from error
+    except Exception as error:
+        # an environment file is the user's code and may raise anything
+        raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
     return EvaluationPlan(
         env=env,
         episodes=tuple(episodes),
@@ -56,6 +65,7 @@ def make_plan(
         ks=ks,
         allow_reasoning=options.allow_reasoning or prompt_style is not None,
         prompt_style="reasoning" if prompts_reasoning else "direct",
+        max_pixels=options.image_max_pixels,
     )
 
 
@@ -68,30 +78,36 @@ def num_episodes_drawn(options: Options, num_processes: int) -> int:
 
 
 def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode] = ()) -> tuple[list[Episode], int]:
-    """(episodes, how many were passed over): the first episodes of `env` that are like none of `drawn`.
+    """(episodes, how many were passed over): the first of `env`, each different, that are like none of `drawn`.
 
     Episodes are alike if they show the same files, or pictures of the same pixels, in the same order and ask for the
-    same one. Raises ValueError if the folder has too few: 20 draws for each episode that is wanted.
+    same one. Raises TooFewEpisodes if the folder has too few: 20 draws for each episode that is wanted.
     """
     seen = {fingerprint(episode) for episode in drawn}
+    num_drawn = len(seen)
     held_out: list[Episode] = []
     num_draws = 0
     while len(held_out) < num_episodes:
         if num_draws == MAX_DRAWS_PER_EPISODE * num_episodes:
-            raise ValueError(
-                f"of {num_draws} episodes {num_draws - len(held_out)} were drawn in training too, and {num_episodes} "
-                "unseen ones are wanted; add images, or evaluate on fewer episodes"
+            raise TooFewEpisodes(
+                f"{num_draws} draws gave {len(held_out)} different episodes that training does not draw ({num_drawn} "
+                f"that it does), and {num_episodes} are wanted; add images, or evaluate on fewer episodes"
             )
         episode = env.episode(num_draws)
         episode = replace(episode, messages=tuple(env.prompt_messages(episode)))
         num_draws += 1
-        if fingerprint(episode) not in seen:
+        # each once: an episode that came twice would count as two trials
+        if (digest := fingerprint(episode)) not in seen:
+            seen.add(digest)
             held_out.append(episode)
     return held_out, num_draws - num_episodes
 
 
 def fingerprint(episode: Episode) -> bytes:
     """16 bytes that are equal for episodes that show the same in the same order and ask for the same one."""
-    shown = [str(image) if isinstance(image, Path) else image_digest(image).hex() for image in episode.images]
+    shown = [
+        image_digest(image).hex() if isinstance(image, Image.Image) else os.path.abspath(image)
+        for image in episode.images
+    ]
     content = json.dumps([shown, episode.correct_index, episode.target])
     return hashlib.blake2b(content.encode(), digest_size=16).digest()

@@ -91,4 +91,4 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"model {options.model_id} cannot be loaded ({reason}); correct --model_id") from error
+        raise UsageError(f"model {options.model_id} cannot be loaded ({reason}); pass another") from error

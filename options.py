@@ -256,6 +256,11 @@ def _refuse_impossible_numbers(options: Options) -> None:
         )
     if options.keep_best and not options.eval_steps:
         raise UsageError("keep_best=true, but nothing is evaluated; add --eval_steps 50 or drop --keep_best")
+    if options.keep_best and options.save_total_limit == 1:
+        raise UsageError(
+            "keep_best=true with save_total_limit=1 would leave no place for the newest checkpoint; pass "
+            "--save_total_limit 2"
+        )
     if options.warmup_steps and options.lr_scheduler_type == "constant":
         raise UsageError(
             f"warmup_steps={options.warmup_steps}, but the schedule 'constant' does not warm up; "

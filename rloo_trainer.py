@@ -460,7 +460,10 @@ class FleetRLOOTrainer(RLOOTrainer):
             )
             document = evaluate(policy, plan, str(self.model.config._name_or_path)).document
         self.latest_evaluation = document | {"step": self.state.global_step}
-        figures = headline_figures(document) | {"seconds": time.perf_counter() - start_s}
+        seconds = time.perf_counter() - start_s
+        # rollouts_per_s is of training
+        self._last_log_time_s += seconds
+        figures = headline_figures(document) | {"seconds": seconds}
         metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.model.train()

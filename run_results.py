@@ -13,7 +13,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from flags import UsageError
 from model_utils import load_processor, read_adapter_config
 from options import Options
-from report import write_report
+from report import training_seconds, write_report
 from rloo_trainer import FleetRLOOTrainer
 from run_files import CURVE_NAME, METRICS_NAME, read_jsonl
 from run_records import draw_curve
@@ -59,7 +59,7 @@ def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
         for name in ("reward", "accuracy")
     }
     figures = ", ".join(f"mean {name} {first:.2f} -> {last:.2f}" for name, (first, last) in means.items())
-    seconds = sum(line.get("step_time_s", 0) for line in trainer.state.log_history)
+    seconds = training_seconds(lines)
     return (
         f"\n{figures} (first and last {window} logged steps), {seconds:.0f} s of training\n"
         f"in {options.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"

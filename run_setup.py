@@ -153,6 +153,8 @@ def make_rloo_config(options: Options) -> RLOOConfig:
         dataloader_pin_memory=has_gpu(),
         eval_strategy="steps" if options.eval_steps else "no",
         eval_steps=options.eval_steps or None,
+        # Trainer's own evaluation loop, which is never run, wants whole groups
+        per_device_eval_batch_size=options.num_rollouts,
         # a resumed run has that evaluation already
         eval_on_start=bool(options.eval_steps) and not options.resume,
         metric_for_best_model="greedy_accuracy" if options.keep_best else None,

@@ -2,7 +2,7 @@
 
 Owns the three supervised stages and nothing of the model's sizes or files. The habit is there on purpose: real models
 can look and yet favour a position, so the toy's last stage mixes true picks with a favourite index, and RLOO has to
-unlearn it. An instruction that names no picture is answered with a uniform index, whatever it says.
+unlearn it.
 """
 
 import random

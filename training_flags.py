@@ -180,7 +180,7 @@ def _add_evaluation_flags(add: Callable[..., Any]) -> None:
         help="optimizer steps between evaluations, the first before training, the last at its end; 0 for none "
         "(default: 0)",
     )
-    add_held_out_flags(add, 256)
+    add_held_out_flags(add, 256, 10**9)
     add_switch(add, "--keep_best", False, "also keep the checkpoint with the best held-out accuracy; needs eval_steps")
 
 

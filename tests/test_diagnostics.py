@@ -163,6 +163,19 @@ def test_blind_picks_are_told_from_looking_ones(weights):
     assert not any(is_as_good_as_blind(lines) for lines in looking)
 
 
+@pytest.mark.parametrize("accuracy", [0.8, 1.0])
+def test_one_episode_a_step_that_is_looked_at_is_not_blind(accuracy):
+    rng = random.Random(0)
+
+    def line() -> Metrics:
+        right = rng.randrange(4)
+        pick = right if rng.random() < accuracy else (right + 1) % 4
+        shares = [[float(number == index) for index in range(4)] for number in (pick, right)]
+        return step(float(pick == right), chosen=shares[0], correct=shares[1])
+
+    assert not is_as_good_as_blind([line() for _ in range(100)])
+
+
 # what the run shows, its right index, and what the text must say
 TEXTS: dict[str, tuple[Sequence[Metrics], int | None, str]] = {
     "solved, fixed": ([SOLVED] * 20, 0, r"right in 100% .* last 20 .* --candidates_per_episode, or --fixed_.* none$"),

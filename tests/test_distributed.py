@@ -189,7 +189,8 @@ def test_zero3_evaluates_as_one_process_does(tmp_path: Path) -> None:
     launch(ZERO3, ["training.py", *QUICK, *task, "--eval_steps", "1", "--train_steps", "1", "--output_dir", str(run)])
     while_training = read_jsonl(run / "evaluations.jsonl")
     assert [document["step"] for document in while_training] == [0, 1]
-    flags = ["evaluate.py", "--model_id", str(run / "final"), "--eval_episodes", "13", "--num_samples", "2"]
+    flags = ["evaluate.py", "--model_id", str(run / "final"), "--baseline", "toy", "--eval_episodes", "13",
+             "--eval_seed", "1000000000", "--num_samples", "2"]  # fmt: skip
     launch(ZERO3, [*flags, "--output", str(tmp_path / "two.json")])
     subprocess.run([sys.executable, *flags, "--output", str(tmp_path / "one.json")], cwd=REPOSITORY, check=True)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))

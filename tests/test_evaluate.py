@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import evaluate
 import training
-from evaluate_options import parse_evaluate_options
+from evaluate_options import parse_evaluate_options, resolve_evaluate_options
 from flags import UsageError
+from options import parse_options
 from run_files import read_jsonl
 from tests.helpers import REPOSITORY
 from toy_model import SIGHTED, toy_model_path
@@ -52,7 +53,7 @@ def test_the_sighted_toy_is_half_sighted(tmp_path: Path, capsys: pytest.CaptureF
     assert figures["permuted_order"] > 0.5 and figures["swapped_images"] < 0.4, "a habit of position"
     assert document["outcome"]["unparsable"]["value"] <= 0.02
     # what it answers is not deterministic, but what it is measured on is
-    assert document["episodes"] == document["greedy_accuracy"]["n"] == 256 and document["seed"] == 1_000_000_000
+    assert document["episodes"] == document["greedy_accuracy"]["n"] == 256 and document["seed"] == 2_000_000_000
     assert document["chance"]["value"] == 0.25
 
 
@@ -84,7 +85,7 @@ def test_a_trained_model_is_compared_with_its_base(run: Path, tmp_path: Path) ->
         assert baseline["controls"] == alone["controls"]
 
 
-def test_flags_that_are_not_given_are_the_runs_own(run: Path) -> None:
+def test_flags_that_are_not_given_are_the_runs_own(run: Path, tmp_path: Path) -> None:
     options = parse_evaluate_options(["--model_id", str(run / "final")])
     assert options.fixed_correct_index is None
     assert (options.image_max_pixels, options.max_completion_length) == (3136, 32)
@@ -93,6 +94,14 @@ def test_flags_that_are_not_given_are_the_runs_own(run: Path) -> None:
         ["--model_id", str(run / "checkpoint-3"), "--fixed_correct_index", "2", "--top_p", "0.9"]
     )
     assert (other.fixed_correct_index, other.top_p) == (2, 0.9)
+    # what a checkpoint may have been chosen by is not what it is scored on
+    assert options.eval_seed == 2_000_000_000 != parse_options([]).eval_seed
+    (tmp_path / "own.yaml").write_text("temperature: 0.5\nfixed_correct_index: 1\n")
+    by_file = parse_evaluate_options(["--model_id", str(run / "final"), "--config", str(tmp_path / "own.yaml")])
+    assert (by_file.temperature, by_file.fixed_correct_index, by_file.max_completion_length) == (0.5, 1, 32)
+    reasoning = parse_evaluate_options(["--model_id", str(run / "final"), "--prompt_style", "reasoning"])
+    resolved, _ = resolve_evaluate_options(reasoning, has_bf16_gpu=False)
+    assert (resolved.max_completion_length, resolved.image_max_pixels) == (512, 3136)
 
 
 def test_training_writes_its_evaluations(run: Path) -> None:
@@ -114,7 +123,8 @@ def test_training_writes_its_evaluations(run: Path) -> None:
 
 def test_the_evaluation_of_the_last_step_is_that_of_final(run: Path, tmp_path: Path) -> None:
     last = read_jsonl(run / "evaluations.jsonl")[-1]
-    again = scored(tmp_path / "e.json", "--model_id", str(run / "final"), "--eval_episodes", "12", "--num_samples", "0")
+    same = ["--eval_episodes", "12", "--eval_seed", "1000000000", "--num_samples", "0"]
+    again = scored(tmp_path / "e.json", "--model_id", str(run / "final"), *same)
     for name in ("greedy_accuracy", "confusion", "controls", "parse_status", "passed_over"):
         assert again[name] == last[name], name
 
@@ -166,8 +176,25 @@ def test_an_adapter_is_scored(tmp_path: Path) -> None:
     training.main([*QUICK_RUN, *flags, "--output_dir", str(tmp_path / "run")])
     last = read_jsonl(tmp_path / "run" / "evaluations.jsonl")[-1]
     model = str(tmp_path / "run" / "final")
-    again = scored(tmp_path / "e.json", "--model_id", model, "--eval_episodes", "12", "--num_samples", "0")
+    same = ["--eval_episodes", "12", "--eval_seed", "1000000000", "--num_samples", "0"]
+    again = scored(tmp_path / "e.json", "--model_id", model, *same)
     assert again["confusion"] == last["confusion"] and again["controls"] == last["controls"]
+
+
+def test_groups_of_any_size_are_evaluated_beside(tmp_path: Path) -> None:
+    flags = ["--num_rollouts", "5", "--eval_steps", "1", "--train_steps", "1", "--report_to", "none"]
+    training.main([*QUICK_RUN, *flags, "--output_dir", str(tmp_path / "run")])
+    assert [document["step"] for document in read_jsonl(tmp_path / "run" / "evaluations.jsonl")] == [0, 1]
+
+
+def test_episodes_of_every_run_behind_a_model_are_passed_over(run: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    flags = ["--model_id", str(run / "final"), "--seed", "1", "--eval_steps", "0", "--report_to", "none"]
+    training.main([*QUICK_RUN, *flags, "--output_dir", str(second)])
+    options = parse_evaluate_options(["--model_id", str(second / "final")])
+    found = evaluate.runs_behind(options, str(second / "final"))
+    assert [(getattr(env, "seed", None), number) for env, number in found] == [(1, 6), (0, 6)]
+    assert evaluate.runs_behind(options, "toy") == []
 
 
 BAD = {
@@ -202,6 +229,8 @@ def test_a_models_own_training_episodes_are_refused(run: Path) -> None:
         evaluate.main(["--model_id", str(run / "final"), "--eval_seed", "0"])
     with pytest.raises(UsageError, match="eval_seed=0 is the seed that baseline=.* was trained with"):
         evaluate.main(["--baseline", str(run / "checkpoint-3"), "--eval_seed", "0"])
+    with pytest.raises(UsageError, match="would leave no place for the newest checkpoint"):
+        training.main(["--eval_steps", "5", "--keep_best", "--save_total_limit", "1"])
     with pytest.raises(UsageError, match="eval_seed=7 is the run's own seed"):
         training.main(["--eval_seed", "7", "--seed", "7"])
 
@@ -224,7 +253,9 @@ def test_a_folder_too_small_to_hold_out_is_said_before_training(tmp_path: Path) 
     for name in ("red", "blue"):
         save_picture(tmp_path / "data" / f"{name}.png", name)
     flags = ["--data_root", str(tmp_path / "data"), "--candidates_per_episode", "2", "--eval_steps", "1"]
-    with pytest.raises(UsageError, match="eval_episodes=256: of 5120 episodes 5120 were drawn in training too"):
+    with pytest.raises(
+        UsageError, match="eval_episodes=256: 5120 draws gave 0 different episodes that training does not draw"
+    ):
         training.main([*flags, "--fixed_correct_index", "none", "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 

@@ -221,11 +221,13 @@ def test_no_episode_that_was_drawn_is_held_out(picture_folder: Path) -> None:
     env, own = PickImageEnv(picture_folder, 2, None, seed=10), PickImageEnv(picture_folder, 2, None, seed=0)
     # 6 pictures, 2 shown, 2 to ask for: 60 episodes in all
     drawn = [own.episode(number) for number in range(40)]
-    held_out, num_passed_over = draw_held_out(env, 30, drawn)
+    held_out, num_passed_over = draw_held_out(env, 20, drawn)
     seen = {(episode.images, episode.target) for episode in drawn}
-    assert len(held_out) == 30 and num_passed_over > 0
-    assert not any((episode.images, episode.target) in seen for episode in held_out)
-    assert draw_held_out(env, 30)[1] == 0
+    asked = [(episode.images, episode.target) for episode in held_out]
+    assert len(set(asked)) == len(held_out) == 20 and num_passed_over > 0
+    assert not any(episode in seen for episode in asked)
+    everything = draw_held_out(env, 60)[0]
+    assert len({(episode.images, episode.target) for episode in everything}) == 60, "each once"
 
 
 def test_pictures_in_memory_are_alike_by_their_pixels() -> None:
@@ -246,6 +248,6 @@ def test_a_folder_too_small_to_hold_anything_out_is_said(picture_folder: Path) -
     own = PickImageEnv(picture_folder, 2, None, seed=0)
     drawn = [own.episode(number) for number in range(2000)]
     with pytest.raises(
-        ValueError, match="of 200 episodes 200 were drawn in training too, and 10 unseen ones are wanted"
+        ValueError, match="200 draws gave 0 different episodes that training does not draw .60 that it does., and 10"
     ):
         draw_held_out(PickImageEnv(picture_folder, 2, None, seed=10), 10, drawn)
