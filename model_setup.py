@@ -33,7 +33,8 @@ def has_bfloat16() -> bool:
 def use_every_core() -> None:
     """Without a GPU, gives this machine's processes its cores, up to 4 each; accelerate gives each a single thread.
 
-    A number of threads that was asked for (OMP_NUM_THREADS or accelerate's --num_cpu_threads_per_process) stays.
+    A number of threads above 1 that was asked for (OMP_NUM_THREADS, or accelerate's --num_cpu_threads_per_process)
+    stays; 1 cannot be told from accelerate's own.
     """
     if not has_gpu() and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         num_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
