@@ -3,24 +3,47 @@
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from flags import UsageError
+from flags import RunEnded, UsageError
 
 Result = TypeVar("Result")
 
 
 def run(main: Callable[[], None]) -> int:
-    """Runs a command; returns the exit code: 0, or 2 with the reason in one line for what cannot be."""
+    """Runs a command; returns the exit code, with the reason in one line where it is not 0.
+
+    2 for what cannot be, 1 for a run that could not go on, 75 for one that was told to stop and has saved. One of
+    several processes that fails ends at once: it must not wait, in whatever runs at an interpreter's end, for others.
+    """
+    rank = os.environ.get("RANK", "0")
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     try:
         main()
     except UsageError as error:
+        # all processes raise it together
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        code = 2
+    except RunEnded as error:
+        if rank == "0" or not error.is_of_all:
+            print(f"{error.label}: {error}", file=sys.stderr)
+        code = error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        who = "" if is_alone else f"process {rank}: "
+        print(f"error: {who}{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 1
+    else:
+        return 0
+    if not is_alone:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def result_or_problem(check: Callable[[], Result]) -> tuple[Result | None, str | None]:

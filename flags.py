@@ -19,6 +19,32 @@ class UsageError(ValueError):
     """Something the user asked for cannot be; the message says what was got, what was wanted and the remedy."""
 
 
+class RunEnded(Exception):
+    """A run that had begun ends before its last step; the message says why, what is kept, and how to go on.
+
+    is_of_all: every process raises it, so that one of them says it.
+    """
+
+    exit_code = 1
+    label = "error"
+
+    def __init__(self, message: str, *, is_of_all: bool = True):
+        super().__init__(message)
+        self.is_of_all = is_of_all
+
+
+class RunStopped(RunEnded):
+    """A run that cannot go on."""
+
+
+class Preempted(RunEnded):
+    """A run that was told to stop, and has saved and stopped."""
+
+    # sysexits.h: a temporary failure, try again. Job scripts may requeue on it.
+    exit_code = 75
+    label = "stopped"
+
+
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An empty parser of Fleet's kind: with --config, and errors as UsageError."""
     parser = _Parser(
@@ -153,6 +179,11 @@ def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted true or false")
     return text.lower() == "true"
+
+
+def true_false_or_auto(text: str) -> bool | str:
+    """The value of a switch that may be left to what is found."""
+    return "auto" if text.lower() == "auto" else true_or_false(text)
 
 
 def _index_or_none(text: str) -> int | None:

@@ -79,13 +79,15 @@ class Options(SharedOptions):
     keep_best: bool
     output_dir: str | None
     overwrite: bool
-    resume: bool
+    resume: bool | str
+    trust_checkpoint: bool
     save_steps: int
     save_total_limit: int
     logging_steps: int
     sample_steps: int
     report_to: str
     dataloader_num_workers: int
+    step_timeout_s: float
     dry_run: bool
 
 
@@ -220,6 +222,7 @@ def _refuse_impossible_numbers(options: Options) -> None:
     require_numbers(options, at_least_one, "at least 1", lambda value: value >= 1)
     require_numbers(options, above_zero, "above 0", lambda value: value > 0)
     require_numbers(options, at_least_zero, "at least 0", lambda value: value >= 0)
+    require_numbers(options, ("step_timeout_s",), "at least 10 seconds", lambda value: value >= 10)
     require_numbers(options, ("lora_dropout",), "below 1", lambda value: value < 1)
     # numpy takes 32 bits, and every process adds its rank
     require_numbers(options, ("train_steps",), "at most 10,000,000", lambda value: value <= 10_000_000)
@@ -261,6 +264,7 @@ def _refuse_impossible_numbers(options: Options) -> None:
             "keep_best=true with save_total_limit=1 would leave no place for the newest checkpoint; pass "
             "--save_total_limit 2"
         )
+    _refuse_best_between_saves(options)
     if options.warmup_steps and options.lr_scheduler_type == "constant":
         raise UsageError(
             f"warmup_steps={options.warmup_steps}, but the schedule 'constant' does not warm up; "
@@ -270,6 +274,20 @@ def _refuse_impossible_numbers(options: Options) -> None:
         raise UsageError("resume and overwrite are both given, but one keeps the run and one deletes it; drop one")
     if options.resume and options.output_dir is None:
         raise UsageError("resume is given without output_dir; pass --output_dir with the run to continue")
+
+
+def _refuse_best_between_saves(options: Options) -> None:
+    """Raises UsageError if the best checkpoint could fall into the middle of a generation, where nothing is saved."""
+    steps_per_generation = options.steps_per_generation or options.gradient_accumulation_steps
+    cycle = steps_per_generation * options.num_iterations // options.gradient_accumulation_steps
+    if not options.keep_best or cycle == 1:
+        return
+    for flag, value in (("eval_steps", options.eval_steps), ("train_steps", options.train_steps)):
+        if value is not None and value % cycle:
+            raise UsageError(
+                f"keep_best=true, but {flag}={value} is not a multiple of the {cycle} optimizer steps that a "
+                "generation serves, between which nothing is saved; make it one"
+            )
 
 
 def require_numbers(

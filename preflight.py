@@ -6,7 +6,7 @@ Owns the checks of folders, images, packages and launch variables. Raises UsageE
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,11 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
      "sample_steps", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run", "merge_lora",
      "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
-     "vllm_gpu_memory_utilization"}
+     "vllm_gpu_memory_utilization", "trust_checkpoint", "step_timeout_s"}
 )  # fmt: skip
+
+# Learning rates that do not depend on how many steps there will be.
+ENDLESS_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
 
 
 def check_before_loading(options: Options, launch_variables: Mapping[str, str] = os.environ) -> EpisodeSource:
@@ -127,6 +130,13 @@ def require_adapter_flags(options: Options) -> None:
         raise UsageError(f"model_id={options.model_id} is an adapter, whose base stays frozen; add --use_lora true")
 
 
+def settle_resume(options: Options) -> Options:
+    """The options with --resume auto decided: true if output_dir holds a run, else false."""
+    if options.resume != "auto":
+        return options
+    return replace(options, resume=is_run_folder(Path(str(options.output_dir))))
+
+
 def require_output_dir(options: Options) -> None:
     """Raises UsageError if the run would mix with another one's files, or resumes what it cannot."""
     if options.output_dir is None:
@@ -138,11 +148,13 @@ def require_output_dir(options: Options) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UsageError(f"output_dir={folder} cannot be made in {nearest}; pass a folder to write to")
     if options.resume:
-        if not any(folder.glob("checkpoint-*/trainer_state.json")):
-            raise UsageError(f"resume: {folder} has no checkpoint-*; pass the output_dir of a run that saved one")
         if not is_run_folder(folder):
-            raise UsageError(f"resume: {folder} has no {CONFIG_NAME} of a run, so its flags are unknown; pass a run's")
-    elif folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(
+                f"resume: {folder} has no {CONFIG_NAME} of a run; pass the output_dir of one, or --resume auto to "
+                "begin one where there is none"
+            )
+    # a run killed as it began may have left no more than an unfinished file
+    elif folder.is_dir() and any(path.suffix != ".unfinished" for path in folder.iterdir()):
         if not options.overwrite:
             raise UsageError(
                 f"output_dir={folder} is not empty; pass --resume to continue the run in it, --overwrite to delete it, "
@@ -177,12 +189,13 @@ def is_run_folder(folder: Path) -> bool:
     return path.is_file() and "options" in read_json(path)
 
 
-def require_same_flags_on_resume(options: Options) -> None:
-    """Raises UsageError if a resumed run's resolved flags are not those it began with."""
+def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, str] = os.environ) -> None:
+    """Raises UsageError if a resumed run's resolved flags or processes are not those it began with."""
     if not options.resume:
         return
     folder = Path(str(options.output_dir))
-    before = read_json(folder / CONFIG_NAME).get("options", {})
+    recorded = read_json(folder / CONFIG_NAME)
+    before = recorded.get("options", {})
     now = asdict(options)
     changed = [
         f"{name} (was {before[name]}, now {now[name]})"
@@ -192,6 +205,18 @@ def require_same_flags_on_resume(options: Options) -> None:
     if changed:
         raise UsageError(
             f"resume: the run in {folder} had other flags: {', '.join(changed)}; pass the same ones, or start a new run"
+        )
+    if options.lr_scheduler_type not in ENDLESS_SCHEDULES and before.get("train_steps") != options.train_steps:
+        raise UsageError(
+            f"resume: train_steps was {before.get('train_steps')} and is now {options.train_steps}, but the schedule "
+            f"{options.lr_scheduler_type} is drawn over all steps, so the learning rate would jump; pass the same "
+            "--train_steps, or start a new run"
+        )
+    num_before, num_now = recorded.get("num_processes"), int(launch_variables.get("WORLD_SIZE", "1"))
+    if num_before not in (None, num_now):
+        raise UsageError(
+            f"resume: the run in {folder} had {num_before} processes, and now there are {num_now}, which would deal "
+            f"its episodes differently; start {num_before}"
         )
 
 

@@ -58,3 +58,8 @@ def needs_old_logps(args: RLOOConfig) -> bool:
     """
     is_used_once = args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
     return not is_used_once or (args.beta != 0.0 and args.normalize_advantages and args.steps_per_generation > 1)
+
+
+def optimizer_steps_per_generation(args: RLOOConfig) -> int:
+    """How many optimizer steps one generation serves; saves happen between generations."""
+    return args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps

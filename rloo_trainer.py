@@ -19,7 +19,7 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl import RLOOConfig, RLOOTrainer
+from trl import RLOOConfig
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import nanstd, pad, use_adapter
 
@@ -38,6 +38,7 @@ from group_passes import (
     why_not_to_pack,
 )
 from model_utils import decode_completion, media_token_ids, up_to_end
+from resumable_trainer import ResumableTrainer
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
 from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_run, refuse_split_groups
 from rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
@@ -68,7 +69,7 @@ class Rollouts:
     kl_and_tokens_2: Tensor | None = None  # float32 sums so far, with beta > 0
 
 
-class FleetRLOOTrainer(RLOOTrainer):
+class FleetRLOOTrainer(ResumableTrainer):
     """TRL's RLOOTrainer, fed by RepeatableEpisodeDataset through VLMDataCollator.
 
     `latest_rollouts` holds the records of the last generation over all devices, the same on every one, and
@@ -156,9 +157,11 @@ class FleetRLOOTrainer(RLOOTrainer):
     @torch.no_grad()
     def _roll_out(self, batch: EpisodeBatch) -> Rollouts:
         """Samples G completions of each episode and rewards them. Every rank takes part."""
+        self.on_activity("generation")
         features = self._image_features(batch)
         completions = self._sample_completions(batch, features)
         texts = [decode_completion(self.processing_class, ids, self.eos_token_ids) for ids in completions]
+        self.on_activity("rewards")
         ids_BT = self._pad_completions(completions)
         mask_BT = self._pad_completions([[1] * len(ids) for ids in completions], padding_value=0)
         if self.mask_truncated_completions:
@@ -178,6 +181,7 @@ class FleetRLOOTrainer(RLOOTrainer):
             is_packed=self._chooses_packing(batch, mask_BT),
         )
         self._log_completions(batch, completions)
+        self.on_activity("scoring")
         if self.beta != 0.0:
             rollouts.ref_logps_BT = self._score_reference(rollouts)
         if needs_old_logps(self.args):
@@ -344,6 +348,7 @@ class FleetRLOOTrainer(RLOOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss of these groups. On-policy, the forward pass that is trained on is the policy's only one."""
+        self.on_activity("the training pass")
         rollouts, groups = inputs["rollouts"], inputs["groups"]
         size = rollouts.batch["group_size"]
         rows = slice(groups.start * size, groups.stop * size)
@@ -457,6 +462,7 @@ class FleetRLOOTrainer(RLOOTrainer):
                 settings,
                 rank=self.accelerator.process_index,
                 num_ranks=self.accelerator.num_processes,
+                on_progress=lambda num_rows: self.on_activity("evaluation"),
             )
             document = evaluate(policy, plan, str(self.model.config._name_or_path)).document
         self.latest_evaluation = document | {"step": self.state.global_step}
@@ -484,19 +490,6 @@ class FleetRLOOTrainer(RLOOTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes nothing: TRL's card presents a published text model, and a run folder has config.json."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Loads a checkpoint's weights, all of them or none.
-
-        Trainer's own way leaves a full fine-tune at its base weights: the names in the file differ from the model's
-        and are passed over. `from_pretrained` maps them. Raises RuntimeError for missing or unexpected weights.
-        """
-        policy = self.accelerator.unwrap_model(self.model if model is None else model)
-        if not isinstance(policy, PreTrainedModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        saved = type(policy).from_pretrained(resume_from_checkpoint, dtype=policy.dtype)
-        policy.load_state_dict(saved.state_dict(), strict=True)
 
 
 def _without_media(completion_ids: list[int], media_ids: set[int]) -> list[int]:

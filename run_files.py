@@ -1,11 +1,16 @@
-"""The files of a run's folder: their names, and how those of one JSON object a line are read.
+"""The files of a run's folder: their names, how a file is replaced as a whole, and how JSON lines are read.
 
 Imports nothing heavy, so that a report can be written wherever the folder was copied to.
 """
 
 import json
+import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger("fleet")
 
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
@@ -15,6 +20,70 @@ SEPARATE_EVALUATION_NAME = "evaluation.json"  # where evaluate.py may have been 
 THUMBNAILS_NAME = "thumbnails"
 CURVE_NAME = "curve.png"
 REPORT_NAME = "report.html"
+FINAL_NAME = "final"
+UNFINISHED_NAME = "unfinished"  # what is being written; nothing in it is ever read
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file of UTF-8 text as a whole: after a kill or a power cut it has its old content or the new one."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Returns once the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class LineFile:
+    """A file of one JSON object a line that a run appends to, and that no full or vanished disk stops.
+
+    Lines that cannot be written wait for the next `append`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._waiting: list[str] = []
+        self._has_warned = False
+
+    def append(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Writes the lines, and those that waited; says once if they cannot be written."""
+        self._waiting += [json.dumps(line) + "\n" for line in lines]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                length = file.tell()
+                try:
+                    file.write("".join(self._waiting))
+                    file.flush()
+                except OSError:
+                    # a torn line would end up in the middle of the file
+                    os.truncate(self.path, length)
+                    raise
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning(f"{self.path} cannot be written ({error}); its lines are kept and tried again")
+            self._has_warned = True
+        else:
+            self._waiting.clear()
+            self._has_warned = False
+
+    def drop_after(self, step: int) -> list[dict[str, Any]]:
+        """Rewrites the file without its lines of later steps and without a torn last one; returns what is left."""
+        if not self.path.exists():
+            return []
+        kept = [line for line in read_jsonl(self.path) if line["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        return kept
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

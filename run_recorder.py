@@ -3,11 +3,10 @@
 Owns when things are written and shown; the forms are in run_records.py, the rules of the warnings in diagnostics.py.
 """
 
-import json
+import contextlib
 import logging
 import math
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 from diagnostics import Diagnostics
 from options import Options
 from rollouts import RolloutRecord
-from run_files import CONFIG_NAME, EVALUATIONS_NAME, METRICS_NAME, ROLLOUTS_NAME, THUMBNAILS_NAME, read_jsonl
+from run_files import EVALUATIONS_NAME, METRICS_NAME, ROLLOUTS_NAME, THUMBNAILS_NAME, LineFile
 from run_records import distinct_rollouts, group_lines, sample_table
 from trackers import Sample, log_samples
 
@@ -39,6 +38,9 @@ class RunRecorder(ProgressCallback):
         self.trainer, self.options = trainer, options
         self.output_dir = Path(str(options.output_dir))
         self.diagnostics = Diagnostics(fixed_correct_index=options.fixed_correct_index)
+        self._metrics = LineFile(self.output_dir / METRICS_NAME)
+        self._rollouts = LineFile(self.output_dir / ROLLOUTS_NAME)
+        self._evaluations = LineFile(self.output_dir / EVALUATIONS_NAME)
         self._thumbnails: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -46,11 +48,12 @@ class RunRecorder(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if not state.is_world_process_zero:
             return
-        for name in (METRICS_NAME, ROLLOUTS_NAME, EVALUATIONS_NAME):
-            kept = _drop_lines_after(self.output_dir / name, state.global_step)
-            if name == METRICS_NAME:
-                for line in kept:
-                    self.diagnostics.observe(line)
+        # a run that begins anew evaluates its start again
+        last_step = state.global_step if state.global_step > 0 else -1
+        self._rollouts.drop_after(last_step)
+        self._evaluations.drop_after(last_step)
+        for line in self._metrics.drop_after(last_step):
+            self.diagnostics.observe(line)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Writes the step's figures and rollouts, shows the latest two figures, and says what looks wrong."""
@@ -62,12 +65,12 @@ class RunRecorder(ProgressCallback):
         named = {name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name: logs[name] for name in logs}
         figures = {name: value for name, value in named.items() if isinstance(value, int | float)}
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        _append(self.output_dir / METRICS_NAME, [{"step": state.global_step, **finite}])
+        self._metrics.append([{"step": state.global_step, **finite}])
         if "reward" not in logs:  # an evaluation, or a step that reuses a generation
             return
         self.training_bar.set_postfix(reward=f"{logs['reward']:.2f}", accuracy=f"{logs['accuracy']:.2f}")
         groups = group_lines(self.trainer.latest_rollouts, self.trainer.num_generations, state.global_step)
-        _append(self.output_dir / ROLLOUTS_NAME, groups[:MAX_GROUPS_PER_STEP])
+        self._rollouts.append(groups[:MAX_GROUPS_PER_STEP])
         for warning in self.diagnostics.observe(finite):
             self.training_bar.write(f"\nstep {state.global_step}: {warning}\n", file=sys.stderr)
 
@@ -78,19 +81,13 @@ class RunRecorder(ProgressCallback):
         if self.options.keep_best and state.global_step > 0 and is_best:
             control.should_save = True
         if state.is_world_process_zero:
-            _append(self.output_dir / EVALUATIONS_NAME, [document])
+            self._evaluations.append([document])
             accuracy, blank = document["greedy_accuracy"], document["controls"]["blank_images"]
             self._say(
                 f"step {state.global_step}: held-out accuracy {_with_interval(accuracy)}, "
                 f"with blank pictures {_with_interval(blank)}"
             )
         return control
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Puts the run's configuration into the checkpoint, whose own config.json is the model's."""
-        if state.is_world_process_zero:
-            checkpoint = self.output_dir / f"checkpoint-{state.global_step}"
-            shutil.copyfile(self.output_dir / CONFIG_NAME, checkpoint / "run_config.json")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Moves the bar, prints the table when it is due, and has the last step evaluated."""
@@ -142,9 +139,11 @@ class RunRecorder(ProgressCallback):
             if name not in wanted or name in self._thumbnails or len(self._thumbnails) >= MAX_THUMBNAILS:
                 continue
             self._thumbnails.add(name)
-            folder.mkdir(exist_ok=True)
-            if not (folder / name).exists():
-                _save_thumbnail(picture, folder / name)
+            # a report without a picture is better than a run that ends for one
+            with contextlib.suppress(OSError):
+                folder.mkdir(exist_ok=True)
+                if not (folder / name).exists():
+                    _save_thumbnail(picture, folder / name)
 
 
 def _save_thumbnail(picture: Image.Image, path: Path) -> None:
@@ -153,22 +152,6 @@ def _save_thumbnail(picture: Image.Image, path: Path) -> None:
     unfinished = path.with_name(f"{path.stem}.{os.getpid()}.unfinished")
     small.save(unfinished, format="WEBP", quality=85)
     os.replace(unfinished, path)
-
-
-def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrites a file without its lines of later steps and without a torn last one; returns what is left."""
-    if not path.exists():
-        return []
-    kept = [line for line in read_jsonl(path) if line["step"] <= step]
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(unfinished, path)
-    return kept
 
 
 def _with_interval(estimate: dict[str, Any]) -> str:

@@ -22,7 +22,6 @@ from rich.text import Text
 from environment import Outcome
 from options import Options, ResolvedDefault
 from rollouts import RolloutRecord
-from run_files import CONFIG_NAME
 
 RECORDED_PACKAGES = (
     "torch", "torchvision", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "pillow",
@@ -102,16 +101,17 @@ def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
     return _rendered(table)
 
 
-def write_config(output_dir: Path, options: Options, num_episodes: int) -> None:
-    """Writes config.json: the resolved flags, the episodes that the run draws, the command, commit and versions."""
+def config_text(options: Options, num_episodes: int, num_processes: int) -> str:
+    """What config.json holds: the resolved flags, the episodes drawn, processes, command, commit and versions."""
     config = {
         "options": dataclasses.asdict(options),
         "num_episodes": num_episodes,
+        "num_processes": num_processes,
         "command": sys.argv,
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
-    (output_dir / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return json.dumps(config, indent=2) + "\n"
 
 
 def installed_versions() -> dict[str, str]:

@@ -4,6 +4,8 @@ Owns what a run leaves at its end. Every process takes part in saving weights; t
 """
 
 import logging
+import os
+import shutil
 from pathlib import Path
 
 from peft import PeftModel
@@ -15,7 +17,7 @@ from model_utils import load_processor, read_adapter_config
 from options import Options
 from report import training_seconds, write_report
 from rloo_trainer import FleetRLOOTrainer
-from run_files import CURVE_NAME, METRICS_NAME, read_jsonl
+from run_files import CURVE_NAME, FINAL_NAME, METRICS_NAME, UNFINISHED_NAME, read_jsonl
 from run_records import draw_curve
 
 logger = logging.getLogger("fleet")
@@ -24,17 +26,28 @@ logger = logging.getLogger("fleet")
 def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
     """Writes final/, final_merged/ if asked for, curve.png and report.html. Every process takes part."""
     folder = Path(str(options.output_dir))
-    trainer.save_model(str(folder / "final"))
+    trainer.on_activity("writing the results")
+    unfinished = folder / UNFINISHED_NAME / FINAL_NAME
+    trainer.save_model(str(unfinished))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        replace_folder(unfinished, folder / FINAL_NAME)
         draw_curve(read_jsonl(folder / METRICS_NAME), folder / CURVE_NAME, f"RLOO on {options.model_id}")
         if options.merge_lora:
-            merge_adapter(folder / "final", folder / "final_merged", revision=options.revision)
+            merge_adapter(folder / FINAL_NAME, folder / "final_merged", revision=options.revision)
         try:
             write_report(folder)
         except UsageError as error:
             logger.warning(f"no report was written: {error}")
     trainer.accelerator.wait_for_everyone()
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Puts a folder in another's place; a kill leaves the old one, the new one or none, never half of one."""
+    if old.exists():
+        os.replace(old, new.with_name(f"replaced-{old.name}"))
+    os.replace(new, old)
+    shutil.rmtree(new.parent)
 
 
 def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None = None) -> None:

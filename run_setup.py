@@ -4,36 +4,39 @@ Owns how Fleet's flags map to the libraries' arguments. All processes agree befo
 one writes.
 """
 
+import contextlib
 import datetime
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_callback import ProgressCallback
 from trl import RLOOConfig
 
 from answering import AnswerSettings
+from checkpointing import ProcessPlace, choose_checkpoint, remove_unfinished
 from dataset import RepeatableEpisodeDataset
 from environment import EpisodeSource
 from evaluation import EvaluationPlan
-from flags import UsageError
+from flags import Preempted, UsageError
 from held_out import make_plan, num_episodes_drawn
 from model_setup import has_gpu, load_model, require_agreement
 from model_utils import count_parameters, make_lora_config, read_adapter_config
 from options import Options, ResolvedDefault
+from preemption import Preemption
+from resumable_trainer import require_plain_pickles
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
+from run_files import CONFIG_NAME, write_atomically
 from run_recorder import RunRecorder
-from run_records import (
-    resolved_table,
-    write_config,
-)
+from run_records import config_text, resolved_table
 from vision_cache import vision_is_frozen
+from watchdog import Watchdog
 
 logger = logging.getLogger("fleet")
 
@@ -96,15 +99,35 @@ def make_new_output_dir(options: Options) -> Path:
         return folder
 
 
-def take_output_dir(options: Options, args: RLOOConfig) -> None:
+def find_checkpoint(options: Options, args: RLOOConfig) -> Path | None:
+    """The checkpoint that the run goes on from, the same on every process; None for a run that begins.
+
+    Raises UsageError if all that there are are damaged, or the one to load could run code.
+    """
+    if not options.resume:
+        return None
+    place = ProcessPlace(args.process_index, args.world_size)
+    folder = Path(str(options.output_dir))
+    checkpoint = choose_checkpoint(folder, place, gather_object)
+    if checkpoint is None:
+        logger.warning(f"resume: {folder} has no checkpoint yet, so the run begins at step 0\n")
+    elif not options.trust_checkpoint:
+        require_plain_pickles(checkpoint, place, gather_object)
+    return checkpoint
+
+
+def take_output_dir(options: Options, trainer: FleetRLOOTrainer) -> None:
     """Makes or empties the run's folder and writes config.json, once everything that can fail before has not."""
-    if args.process_index == 0:
-        folder = Path(str(options.output_dir))
+    folder = Path(str(options.output_dir))
+    num_processes = trainer.args.world_size
+    trainer.run_config = config_text(options, num_episodes_drawn(options, num_processes), num_processes)
+    if trainer.args.process_index == 0:
         if options.overwrite and folder.is_dir():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, options, num_episodes_drawn(options, args.world_size))
-    args.distributed_state.wait_for_everyone()
+        remove_unfinished(folder)
+        write_atomically(folder / CONFIG_NAME, trainer.run_config)
+    trainer.accelerator.wait_for_everyone()
 
 
 def make_rloo_config(options: Options) -> RLOOConfig:
@@ -145,6 +168,8 @@ def make_rloo_config(options: Options) -> RLOOConfig:
         seed=options.seed,
         save_steps=options.save_steps,
         save_total_limit=options.save_total_limit,
+        # the watchdog, which says why, comes first
+        ddp_timeout=int(options.step_timeout_s) + 120,
         logging_steps=options.logging_steps,
         report_to=options.report_to,
         dataloader_num_workers=options.dataloader_num_workers,
@@ -155,8 +180,6 @@ def make_rloo_config(options: Options) -> RLOOConfig:
         eval_steps=options.eval_steps or None,
         # Trainer's own evaluation loop, which is never run, wants whole groups
         per_device_eval_batch_size=options.num_rollouts,
-        # a resumed run has that evaluation already
-        eval_on_start=bool(options.eval_steps) and not options.resume,
         metric_for_best_model="greedy_accuracy" if options.keep_best else None,
         greater_is_better=True if options.keep_best else None,
         # read for the reference model alone, which a full fine-tune with beta > 0 loads again
@@ -199,6 +222,7 @@ def build_trainer(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunRecorder(trainer, options))
+    trainer.trusts_checkpoint = options.trust_checkpoint
     logger.info(describe_parameters(trainer.model))
     return trainer
 
@@ -217,6 +241,31 @@ def answer_settings(options: Options) -> AnswerSettings:
         max_completion_length=options.max_completion_length,
         max_pixels=options.image_max_pixels,
     )
+
+
+@contextlib.contextmanager
+def watched(options: Options, trainer: FleetRLOOTrainer) -> Iterator[None]:
+    """Within it, a trainer that makes no progress for --step_timeout_s ends its process and says why."""
+    watchdog = Watchdog(options.step_timeout_s, trainer.args.process_index)
+    trainer.on_activity = watchdog.beat
+    try:
+        yield
+    finally:
+        watchdog.stop()
+
+
+def train(options: Options, trainer: FleetRLOOTrainer, checkpoint: Path | None) -> None:
+    """Trains from a checkpoint on, or from the start. Raises Preempted once a run that was told to stop has saved."""
+    # a resumed run has that evaluation already
+    trainer.args.eval_on_start = bool(options.eval_steps) and checkpoint is None
+    preemption = Preemption(trainer)
+    trainer.add_callback(preemption)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if preemption.is_stopping:
+        raise Preempted(
+            f"told to stop: saved step {trainer.state.global_step} of {options.train_steps} in {options.output_dir}; "
+            "the same command with --resume goes on from there"
+        )
 
 
 def weight_dtype(options: Options, *, is_deepspeed: bool) -> torch.dtype:

@@ -13,7 +13,7 @@ from functools import partial
 
 import command_line
 from options import parse_options, resolve_options
-from preflight import check_before_loading, require_same_flags_on_resume
+from preflight import check_before_loading, require_same_run_on_resume, settle_resume
 
 logger = logging.getLogger("fleet")
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("fleet")
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one training from start to end. Raises UsageError, before any weight loads, for a run that cannot be."""
     command_line.set_up_logging()
-    options = parse_options(sys.argv[1:] if argv is None else argv)
+    options = settle_resume(parse_options(sys.argv[1:] if argv is None else argv))
     env, problem = command_line.result_or_problem(lambda: check_before_loading(options))
     command_line.keep_libraries_quiet()
     import model_setup
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_setup.require_one_gpu_or_a_launcher()
     options, filled = resolve_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     run_setup.require_launchers_dtype(options)
-    require_same_flags_on_resume(options)
+    require_same_run_on_resume(options)
     plan = None
     if env is not None and options.eval_steps:
         plan, problem = command_line.result_or_problem(partial(run_setup.plan_evaluation, options, env))
@@ -43,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_path = model_setup.local_model_path(options)
     options, args = run_setup.start_distributed(options, problem)
     assert env is not None, "a process without an environment has a problem, which start_distributed raises"
+    checkpoint = run_setup.find_checkpoint(options, args)
     trainer = run_setup.build_trainer(options, args, env, plan, model_path)
-    run_setup.take_output_dir(options, args)
-    trainer.train(resume_from_checkpoint=options.resume or None)
-    run_results.save_results(options, trainer)
+    run_setup.take_output_dir(options, trainer)
+    with run_setup.watched(options, trainer):
+        run_setup.train(options, trainer, checkpoint)
+        run_results.save_results(options, trainer)
     logger.info(run_results.describe_results(options, trainer))
 
 

@@ -11,6 +11,7 @@ from flags import (
     add_switch,
     add_task_flags,
     make_parser,
+    true_false_or_auto,
     true_or_false,
 )
 
@@ -187,7 +188,22 @@ def _add_evaluation_flags(add: Callable[..., Any]) -> None:
 def _add_run_flags(add: Callable[..., Any]) -> None:
     add("--output_dir", metavar="DIR", help="what the run leaves (default: a new runs/<date-time>-<model>)")
     add_switch(add, "--overwrite", False, "empty a non-empty output_dir first")
-    add_switch(add, "--resume", False, "continue the run in output_dir from its last checkpoint")
+    add(
+        "--resume",
+        type=true_false_or_auto,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="true|false|auto",
+        help="continue the run in output_dir from its last whole checkpoint, or from its start if it has none yet; "
+        "auto: if there is a run, else begin one, for jobs that are restarted (default: false)",
+    )
+    add_switch(
+        add,
+        "--trust_checkpoint",
+        False,
+        "on resume, unpickle whatever the checkpoint's files hold, code included",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of episodes, adapters and sampling (default: 0)")
     add("--save_steps", type=int, default=50, metavar="N", help="optimizer steps between checkpoints (default: 50)")
     add(
@@ -218,5 +234,13 @@ def _add_run_flags(add: Callable[..., Any]) -> None:
         default=0,
         metavar="N",
         help="processes that open images ahead (default: 0, in the main one)",
+    )
+    add(
+        "--step_timeout_s",
+        type=float,
+        default=1800.0,
+        metavar="S",
+        help="seconds without progress (a generation, a call of rewards, a pass, a save) after which the run ends with "
+        "the reason instead of hanging (default: 1800, beyond the slowest of these)",
     )
     add_switch(add, "--dry_run", False, "check everything, print the resolved run, and stop before any weight loads")

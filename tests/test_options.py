@@ -38,7 +38,7 @@ FLAGS = {
     "image_max_pixels": (None, "100352", 100_352, []),
     "reward_correct": (0.95, "1", 1.0, []),
     "reward_valid_call": (0.05, "0", 0.0, []),
-    "train_steps": (None, "7", 7, []),
+    "train_steps": (None, "8", 8, []),
     "num_rollouts": (4, "8", 8, []),
     "per_device_batch_size": (None, "2", 2, []),
     "gradient_accumulation_steps": (1, "2", 2, []),
@@ -66,13 +66,14 @@ FLAGS = {
     "vllm_server_port": (8000, "8001", 8001, []),
     "vllm_gpu_memory_utilization": (0.3, "0.5", 0.5, []),
     "vllm_tensor_parallel_size": (1, "2", 2, []),
-    "eval_steps": (0, "25", 25, []),
+    "eval_steps": (0, "20", 20, []),
     "eval_episodes": (256, "64", 64, []),
     "eval_seed": (1_000_000_000, "7", 7, []),
     "keep_best": (False, "true", True, ["--eval_steps", "25"]),
     "output_dir": (None, "runs/one", "runs/one", []),
     "overwrite": (False, "true", True, []),
     "resume": (False, "true", True, ["--output_dir", "runs/one"]),
+    "trust_checkpoint": (False, "true", True, []),
     "seed": (0, "42", 42, []),
     "save_steps": (50, "10", 10, []),
     "save_total_limit": (2, "5", 5, []),
@@ -80,6 +81,7 @@ FLAGS = {
     "sample_steps": (20, "0", 0, []),
     "report_to": ("tensorboard", "none", "none", []),
     "dataloader_num_workers": (0, "2", 2, []),
+    "step_timeout_s": (1800.0, "60", 60.0, []),
     "dry_run": (False, "true", True, []),
 }
 SWITCHES = [flag for flag, (_, _, value, _) in FLAGS.items() if type(value) is bool]
@@ -145,7 +147,12 @@ def test_switch_alone_is_true_and_may_be_spelt_out(flag):
 
 
 def test_there_are_as_many_switches_as_booleans():
-    assert len(SWITCHES) == sum("bool" in str(field.type) for field in dataclasses.fields(Options)) == 15
+    assert len(SWITCHES) == sum("bool" in str(field.type) for field in dataclasses.fields(Options)) == 16
+
+
+def test_resume_may_be_left_to_what_is_found():
+    assert parse("--output_dir runs/one --resume auto").resume == "auto"
+    assert parse("--output_dir runs/one --resume").resume is True
 
 
 @pytest.mark.parametrize(("given", "index"), [("none", None), ("None", None), ("0", 0), ("3", 3), ("12", 12)])

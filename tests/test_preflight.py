@@ -300,12 +300,30 @@ def test_run_with_a_checkpoint_is_resumed(tmp_path):
     preflight.require_output_dir(options_of("--output_dir", leave_run(tmp_path / "run"), "--resume"))
 
 
-def test_run_without_a_checkpoint_is_not_resumed(tmp_path):
+def test_run_cut_off_before_its_first_checkpoint_may_begin_again(tmp_path):
     run = leave_run(tmp_path / "run", with_checkpoint=False)
-    (run / "checkpoint-50").mkdir()  # cut off before it was whole
-    for folder in (run, tmp_path / "new"):
-        message = refusal_of(preflight.require_output_dir, options_of("--output_dir", folder, "--resume"))
-        assert f"resume: {folder} has no checkpoint-*; pass the output_dir of a run that saved one" in message
+    preflight.require_output_dir(options_of("--output_dir", run, "--resume"))
+
+
+def test_folder_without_a_run_is_not_resumed(tmp_path):
+    message = refusal_of(preflight.require_output_dir, options_of("--output_dir", tmp_path / "new", "--resume"))
+    assert (
+        f"resume: {tmp_path / 'new'} has no config.json of a run; pass the output_dir of one, or --resume auto"
+        in message
+    )
+
+
+def test_resume_auto_goes_by_whether_there_is_a_run(tmp_path):
+    def settled(folder):
+        return preflight.settle_resume(options_of("--output_dir", folder, "--resume", "auto")).resume
+
+    assert settled(leave_run(tmp_path / "run", with_checkpoint=False)) is True
+    assert settled(tmp_path / "new") is False
+    # killed while it wrote its config.json
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json.unfinished").touch()
+    assert settled(tmp_path / "begun") is False
+    preflight.require_output_dir(options_of("--output_dir", tmp_path / "begun"))
 
 
 def test_run_whose_flags_are_unknown_is_not_resumed(tmp_path):
@@ -337,12 +355,14 @@ MAY_CHANGE = {
     "vllm_server_host",
     "vllm_server_port",
     "vllm_gpu_memory_utilization",
+    "trust_checkpoint",
+    "step_timeout_s",
 }
 
 
 def test_same_flags_may_resume(tmp_path):
     options = options_of("--output_dir", leave_run(tmp_path), "--resume")
-    preflight.require_same_flags_on_resume(options)
+    preflight.require_same_run_on_resume(options)
 
 
 def test_only_what_does_not_change_the_run_may_change(tmp_path):
@@ -351,7 +371,7 @@ def test_only_what_does_not_change_the_run_may_change(tmp_path):
     for name, value in dataclasses.asdict(options).items():
         write_json(tmp_path / "config.json", {"options": {**dataclasses.asdict(options), name: "another"}})
         try:
-            preflight.require_same_flags_on_resume(options)
+            preflight.require_same_run_on_resume(options)
             allowed.add(name)
         except UsageError as refusal:
             assert f"had other flags: {name} (was another, now {value}); pass the same ones" in str(refusal)
@@ -361,15 +381,32 @@ def test_only_what_does_not_change_the_run_may_change(tmp_path):
 def test_every_changed_flag_is_listed(tmp_path):
     leave_run(tmp_path, options_of("--output_dir", tmp_path, "--seed", 1, "--beta", 0.1, "--save_steps", 5))
     now = options_of("--output_dir", tmp_path, "--resume", "--num_rollouts", 8, "--train_steps", 99)
-    assert refusal_of(preflight.require_same_flags_on_resume, now) == (
+    assert refusal_of(preflight.require_same_run_on_resume, now) == (
         f"resume: the run in {tmp_path} had other flags: beta (was 0.1, now None), num_rollouts (was 4, now 8), "
         "seed (was 1, now 0); pass the same ones, or start a new run"
     )
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_over_all_steps_cannot_be_made_longer(tmp_path, schedule):
+    flags = ["--output_dir", tmp_path, "--lr_scheduler_type", schedule]
+    leave_run(tmp_path, options_of(*flags, "--train_steps", 10))
+    preflight.require_same_run_on_resume(options_of(*flags, "--train_steps", 10, "--resume"))
+    message = refusal_of(preflight.require_same_run_on_resume, options_of(*flags, "--train_steps", 20, "--resume"))
+    assert f"train_steps was 10 and is now 20, but the schedule {schedule} is drawn over all steps" in message
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    options = options_of("--output_dir", tmp_path, "--resume")
+    write_json(tmp_path / "config.json", {"options": dataclasses.asdict(options), "num_processes": 8})
+    preflight.require_same_run_on_resume(options, {"WORLD_SIZE": "8"})
+    message = refusal_of(preflight.require_same_run_on_resume, options, {"WORLD_SIZE": "4"})
+    assert f"the run in {tmp_path} had 8 processes, and now there are 4" in message
+
+
 def test_flags_of_a_run_that_is_not_resumed_are_its_own(tmp_path):
     leave_run(tmp_path, options_of("--output_dir", tmp_path, "--seed", 1))
-    preflight.require_same_flags_on_resume(options_of("--output_dir", tmp_path, "--overwrite"))
+    preflight.require_same_run_on_resume(options_of("--output_dir", tmp_path, "--overwrite"))
 
 
 # --- the data and the environment -------------------------------------------------------------------------------------

@@ -1,0 +1,264 @@
+"""ResumableTrainer: a Trainer whose checkpoints are whole, and whose resumed run is the run it resumes.
+
+The only code that leans on how transformers' Trainer and DeepSpeed save and load. Unlike theirs, a save is staged and
+committed (checkpointing.py) and happens between generations alone, as half a generation is in no checkpoint; weights
+are loaded strictly by name; and no file is unpickled into anything but tensors and plain values unless it is trusted.
+"""
+
+import contextlib
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from trl import RLOOTrainer
+
+from checkpointing import CheckpointFolder, Gather, ProcessPlace
+from flags import RunStopped, UsageError
+from rloo import optimizer_steps_per_generation
+from run_files import write_atomically
+
+RUN_CONFIG_NAME = "run_config.json"  # a checkpoint's own config.json is the model's
+# Classes besides torch's own that Trainer and DeepSpeed write into what they pickle. They hold plain values.
+KNOWN_CLASSES = frozenset(
+    {
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    }
+)
+# What a resume unpickles; training_args.bin is written for people alone.
+UNPICKLED_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*/*.pt")
+
+
+class ResumableTrainer(RLOOTrainer):
+    """TRL's RLOOTrainer with Fleet's checkpoints.
+
+    `run_config` is the text of the run's configuration, which goes into each checkpoint. `trusts_checkpoint` unpickles
+    what a checkpoint holds, whatever it is. `on_activity` is told what the trainer is at, each time that it gets there.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """As RLOOTrainer's."""
+        super().__init__(*args, **kwargs)
+        self.run_config = "{}\n"
+        self.trusts_checkpoint = False
+        self.on_activity: Callable[[str], None] = lambda activity: None
+        self._checkpoints: CheckpointFolder | None = None
+        self._is_saving = False
+        self.is_save_due = False
+        self.add_callback(SnapToGeneration(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains, and returns once the last checkpoint is on disk. Raises RunStopped if one cannot be saved."""
+        output = super().train(*args, **kwargs)
+        self.checkpoints.wait()
+        return output
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        """The run's checkpoints, in args.output_dir."""
+        if self._checkpoints is None:
+            place = ProcessPlace(self.args.process_index, self.args.world_size)
+            keep = self.args.save_total_limit or 10**9
+            self._checkpoints = CheckpointFolder(Path(self.args.output_dir), place, gather_object, keep)
+        return self._checkpoints
+
+    def is_at_generation_end(self) -> bool:
+        """Whether the steps so far have used up every generation, so that the next step begins with a new one."""
+        return self.state.global_step % optimizer_steps_per_generation(self.args) == 0
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints.staging) if self._is_saving else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Saves between generations; in the middle of one, the save waits for its end (SnapToGeneration asks again)."""
+        self.is_save_due = not self.is_at_generation_end()
+        if self.is_save_due:
+            return
+        self.on_activity("a save")
+        self.checkpoints.begin()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._finish_staged()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise RunStopped(
+                f"process {self.args.process_index} could not save step {self.state.global_step} ({error}); the "
+                f"checkpoints before it are whole. Make room or restore {self.args.output_dir}, and pass --resume",
+                is_of_all=False,
+            ) from error
+        finally:
+            self._is_saving = False
+        self.checkpoints.commit(self.state.global_step, self.state.best_global_step)
+
+    def _finish_staged(self) -> None:
+        """Adds what Trainer does not save, and replaces the one path in it that is of the staging folder."""
+        if not self.args.should_save:
+            return
+        staged = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"
+        if self.state.best_model_checkpoint is not None:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        write_atomically(staged / RUN_CONFIG_NAME, self.run_config)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Trainer's preparation, in which DeepSpeed and the optimizer load their files."""
+        if resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_deepspeed_enabled:
+            self._together(lambda: self._require_deepspeed_names(Path(resume_from_checkpoint)))
+        with nothing_unpickled_unless(self.trusts_checkpoint):
+            try:
+                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            except pickle.UnpicklingError as error:
+                raise UsageError(_refusal_of_pickle(Path(resume_from_checkpoint), str(error).split("\n")[0])) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads a checkpoint's weights by name, all of them or none. Raises UsageError naming the first that differs.
+
+        Trainer's own way leaves a full fine-tune at its base weights: the names in the file differ from the model's
+        and are passed over. `from_pretrained` maps them.
+        """
+        policy = self.accelerator.unwrap_model(self.model if model is None else model)
+        checkpoint = Path(resume_from_checkpoint)
+        if isinstance(policy, PeftModel):
+            wanted = get_peft_model_state_dict(policy, adapter_name=policy.active_adapters[0])
+            with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as saved_adapter:
+                _require_same_names(checkpoint, saved_adapter.keys(), wanted)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        assert isinstance(policy, PreTrainedModel), f"a {type(policy).__name__} has no checkpoints of Fleet's"
+        saved, loading = type(policy).from_pretrained(
+            checkpoint, dtype=policy.dtype, use_safetensors=True, output_loading_info=True
+        )
+        wrong_shapes = [name for name, *_ in loading["mismatched_keys"]]
+        lacking = [*loading["missing_keys"], *wrong_shapes]
+        _refuse_names(checkpoint, lacking, loading["unexpected_keys"])
+        policy.load_state_dict(saved.state_dict(), strict=True)
+
+    def _require_deepspeed_names(self, checkpoint: Path) -> None:
+        """Raises UsageError unless this process's ZeRO file has the weights that train, in their order."""
+        # DeepSpeed cuts the weights out of one flat tensor by their place, whatever their names are
+        name = f"global_step*/*zero_pp_rank_{self.args.process_index}_mp_rank_00_model_states.pt"
+        for path in checkpoint.glob(name):
+            shapes = torch.load(path, weights_only=True, mmap=True)["param_shapes"]
+            saved = [name for group in shapes for name in group]
+            trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
+            _require_same_names(checkpoint, saved, trained)
+
+    def _together(self, check: Callable[[], None]) -> None:
+        """Runs a check on every process; all raise UsageError if it fails on any."""
+        try:
+            check()
+            problem = None
+        except UsageError as error:
+            problem = str(error)
+        for found in gather_object([problem]):
+            if found is not None:
+                raise UsageError(found)
+
+
+class SnapToGeneration(TrainerCallback):
+    """Has a save that fell into the middle of a generation made at its end."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Asks for the save that is due."""
+        if self.trainer.is_save_due and self.trainer.is_at_generation_end():
+            control.should_save = True
+        return control
+
+
+def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather) -> None:
+    """Raises UsageError, on all processes, if a file that a resume unpickles names a class that no save writes.
+
+    Only the names in the files are read. Unpickling itself is restricted as well, for what hides its names.
+    """
+    paths = sorted(path for pattern in UNPICKLED_FILES for path in checkpoint.glob(pattern))
+    problems = []
+    for path in paths[place.rank :: place.num_processes]:
+        try:
+            unknown = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - KNOWN_CLASSES)
+        except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            problems.append(_refusal_of_pickle(path, str(error).split("\n")[0]))
+        else:
+            if unknown:
+                problems.append(_refusal_of_pickle(path, f"it names {unknown[0]}"))
+    found = gather(problems)
+    if found:
+        raise UsageError(found[0])
+
+
+@contextlib.contextmanager
+def nothing_unpickled_unless(is_trusted: bool) -> Iterator[None]:
+    """Within it, torch.load makes tensors, plain values and the known classes alone, whatever its caller asks for.
+
+    DeepSpeed asks for everything (`weights_only=False`); torch's own environment variable overrules it.
+    """
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    if is_trusted:
+        yield
+        return
+    os.environ[variable] = "1"
+    try:
+        with torch.serialization.safe_globals(_known_classes()):
+            yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def _known_classes() -> list[Any]:
+    """DeepSpeed's part of KNOWN_CLASSES; Trainer allows numpy's where it needs them."""
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+    except ImportError:
+        return []
+    return [ZeroStageEnum, LossScaler, DynamicLossScaler]
+
+
+def _refusal_of_pickle(path: Path, reason: str) -> str:
+    return (
+        f"resume: {path} would run code as it is loaded, or cannot be read ({reason}); if this checkpoint is your own "
+        "work, pass --trust_checkpoint"
+    )
+
+
+def _require_same_names(checkpoint: Path, saved: Iterable[str], wanted: Iterable[str]) -> None:
+    saved, wanted = list(saved), list(wanted)
+    _refuse_names(checkpoint, set(wanted) - set(saved), set(saved) - set(wanted))
+
+
+def _refuse_names(checkpoint: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises UsageError if there are any names."""
+    found = [
+        f"{word} {len(names)} weights, {names[0]} among them"
+        for word, names in (("lacks", sorted(missing)), ("has unknown", sorted(unexpected)))
+        if names
+    ]
+    if found:
+        raise UsageError(
+            f"resume: {checkpoint} does not fit the model: it {' and '.join(found)}; restore the checkpoint, or "
+            "begin another run"
+        )

@@ -1,0 +1,159 @@
+"""A resumed run is the run that it resumes: entire final checkpoints are compared with an uninterrupted run's."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpointing import CheckpointFolder, ProcessPlace, list_checkpoints
+from flags import UsageError
+from run_files import read_jsonl
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.slow
+
+QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--save_steps", "1",
+         "--save_total_limit", "9"]  # fmt: skip
+KINDS = {
+    "full": (1, False, []),
+    "lora": (1, False, ["--use_lora"]),
+    "zero3-full": (2, True, []),
+    "zero3-lora": (2, True, ["--use_lora"]),
+}
+# what differs between two equal runs: paths, the command, and seconds
+OTHER_IN_EACH_RUN = {"training_args.bin", "run_config.json", "manifest.json", "trainer_state.json"}
+SECONDS = ("step_time_s", "rollouts_per_s", "eval_seconds", "epoch")
+
+
+def entire(checkpoint: Path) -> dict[str, Any]:
+    """The SHA-256 of each file of a checkpoint, and the trainer's state without its seconds and shares of an epoch."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name not in OTHER_IN_EACH_RUN]
+    hashes = {str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    for line in state["log_history"]:
+        for name in SECONDS:
+            line.pop(name, None)
+    del state["epoch"], state["max_steps"]
+    return hashes | {"trainer_state.json": state}
+
+
+def cut_off_after(run: Path, step: int, to: Path) -> Path:
+    """A copy of a run as a kill after its checkpoint at `step` leaves it."""
+    shutil.copytree(run, to)
+    for checkpoint in list_checkpoints(to):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(to / "final")
+    return to
+
+
+def seal(checkpoint: Path) -> None:
+    """Gives a changed checkpoint a manifest that fits it, as somebody would who does it on purpose."""
+    folder = CheckpointFolder(checkpoint.parent, ProcessPlace(), list, 99)
+    folder.begin()
+    (checkpoint / "manifest.json").unlink()
+    shutil.move(checkpoint, folder.staging / checkpoint.name)
+    folder.commit(int(checkpoint.name.split("-")[1]))
+    folder.wait()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_ends_in_the_same_bits(kind: str, tmp_path: Path) -> None:
+    num_processes, zero3, flags = KINDS[kind]
+
+    def run(name: str, *more: str) -> Path:
+        arguments = [*QUICK, *flags, "--output_dir", str(tmp_path / name), *more]
+        run_ranks(tmp_path, arguments, num_processes, zero3=zero3)
+        return tmp_path / name
+
+    whole = run("whole", "--train_steps", "5")
+    wanted = entire(whole / "checkpoint-5")
+    assert len(wanted) > 10 and any("optim" in name for name in wanted) and any("rng" in name for name in wanted)
+    assert entire(whole / "checkpoint-4") != wanted
+
+    # in the middle of its one epoch, once early and once late
+    for step in (1, 4):
+        cut = cut_off_after(whole, step, tmp_path / f"cut-{step}")
+        run(cut.name, "--train_steps", "5", "--resume")
+        assert entire(cut / "checkpoint-5") == wanted
+    # over the end of its epoch: the run was to have 3 steps, and is made longer
+    run("longer", "--train_steps", "3")
+    longer = run("longer", "--train_steps", "5", "--resume")
+    assert entire(longer / "checkpoint-5") == wanted
+    assert read_jsonl(longer / "rollouts.jsonl") == read_jsonl(whole / "rollouts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("flags", "cycle"),
+    [
+        (["--num_iterations", "2"], 2),
+        (["--steps_per_generation", "2", "--num_iterations", "2", "--gradient_accumulation_steps", "2"], 2),
+        (["--steps_per_generation", "4", "--gradient_accumulation_steps", "2", "--beta", "0.05"], 2),
+    ],
+)
+def test_saves_wait_for_the_end_of_a_generation(flags: list[str], cycle: int, tmp_path: Path) -> None:
+    arguments = [*QUICK, *flags, "--train_steps", "5"]
+    run_ranks(tmp_path, [*arguments, "--output_dir", str(tmp_path / "whole")])
+    # step 1, 3 and 5 are in the middle of a generation
+    saved = [path.name for path in list_checkpoints(tmp_path / "whole")]
+    assert saved == ["checkpoint-4", "checkpoint-2"]
+    cut = cut_off_after(tmp_path / "whole", 2, tmp_path / "cut")
+    run_ranks(tmp_path, [*arguments, "--output_dir", str(cut), "--resume"])
+    assert entire(cut / "checkpoint-4") == entire(tmp_path / "whole" / "checkpoint-4")
+    assert read_jsonl(cut / "rollouts.jsonl") == read_jsonl(tmp_path / "whole" / "rollouts.jsonl")
+    first, second = (load_file(run / "final" / "model.safetensors") for run in (cut, tmp_path / "whole"))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_missing_or_unknown_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    num_processes, zero3, flags = KINDS[kind]
+    arguments = [*QUICK, *flags, "--output_dir", str(tmp_path / "run"), "--resume", "auto", "--train_steps"]
+    run_ranks(tmp_path, [*arguments, "1"], num_processes, zero3=zero3)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    if zero3:
+        (path,) = checkpoint.glob("global_step1/*rank_1_mp_rank_00_model_states.pt")
+        states = torch.load(path, weights_only=True)
+        (shapes,) = states["param_shapes"]
+        first = next(iter(shapes))
+        states["param_shapes"] = [{"planted" if name == first else name: shape for name, shape in shapes.items()}]
+        torch.save(states, path)
+    else:
+        (path,) = checkpoint.glob("*model.safetensors")
+        weights = load_file(path)
+        first = sorted(weights)[0]
+        weights["planted"] = weights.pop(first)
+        save_file(weights, path, {"format": "pt"})
+    seal(checkpoint)
+    from tests.processes import start_ranks
+
+    ranks = start_ranks(tmp_path, [*arguments, "2"], num_processes, zero3=zero3)
+    assert [rank.wait() for rank in ranks] == [2] * num_processes
+    said = ranks[0].output
+    assert "does not fit the model: it lacks 1 weights, " in said and "has unknown 1 weights, planted among them" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
+
+
+def test_resume_from_the_start_when_killed_before_the_first_checkpoint(tmp_path: Path) -> None:
+    arguments = [*QUICK, "--eval_steps", "1", "--eval_episodes", "4", "--train_steps", "1", "--resume", "auto"]
+    run_ranks(tmp_path, [*arguments, "--output_dir", str(tmp_path / "whole")])
+    cut = cut_off_after(tmp_path / "whole", 0, tmp_path / "cut")
+    (rank,) = run_ranks(tmp_path, [*arguments, "--output_dir", str(cut)])
+    assert "has no checkpoint yet, so the run begins at step 0" in rank.output
+    assert entire(cut / "checkpoint-1") == entire(tmp_path / "whole" / "checkpoint-1")
+    assert [line["step"] for line in read_jsonl(cut / "evaluations.jsonl")] == [0, 1]
+
+
+def test_refusals_name_what_changed(tmp_path: Path) -> None:
+    arguments = [*QUICK, "--output_dir", str(tmp_path / "run"), "--train_steps"]
+    run_ranks(tmp_path, [*arguments, "1"])
+    import training
+
+    with pytest.raises(UsageError, match=r"seed \(was 0, now 3\)"):
+        training.main([*arguments, "2", "--resume", "--seed", "3"])
