@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pathlib import Path
 import yaml
 
 from tests.helpers import REPOSITORY, toy_path
+
+ZERO3 = ["--config_file", "tests/zero3_cpu.yaml"]
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.preloaded"])
@@ -81,6 +84,27 @@ def run_ranks(folder: Path, arguments: Sequence[str], num_processes: int = 1, *,
     codes = [rank.wait() for rank in ranks]
     assert codes == [0] * num_processes, "\n".join(rank.output[-3000:] for rank in ranks)
     return ranks
+
+
+def start(launch_flags: list[str], script_and_flags: list[str], log: Path | None = None) -> "subprocess.Popen[str]":
+    """Starts `accelerate launch`; its output goes to a pipe, or to `log`."""
+    toy_path()  # built before the clock of any launch starts
+    return subprocess.Popen(
+        ["accelerate", "launch", "--main_process_port", free_port(), *launch_flags, *script_and_flags],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        text=True,
+        stdout=subprocess.PIPE if log is None else log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def launch(launch_flags: list[str], script_and_flags: list[str]) -> str:
+    """The output of an `accelerate launch` that must succeed."""
+    process = start(launch_flags, script_and_flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
 
 
 def zero3_variables() -> dict[str, str]:

@@ -85,6 +85,16 @@ def remove_from_manifest(path: Path) -> None:
     path.write_text(json.dumps(manifest))
 
 
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def become_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights missing": (lambda at: (at / "model.safetensors").unlink(), "model.safetensors is missing"),
     "optimizer missing": (lambda at: (at / "optimizer.pt").unlink(), "optimizer.pt is missing"),
@@ -98,17 +108,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda at: flip_bit(at / "global_step1" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
         "the content of global_step1/zero_pp_rank_0",
     ),
-    "folder emptied": (lambda at: [shutil.rmtree(at), at.mkdir()], "it has no manifest.json"),
+    "folder emptied": (lambda at: empty(at), "it has no manifest.json"),
     "left-over temporary": (lambda at: (at / "optimizer.pt.tmp").touch(), "optimizer.pt.tmp is no file of it"),
     "planted file": (lambda at: (at / "pytorch_model.bin").touch(), "pytorch_model.bin is no file of it"),
     "manifest cut off": (lambda at: os.truncate(at / "manifest.json", 200), "its manifest.json cannot be read"),
     "manifest emptied": (lambda at: os.truncate(at / "manifest.json", 0), "its manifest.json cannot be read"),
     "manifest of another form": (lambda at: (at / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
     "file left out of the manifest": (lambda at: remove_from_manifest(at / "manifest.json"), "optimizer.pt is no file"),
-    "file became a folder": (
-        lambda at: [(at / "rng_state.pth").unlink(), (at / "rng_state.pth").mkdir()],
-        "rng_state.pth is missing",
-    ),
+    "file became a folder": (lambda at: become_folder(at / "rng_state.pth"), "rng_state.pth is missing"),
 }
 
 
@@ -236,8 +243,10 @@ def test_each_process_hashes_its_own_files_and_the_first_commits_for_all(tmp_pat
         folder.wait()
 
     threads = [threading.Thread(target=of_rank, args=(rank,)) for rank in (0, 1)]
-    [thread.start() for thread in threads]
-    [thread.join(20) for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
     assert find_damage(tmp_path / "checkpoint-3") is None
     assert len(json.loads((tmp_path / "checkpoint-3" / "manifest.json").read_text())["files"]) == 5
 
@@ -310,4 +319,4 @@ def test_killed_before_any_change_to_a_file_leaves_the_last_good_one(tmp_path):
     assert len(chosen) > 25, "few changes were seen"
     # once committed it stays: no later kill falls back
     first_new = chosen.index("checkpoint-3")
-    assert 0 < first_new and set(chosen[first_new:]) == {"checkpoint-3"}
+    assert first_new > 0 and set(chosen[first_new:]) == {"checkpoint-3"}

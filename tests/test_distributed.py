@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from model_utils import generate_tool_call, load_qwen25_vl
 from run_files import read_jsonl
 from tests.distributed_generation import STOPS_AFTER
 from tests.helpers import REPOSITORY, toy_dataset, toy_model, toy_path, toy_processor
+from tests.processes import ZERO3, free_port, launch, start
 from toy_model import SIGHTED, toy_model_path
 
 pytestmark = [
@@ -26,30 +26,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU collectives with g++"),
 ]
 
-ZERO3 = ["--config_file", "tests/zero3_cpu.yaml"]
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--save_steps", "1"]
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def start(launch_flags: list[str], script_and_flags: list[str]) -> "subprocess.Popen[str]":
-    toy_path()  # built before the clock of any launch starts
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        ["accelerate", "launch", "--main_process_port", free_port(), *launch_flags, *script_and_flags],
-        cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def launch(launch_flags: list[str], script_and_flags: list[str]) -> str:
-    process = start(launch_flags, script_and_flags)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    return output
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

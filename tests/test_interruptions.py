@@ -1,0 +1,145 @@
+"""Runs that are killed, told to stop, or left waiting: what they save, how they end, and how they go on."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from checkpointing import find_damage, list_checkpoints
+from tests.processes import ZERO3, Rank, run_ranks, start, start_ranks
+from tests.test_resume import QUICK, entire
+
+pytestmark = pytest.mark.slow
+
+# the everyday run takes a sample of the instants; FLEET_KILLS=200 goes looking for more
+NUM_KILLS = int(os.environ.get("FLEET_KILLS", "20"))
+
+
+def wait_until(is_so: Callable[[], bool], ranks: list[Rank], timeout_s: float = 120) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() > deadline_s:
+            for rank in ranks:
+                rank.process.kill()
+            raise AssertionError("\n".join(rank.output[-3000:] for rank in ranks))
+        time.sleep(0.005)
+
+
+def said(rank: Rank, words: str) -> bool:
+    return words in rank.output
+
+
+def num_steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def newest_step(run: Path) -> int:
+    return max((int(path.name.split("-")[1]) for path in list_checkpoints(run)), default=0)
+
+
+@pytest.mark.parametrize(("num_processes", "zero3", "num_kills"), [(1, False, NUM_KILLS), (2, True, NUM_KILLS // 7)])
+def test_killed_at_random_instants_a_run_still_ends_in_the_same_bits(
+    num_processes: int, zero3: bool, num_kills: int, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+    arguments = [*QUICK, "--output_dir", str(killed), "--train_steps"]
+    instants = random.Random(0)
+    for _ in range(num_kills):
+        saved = newest_step(killed)
+        ranks = start_ranks(tmp_path, [*arguments, "999", "--resume", "auto"], num_processes, zero3=zero3)
+        # from the first step on, over the time of a few steps and their saves
+        wait_until(partial(said, ranks[0], "/999 ["), ranks)
+        time.sleep(instants.uniform(0, 1.5))
+        for rank in ranks:
+            os.kill(rank.pid, signal.SIGKILL)
+        assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * num_processes, ranks[0].output[-2000:]
+        assert newest_step(killed) >= saved, "nothing that was committed is lost"
+        assert [find_damage(path) for path in list_checkpoints(killed)] == [None] * len(list_checkpoints(killed))
+        assert newest_step(killed) >= num_steps(killed) - 2, "no more is lost than the step that was being saved"
+    steps = str(newest_step(killed) + 1)
+    run_ranks(tmp_path, [*arguments, steps, "--resume"], num_processes, zero3=zero3)
+    whole = tmp_path / "whole"
+    run_ranks(tmp_path, [*QUICK, "--output_dir", str(whole), "--train_steps", steps], num_processes, zero3=zero3)
+    assert entire(killed / f"checkpoint-{steps}") == entire(whole / f"checkpoint-{steps}")
+
+
+def signal_during(phase: str, ranks: list[Rank], numbers: list[int], which: list[Rank]) -> None:
+    """Sends the signals once every rank has said that it is in `phase` of its second step."""
+    wait_until(lambda: all(rank.output.count(f"[{phase}]") >= 2 for rank in ranks), ranks)
+    for number in numbers:
+        for rank in which:
+            os.kill(rank.pid, number)
+
+
+@pytest.mark.parametrize(
+    ("phase", "number", "who"),
+    [
+        ("generation", signal.SIGTERM, "one"),
+        ("rewards", signal.SIGTERM, "all"),
+        ("a save", signal.SIGINT, "one"),
+        ("the training pass", signal.SIGINT, "all"),
+    ],
+)
+def test_told_to_stop_all_ranks_finish_the_step_save_and_exit_75(
+    phase: str, number: int, who: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [*QUICK, "--output_dir", str(run), "--train_steps"]
+    ranks = start_ranks(tmp_path, [*arguments, "999"], 2, zero3=True, target="tests.speaking_training")
+    signal_during(phase, ranks, [number], ranks[1:] if who == "one" else ranks)
+    assert [rank.wait() for rank in ranks] == [75, 75], ranks[0].output[-3000:]
+    steps = newest_step(run)
+    assert steps == num_steps(run) and find_damage(run / f"checkpoint-{steps}") is None
+    assert f"stopped: told to stop: saved step {steps} of 999 in {run}" in ranks[0].output
+    assert not (run / "final").exists() and not (run / "unfinished").exists()
+    if phase == "generation":
+        run_ranks(tmp_path, [*arguments, str(steps + 1), "--resume"], 2, zero3=True)
+        whole = tmp_path / "whole"
+        flags = [*QUICK, "--output_dir", str(whole), "--train_steps", str(steps + 1)]
+        run_ranks(tmp_path, flags, 2, zero3=True)
+        assert entire(run / f"checkpoint-{steps + 1}") == entire(whole / f"checkpoint-{steps + 1}")
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    arguments = [*QUICK, "--output_dir", str(tmp_path / "run"), "--train_steps", "999"]
+    (rank,) = start_ranks(tmp_path, [*arguments, "0:rewards:hang"], target="tests.speaking_training")
+    wait_until(lambda: rank.output.count("[rewards]") == 2, [rank])
+    os.kill(rank.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    # the launcher's copy of the same signal does not count
+    os.kill(rank.pid, signal.SIGTERM)
+    time.sleep(1.0)
+    assert rank.process.is_alive()
+    os.kill(rank.pid, signal.SIGTERM)
+    assert rank.wait(5) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("1:rewards:raise", "error: process 1: ValueError: a fault of the test's"),
+        ("1:generation:hang", "error: process 1 has stalled in speaking_training.py"),
+        ("0:the training pass:hang", "error: process 0 has stalled in speaking_training.py"),
+        ("1:rewards:kill", "Signal 9 (SIGKILL) received by PID"),
+        ("1:a save:exit", "exitcode  : 9"),
+    ],
+)
+def test_when_a_rank_raises_dies_or_stalls_all_end_and_say_which(fault: str, words: str, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    flags = [*QUICK, "--output_dir", str(run), "--train_steps", "999", "--step_timeout_s", "10", fault]
+    process = start(ZERO3, ["tests/speaking_training.py", *flags], log)
+    deadline_s = time.monotonic() + 240
+    while process.poll() is None and "[fault]" not in log.read_text():
+        assert time.monotonic() < deadline_s, log.read_text()[-3000:]
+        time.sleep(0.1)
+    fault_s = time.monotonic()
+    assert process.wait(100) != 0
+    assert time.monotonic() - fault_s < 60
+    assert words in log.read_text(), log.read_text()[-3000:]
+    assert [find_damage(path) for path in list_checkpoints(run)] == [None] * newest_step(run)
