@@ -188,6 +188,14 @@ def describe_file(path: Path) -> dict[str, Any]:
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def free_space(folder: Path) -> str:
+    """How much room a folder's disk has, in words."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there"
+    except OSError:
+        return "its folder is gone"
+
+
 def remove_old_checkpoints(run_folder: Path, keep: int, kept_best: int | None = None) -> None:
     """Deletes whole checkpoints but the newest `keep` and the best. Damaged ones are left alone and do not count."""
     whole = [path for path in list_checkpoints(run_folder) if find_damage(path, reads_content=False) is None]

@@ -30,7 +30,8 @@ def run(main: Callable[[], None]) -> int:
         code = 2
     except RunEnded as error:
         if rank == "0" or not error.is_of_all:
-            print(f"{error.label}: {error}", file=sys.stderr)
+            # below the progress bar
+            print(f"\n{error.label}: {error}", file=sys.stderr)
         code = error.exit_code
     except Exception as error:
         traceback.print_exc()

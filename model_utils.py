@@ -44,13 +44,14 @@ def load_qwen25_vl(
 
     use_lora: wrap the language model's linear layers in new adapters, everything else frozen; an adapter folder is
     opened with its adapter either way. freeze_vision: the vision tower and its merger get no gradient. load_in_4bit:
-    NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only. The vision tower uses flash attention where it is
+    NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only. Weights are read from safetensors alone, and no
+    code that a model brings is run. The vision tower uses flash attention where it is
     installed and the dtype allows it. Under DeepSpeed ZeRO-3 the weights are sharded while they load.
     Raises ValueError if the model is another architecture or its processor does not pad left.
     """
     adapter = read_adapter_config(model_id)
     base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
-    config = AutoConfig.from_pretrained(base_id, revision=revision)
+    config = AutoConfig.from_pretrained(base_id, revision=revision, trust_remote_code=False)
     if config.model_type != "qwen2_5_vl":
         raise ValueError(f"model {base_id} is a {config.model_type}, but Fleet trains qwen2_5_vl; pass a Qwen2.5-VL")
     quantization = BitsAndBytesConfig(
@@ -60,6 +61,7 @@ def load_qwen25_vl(
         base_id,
         output_loading_info=True,
         revision=revision,
+        use_safetensors=True,
         dtype=dtype,
         attn_implementation={
             "": attn_implementation,
@@ -86,7 +88,7 @@ def load_qwen25_vl(
 
 def load_processor(model_id: str, *, revision: str | None = None) -> Any:
     """The model's processor, padding on the left. Raises ValueError if it is not Qwen2.5-VL's."""
-    processor = AutoProcessor.from_pretrained(model_id, revision=revision, padding_side="left")
+    processor = AutoProcessor.from_pretrained(model_id, revision=revision, padding_side="left", trust_remote_code=False)
     if type(processor).__name__ != "Qwen2_5_VLProcessor" or processor.tokenizer.padding_side != "left":
         raise ValueError(
             f"model {model_id} has a {type(processor).__name__}, but wanted a Qwen2_5_VLProcessor that pads left; "

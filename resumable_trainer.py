@@ -22,10 +22,10 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
 
-from checkpointing import CheckpointFolder, Gather, ProcessPlace
+from checkpointing import CheckpointFolder, Gather, ProcessPlace, free_space
 from flags import RunStopped, UsageError
 from rloo import optimizer_steps_per_generation
-from run_files import write_atomically
+from run_files import CONFIG_NAME, write_atomically
 
 RUN_CONFIG_NAME = "run_config.json"  # a checkpoint's own config.json is the model's
 # Classes besides torch's own that Trainer and DeepSpeed write into what they pickle. They hold plain values.
@@ -97,8 +97,9 @@ class ResumableTrainer(RLOOTrainer):
             self._finish_staged()
         except (OSError, SafetensorError, RuntimeError) as error:
             raise RunStopped(
-                f"process {self.args.process_index} could not save step {self.state.global_step} ({error}); the "
-                f"checkpoints before it are whole. Make room or restore {self.args.output_dir}, and pass --resume",
+                f"process {self.args.process_index} could not save step {self.state.global_step} "
+                f"({' '.join(str(error).split())}; {free_space(Path(self.args.output_dir))}); the checkpoints before "
+                f"it are whole. Make room or restore {self.args.output_dir}, and pass --resume",
                 is_of_all=False,
             ) from error
         finally:
@@ -114,7 +115,11 @@ class ResumableTrainer(RLOOTrainer):
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(staged / "trainer_state.json"))
-        write_atomically(staged / RUN_CONFIG_NAME, self.run_config)
+        (staged / RUN_CONFIG_NAME).write_text(self.run_config, encoding="utf-8")
+        config = Path(self.args.output_dir) / CONFIG_NAME
+        if not config.exists():
+            # the run's folder vanished and is there again; without its flags nothing in it could be resumed
+            write_atomically(config, self.run_config)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Trainer's preparation, in which DeepSpeed and the optimizer load their files."""

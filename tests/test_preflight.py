@@ -166,6 +166,8 @@ MODEL_FILES = {
 }
 
 # files of the folder, then words of the refusal or None
+ADAPTER: dict[str, object] = {"adapter_model.safetensors": {}}
+
 MODEL_FOLDERS = {
     "sound": (MODEL_FILES, None),
     "in shards": (
@@ -191,13 +193,17 @@ MODEL_FOLDERS = {
     "no weights": ({**MODEL_FILES, "model.safetensors": None}, r"has no weights (*.safetensors)"),
     "no processor": ({**MODEL_FILES, "preprocessor_config.json": None}, "has no processor (preprocessor_config.json"),
     "no tokenizer": ({**MODEL_FILES, "tokenizer.json": None}, "has no tokenizer (tokenizer.json"),
-    "adapter on the toy": ({"adapter_config.json": {"base_model_name_or_path": "toy"}}, None),
+    "adapter on the toy": ({**ADAPTER, "adapter_config.json": {"base_model_name_or_path": "toy"}}, None),
     "adapter on a hub model": (
-        {"adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}},
+        {**ADAPTER, "adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}},
         None,
     ),
+    "adapter of pickled weights": (
+        {"adapter_config.json": {"base_model_name_or_path": "toy"}, "adapter_model.bin": {}},
+        "has no adapter_model.safetensors; save it with safe_serialization=True",
+    ),
     "adapter on a folder that is gone": (
-        {"adapter_config.json": {"base_model_name_or_path": "/gone/base"}},
+        {**ADAPTER, "adapter_config.json": {"base_model_name_or_path": "/gone/base"}},
         "is an adapter whose base_model_name_or_path=/gone/base is no folder",
     ),
 }
@@ -226,6 +232,7 @@ def test_model_folder_whose_config_is_cut_off(tmp_path):
 def test_adapter_on_a_folder_of_another_model(tmp_path):
     write_json(tmp_path / "base" / "config.json", {"model_type": "llama"})
     write_json(tmp_path / "adapter" / "adapter_config.json", {"base_model_name_or_path": str(tmp_path / "base")})
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
     assert "base holds a llama" in refusal_of(preflight.require_model, str(tmp_path / "adapter"))
 
 
