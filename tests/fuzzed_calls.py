@@ -156,6 +156,13 @@ def change_index(text: str, rng: random.Random) -> str:
     return re.sub(r"-?[0-9]", lambda found: rng.choice(literals), text, count=1)
 
 
+def insert_member(text: str, rng: random.Random) -> str:
+    place = rng.choice([start.end() for start in re.finditer("[{]", text[:500])] or [0])
+    key = rng.choice(["index", "name", "arguments", "reason", "", r"\u0069ndex"])
+    value = rng.choice(["2", '"pick_image"', '{"index": 2}', "null", "[0, 1, 2, 3]"])
+    return text[:place] + f'"{key}": {value}, ' + text[place:]
+
+
 def nest(text: str, rng: random.Random) -> str:
     start, end = _span(text, rng)
     depth = rng.choice([1, 2, 7, 8, 9, 50, 2000])
@@ -173,7 +180,7 @@ def pad(text: str, rng: random.Random) -> str:
 
 MUTATIONS: list[Callable[[str, random.Random], str]] = [
     insert_fragment, insert_character, insert_surrogate, delete, swap, repeat, truncate, swap_for_look_alike, escape,
-    change_case, change_byte, change_index, nest, pad,
+    change_case, change_byte, change_index, insert_member, nest, pad,
 ]  # fmt: skip
 
 
