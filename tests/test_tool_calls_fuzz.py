@@ -119,8 +119,8 @@ def test_what_is_made_parses_back(index):
 
 
 # each is repeated up to the length asked for
-UNITS = ["<", "<tool_call", "<tool_call>", "</tool_call>", '"', "\\", '\\"', "{", "[]", '{"a":', "9", "```json", "```", "```json \n",
-         " ", "\n", "é", "\U0001f600", "\ud800", "<|im_end|>"]  # fmt: skip
+UNITS = ["<", "<tool_call", "<tool_call>", "</tool_call>", '"', "\\", '\\"', "{", "[]", '{"a":', "9", "```json", "```",
+         "```json \n", " ", "\n", "é", "\U0001f600", "\ud800", "<|im_end|>"]  # fmt: skip
 
 
 def repeated(unit: str, length: int) -> str:
