@@ -148,9 +148,9 @@ def test_time_stays_under_a_line_over_four_decades_of_length(unit):
 
 
 @pytest.mark.parametrize("unit", [*UNITS, '{"a":1,', '"a":', "[0,", "-", "0.", "\\u0069"], ids=ascii)
-def test_the_longest_text_that_json_sees_takes_less_than_a_millisecond(unit):
+def test_the_longest_text_that_json_sees_takes_a_few_milliseconds_at_most(unit):
     room = 4096 - len("<tool_call></tool_call>")
     for inside in (repeated(unit, room), f'"{repeated(unit, room - 2)}"', f"{{{repeated(unit, room - 1)}"):
-        assert milliseconds(f"<tool_call>{inside}</tool_call>", allow_reasoning=True) < 1.0
+        assert milliseconds(f"<tool_call>{inside}</tool_call>", allow_reasoning=True) < 5.0
     for literal in ("9" * 3900, "1" * 3800 + ".5", "1e" + "9" * 3800):
-        assert milliseconds(CALL.replace("2", literal), allow_reasoning=False) < 1.0
+        assert milliseconds(CALL.replace("2", literal), allow_reasoning=False) < 5.0
