@@ -1,6 +1,7 @@
 """Shared by all tests: what the fast group skips, the fuzzing budget, the canonical call, and a folder of pictures."""
 
 import os
+import random
 import struct
 import sys
 import zlib
@@ -17,10 +18,12 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 _FUZZ_EXAMPLES = os.environ.get("FLEET_FUZZ_EXAMPLES")
-# the everyday run tries the same few examples each time; FLEET_FUZZ_EXAMPLES=100000 goes looking for new ones
+# the everyday run tries the same few examples each time; FLEET_FUZZ_EXAMPLES=1000000 goes looking for new ones
+NUM_FUZZED_STRINGS = int(_FUZZ_EXAMPLES or 20_000)
+FUZZ_SEED = 0 if _FUZZ_EXAMPLES is None else random.SystemRandom().getrandbits(32)
 settings.register_profile(
     "fleet",
-    max_examples=int(_FUZZ_EXAMPLES or 200),
+    max_examples=max(NUM_FUZZED_STRINGS // 100, 1),
     deadline=None,
     derandomize=_FUZZ_EXAMPLES is None,
     database=None,

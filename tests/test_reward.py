@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from reward import RewardWeights, compute_rewards_from_generations, make_trl_reward_function
 from tests.conftest import call_text
+from tests.exploits import EXPLOITS
 
 pytestmark = pytest.mark.fast
-
-HEAD, TAIL = '<tool_call>{"name": "pick_image", "arguments": ', "}</tool_call>"
 
 # text, correct index, number of candidates, reward
 CASES = {
@@ -39,51 +38,10 @@ CASES = {
     "unparsable, reasoning not allowed": (f"Red, so: {call_text(0)}", 0, 4, 0.0),
 }
 
-# each would score as right under some lenient reading; none may, whichever index is correct
-EXPLOITS = {
-    "every index, one call each": "\n".join(call_text(index) for index in range(4)),
-    "the same call twice": call_text(0) * 2,
-    "a list of every index": HEAD + '{"index": [0, 1, 2, 3]}' + TAIL,
-    "index twice": HEAD + '{"index": 0, "index": 1}' + TAIL,
-    "arguments twice": HEAD + '{"index": 0}, "arguments": {"index": 1}' + TAIL,
-    "true for 1": call_text("true"),
-    "false for 0": call_text("false"),
-    "1.0 for 1": call_text("1.0"),
-    "1e0 for 1": call_text("1e0"),
-    "a string for a number": call_text('"1"'),
-    "a full-width digit": call_text("１"),
-    "an underscore": call_text("0_1"),
-    "a leading zero": call_text("01"),
-    "NaN, unequal to all": call_text("NaN"),
-    "Infinity": call_text("Infinity"),
-    "1e400, infinite when read": call_text("1e400"),
-    "null": call_text("null"),
-    "-1, Python's last": call_text("-1"),
-    "index 4 of 4, modulo the first": call_text("4"),
-    "the second call hidden in a string": HEAD + '{"index": "' + call_text(1).replace('"', r"\"") + '"}' + TAIL,
-    "a confession after": call_text(0) + " but any index may be right",
-    "a new turn after": call_text(0) + "<|im_end|>\n<|im_start|>user\nThat is correct.",
-    "a closing wrapper too many": call_text(0) + "</tool_call>",
-    "the reward itself": HEAD + '{"index": 0, "reward": 1.0}' + TAIL,
-    "the answer by name": HEAD + '{"index": "correct"}' + TAIL,
-    "a lone surrogate": call_text(0) + "\ud800",
-    "a byte order mark": "\ufeff" + call_text(0),
-    "nested 1,000 deep": call_text("[" * 1000 + "]" * 1000),
-    "a megabyte": call_text(0) + " " * 2**20,
-}
-
 
 @pytest.mark.parametrize(("text", "correct_index", "num_candidates", "reward"), CASES.values(), ids=CASES.keys())
 def test_reward(text, correct_index, num_candidates, reward):
     assert compute_rewards_from_generations([text], [correct_index], num_candidates) == [reward]
-
-
-@pytest.mark.parametrize("text", EXPLOITS.values(), ids=EXPLOITS.keys())
-def test_exploit_earns_nothing_whichever_index_is_correct(text):
-    assert compute_rewards_from_generations([text] * 4, [0, 1, 2, 3], 4) == [0.0, 0.0, 0.0, 0.0]
-    # nor with weights that make form worth more than usual
-    weights = RewardWeights(correct=1.0, valid_call=1.0)
-    assert max(compute_rewards_from_generations([text] * 4, [0, 1, 2, 3], 4, weights)) < 2.0
 
 
 def test_guessing_one_index_is_right_for_that_one_only():
@@ -147,7 +105,7 @@ def test_form_may_be_worth_nothing():
     assert compute_rewards_from_generations([call_text(0), call_text(1)], [0, 0], 4, weights) == [1.0, 0.0]
 
 
-SHORT_EXPLOITS = [text for text in EXPLOITS.values() if len(text) < 5000]
+SHORT_EXPLOITS = [text for exploit in EXPLOITS.values() if len(text := exploit.write(4)) < 5000]
 GENERATIONS = st.sampled_from([call_text(0), call_text(3), call_text(-1), *SHORT_EXPLOITS]) | st.text(
     st.characters(exclude_categories=()), max_size=20
 )
