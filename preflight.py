@@ -21,8 +21,8 @@ from run_files import CONFIG_NAME
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
 MAY_CHANGE_ON_RESUME = frozenset(
     {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
-     "sample_steps", "bad_images", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run", "merge_lora",
-     "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
+     "sample_steps", "bad_images", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run",
+     "merge_lora", "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
      "vllm_gpu_memory_utilization"}
 )  # fmt: skip
 
