@@ -23,7 +23,7 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import nanstd, pad, use_adapter
 
-from answering import AnswerSettings, ModelPolicy
+from answering import AnswerSettings, ModelPolicy, sound_part
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, count_faults, repeat_episodes
 from evaluation import EvaluationPlan, evaluate, headline_figures
 from flops import add_up, compare_work
@@ -450,6 +450,8 @@ class FleetRLOOTrainer(RLOOTrainer):
         """Scores the held-out episodes and logs the figures, on all ranks; training's randomness is left as it was."""
         assert self.evaluation is not None, "no evaluation was given to the trainer"
         plan, settings = self.evaluation
+        ranks = {"rank": self.accelerator.process_index, "num_ranks": self.accelerator.num_processes}
+        plan = sound_part(plan, **ranks, skips_bad_images=self.skips_bad_images)
         self.model.eval()
         start_s = time.perf_counter()
         with unwrap_model_for_generation(
@@ -458,13 +460,7 @@ class FleetRLOOTrainer(RLOOTrainer):
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as policy_model:
-            policy = ModelPolicy(
-                policy_model,
-                self.processing_class,
-                settings,
-                rank=self.accelerator.process_index,
-                num_ranks=self.accelerator.num_processes,
-            )
+            policy = ModelPolicy(policy_model, self.processing_class, settings, **ranks)
             document = evaluate(policy, plan, str(self.model.config._name_or_path)).document
         self.latest_evaluation = document | {"step": self.state.global_step}
         seconds = time.perf_counter() - start_s

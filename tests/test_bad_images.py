@@ -1,6 +1,9 @@
 """Whole runs on folders with bad images, and on images that go bad while the run goes on."""
 
+import logging
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 
 import evaluate
 import training
+from answering import sound_part
 from flags import UsageError
 from held_out import make_plan
 from options import parse_options
@@ -126,3 +130,24 @@ def test_a_run_goes_on_without_an_image_that_vanishes_the_same_each_time(
     shown = [label for line in read_jsonl(tmp_path / "one" / "rollouts.jsonl") if line["step"] == 2
              for label in line["labels"]]  # fmt: skip
     assert len(shown) == 8 and not any(label.startswith("red") for label in shown)
+
+
+def test_an_image_that_vanishes_is_no_longer_evaluated_on(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = make_plan(parse_options(["--data_root", str(data), "--eval_episodes", "20"]), [])
+    assert sound_part(plan, rank=0, num_ranks=1, skips_bad_images=False) is plan
+    gone = data / "red_circle.png"
+    gone.unlink()
+    rest = tuple(episode for episode in plan.episodes if gone not in episode.images)
+    assert 0 < len(rest) < 20
+    with caplog.at_level(logging.INFO, logger="fleet"):
+        assert sound_part(plan, rank=0, num_ranks=1, skips_bad_images=True) == replace(plan, episodes=rest)
+    (line,) = [record.message for record in caplog.records]
+    first = next(number for number, episode in enumerate(plan.episodes) if gone in episode.images)
+    assert line.startswith(f"{20 - len(rest)} of 20 held-out episodes are left out of this evaluation: process 0: ")
+    words = f"process 0: held-out episode {first}: image {gone} cannot be read"
+    assert words in line
+    with pytest.raises(UsageError, match=re.escape(words)):
+        sound_part(plan, rank=0, num_ranks=1, skips_bad_images=False)
+    shutil.rmtree(data)
+    with pytest.raises(UsageError, match="process 0: held-out episode 0: image "):
+        sound_part(plan, rank=0, num_ranks=1, skips_bad_images=True)

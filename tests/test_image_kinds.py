@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from image_check import check_share
 from tests.conftest import save_picture, save_png_of_zeros, save_truncated
+from tests.helpers_images import png, tiff
 from utils.images import BadImage, checked_sha256, list_labelled_images, open_image
 
 pytestmark = pytest.mark.fast
@@ -22,23 +23,6 @@ pytestmark = pytest.mark.fast
 UNDECODED = "cannot be decoded (image file is truncated"
 UNKNOWN = "is not in a format that is read (PNG, JPEG, WEBP, BMP, GIF, TIFF)"
 BOMB = "has more than the 89,478,485 pixels allowed (a decompression bomb?)"
-
-
-def png(*chunks: tuple[bytes, bytes]) -> bytes:
-    """The bytes of a PNG of these chunks."""
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks
-    )
-
-
-def tiff_with_tiles(width: int, height: int, tile_side: int) -> bytes:
-    """The bytes of a grey TIFF in a single tile of zeros, which may be larger than the picture."""
-    content = zlib.compress(bytes(16))
-    tags = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile_side, 323: tile_side,
-            324: 8 + 2 + 12 * 10 + 4, 325: len(content)}  # fmt: skip
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
-    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + content
 
 
 def of_mode(mode: str, color: float | tuple[float, ...]) -> Callable[[Path], object]:
@@ -157,7 +141,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "2 gigapixels that are not there": ("a.png", of_bytes(png(header(2**16, 2**15), (b"IEND", b""))), BOMB),
     "tile of 1,600 megapixels": (
         "a.tif",
-        of_bytes(tiff_with_tiles(10, 10, 40_000)),
+        of_bytes(tiff(10, 10, zlib.compress(bytes(16)), {322: 40_000, 323: 40_000})),
         "has tiles of 1,600,000,000 pixels (a decompression bomb?)",
     ),
     "text of 2 MB in a PNG": ("a.png", text_bomb, "cannot be decoded (Decompressed data too large"),
