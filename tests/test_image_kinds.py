@@ -43,6 +43,10 @@ def with_orientation(number: int) -> Callable[[Path], object]:
     return lambda path: Image.new("RGB", (8, 6)).save(path, exif=exif)
 
 
+def with_noise_for_exif(path: Path) -> None:
+    Image.new("RGB", (8, 6)).save(path, exif=b"Exif\0\0\xff\x00 no exif")
+
+
 def palette_with_transparency(path: Path) -> None:
     picture = Image.new("P", (8, 6))
     picture.putpalette([0, 0, 0, 255, 0, 0])
@@ -124,6 +128,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "EXIF orientation that is none": ("a.jpg", with_orientation(9), None),
     "EXIF of noise": ("a.jpg", of_bytes(jpeg_with_exif(b"\xff\x00no exif\x00")), None),
     "EXIF cut off": ("a.jpg", of_bytes(jpeg_with_exif(b"II*\0\x08\0\0\0\xff\xff")), None),
+    "EXIF of noise in a WebP": ("a.webp", with_noise_for_exif, None),
     # animations give their first frame
     "animated GIF": ("a.gif", moving, None),
     "animated WebP": ("a.webp", moving, None),
