@@ -4,9 +4,11 @@ Owns batching, the split over processes and decoding. What the answers are worth
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +19,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from dataset import Row, VLMDataCollator, episode_row
 from environment import Episode, ImageSource
-from evaluation import Answers
+from evaluation import Answers, EvaluationPlan
+from flags import UsageError
 from group_passes import generate_groups
 from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
-from utils.images import image_digest, open_image
+from utils.images import BadImage, image_digest, open_image
+
+logger = logging.getLogger("fleet")
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,39 @@ class ModelPolicy:
 
     def _picture(self, image: ImageSource) -> Image.Image:
         return open_image(image, self.settings.max_pixels) if isinstance(image, Image.Image) else self._open(image)
+
+
+def sound_part(plan: EvaluationPlan, *, rank: int, num_ranks: int, skips_bad_images: bool) -> EvaluationPlan:
+    """The plan without the episodes of which an image has gone bad since it was checked. Every process takes part.
+
+    Each opens the images of its share of the episodes. Raises UsageError on all of them if an image is bad, unless bad
+    ones are skipped, or if no episode is left.
+    """
+    # a file is opened once, however many episodes show it
+    problem_of = lru_cache(maxsize=None)(lambda path: _problem_of(path, plan.max_pixels))
+    faults = {}
+    for number in range(rank, len(plan.episodes), num_ranks):
+        paths = [image for image in plan.episodes[number].images if not isinstance(image, Image.Image)]
+        problems = [problem for problem in map(problem_of, paths) if problem is not None]
+        if problems:
+            faults[number] = f"process {rank}: held-out episode {number}: {problems[0]}"
+    found = {number: fault for of_rank in gather_object([faults]) for number, fault in of_rank.items()}
+    if not found:
+        return plan
+    first = found[min(found)]
+    if not skips_bad_images or len(found) == len(plan.episodes):
+        raise UsageError(first)
+    logger.info(f"{len(found)} of {len(plan.episodes)} held-out episodes are left out of this evaluation: {first}")
+    rest = tuple(episode for number, episode in enumerate(plan.episodes) if number not in found)
+    return replace(plan, episodes=rest)
+
+
+def _problem_of(path: Path, max_pixels: int | None) -> str | None:
+    try:
+        open_image(path, max_pixels)
+    except BadImage as error:
+        return str(error)
+    return None
 
 
 class FirstOfGroupIsGreedy(LogitsProcessor):

@@ -11,9 +11,15 @@ import torch
 from PIL import Image
 
 from environment import Episode, EpisodeSource, Message
-from utils.images import image_digest, open_image
+from flags import UsageError
+from utils.images import BadImage, image_digest, open_image
 
 Row = dict[str, Any]
+
+# The episodes from which replacements are drawn: further on than any run gets, and prime, so that an environment that
+# repeats itself gives another one.
+REPLACEMENT_STRIDE = 1_000_000_007
+MAX_REPLACEMENTS = 100
 
 
 class EpisodeBatch(TypedDict):
@@ -30,13 +36,18 @@ class EpisodeBatch(TypedDict):
     num_images: list[int]  # P ints that sum to I
     image_digests: list[bytes]  # I, equal for equal pictures
     episodes: list[Episode]  # P
+    faults: list[str | None]  # P; why an episode's number shows another one's, None where it does not
     images: list[list[Image.Image]]  # P lists of RGB pictures, for vLLM and for reports
     prompts: list[list[Message]]  # P conversations
     group_size: int  # G
 
 
 class RepeatableEpisodeDataset:
-    """Endless episodes by number: item i is `env.episode(i)`, on every rank, in every run and after every resume."""
+    """Endless episodes by number: item i is `env.episode(i)`, on every rank, in every run and after every resume.
+
+    An episode of which an image has gone bad since it was checked is replaced by number i + k * 1,000,000,007 for the
+    first k that is sound, the same one every time; its row says so in `fault`, and `count_faults` decides what follows.
+    """
 
     def __init__(self, env: EpisodeSource, max_pixels: int | None = None):
         """max_pixels: budget of one image in pixels (see utils.images.open_image); None keeps the file's size.
@@ -48,10 +59,20 @@ class RepeatableEpisodeDataset:
         self._latest_rows: dict[int, Row] = {}
 
     def __getitem__(self, index: int) -> Row:
-        """The row (see episode_row) of episode `index` (0 or greater); costs the same for every index."""
-        episode = self.env.episode(index)
-        pictures = [open_image(image, self.max_pixels) for image in episode.images]
-        return episode_row(episode, index, self.env.prompt_messages(episode), pictures)
+        """The row (see episode_row) of episode `index` (0 or greater); costs the same for every index.
+
+        Raises UsageError if it cannot be shown and neither can any of 100 in its place.
+        """
+        fault = None
+        for number in range(index, index + (1 + MAX_REPLACEMENTS) * REPLACEMENT_STRIDE, REPLACEMENT_STRIDE):
+            try:
+                episode = self.env.episode(number)
+                pictures = [open_image(image, self.max_pixels) for image in episode.images]
+            except (BadImage, OSError) as error:
+                fault = fault or f"episode {index}: {error}"
+            else:
+                return episode_row(episode, index, self.env.prompt_messages(episode), pictures, fault)
+        raise UsageError(f"{fault}; {MAX_REPLACEMENTS} other episodes cannot be shown either: is the data folder gone?")
 
     def __iter__(self) -> Iterator[Row]:
         index = 0
@@ -76,11 +97,18 @@ class RepeatableEpisodeDataset:
         return {column: [row[column] for row in rows] for column in rows[0]}
 
 
-def episode_row(episode: Episode, index: int, messages: Sequence[Message], pictures: list[Image.Image]) -> Row:
+def episode_row(
+    episode: Episode,
+    index: int,
+    messages: Sequence[Message],
+    pictures: list[Image.Image],
+    fault: str | None = None,
+) -> Row:
     """An episode as a row of the data set.
 
     Its columns: `episode_index`; `prompt` (chat messages) and `images` (RGB pictures), which TRL's own trainer reads
-    too; `correct_index` and `num_candidates`, which the reward reads; `episode`.
+    too; `correct_index` and `num_candidates`, which the reward reads; `episode`; `fault`, why it is not the episode of
+    that index, or None.
     """
     return {
         "episode_index": index,
@@ -89,7 +117,21 @@ def episode_row(episode: Episode, index: int, messages: Sequence[Message], pictu
         "correct_index": episode.correct_index,
         "num_candidates": episode.num_candidates,
         "episode": episode,
+        "fault": fault,
     }
+
+
+def count_faults(faults_of_ranks: Sequence[Sequence[str | None]], *, skips_bad_images: bool) -> int:
+    """How many episodes of a generation were replaced, over all ranks.
+
+    faults_of_ranks: by rank, those of its episodes. Raises UsageError, the same on every rank, for the first of them
+    unless bad images are skipped.
+    """
+    faults = [(rank, fault) for rank, of_rank in enumerate(faults_of_ranks) for fault in of_rank if fault is not None]
+    if faults and not skips_bad_images:
+        rank, fault = faults[0]
+        raise UsageError(f"process {rank}: {fault}; or pass --bad_images skip to have the episode replaced")
+    return len(faults)
 
 
 class VLMDataCollator:
@@ -135,6 +177,7 @@ class VLMDataCollator:
             num_images=[len(pictures) for pictures in images],
             image_digests=[image_digest(picture) for pictures in images for picture in pictures],
             episodes=[row["episode"] for row in firsts],
+            faults=[row["fault"] for row in firsts],
             images=images,
             prompts=[row["prompt"] for row in firsts],
             group_size=self.num_rollouts,

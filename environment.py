@@ -8,12 +8,13 @@ import importlib.util
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from PIL import Image
 
@@ -134,7 +135,7 @@ class PickImageEnv:
         *,
         allow_reasoning: bool = False,
     ):
-        """Lists the images under `data_root` (layouts: utils.images.list_labelled_images); decodes none.
+        """Lists the images under `data_root` (layouts: utils.images.list_labelled_images); opens none.
 
         candidates_per_episode: N >= 2. fixed_correct_index: in [0, N), or None. seed: any int.
         Raises ValueError for numbers out of range or a folder with too few images; FileNotFoundError or
@@ -155,12 +156,28 @@ class PickImageEnv:
         self.fixed_correct_index = fixed_correct_index
         self.seed = seed
         self.allow_reasoning = allow_reasoning
-        self.images = list_labelled_images(data_root)
-        self.paths_by_label = _group_by_label(self.images)
-        _require_enough(self.images, self.paths_by_label, data_root, candidates_per_episode, fixed_correct_index)
+        self.data_root = data_root
+        self._draw_from(list_labelled_images(data_root))
         self._reset_seed = seed
         self._next_index = 0
         self._current: Episode | None = None
+
+    def without_images(self, paths: Collection[Path]) -> Self:
+        """This environment on the rest of its images. Raises ValueError if they are too few.
+
+        An environment of your own that derives more than episodes from `images` overrides this and derives it anew.
+        """
+        left_out = set(paths)
+        narrowed = copy(self)
+        narrowed._draw_from(tuple(image for image in self.images if image.path not in left_out))
+        return narrowed
+
+    def _draw_from(self, images: tuple[LabelledImage, ...]) -> None:
+        self.images = images
+        self.paths_by_label = _group_by_label(images)
+        _require_enough(
+            images, self.paths_by_label, self.data_root, self.candidates_per_episode, self.fixed_correct_index
+        )
 
     def episode(self, index: int) -> Episode:
         """Episode `index` (0 or greater): a pure function of (seed, index), the same on every machine."""

@@ -28,6 +28,7 @@ from evaluate_options import (
 from evaluation import EvaluationPlan, with_baseline
 from flags import UsageError
 from held_out import make_plan
+from image_check import Findings, RunData, find_bad_images
 from preflight import make_environment, require_consistent_launch, require_model, require_packages
 
 logger = logging.getLogger("fleet")
@@ -39,15 +40,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one evaluation from start to end. Raises UsageError, before any weight loads, for one that cannot be."""
     command_line.set_up_logging()
     options = parse_evaluate_options(sys.argv[1:] if argv is None else argv)
-    plan, problem = command_line.result_or_problem(lambda: check_before_loading(options))
+    findings, problem = command_line.result_or_problem(lambda: check_before_loading(options))
     command_line.keep_libraries_quiet()
     import evaluate_setup
-    from model_setup import has_bfloat16
+    import model_setup
 
-    options, filled = resolve_evaluate_options(options, has_bf16_gpu=has_bfloat16())
+    options, filled = resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     accelerator = evaluate_setup.start(options, problem)
-    assert plan is not None, "a process without a plan has a problem, which start() raises"
-    plan = replace(plan, max_pixels=options.image_max_pixels)
+    assert findings is not None, "a process that has found nothing has a problem, which start() raises"
+    data = model_setup.agree_on_data(options, findings)
+    plan, problem = command_line.result_or_problem(lambda: plan_evaluation(options, data))
+    model_setup.require_agreement(options, problem)
+    assert plan is not None, "a process without a plan has a problem, which require_agreement() raises"
     logger.info(evaluate_setup.describe(options, plan, filled))
     evaluation = evaluate_setup.score(options, plan, options.model_id, accelerator)
     if options.baseline is not None:
@@ -57,18 +61,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_document(evaluation.document, options.output)
 
 
-def check_before_loading(options: EvaluateOptions) -> EvaluationPlan:
-    """What is to be measured, once everything that can be checked without weights is sound. Raises UsageError."""
+def check_before_loading(options: EvaluateOptions) -> Findings:
+    """The environment and this process's share of its images, once all else that needs no weight is sound.
+
+    Raises UsageError; for bad images only where one process evaluates.
+    """
     require_packages(options)
     require_consistent_launch(os.environ)
     require_model(options.model_id)
     if options.baseline is not None:
         require_model(options.baseline, "baseline")
     require_output(options)
+    return find_bad_images(make_environment(options, seed=options.eval_seed), options, os.environ)
+
+
+def plan_evaluation(options: EvaluateOptions, data: RunData) -> EvaluationPlan:
+    """What is to be measured, on episodes that no run behind the models has drawn. Raises UsageError."""
     models = [model for model in (options.model_id, options.baseline) if model is not None]
     return make_plan(
         options,
         [run for model in models for run in runs_behind(options, model)],
+        skipped_images=data.skipped_images,
         num_samples=options.num_samples,
         ks=options.ks,
         prompt_style=options.prompt_style,
@@ -83,7 +96,11 @@ def runs_behind(options: EvaluateOptions, model_id: str) -> list[tuple[EpisodeSo
         run = run_options(model_id)
         try:
             num_episodes = int(config["num_episodes"])
-            env = make_environment(replace(options, **{name: run[name] for name in TASK}), seed=run["seed"])
+            env = make_environment(
+                replace(options, **{name: run[name] for name in TASK}),
+                seed=run["seed"],
+                skipped_images=config.get("skipped_images", ()),
+            )
         except (KeyError, UsageError) as error:
             logger.info(f"what the run of {model_id} trained on is not known, and not passed over: {error}")
         else:

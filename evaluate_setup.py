@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
 
-from answering import AnswerSettings, ModelPolicy
+from answering import AnswerSettings, ModelPolicy, sound_part
 from evaluate_options import EvaluateOptions
 from evaluation import Evaluation, EvaluationPlan, evaluate
 from model_setup import has_gpu, load_model, local_model_path, require_agreement, use_every_core
@@ -57,7 +57,11 @@ def describe(options: EvaluateOptions, plan: EvaluationPlan, filled: Sequence[Re
 
 
 def score(options: EvaluateOptions, plan: EvaluationPlan, model_id: str, accelerator: Accelerator) -> Evaluation:
-    """The evaluation of one model, which is loaded for it and let go. Every process takes part."""
+    """The evaluation of one model, which is loaded for it and let go. Every process takes part.
+
+    Raises UsageError if an image has gone bad: models are compared on the same episodes, so none is left out.
+    """
+    sound_part(plan, rank=accelerator.process_index, num_ranks=accelerator.num_processes, skips_bad_images=False)
     transformers_logging.disable_progress_bar()
     options = replace(options, model_id=model_id)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32

@@ -106,6 +106,13 @@ def add_task_flags(add: Callable[..., Any]) -> None:
         help="folder of candidate images: named files, a "
         "folder per class, or metadata.csv/.jsonl (default: ./toy_images)",
     )
+    add(
+        "--bad_images",
+        default="stop",
+        choices=["stop", "skip"],
+        help="what an image that cannot be used does: stop the run, or be left out, and where it goes bad during the "
+        "run, have its episode replaced (default: stop, as nothing is left out unasked)",
+    )
     add("--env", metavar="FILE:CLASS", help="another environment, as path/to/file.py:ClassName (default: PickImageEnv)")
     add("--candidates_per_episode", type=int, default=4, metavar="N", help="images per episode (default: 4)")
     add(

@@ -6,7 +6,7 @@ Owns the draw and what counts as alike. Imports no torch.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from itertools import chain
 
@@ -33,18 +33,22 @@ def make_plan(
     options: SharedOptions,
     runs: Iterable[tuple[EpisodeSource, int]],
     *,
+    skipped_images: Collection[str] = (),
     num_samples: int = 0,
     ks: tuple[int, ...] = (),
     prompt_style: str | None = None,
 ) -> EvaluationPlan:
     """The evaluation that the options ask for, on episodes that none of these runs draws.
 
-    runs: the environment of each run and how many episodes it draws from the first on. prompt_style: compare prompts
-    under the parser that accepts text before the call; None takes prompt and parser from the options.
+    runs: the environment of each run and how many episodes it draws from the first on. skipped_images: what is drawn
+    from no more than in training. prompt_style: compare prompts under the parser that accepts text before the call;
+    None takes prompt and parser from the options.
     Raises UsageError if the folder holds too few unseen episodes, or an environment fails.
     """
     prompts_reasoning = options.allow_reasoning if prompt_style is None else prompt_style == "reasoning"
-    env = make_environment(options, seed=options.eval_seed, prompts_reasoning=prompts_reasoning)
+    env = make_environment(
+        options, seed=options.eval_seed, prompts_reasoning=prompts_reasoning, skipped_images=skipped_images
+    )
     drawn = chain.from_iterable(
         (run_env.episode(index) for index in range(min(num_episodes, MAX_COMPARED_EPISODES)))
         for run_env, num_episodes in runs

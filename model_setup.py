@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from flags import TOY_MODEL_ID, UsageError
+from image_check import Findings, RunData, first_difference, listing_of, settle
 from model_utils import load_qwen25_vl
 from options import SharedOptions, starts_sighted
 from toy_model import PLAIN, SIGHTED, build_in_own_process
@@ -55,6 +56,22 @@ def require_agreement(options: SharedOptions, problem: str | None) -> None:
     ]
     if differing:
         raise UsageError(f"processes were started with different flags: {', '.join(differing)}; give all the same")
+
+
+def agree_on_data(options: SharedOptions, findings: Findings) -> RunData:
+    """What the run draws from, the same on every process. Every process takes part.
+
+    Raises UsageError on every process if images are bad and stop the run, or if machines hold different folders.
+    """
+    if findings.data is not None:
+        return findings.data
+    found = gather_object([findings.share])
+    if len({None if share is None else share.names_digest for share in found}) > 1:
+        listings = gather_object([listing_of(findings.env, options.data_root)])
+        raise UsageError(
+            f"the machines hold different images: {first_difference(listings)}; give every machine the same data folder"
+        )
+    return settle(options, findings.env, found)
 
 
 def local_model_path(options: SharedOptions) -> str:

@@ -24,6 +24,7 @@ class SharedOptions:
     attn_implementation: str
     load_in_4bit: bool
     data_root: str
+    bad_images: str
     env: str | None
     candidates_per_episode: int
     fixed_correct_index: int | None

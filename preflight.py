@@ -1,11 +1,12 @@
 """Everything that can be wrong with a run and can be known before a weight loads, found in seconds.
 
-Owns the checks of folders, images, packages and launch variables. Raises UsageError; imports no torch.
+Owns the checks of folders, packages, launch variables and environments; those of image files are in image_check.py.
+Raises UsageError; imports no torch.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,15 +14,15 @@ from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from flags import TOY_MODEL_ID, UsageError
+from image_check import Findings, find_bad_images, without_images
 from options import Options, SharedOptions
 from run_files import CONFIG_NAME
-from utils.images import first_bad_image
 
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
 MAY_CHANGE_ON_RESUME = frozenset(
     {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
-     "sample_steps", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run", "merge_lora",
-     "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
+     "sample_steps", "bad_images", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run",
+     "merge_lora", "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
      "vllm_gpu_memory_utilization", "trust_checkpoint", "step_timeout_s"}
 )  # fmt: skip
 
@@ -29,17 +30,18 @@ MAY_CHANGE_ON_RESUME = frozenset(
 ENDLESS_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
 
 
-def check_before_loading(options: Options, launch_variables: Mapping[str, str] = os.environ) -> EpisodeSource:
-    """The environment of the run, once everything that can be checked without weights is sound.
+def check_before_loading(options: Options, launch_variables: Mapping[str, str] = os.environ) -> Findings:
+    """The environment of the run and this process's share of its images, once all else that needs no weight is sound.
 
-    launch_variables: what the launcher put into the process environment. Raises UsageError.
+    launch_variables: what the launcher put into the process environment. Raises UsageError; for bad images only in a
+    run of one process, as several must first hear of each other's shares.
     """
     require_packages(options)
     require_consistent_launch(launch_variables)
     require_model(options.model_id)
     require_adapter_flags(options)
     require_output_dir(options)
-    return make_environment(options)
+    return find_bad_images(make_environment(options), options, launch_variables)
 
 
 def require_packages(options: SharedOptions) -> None:
@@ -223,12 +225,16 @@ def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, 
 
 
 def make_environment(
-    options: SharedOptions, *, seed: int | None = None, prompts_reasoning: bool | None = None
+    options: SharedOptions,
+    *,
+    seed: int | None = None,
+    prompts_reasoning: bool | None = None,
+    skipped_images: Collection[str] = (),
 ) -> EpisodeSource:
-    """The environment that the options name, with every image of its folder known to decode. Raises UsageError.
+    """The environment that the options name; no image is opened for it. Raises UsageError.
 
     seed: of its episodes; by default the options' own. prompts_reasoning: whether its prompts ask for reasoning before
-    the call; by default as the answers are judged.
+    the call; by default as the answers are judged. skipped_images: the names of those that it must do without.
     """
     try:
         env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
@@ -239,17 +245,14 @@ def make_environment(
             seed=options.seed if seed is None else seed,
             allow_reasoning=options.allow_reasoning if prompts_reasoning is None else prompts_reasoning,
         )
-        bad_image = first_bad_image(getattr(env, "images", ()))
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     except Exception as error:
         # an environment file is the user's code and may raise anything
         raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
-    if bad_image is not None:
-        raise UsageError(bad_image)
     if options.env:
         require_sound_episode(env, options.env)
-    return env
+    return without_images(env, skipped_images, options)
 
 
 def require_sound_episode(env: EpisodeSource, spec: str) -> None:

@@ -23,8 +23,8 @@ from trl import RLOOConfig
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import nanstd, pad, use_adapter
 
-from answering import AnswerSettings, ModelPolicy
-from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, repeat_episodes
+from answering import AnswerSettings, ModelPolicy, sound_part
+from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, count_faults, repeat_episodes
 from evaluation import EvaluationPlan, evaluate, headline_figures
 from flops import add_up, compare_work
 from group_passes import (
@@ -87,6 +87,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         processing_class: Any,
         *,
         reward_weights: RewardWeights = DEFAULT_WEIGHTS,
+        skips_bad_images: bool = False,
         allow_reasoning: bool = False,
         peft_config: PeftConfig | None = None,
         shared_prefix: bool = True,
@@ -95,6 +96,8 @@ class FleetRLOOTrainer(ResumableTrainer):
     ):
         """args: `make_rloo_config` says how episodes become TRL's batch sizes. processing_class: pads left.
 
+        skips_bad_images: go on where an image has gone bad, on the episode that replaces its own, and log
+        `images/episodes_replaced` (of a generation, over all devices); else the run stops, on all devices together.
         shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
         vision_cache_bytes: host memory for the features of images, where the vision tower is frozen; 0 keeps none.
         evaluation: the held-out episodes that `evaluate` scores, and how they are answered.
@@ -124,6 +127,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             self.model.delete_adapter("ref")
         # TRL's constructor insists on its own identity collator
         self.data_collator = VLMDataCollator(processing_class, args.num_generations)
+        self.skips_bad_images = skips_bad_images
         self.allow_reasoning = allow_reasoning
         self.shared_prefix = shared_prefix
         self.vision_cache: VisionCache | None = None
@@ -158,6 +162,9 @@ class FleetRLOOTrainer(ResumableTrainer):
     def _roll_out(self, batch: EpisodeBatch) -> Rollouts:
         """Samples G completions of each episode and rewards them. Every rank takes part."""
         self.on_activity("generation")
+        num_replaced = count_faults(gather_object([batch["faults"]]), skips_bad_images=self.skips_bad_images)
+        if self.skips_bad_images:
+            self._metrics["train"]["images/episodes_replaced"].append(float(num_replaced))
         features = self._image_features(batch)
         completions = self._sample_completions(batch, features)
         texts = [decode_completion(self.processing_class, ids, self.eos_token_ids) for ids in completions]
@@ -448,6 +455,8 @@ class FleetRLOOTrainer(ResumableTrainer):
         """Scores the held-out episodes and logs the figures, on all ranks; training's randomness is left as it was."""
         assert self.evaluation is not None, "no evaluation was given to the trainer"
         plan, settings = self.evaluation
+        ranks = {"rank": self.accelerator.process_index, "num_ranks": self.accelerator.num_processes}
+        plan = sound_part(plan, **ranks, skips_bad_images=self.skips_bad_images)
         self.model.eval()
         start_s = time.perf_counter()
         with unwrap_model_for_generation(
@@ -460,8 +469,7 @@ class FleetRLOOTrainer(ResumableTrainer):
                 policy_model,
                 self.processing_class,
                 settings,
-                rank=self.accelerator.process_index,
-                num_ranks=self.accelerator.num_processes,
+                **ranks,
                 on_progress=lambda num_rows: self.on_activity("evaluation"),
             )
             document = evaluate(policy, plan, str(self.model.config._name_or_path)).document

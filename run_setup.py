@@ -20,11 +20,13 @@ from trl import RLOOConfig
 
 from answering import AnswerSettings
 from checkpointing import ProcessPlace, choose_checkpoint, remove_unfinished
+from command_line import result_or_problem
 from dataset import RepeatableEpisodeDataset
 from environment import EpisodeSource
 from evaluation import EvaluationPlan
 from flags import Preempted, UsageError
 from held_out import make_plan, num_episodes_drawn
+from image_check import RunData
 from model_setup import has_gpu, load_model, require_agreement
 from model_utils import count_parameters, make_lora_config, read_adapter_config
 from options import Options, ResolvedDefault
@@ -69,19 +71,27 @@ def describe_run(options: Options, filled: Sequence[ResolvedDefault]) -> str:
     return f"{headline}\n\n{resolved_table(filled)}"
 
 
-def start_distributed(options: Options, problem: str | None = None) -> tuple[Options, RLOOConfig]:
-    """The options with their output folder's name, and TRL's arguments; the same on every process.
+def start_distributed(options: Options, problem: str | None = None) -> RLOOConfig:
+    """TRL's arguments, whose making starts the process group.
 
     problem: what the checks found on this process. Raises UsageError on all processes if any has a problem, or if
-    their flags differ. Touches no folder, except for making a new one where none was named.
+    their flags differ.
     """
     args = make_rloo_config(options)
     require_agreement(options, problem)
+    return args
+
+
+def name_output_dir(options: Options, args: RLOOConfig) -> Options:
+    """The options with their output folder's name, the same on every process.
+
+    Touches no folder, except for making a new one where none was named.
+    """
     agreed = [str(options.output_dir or make_new_output_dir(options))] if args.process_index == 0 else [""]
     broadcast_object_list(agreed)
     args.output_dir = agreed[0]
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(agreed[0]) / "tensorboard")
-    return replace(options, output_dir=agreed[0]), args
+    return replace(options, output_dir=agreed[0])
 
 
 def make_new_output_dir(options: Options) -> Path:
@@ -214,6 +224,7 @@ def build_trainer(
         RepeatableEpisodeDataset(env, options.image_max_pixels),
         processor,
         reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
+        skips_bad_images=options.bad_images == "skip",
         allow_reasoning=options.allow_reasoning,
         peft_config=lora,
         shared_prefix=options.shared_prefix,
@@ -227,10 +238,17 @@ def build_trainer(
     return trainer
 
 
-def plan_evaluation(options: Options, env: EpisodeSource) -> EvaluationPlan:
-    """What is measured while training, on episodes that the run itself does not draw. Raises UsageError."""
-    num_episodes = num_episodes_drawn(options, int(os.environ.get("WORLD_SIZE", "1")))
-    return make_plan(options, [(env, num_episodes)])
+def plan_evaluation(options: Options, data: RunData) -> EvaluationPlan | None:
+    """What is measured while training, on episodes that the run itself does not draw; None if nothing is.
+
+    Raises UsageError on every process if there is no such plan on any.
+    """
+    if not options.eval_steps:
+        return None
+    runs = [(data.env, num_episodes_drawn(options, int(os.environ.get("WORLD_SIZE", "1"))))]
+    plan, problem = result_or_problem(lambda: make_plan(options, runs, skipped_images=data.skipped_images))
+    require_agreement(options, problem)
+    return plan
 
 
 def answer_settings(options: Options) -> AnswerSettings:

@@ -9,7 +9,6 @@ torch is imported only once everything that can be checked without it is sound.
 import logging
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 import command_line
 from options import parse_options, resolve_options
@@ -22,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one training from start to end. Raises UsageError, before any weight loads, for a run that cannot be."""
     command_line.set_up_logging()
     options = settle_resume(parse_options(sys.argv[1:] if argv is None else argv))
-    env, problem = command_line.result_or_problem(lambda: check_before_loading(options))
+    findings, problem = command_line.result_or_problem(lambda: check_before_loading(options))
     command_line.keep_libraries_quiet()
     import model_setup
     import run_results
@@ -33,18 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, filled = resolve_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     run_setup.require_launchers_dtype(options)
     require_same_run_on_resume(options)
-    plan = None
-    if env is not None and options.eval_steps:
-        plan, problem = command_line.result_or_problem(partial(run_setup.plan_evaluation, options, env))
     logger.info(run_setup.describe_run(options, filled))
-    if options.dry_run and problem is None:
+    args = run_setup.start_distributed(options, problem)
+    assert findings is not None, "a process that has found nothing has a problem, which start_distributed raises"
+    data = model_setup.agree_on_data(options, findings)
+    plan = run_setup.plan_evaluation(options, data)
+    if options.dry_run:
         logger.info("dry run: everything checked is sound; no weight was loaded")
         return
     model_path = model_setup.local_model_path(options)
-    options, args = run_setup.start_distributed(options, problem)
-    assert env is not None, "a process without an environment has a problem, which start_distributed raises"
+    options = run_setup.name_output_dir(options, args)
     checkpoint = run_setup.find_checkpoint(options, args)
-    trainer = run_setup.build_trainer(options, args, env, plan, model_path)
+    trainer = run_setup.build_trainer(options, args, data.env, plan, model_path)
     run_setup.take_output_dir(options, trainer)
     with run_setup.watched(options, trainer):
         run_setup.train(options, trainer, checkpoint)

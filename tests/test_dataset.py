@@ -1,14 +1,21 @@
 """Rows and batches: random access, the plain processor as oracle, and each episode encoded once."""
 
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 
-from dataset import RepeatableEpisodeDataset, VLMDataCollator
-from environment import PickImageEnv
+from dataset import RepeatableEpisodeDataset, VLMDataCollator, count_faults
+from environment import Episode, PickImageEnv
+from flags import UsageError
+from tests.conftest import save_picture
 from tests.helpers import toy_dataset, toy_processor
 from toy_model import TOY_DATA_ROOT
 
@@ -126,3 +133,116 @@ def test_a_right_padding_processor_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(toy_processor().tokenizer, "padding_side", "right")
     with pytest.raises(ValueError, match="pads on the right, but generation needs left padding"):
         VLMDataCollator(toy_processor(), 2)
+
+
+# --- images that go bad during a run ----------------------------------------------------------------------------------
+
+STRIDE = 1_000_000_007
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Eight pictures that a test may break."""
+    for number, color in enumerate(("black", "blue", "green", "grey", "orange", "pink", "red", "white")):
+        save_picture(tmp_path / "pictures" / f"{color}_{number}.png", color)
+    return tmp_path / "pictures"
+
+
+def shows(dataset: RepeatableEpisodeDataset, index: int, name: str) -> bool:
+    return name in {Path(str(image)).name for image in dataset.env.episode(index).images}
+
+
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def become_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
+    "vanished": (os.unlink, "cannot be read (No such file or directory)"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:50]), "cannot be decoded"),
+    "emptied": (lambda path: path.write_bytes(b""), "is empty"),
+    "a folder now": (become_a_folder, "is a folder, not a file"),
+    "a pipe now": (become_a_pipe, "is a pipe, not a file"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), BREAK.values(), ids=BREAK.keys())
+def test_episode_of_an_image_that_went_bad_is_replaced_by_a_fixed_other_one(
+    pictures: Path, spoil: Callable[[Path], object], words: str
+) -> None:
+    dataset, same_again = (RepeatableEpisodeDataset(PickImageEnv(pictures)) for _ in range(2))
+    spoil(pictures / "red_6.png")
+    rows = [dataset[index] for index in range(40)]
+    replaced = [index for index in range(40) if shows(dataset, index, "red_6.png")]
+    assert 5 < len(replaced) < 35
+    for index, row in enumerate(rows):
+        assert row["episode_index"] == index, "the group keeps its number"
+        if index not in replaced:
+            assert row["fault"] is None and row["episode"] == dataset.env.episode(index)
+            continue
+        assert row["fault"].startswith(f"episode {index}: image {pictures}/red_6.png ") and words in row["fault"]
+        first_sound = next(k for k in range(1, 100) if not shows(dataset, index + k * STRIDE, "red_6.png"))
+        assert row["episode"] == dataset.env.episode(index + first_sound * STRIDE)
+        assert len(row["images"]) == row["num_candidates"] == 4
+    again = [same_again[index] for index in range(40)]
+    assert [(row["episode"], row["fault"]) for row in again] == [(row["episode"], row["fault"]) for row in rows]
+
+
+def test_a_group_is_replaced_whole_and_the_batch_says_so(pictures: Path) -> None:
+    dataset = RepeatableEpisodeDataset(PickImageEnv(pictures), 56 * 56)
+    (pictures / "red_6.png").unlink()
+    bad = next(index for index in range(40) if shows(dataset, index, "red_6.png"))
+    good = next(index for index in range(40) if not shows(dataset, index, "red_6.png"))
+    rows = dataset.as_hf_dataset(40).__getitems__([bad] * 3 + [good] * 3)
+    batch = VLMDataCollator(toy_processor(), 3)(rows)
+    assert [fault is None for fault in batch["faults"]] == [False, True]
+    assert batch["episodes"][1] == dataset.env.episode(good)
+
+
+def test_no_folder_at_all_ends_the_run(pictures: Path) -> None:
+    dataset = RepeatableEpisodeDataset(PickImageEnv(pictures))
+    pictures.rename(pictures.with_name("gone"))
+    with pytest.raises(UsageError, match="episode 3: image .* cannot be read .*; 100 other episodes cannot be shown"):
+        dataset[3]
+
+
+def test_environment_that_opens_pictures_itself_is_replaced_alike(pictures: Path) -> None:
+    class Opening(PickImageEnv):
+        def episode(self, index: int) -> Episode:
+            episode = super().episode(index)
+            return replace(episode, images=tuple(Image.open(str(image)) for image in episode.images))
+
+    dataset = RepeatableEpisodeDataset(Opening(pictures))
+    plain = RepeatableEpisodeDataset(PickImageEnv(pictures))
+    (pictures / "red_6.png").unlink()
+    bad = next(index for index in range(40) if shows(plain, index, "red_6.png"))
+    assert dataset[bad]["fault"].startswith(f"episode {bad}: [Errno 2] No such file or directory")
+
+
+def test_a_mistake_in_an_environment_is_no_bad_image(pictures: Path) -> None:
+    class Failing(PickImageEnv):
+        def episode(self, index: int) -> Episode:
+            raise KeyError("a mistake")
+
+    with pytest.raises(KeyError, match="a mistake"):
+        RepeatableEpisodeDataset(Failing(pictures))[0]
+
+
+def test_faults_are_counted_or_stop_every_rank_with_the_same_words() -> None:
+    faults: list[list[str | None]] = [
+        [None, None],
+        ["episode 5: image a.png is empty; replace it", None],
+        ["episode 7: image b.png", None],
+    ]
+    assert count_faults(faults, skips_bad_images=True) == 2
+    assert count_faults([[None], [None]], skips_bad_images=False) == 0
+    with pytest.raises(UsageError) as refusal:
+        count_faults(faults, skips_bad_images=False)
+    assert str(refusal.value) == (
+        "process 1: episode 5: image a.png is empty; replace it; or pass --bad_images skip to have the episode replaced"
+    )

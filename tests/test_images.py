@@ -1,14 +1,15 @@
 """What a file becomes as pixels, and which files are refused by name before training meets them."""
 
 import json
+import pickle
 import struct
 
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from tests.conftest import save_picture, save_png_of_zeros, save_truncated
-from utils.images import LabelledImage, first_bad_image, list_labelled_images, open_image
+from image_check import check_share
+from tests.conftest import save_picture, save_png_of_zeros
+from utils.images import BadImage, list_labelled_images, open_image
 
 pytestmark = pytest.mark.fast
 
@@ -158,33 +159,21 @@ def text(path, content: str):
     return path
 
 
-# a file of this name, how it is made, and words of the refusal
-BAD_FILES = {
-    "truncated JPEG": ("cut.jpg", save_truncated, "cannot be decoded"),
-    "truncated PNG": ("cut.png", save_truncated, "cannot be decoded"),
-    "truncated GIF": ("cut.gif", save_truncated, "cannot be decoded"),
-    "truncated BMP": ("cut.bmp", save_truncated, "cannot be decoded"),
-    "text": ("note.png", lambda path: text(path, "not a picture"), "not in a format that Pillow reads"),
-    "web page": ("page.jpg", lambda path: text(path, "<!DOCTYPE html><html></html>"), "not in a format"),
-    "Git LFS pointer": ("lfs.jpg", lambda path: text(path, "version https://git-lfs.github.com/spec/v1"), "not in a"),
-    "empty file": ("empty.png", lambda path: text(path, ""), "not in a format that Pillow reads"),
-    "missing file": ("missing.png", lambda path: path, "cannot be decoded"),
-    "folder": ("folder.png", lambda path: path.mkdir(), "cannot be decoded"),
-    "91 megapixels": ("bomb.png", lambda path: save_png_of_zeros(path, 10_000, 9_100), "89,478,485 pixels"),
-    "400 megapixels": ("big.png", lambda path: save_png_of_zeros(path, 20_000, 20_000, 1), "89,478,485 pixels"),
-    "wide 1:200": ("wide.png", lambda path: save_picture(path, size=(400, 2)), "400x2 pixels, narrower than 1:200"),
-    "high 1:200": ("high.png", lambda path: save_picture(path, size=(1, 200)), "1x200 pixels, narrower than 1:200"),
-}
-
-
-@pytest.mark.parametrize(("name", "make", "words"), BAD_FILES.values(), ids=BAD_FILES.keys())
-def test_bad_file_is_refused_by_name(tmp_path, name, make, words):
-    path = tmp_path / name
-    make(path)
-    with pytest.raises(ValueError, match=words) as refusal:
+def test_refusal_names_file_reason_and_remedy_on_one_line(tmp_path):
+    path = text(tmp_path / "a\nb.png", "not a picture")
+    with pytest.raises(BadImage) as refusal:
         open_image(path)
-    assert f"image {path} " in str(refusal.value)
-    assert first_bad_image([LabelledImage(path, "?")]) == str(refusal.value)
+    assert str(refusal.value) == (
+        f"image '{tmp_path}/a\\nb.png' is not in a format that is read (PNG, JPEG, WEBP, BMP, GIF, TIFF); convert it "
+        "or remove it"
+    )
+    again = pickle.loads(pickle.dumps(refusal.value))
+    assert (str(again), again.reason) == (str(refusal.value), refusal.value.reason)
+
+
+def test_file_that_is_gone_is_refused_by_name(tmp_path):
+    with pytest.raises(BadImage, match=r"image .*gone\.png cannot be read \(No such file or directory\); replace it"):
+        open_image(tmp_path / "gone.png")
 
 
 def test_bomb_is_a_small_file(tmp_path):
@@ -194,17 +183,6 @@ def test_bomb_is_a_small_file(tmp_path):
 
 def test_almost_1_to_200_is_accepted(tmp_path):
     assert open_image(save_picture(tmp_path / "wide.png", size=(199, 1))).size == (199, 1)
-
-
-def test_first_bad_image_names_the_first_one(tmp_path):
-    good, also_good = (LabelledImage(save_picture(tmp_path / f"{name}.png"), name) for name in "ab")
-    bad, worse = (
-        LabelledImage(save_truncated(tmp_path / "cut.png"), "?"),
-        LabelledImage(text(tmp_path / "x.png", ""), "?"),
-    )
-    assert first_bad_image([]) is None
-    assert first_bad_image([good, also_good]) is None
-    assert f"image {bad.path} cannot" in str(first_bad_image([good, bad, also_good, worse]))
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -238,11 +216,6 @@ def test_file_for_a_folder(tmp_path):
 BAD_METADATA = {
     "no file_name column": ("metadata.csv", "file,label\na.png,ant\n", r"row 1: got columns \['file', 'label'\]"),
     "no label column": ("metadata.csv", "file_name,class\na.png,ant\n", "row 1: .* wanted 'file_name' and one of"),
-    "file that is missing": (
-        "metadata.csv",
-        "file_name,label\na.png,ant\nz.png,bee\n",
-        "row 2: image .*z.png does not",
-    ),
     "not UTF-8": ("metadata.csv", b"file_name,label\na.png,\xff\n", "cannot be read"),
     "not JSON": ("metadata.jsonl", "file_name: a.png\n", "cannot be read"),
     "JSON cut off": ("metadata.jsonl", '{"file_name": "a.png", "label"', "cannot be read"),
@@ -263,6 +236,14 @@ def test_bad_metadata_is_refused_by_row(tmp_path, name, content, words):
     with pytest.raises(ValueError, match=words) as refusal:
         list_labelled_images(tmp_path)
     assert str(tmp_path / name) in str(refusal.value)
+
+
+def test_file_that_metadata_lists_and_that_is_missing_is_a_bad_image(tmp_path):
+    save_picture(tmp_path / "a.png")
+    text(tmp_path / "metadata.csv", "file_name,label\na.png,ant\nz.png,bee\n")
+    listed = list_labelled_images(tmp_path)
+    assert [image.label for image in listed] == ["ant", "bee"]
+    assert check_share(listed, tmp_path, 0, 1).problems == {1: "cannot be read (No such file or directory)"}
 
 
 def test_metadata_without_rows_lists_nothing(tmp_path):
@@ -294,14 +275,6 @@ def test_odd_exif_does_not_stop_a_sound_picture(tmp_path, tag, kind, value):
     exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + directory
     Image.new("RGB", (32, 16), "red").save(tmp_path / "a.jpg", exif=exif)
     assert open_image(tmp_path / "a.jpg").size == (16, 32)
-
-
-def test_text_bomb_in_a_png_is_refused_by_name(tmp_path):
-    info = PngInfo()
-    info.add_text("comment", "x" * 2_000_000, zip=True)
-    Image.new("RGB", (4, 4)).save(tmp_path / "text.png", pnginfo=info)
-    with pytest.raises(ValueError, match=r"image .*text\.png cannot be decoded"):
-        open_image(tmp_path / "text.png")
 
 
 def test_transparent_colour_of_an_rgb_picture_shows_white(tmp_path):

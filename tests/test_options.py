@@ -31,6 +31,7 @@ FLAGS = {
     "freeze_vision": (False, "true", True, []),
     "vision_cache_mib": (None, "64", 64, ["--freeze_vision"]),
     "data_root": ("./toy_images", "my images", "my images", []),
+    "bad_images": ("stop", "skip", "skip", []),
     "env": (None, "my_env.py:MyEnv", "my_env.py:MyEnv", []),
     "candidates_per_episode": (4, "3", 3, []),
     "fixed_correct_index": (0, "none", None, []),

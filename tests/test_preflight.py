@@ -19,7 +19,7 @@ from tests.conftest import save_picture, save_png_of_zeros, save_truncated
 pytestmark = pytest.mark.fast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TORCH_FREE = "utils.tool_calls, utils.images, environment, reward, rollouts, flags, options, preflight"
+TORCH_FREE = "utils.tool_calls, utils.images, environment, reward, rollouts, flags, options, image_check, preflight"
 
 
 def options_of(*arguments: object) -> Options:
@@ -53,7 +53,7 @@ def everything_installed(monkeypatch):
 
 def test_sound_run_gets_its_environment(everything_installed, picture_folder, tmp_path):
     options = options_of("--data_root", picture_folder, "--output_dir", tmp_path / "new", "--seed", 3)
-    env = preflight.check_before_loading(options, launch_variables={})
+    env = preflight.check_before_loading(options, launch_variables={}).env
     assert env.episode(5) == PickImageEnv(picture_folder, seed=3).episode(5)
     assert not (tmp_path / "new").exists()
 
@@ -344,6 +344,7 @@ def test_run_whose_flags_are_unknown_is_not_resumed(tmp_path):
 # everything else decides what is learnt
 MAY_CHANGE = {
     "train_steps",
+    "bad_images",
     "output_dir",
     "overwrite",
     "resume",
@@ -457,18 +458,18 @@ def workplace(picture_folder, tmp_path, monkeypatch) -> Path:
 
 BAD_PICTURES = {
     "cut off": (save_truncated, "cannot be decoded"),
-    "text": (lambda path: path.write_text("no picture"), "is not in a format that Pillow reads"),
+    "text": (lambda path: path.write_text("no picture"), "is not in a format that is read"),
     "bomb": (lambda path: save_png_of_zeros(path, 20_000, 20_000, 1), "more than the 89,478,485 pixels allowed"),
     "narrow": (lambda path: save_picture(path, size=(400, 2)), "is 400x2 pixels, narrower than 1:200"),
 }
 
 
 @pytest.mark.parametrize(("make", "words"), BAD_PICTURES.values(), ids=BAD_PICTURES.keys())
-def test_bad_picture_is_named(workplace, make, words):
+def test_bad_picture_is_named(everything_installed, workplace, make, words):
     path = workplace / "pictures" / "white_moon.png"
     make(path)
-    message = refusal_of(preflight.make_environment, options_of("--data_root", path.parent))
-    assert re.search(f"image {re.escape(str(path))} .*{words}", message)
+    message = refusal_of(preflight.check_before_loading, options_of("--data_root", path.parent), {})
+    assert re.search(f"1 of 7 images in {path.parent} cannot be used: white_moon.png .*{words}", message)
 
 
 BAD_TASKS = {

@@ -1,0 +1,234 @@
+"""Which of an environment's images can be used: each process reads a share of them, and all agree on the whole.
+
+Owns the check of the files, the verdict over all processes, what becomes of bad images, and the digest of what is drawn
+from. Imports no torch: how the processes hear of each other's shares is model_setup.py's affair.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from environment import EpisodeSource
+from flags import UsageError
+from options import SharedOptions
+from utils.images import BadImage, LabelledImage, checked_sha256, printable
+
+logger = logging.getLogger("fleet")
+
+NO_SHA256 = bytes(32)
+MAX_NAMED = 5  # bad images that a message lists with their reasons
+SECONDS_PER_PROGRESS_LINE = 10.0
+
+
+@dataclass(frozen=True)
+class ImageShare:
+    """What one process found in its share of the images: those at places first, first + stride, ... of the list.
+
+    names_digest: of the whole list, names and labels. sha256s: 32 bytes per image of the share, of the file's bytes;
+    zeros where there is a problem. problems: why an image cannot be used, by its place in the list.
+    """
+
+    first: int
+    stride: int
+    names_digest: bytes
+    sha256s: bytes
+    problems: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one process knows before it hears of others: the environment, and its share of the images.
+
+    share: None for an environment that keeps no list of `images` as PickImageEnv does, so that there is none to check.
+    data: what the run draws from, if this is its only process.
+    """
+
+    env: EpisodeSource
+    share: ImageShare | None
+    data: "RunData | None" = None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run draws from, the same on every process.
+
+    data_digest: hex, of the name, label and bytes of every image that is drawn from, in order; None where the
+    environment has no list of images. skipped_images: the names (relative to data_root) of those that are left out.
+    """
+
+    env: EpisodeSource
+    data_digest: str | None = None
+    skipped_images: tuple[str, ...] = ()
+
+
+def find_bad_images(env: EpisodeSource, options: SharedOptions, launch_variables: Mapping[str, str]) -> Findings:
+    """What is found in this process's share of the environment's images: every L-th of them on a machine of L.
+
+    launch_variables: what the launcher put into the process environment, known to be consistent. Raises UsageError,
+    as settle does, in a run of one process.
+    """
+    images = images_of(env)
+    is_alone = launch_variables.get("WORLD_SIZE", "1") == "1"
+    share = None
+    if images is not None:
+        first = 0 if is_alone else int(launch_variables.get("LOCAL_RANK", "0"))
+        stride = 1 if is_alone else int(launch_variables.get("LOCAL_WORLD_SIZE", "1"))
+        share = check_share(images, options.data_root, first, stride)
+    return Findings(env, share, settle(options, env, [share]) if is_alone else None)
+
+
+def images_of(env: EpisodeSource) -> tuple[LabelledImage, ...] | None:
+    """The images that an environment draws from; None if it keeps no such list."""
+    images = getattr(env, "images", None)
+    if not isinstance(images, Sequence) or not all(isinstance(image, LabelledImage) for image in images):
+        return None
+    return tuple(images)
+
+
+def check_share(images: Sequence[LabelledImage], data_root: str | Path, first: int, stride: int) -> ImageShare:
+    """Reads and decodes every `stride`-th image from the `first` on, one after the other in memory."""
+    sha256s, problems = [], {}
+    next_line_s = time.monotonic() + SECONDS_PER_PROGRESS_LINE
+    places = range(first, len(images), stride)
+    for number, place in enumerate(places):
+        try:
+            images[place].label.encode()
+            sha256s.append(checked_sha256(images[place].path))
+        except (BadImage, UnicodeEncodeError) as error:
+            sha256s.append(NO_SHA256)
+            problems[place] = error.reason if isinstance(error, BadImage) else "has a name or label that is no text"
+        if time.monotonic() >= next_line_s:
+            logger.info(f"checked {number + 1:,} of {len(places):,} images")
+            next_line_s += SECONDS_PER_PROGRESS_LINE
+    return ImageShare(first, stride, _digest_of_names(images, data_root), b"".join(sha256s), problems)
+
+
+def settle(options: SharedOptions, env: EpisodeSource, found: Sequence[ImageShare | None]) -> RunData:
+    """What the run draws from, once the shares of all processes are known: the same on each of them.
+
+    found: by rank, of equal names_digest; None where the environment has no list of images. Raises UsageError if an
+    image is bad on any machine and bad ones stop the run, if too little is left, or if machines hold different files.
+    """
+    images, shares = images_of(env), [share for share in found if share is not None]
+    if images is None or not shares:
+        return RunData(env)
+    names = [image_name(image.path, options.data_root) for image in images]
+    problems = {place: problem for share in shares for place, problem in share.problems.items()}
+    sha256s = _sha256s(names, shares, problems)
+    description = describe_problems(options, names, problems)
+    if problems and options.bad_images == "stop":
+        raise UsageError(f"{description}; replace or remove what is bad, or pass --bad_images skip to leave it out")
+    skipped = tuple(names[place] for place in sorted(problems))
+    try:
+        narrowed = without_images(env, skipped, options)
+    except UsageError as error:
+        raise UsageError(f"{description}; left out, {error}") from error
+    if problems:
+        logger.info(f"left out: {description}\n")
+    return RunData(narrowed, _data_digest(images, names, sha256s, problems), skipped)
+
+
+def without_images(env: EpisodeSource, names: Collection[str], options: SharedOptions) -> EpisodeSource:
+    """The environment without the images of these names. Raises UsageError if it cannot do without them."""
+    left_out = set(names)
+    paths = [image.path for image in images_of(env) or () if image_name(image.path, options.data_root) in left_out]
+    if not paths:
+        return env
+    narrow: Any = getattr(env, "without_images", None)
+    if not callable(narrow):
+        raise UsageError(
+            f"env={options.env} has no method without_images(paths), so it cannot leave any out; add one that returns "
+            "the environment without them, or replace the images"
+        )
+    try:
+        return narrow(paths)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except Exception as error:
+        # an environment file is the user's code and may raise anything
+        raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
+
+
+def image_name(path: str | Path, data_root: str | Path) -> str:
+    """What an image is called on every machine: its path from the data folder on."""
+    return Path(os.path.relpath(path, data_root)).as_posix()
+
+
+def describe_problems(options: SharedOptions, names: Sequence[str], problems: Mapping[int, str]) -> str:
+    """How many images cannot be used, and the first few with the reason each, in a line."""
+    places = sorted(problems)
+    named = "; ".join(f"{printable(names[place])} {problems[place]}" for place in places[:MAX_NAMED])
+    more = f"; and {len(places) - MAX_NAMED:,} more" if len(places) > MAX_NAMED else ""
+    return f"{len(places):,} of {len(names):,} images in {options.data_root} cannot be used: {named}{more}"
+
+
+def first_difference(listings: Sequence[Sequence[tuple[str, str]]]) -> str:
+    """What the first difference between the processes' lists of (name, label) is, in words.
+
+    listings: by rank, not all equal, each in the order in which images are drawn from.
+    """
+    other = next(rank for rank, listing in enumerate(listings) if listing != listings[0])
+    ours, theirs = dict(listings[0]), dict(listings[other])
+    for name in sorted(ours.keys() | theirs.keys()):
+        shown = printable(name)
+        if name not in theirs:
+            return f"{shown} is there for process 0, not for process {other}"
+        if name not in ours:
+            return f"{shown} is there for process {other}, not for process 0"
+        if ours[name] != theirs[name]:
+            return f"{shown} is labelled {ours[name]!r} for process 0, {theirs[name]!r} for process {other}"
+    return f"process {other} has the same images in another order"
+
+
+def listing_of(env: EpisodeSource, data_root: str | Path) -> list[tuple[str, str]]:
+    """(name, label) of every image that an environment draws from, in order."""
+    return [(image_name(image.path, data_root), image.label) for image in images_of(env) or ()]
+
+
+def _sha256s(names: Sequence[str], shares: Sequence[ImageShare], problems: Collection[int]) -> list[bytes]:
+    """The digest of each image's bytes. Raises UsageError if two machines read different bytes, or none read it."""
+    read: list[tuple[bytes, int] | None] = [None] * len(names)
+    for rank, share in enumerate(shares):
+        for number, place in enumerate(range(share.first, len(names), share.stride)):
+            sha256 = share.sha256s[32 * number : 32 * number + 32]
+            before = read[place]
+            if before is None or place in problems:
+                read[place] = sha256, rank
+            elif before[0] != sha256:
+                raise UsageError(
+                    f"the machines hold different files: {printable(names[place])} is another one for process {rank} "
+                    f"than for process {before[1]}; give every machine the same data folder"
+                )
+    if None in read:
+        raise UsageError(
+            f"no process was to check {printable(names[read.index(None)])}, so LOCAL_RANK or LOCAL_WORLD_SIZE is wrong "
+            "on some; start with accelerate launch"
+        )
+    return [entry[0] for entry in read if entry is not None]
+
+
+def _digest_of_names(images: Sequence[LabelledImage], data_root: str | Path) -> bytes:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(_line(image_name(image.path, data_root), image.label))
+    return digest.digest()
+
+
+def _data_digest(
+    images: Sequence[LabelledImage], names: Sequence[str], sha256s: Sequence[bytes], problems: Collection[int]
+) -> str:
+    digest = hashlib.sha256()
+    for place, (image, name) in enumerate(zip(images, names, strict=True)):
+        if place not in problems:
+            digest.update(_line(name, image.label) + sha256s[place])
+    return digest.hexdigest()
+
+
+def _line(*words: str) -> bytes:
+    # no name of a file and no text holds a zero; a name may hold bytes that are no text
+    return b"".join(word.encode("utf-8", "surrogatepass") + b"\0" for word in words)

@@ -1,0 +1,153 @@
+"""Whole runs on folders with bad images, and on images that go bad while the run goes on."""
+
+import logging
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evaluate
+import training
+from answering import sound_part
+from flags import UsageError
+from held_out import make_plan
+from options import parse_options
+from run_files import read_jsonl
+from tests.conftest import save_truncated
+from tests.helpers import toy_path
+from toy_model import TOY_DATA_ROOT
+
+QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--train_steps", "2"]
+VANISHING_ENV = '''
+from environment import Episode, PickImageEnv
+
+class VanishingEnv(PickImageEnv):
+    """From its episode 2 on, red pictures are gone."""
+
+    def episode(self, index: int) -> Episode:
+        if index == 2:
+            for image in self.images:
+                if image.label.startswith("red"):
+                    image.path.unlink(missing_ok=True)
+        return super().episode(index)
+'''
+
+
+@pytest.fixture(autouse=True)
+def toy() -> None:
+    toy_path()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """The toy's pictures, to break some of them."""
+    return Path(shutil.copytree(TOY_DATA_ROOT, tmp_path / "data"))
+
+
+def spoil_three(data: Path) -> list[str]:
+    """Breaks three pictures; returns their names."""
+    cut, empty, page = sorted(data.glob("*.png"))[3:6]
+    save_truncated(cut)
+    empty.write_bytes(b"")
+    page.write_text("<html></html>")
+    return [cut.name, empty.name, page.name]
+
+
+def run(output_dir: Path, data: Path, *flags: str) -> list[dict[str, Any]]:
+    """The run's metrics without its times."""
+    training.main([*QUICK, "--data_root", str(data), "--output_dir", str(output_dir), *flags])
+    times = ("step_time_s", "rollouts_per_s", "epoch", "images/episodes_replaced")
+    return [{k: v for k, v in line.items() if k not in times} for line in read_jsonl(output_dir / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("main", [training.main, evaluate.main], ids=["training", "evaluation"])
+def test_bad_images_stop_a_run_before_a_weight_loads(main: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut, empty, page = spoil_three(data)
+    monkeypatch.setattr("model_setup.load_qwen25_vl", lambda *args, **kwargs: pytest.fail("a weight was loaded"))
+    with pytest.raises(UsageError) as refusal:
+        main(["--data_root", str(data), "--dry_run"] if main is training.main else ["--data_root", str(data)])
+    message = str(refusal.value)
+    assert f"3 of {len(list(data.glob('*.png')))} images in {data} cannot be used: {cut} cannot be decoded (" in message
+    assert f"{empty} is empty; {page} is not in a format" in message and "pass --bad_images skip" in message
+
+
+def test_a_run_that_skips_bad_images_is_the_run_without_them(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = spoil_three(data)
+    skipping = run(tmp_path / "skip", data, "--bad_images", "skip", "--train_steps", "1")
+    assert f"left out: 3 of {len(list(data.glob('*.png')))} images in {data} cannot be used" in capfd.readouterr().err
+    for name in names:
+        (data / name).unlink()
+    assert skipping == run(tmp_path / "stop", data, "--train_steps", "1") and len(skipping) == 1
+    counts = [
+        read_jsonl(tmp_path / name / "metrics.jsonl")[0].get("images/episodes_replaced") for name in ("skip", "stop")
+    ]
+    assert counts == [0.0, None]
+    groups = [read_jsonl(tmp_path / name / "rollouts.jsonl") for name in ("skip", "stop")]
+    assert groups[0] == groups[1]
+
+
+def test_held_out_episodes_are_of_the_rest_too(data: Path) -> None:
+    options = parse_options(["--data_root", str(data), "--eval_episodes", "20"])
+    names = sorted(path.name for path in data.glob("*.png"))[3:6]
+    plan = make_plan(options, [], skipped_images=names)
+    for name in names:
+        (data / name).unlink()
+    assert plan.episodes == make_plan(options, []).episodes
+
+
+@pytest.fixture
+def vanishing(tmp_path: Path) -> list[str]:
+    (tmp_path / "vanishing.py").write_text(VANISHING_ENV)
+    return ["--env", f"{tmp_path / 'vanishing.py'}:VanishingEnv"]
+
+
+def test_an_image_that_vanishes_stops_the_run_in_one_line(data: Path, tmp_path: Path, vanishing: list[str]) -> None:
+    with pytest.raises(UsageError) as stop:
+        run(tmp_path / "run", data, *vanishing)
+    message = str(stop.value)
+    assert message.startswith("process 0: episode ") and "\n" not in message
+    assert f"image {data}/red_" in message and "cannot be read (No such file or directory)" in message
+    assert "pass --bad_images skip to have the episode replaced" in message
+
+
+def test_a_run_goes_on_without_an_image_that_vanishes_the_same_each_time(
+    data: Path, tmp_path: Path, vanishing: list[str]
+) -> None:
+    again = Path(shutil.copytree(data, tmp_path / "again" / "data"))
+    flags = [*vanishing, "--bad_images", "skip"]
+    first = run(tmp_path / "one", data, *flags)
+    # the data set lives in another process then
+    second = run(tmp_path / "two", again, *flags, "--dataloader_num_workers", "1")
+    assert first == second and len(first) == 2
+    for folder in ("one", "two"):
+        lines = read_jsonl(tmp_path / folder / "metrics.jsonl")
+        assert [line["images/episodes_replaced"] for line in lines] == [0.0, 1.0]
+    shown = [label for line in read_jsonl(tmp_path / "one" / "rollouts.jsonl") if line["step"] == 2
+             for label in line["labels"]]  # fmt: skip
+    assert len(shown) == 8 and not any(label.startswith("red") for label in shown)
+
+
+def test_an_image_that_vanishes_is_no_longer_evaluated_on(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = make_plan(parse_options(["--data_root", str(data), "--eval_episodes", "20"]), [])
+    assert sound_part(plan, rank=0, num_ranks=1, skips_bad_images=False) is plan
+    gone = data / "red_circle.png"
+    gone.unlink()
+    rest = tuple(episode for episode in plan.episodes if gone not in episode.images)
+    assert 0 < len(rest) < 20
+    with caplog.at_level(logging.INFO, logger="fleet"):
+        assert sound_part(plan, rank=0, num_ranks=1, skips_bad_images=True) == replace(plan, episodes=rest)
+    (line,) = [record.message for record in caplog.records]
+    first = next(number for number, episode in enumerate(plan.episodes) if gone in episode.images)
+    assert line.startswith(f"{20 - len(rest)} of 20 held-out episodes are left out of this evaluation: process 0: ")
+    words = f"process 0: held-out episode {first}: image {gone} cannot be read"
+    assert words in line
+    with pytest.raises(UsageError, match=re.escape(words)):
+        sound_part(plan, rank=0, num_ranks=1, skips_bad_images=False)
+    shutil.rmtree(data)
+    with pytest.raises(UsageError, match="process 0: held-out episode 0: image "):
+        sound_part(plan, rank=0, num_ranks=1, skips_bad_images=True)
