@@ -7,19 +7,20 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from flags import UsageError
+from flags import RunStopped, UsageError
 
 Result = TypeVar("Result")
 
 
 def run(main: Callable[[], None]) -> int:
-    """Runs a command; returns the exit code: 0, or 2 with the reason in one line for what cannot be."""
+    """Runs a command; returns the exit code: 0, or with the reason in one line 2 for what cannot be, 1 for a run that
+    had to stop."""
     try:
         main()
-    except UsageError as error:
+    except (UsageError, RunStopped) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 

@@ -19,6 +19,10 @@ class UsageError(ValueError):
     """Something the user asked for cannot be; the message says what was got, what was wanted and the remedy."""
 
 
+class RunStopped(RuntimeError):
+    """A run that began cannot go on; the message says why, and what to do. All processes raise it together."""
+
+
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An empty parser of Fleet's kind: with --config, and errors as UsageError."""
     parser = _Parser(

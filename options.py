@@ -6,11 +6,11 @@ and training_flags.py; what a flag points to (folders, images, packages) is chec
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeVar
 
 from flags import TOY_MODEL_ID, UsageError, parse_flags
-from reward import RewardWeights
+from reward import DEFAULT_WEIGHTS, RewardWeights
 from training_flags import build_parser
 
 
@@ -49,6 +49,8 @@ class Options(SharedOptions):
     merge_lora: bool
     freeze_vision: bool
     vision_cache_mib: int | None
+    reward: str | None
+    reward_timeout_s: float
     reward_correct: float
     reward_valid_call: float
     train_steps: int | None
@@ -62,6 +64,7 @@ class Options(SharedOptions):
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float
+    max_skipped_steps: int
     beta: float | None
     epsilon: float
     epsilon_high: float | None
@@ -202,6 +205,7 @@ def _refuse_impossible_numbers(options: Options) -> None:
         "save_steps",
         "save_total_limit",
         "logging_steps",
+        "max_skipped_steps",
         "vllm_tensor_parallel_size",
     )
     above_zero = ("learning_rate", "max_grad_norm", "reward_correct", "epsilon", "epsilon_high")
@@ -220,6 +224,8 @@ def _refuse_impossible_numbers(options: Options) -> None:
     require_numbers(options, at_least_one, "at least 1", lambda value: value >= 1)
     require_numbers(options, above_zero, "above 0", lambda value: value > 0)
     require_numbers(options, at_least_zero, "at least 0", lambda value: value >= 0)
+    # the other processes wait in a collective, whose own limit is 1800 s
+    require_numbers(options, ("reward_timeout_s",), "above 0 and at most 1500", lambda value: 0 < value <= 1500)
     require_numbers(options, ("lora_dropout",), "below 1", lambda value: value < 1)
     # numpy takes 32 bits, and every process adds its rank
     require_numbers(options, ("train_steps",), "at most 10,000,000", lambda value: value <= 10_000_000)
@@ -230,6 +236,11 @@ def _refuse_impossible_numbers(options: Options) -> None:
         RewardWeights(options.reward_correct, options.reward_valid_call)
     except ValueError as error:
         raise UsageError(f"reward_correct, reward_valid_call: {error}") from error
+    if options.reward and (options.reward_correct, options.reward_valid_call) != astuple(DEFAULT_WEIGHTS):
+        raise UsageError(
+            f"reward={options.reward} has its own values; drop --reward_correct and --reward_valid_call, or drop "
+            "--reward"
+        )
     if options.steps_per_generation and options.steps_per_generation % options.gradient_accumulation_steps:
         raise UsageError(
             f"steps_per_generation={options.steps_per_generation} is not a multiple of gradient_accumulation_steps="

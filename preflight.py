@@ -5,7 +5,7 @@ Owns the checks of folders, images, packages and launch variables. Raises UsageE
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from flags import TOY_MODEL_ID, UsageError
 from options import Options, SharedOptions
+from reward_function import load_reward_function
 from run_files import CONFIG_NAME
 from utils.images import first_bad_image
 
@@ -22,7 +23,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
      "sample_steps", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run", "merge_lora",
      "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
-     "vllm_gpu_memory_utilization"}
+     "vllm_gpu_memory_utilization", "reward_timeout_s", "max_skipped_steps"}
 )  # fmt: skip
 
 
@@ -36,6 +37,7 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_model(options.model_id)
     require_adapter_flags(options)
     require_output_dir(options)
+    own_reward_function(options)
     return make_environment(options)
 
 
@@ -166,8 +168,9 @@ def what_the_run_reads(options: Options) -> list[tuple[str, str]]:
     """Every path that must survive `--overwrite`, with the flag that named it."""
     adapter = Path(options.model_id) / "adapter_config.json"
     base = read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else None
-    env_file = options.env.rpartition(":")[0] if options.env else None
-    named = [("model_id", options.model_id), ("data_root", options.data_root), ("env", env_file), ("base model", base)]
+    specs = {"env": options.env, "reward": options.reward}
+    of_user = [(name, spec.rpartition(":")[0]) for name, spec in specs.items() if spec]
+    named = [("model_id", options.model_id), ("data_root", options.data_root), *of_user, ("base model", base)]
     return [(name, str(used)) for name, used in named if used]
 
 
@@ -223,6 +226,16 @@ def make_environment(
     if options.env:
         require_sound_episode(env, options.env)
     return env
+
+
+def own_reward_function(options: Options) -> Callable[..., Any] | None:
+    """The user's reward function that --reward names, or None for Fleet's own. Raises UsageError."""
+    if options.reward is None:
+        return None
+    try:
+        return load_reward_function(options.reward)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def require_sound_episode(env: EpisodeSource, spec: str) -> None:

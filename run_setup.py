@@ -26,6 +26,7 @@ from held_out import make_plan, num_episodes_drawn
 from model_setup import has_gpu, load_model, require_agreement
 from model_utils import count_parameters, make_lora_config, read_adapter_config
 from options import Options, ResolvedDefault
+from preflight import own_reward_function
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
 from run_recorder import RunRecorder
@@ -192,6 +193,9 @@ def build_trainer(
         processor,
         reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
         allow_reasoning=options.allow_reasoning,
+        reward_function=own_reward_function(options),
+        reward_timeout_s=options.reward_timeout_s,
+        max_skipped_steps=options.max_skipped_steps,
         peft_config=lora,
         shared_prefix=options.shared_prefix,
         vision_cache_bytes=cache_mib * 2**20,

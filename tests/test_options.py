@@ -36,6 +36,8 @@ FLAGS = {
     "fixed_correct_index": (0, "none", None, []),
     "allow_reasoning": (False, "true", True, []),
     "image_max_pixels": (None, "100352", 100_352, []),
+    "reward": (None, "my_reward.py:score", "my_reward.py:score", []),
+    "reward_timeout_s": (60.0, "5.5", 5.5, []),
     "reward_correct": (0.95, "1", 1.0, []),
     "reward_valid_call": (0.05, "0", 0.0, []),
     "train_steps": (None, "7", 7, []),
@@ -49,6 +51,7 @@ FLAGS = {
     "warmup_steps": (0, "5", 5, ["--lr_scheduler_type", "linear"]),
     "weight_decay": (0.0, "0.01", 0.01, []),
     "max_grad_norm": (1.0, "0.5", 0.5, []),
+    "max_skipped_steps": (5, "1", 1, []),
     "beta": (None, "0.04", 0.04, []),
     "epsilon": (0.2, "0.1", 0.1, []),
     "epsilon_high": (None, "0.28", 0.28, []),
@@ -116,7 +119,8 @@ def test_help_states_the_default_that_holds(flag):
     assert ACTIONS[flag].option_strings == [f"--{flag}"]
     stated = re.search(r"\(default: (\S*[^\s,;)])", str(ACTIONS[flag].help))
     assert stated, ACTIONS[flag].help
-    if flag not in {"revision", "env", "output_dir", "steps_per_generation", "epsilon_high"}:  # theirs is no value
+    have_no_value = {"revision", "env", "reward", "output_dir", "steps_per_generation", "epsilon_high"}
+    if flag not in have_no_value:
         also = FLAGS[flag][3]
         given, by_default = parse_options([*also, f"--{flag}", stated[1]]), parse_options(also)
         assert resolve_options(given, has_bf16_gpu=True)[0] == resolve_options(by_default, has_bf16_gpu=True)[0]
@@ -202,6 +206,11 @@ IMPOSSIBLE = {
     "--learning_rate -0.5": "learning_rate=-0.5, but it must be above 0",
     "--learning_rate nan": "learning_rate=nan, but it must be above 0",
     "--learning_rate inf": "learning_rate=inf, but it must be above 0",
+    "--max_skipped_steps 0": "max_skipped_steps=0, but it must be at least 1",
+    "--reward_timeout_s 0": "reward_timeout_s=0.0, but it must be above 0 and at most 1500",
+    "--reward_timeout_s inf": "reward_timeout_s=inf, but it must be above 0 and at most 1500",
+    "--reward score.py:f --reward_correct 1": "reward=score.py:f has its own values; drop --reward_correct and "
+    "--reward_valid_call, or drop --reward",
     "--temperature 0": "temperature=0.0, but it must be above 0",
     "--max_grad_norm 0": "max_grad_norm=0.0, but it must be above 0",
     "--reward_correct 0": "reward_correct=0.0, but it must be above 0",
@@ -310,7 +319,9 @@ def test_config_file_sets_flags(config, content, expected):
 
 def test_config_file_sets_every_flag(config):
     settings = {
-        flag: given for flag, (_, given, _, _) in FLAGS.items() if flag not in ("resume", "overwrite", "shared_prefix")
+        flag: given
+        for flag, (_, given, _, _) in FLAGS.items()
+        if flag not in ("resume", "overwrite", "shared_prefix", "reward")
     }
     options = parse_options(config("\n".join(f"{flag}: {given}" for flag, given in settings.items())))
     assert {flag: getattr(options, flag) for flag in settings} == {flag: FLAGS[flag][2] for flag in settings}

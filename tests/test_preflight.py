@@ -319,6 +319,8 @@ def test_run_whose_flags_are_unknown_is_not_resumed(tmp_path):
 # everything else decides what is learnt
 MAY_CHANGE = {
     "train_steps",
+    "reward_timeout_s",
+    "max_skipped_steps",
     "output_dir",
     "overwrite",
     "resume",

@@ -428,7 +428,6 @@ def test_a_split_group_is_refused(tmp_path: Path) -> None:
     [
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
         ("_generate_single_turn", ["self", "prompt_ids", "images", "multimodal_fields"]),
-        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("_prepare_inputs", ["self", "generation_batch"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
