@@ -399,6 +399,7 @@ def test_a_split_group_is_refused(tmp_path: Path) -> None:
         ("_generate_single_turn", ["self", "prompt_ids", "images", "multimodal_fields"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("_prepare_inputs", ["self", "generation_batch"]),
+        ("_get_grad_norm", ["self", "model", "grad_norm"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("log", ["self", "logs", "start_time"]),
     ],
