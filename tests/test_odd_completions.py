@@ -162,7 +162,7 @@ def test_a_whole_command_goes_through_and_leaves_files_that_can_be_read(
     num_steps = len(BATCHES)
     training.main([
         "--per_device_batch_size", "2", "--train_steps", str(num_steps), "--sample_steps", "1",
-        "--output_dir", str(run), "--eval_steps", str(num_steps), "--eval_episodes", "12", "--save_steps", "100",
+        "--output_dir", str(run), "--eval_steps", str(num_steps), "--eval_episodes", "4", "--save_steps", "100",
     ])  # fmt: skip
     files = {}
     for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
