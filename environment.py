@@ -4,10 +4,8 @@ Owns the episode (images, instruction, correct index) and the judgement of an an
 training reward (reward.py does), and touches no tensor.
 """
 
-import importlib.util
 import json
 import random
-import sys
 from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from PIL import Image
 
 from utils.images import LabelledImage, list_labelled_images
 from utils.tool_calls import CALL_CLOSE, CALL_OPEN, ParseStatus, parse_tool_call_str
+from utils.user_files import load_user_file
 
 ImageSource = Path | Image.Image
 Message = dict[str, Any]
@@ -252,23 +251,13 @@ def load_environment_class(spec: str) -> type:
     Runs that file. Raises ValueError if the spec has another form, the file or the class is missing, or the class
     lacks a method that training calls.
     """
-    file_name, colon, class_name = spec.rpartition(":")
-    path = Path(file_name)
-    if not colon or not class_name or path.suffix != ".py":
-        raise ValueError(f"env={spec!r}, but wanted path/to/file.py:ClassName")
-    module_spec = importlib.util.spec_from_file_location(f"fleet_env_{path.stem}", path)
-    if not path.is_file() or module_spec is None or module_spec.loader is None:
-        raise ValueError(f"env={spec!r}: {path} is not a file; correct the path")
-    module = importlib.util.module_from_spec(module_spec)
-    # dataclasses and pickling look a class's module up by name
-    sys.modules[module_spec.name] = module
-    module_spec.loader.exec_module(module)
+    module, class_name = load_user_file(spec, "env", "path/to/file.py:ClassName")
     env_class = getattr(module, class_name, None)
     missing = [name for name in ("episode", "prompt_messages") if not callable(getattr(env_class, name, None))]
     if not isinstance(env_class, type) or missing:
         found = sorted(name for name, value in vars(module).items() if isinstance(value, type))
         raise ValueError(
-            f"env={spec!r}: {path} has no class {class_name} with methods episode and prompt_messages; it has {found}"
+            f"env={spec!r}: the file has no class {class_name} with methods episode and prompt_messages; it has {found}"
         )
     return env_class
 

@@ -6,11 +6,11 @@ and training_flags.py; what a flag points to (folders, images, packages) is chec
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeVar
 
 from flags import TOY_MODEL_ID, UsageError, parse_flags
-from reward import RewardWeights
+from reward import DEFAULT_WEIGHTS, RewardWeights
 from training_flags import build_parser
 
 
@@ -50,6 +50,8 @@ class Options(SharedOptions):
     merge_lora: bool
     freeze_vision: bool
     vision_cache_mib: int | None
+    reward: str | None
+    reward_timeout_s: float
     reward_correct: float
     reward_valid_call: float
     train_steps: int | None
@@ -63,6 +65,7 @@ class Options(SharedOptions):
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float
+    max_skipped_steps: int
     beta: float | None
     epsilon: float
     epsilon_high: float | None
@@ -205,6 +208,7 @@ def _refuse_impossible_numbers(options: Options) -> None:
         "save_steps",
         "save_total_limit",
         "logging_steps",
+        "max_skipped_steps",
         "vllm_tensor_parallel_size",
     )
     above_zero = ("learning_rate", "max_grad_norm", "reward_correct", "epsilon", "epsilon_high")
@@ -224,6 +228,12 @@ def _refuse_impossible_numbers(options: Options) -> None:
     require_numbers(options, above_zero, "above 0", lambda value: value > 0)
     require_numbers(options, at_least_zero, "at least 0", lambda value: value >= 0)
     require_numbers(options, ("step_timeout_s",), "at least 10 seconds", lambda value: value >= 10)
+    require_numbers(options, ("reward_timeout_s",), "above 0", lambda value: value > 0)
+    if options.reward_timeout_s >= options.step_timeout_s:
+        raise UsageError(
+            f"reward_timeout_s={options.reward_timeout_s:g} is not below step_timeout_s={options.step_timeout_s:g}, "
+            "which would end the run first; lower one or raise the other"
+        )
     require_numbers(options, ("lora_dropout",), "below 1", lambda value: value < 1)
     # numpy takes 32 bits, and every process adds its rank
     require_numbers(options, ("train_steps",), "at most 10,000,000", lambda value: value <= 10_000_000)
@@ -234,6 +244,11 @@ def _refuse_impossible_numbers(options: Options) -> None:
         RewardWeights(options.reward_correct, options.reward_valid_call)
     except ValueError as error:
         raise UsageError(f"reward_correct, reward_valid_call: {error}") from error
+    if options.reward and (options.reward_correct, options.reward_valid_call) != astuple(DEFAULT_WEIGHTS):
+        raise UsageError(
+            f"reward={options.reward} has its own values; drop --reward_correct and --reward_valid_call, or drop "
+            "--reward"
+        )
     if options.steps_per_generation and options.steps_per_generation % options.gradient_accumulation_steps:
         raise UsageError(
             f"steps_per_generation={options.steps_per_generation} is not a multiple of gradient_accumulation_steps="

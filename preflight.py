@@ -6,7 +6,7 @@ Raises UsageError; imports no torch.
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from flags import TOY_MODEL_ID, UsageError
-from image_check import Findings, find_bad_images, without_images
+from image_check import Findings, RunData, find_bad_images, without_images
 from options import Options, SharedOptions
+from reward_function import load_reward_function
 from run_files import CONFIG_NAME
 
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
@@ -23,7 +24,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
      "sample_steps", "bad_images", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run",
      "merge_lora", "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
-     "vllm_gpu_memory_utilization", "trust_checkpoint", "step_timeout_s"}
+     "vllm_gpu_memory_utilization", "trust_checkpoint", "step_timeout_s", "reward_timeout_s", "max_skipped_steps"}
 )  # fmt: skip
 
 # Learning rates that do not depend on how many steps there will be.
@@ -41,6 +42,7 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_model(options.model_id)
     require_adapter_flags(options)
     require_output_dir(options)
+    own_reward_function(options)
     return find_bad_images(make_environment(options), options, launch_variables)
 
 
@@ -182,8 +184,9 @@ def what_the_run_reads(options: Options) -> list[tuple[str, str]]:
     """Every path that must survive `--overwrite`, with the flag that named it."""
     adapter = Path(options.model_id) / "adapter_config.json"
     base = read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else None
-    env_file = options.env.rpartition(":")[0] if options.env else None
-    named = [("model_id", options.model_id), ("data_root", options.data_root), ("env", env_file), ("base model", base)]
+    specs = {"env": options.env, "reward": options.reward}
+    of_user = [(name, spec.rpartition(":")[0]) for name, spec in specs.items() if spec]
+    named = [("model_id", options.model_id), ("data_root", options.data_root), *of_user, ("base model", base)]
     return [(name, str(used)) for name, used in named if used]
 
 
@@ -224,6 +227,18 @@ def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, 
         )
 
 
+def require_same_images(recorded: Mapping[str, Any], data: RunData) -> None:
+    """Raises UsageError if a resumed run would draw from other images than its config.json has recorded."""
+    if recorded.get("data_digest") in (None, data.data_digest):
+        return
+    skipped = set(data.skipped_images) ^ set(recorded.get("skipped_images", ()))
+    what = f"left out now or then: {', '.join(sorted(skipped)[:5])}" if skipped else "a file was added, lost or changed"
+    raise UsageError(
+        f"resume: the images are not those that the run began with ({what}), so its episodes would be others; restore "
+        "them, or start a new run"
+    )
+
+
 def make_environment(
     options: SharedOptions,
     *,
@@ -253,6 +268,16 @@ def make_environment(
     if options.env:
         require_sound_episode(env, options.env)
     return without_images(env, skipped_images, options)
+
+
+def own_reward_function(options: Options) -> Callable[..., Any] | None:
+    """The user's reward function that --reward names, or None for Fleet's own. Raises UsageError."""
+    if options.reward is None:
+        return None
+    try:
+        return load_reward_function(options.reward)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def require_sound_episode(env: EpisodeSource, spec: str) -> None:

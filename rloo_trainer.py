@@ -10,6 +10,7 @@ in its micro-batch (TRL shuffles rollouts), and completions are judged with spec
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from trl.trainer.utils import nanstd, pad, use_adapter
 from answering import AnswerSettings, ModelPolicy, sound_part
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, count_faults, repeat_episodes
 from evaluation import EvaluationPlan, evaluate, headline_figures
+from flags import RunStopped
 from flops import add_up, compare_work
 from group_passes import (
     base_qwen,
@@ -37,9 +39,11 @@ from group_passes import (
     takes_image_features,
     why_not_to_pack,
 )
+from guards import RewardGuard, StepGuard, without_gradient_if_not_finite
 from model_utils import decode_completion, media_token_ids, up_to_end
 from resumable_trainer import ResumableTrainer
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
+from reward_function import BoundedReward
 from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_run, refuse_split_groups
 from rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
 from shared_prefix import pack_groups, unpack
@@ -89,6 +93,9 @@ class FleetRLOOTrainer(ResumableTrainer):
         reward_weights: RewardWeights = DEFAULT_WEIGHTS,
         skips_bad_images: bool = False,
         allow_reasoning: bool = False,
+        reward_function: Callable[..., Any] | None = None,
+        reward_timeout_s: float = 60.0,
+        max_skipped_steps: int = 5,
         peft_config: PeftConfig | None = None,
         shared_prefix: bool = True,
         vision_cache_bytes: int = 0,
@@ -98,6 +105,8 @@ class FleetRLOOTrainer(ResumableTrainer):
 
         skips_bad_images: go on where an image has gone bad, on the episode that replaces its own, and log
         `images/episodes_replaced` (of a generation, over all devices); else the run stops, on all devices together.
+        reward_function: the user's own in place of `reward_weights`, called with reward_function.KEYWORDS; bounded by
+        `reward_timeout_s`. max_skipped_steps: in a row, for gradients that are not finite, after which training ends.
         shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
         vision_cache_bytes: host memory for the features of images, where the vision tower is frozen; 0 keeps none.
         evaluation: the held-out episodes that `evaluate` scores, and how they are answered.
@@ -107,9 +116,11 @@ class FleetRLOOTrainer(ResumableTrainer):
         if not args.use_vllm:
             suppressed = {"suppress_tokens": media_token_ids(model.config)}
             args.generation_kwargs = suppressed | (args.generation_kwargs or {})
+        own_reward = make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning)
+        reward = BoundedReward(reward_function or own_reward, reward_timeout_s)
         super().__init__(
             model=model,
-            reward_funcs=make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning),
+            reward_funcs=reward,
             args=args,
             train_dataset=dataset.as_hf_dataset(num_episodes_of_run(args)),
             # Trainer wants one before it evaluates; `evaluate` has its own
@@ -128,6 +139,9 @@ class FleetRLOOTrainer(ResumableTrainer):
         # TRL's constructor insists on its own identity collator
         self.data_collator = VLMDataCollator(processing_class, args.num_generations)
         self.skips_bad_images = skips_bad_images
+        self.reward = RewardGuard(reward)
+        self.step_guard = StepGuard(self.accelerator, max_skipped_steps)
+        self.add_callback(self.step_guard)
         self.allow_reasoning = allow_reasoning
         self.shared_prefix = shared_prefix
         self.vision_cache: VisionCache | None = None
@@ -335,23 +349,30 @@ class FleetRLOOTrainer(ResumableTrainer):
         return *scores, None
 
     def _task_rewards(self, batch: EpisodeBatch, texts: list[str], completions: list[list[int]]) -> Tensor:
-        """This device's rewards (B,), NaN where every reward function returned None; logs those of all devices."""
-        rows = [
-            {"correct_index": episode.correct_index, "num_candidates": episode.num_candidates, "episode": episode}
-            for episode in batch["episodes"]
-            for _ in range(batch["group_size"])
-        ]
-        prompts = [prompt for prompt in batch["prompts"] for _ in range(batch["group_size"])]
-        per_function = self._calculate_rewards(rows, prompts, texts, completions)
-        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
-        rewards[per_function.isnan().all(dim=1)] = torch.nan
-        named = {f"rewards/{name}/": per_function[:, place] for place, name in enumerate(self.reward_func_names)}
-        for prefix, values in named.items():
-            self._metrics["train"][f"{prefix}mean"].append(values.nanmean().item())
-            self._metrics["train"][f"{prefix}std"].append(nanstd(values).item())
-        self._metrics["train"]["reward"].append(rewards.nanmean().item())
-        self._metrics["train"]["reward_std"].append(nanstd(rewards).item())
-        return rewards[self._own_rows(len(texts))]
+        """This device's rewards (B,), NaN where a value is none; logs those of all devices.
+
+        Raises RunStopped on all processes if the reward function is broken on any.
+        """
+        size = batch["group_size"]
+        episodes = [episode for episode in batch["episodes"] for _ in range(size)]
+        values = self.reward(
+            texts,
+            self.state.global_step + 1,
+            prompts=[prompt for prompt in batch["prompts"] for _ in range(size)],
+            completion_ids=[list(ids) for ids in completions],
+            correct_index=[episode.correct_index for episode in episodes],
+            num_candidates=[episode.num_candidates for episode in episodes],
+            episode=episodes,
+            trainer_state=self.state,
+        )
+        rewards = torch.tensor(values, device=self.accelerator.device) * self.reward_weights[0].item()
+        of_all = self.accelerator.gather(rewards)
+        mean, deviation = of_all.nanmean().item(), nanstd(of_all).item()
+        (name,) = self.reward_func_names
+        for key, value in (("reward", mean), ("reward_std", deviation),
+                           (f"rewards/{name}/mean", mean), (f"rewards/{name}/std", deviation)):  # fmt: skip
+            self._metrics["train"][key].append(value)
+        return rewards
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss of these groups. On-policy, the forward pass that is trained on is the policy's only one."""
@@ -369,7 +390,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             old_logps_BT = rollouts.old_logps_BT[rows]
         self._scores_of_step = logps_BT, entropies_BT
         no_prompt = mask_BT[:, :0]
-        return super()._compute_loss(
+        loss = super()._compute_loss(
             model,
             {
                 "prompt_ids": no_prompt,
@@ -380,6 +401,20 @@ class FleetRLOOTrainer(ResumableTrainer):
                 "advantages": rollouts.advantages_B[rows],
             },
         )
+        return without_gradient_if_not_finite(loss)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm, for the log and for the guard that decides whether the step is taken."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.step_guard.gradient_norm = float(norm)
+        return norm
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains. Raises RunStopped, once a checkpoint is saved, after too many skipped steps in a row."""
+        output = super().train(*args, **kwargs)
+        if self.step_guard.stop_reason is not None:
+            raise RunStopped(self.step_guard.stop_reason)
+        return output
 
     @torch.no_grad()
     def _take_advantages(self, rollouts: Rollouts, rows: slice, logps_BT: Tensor | None) -> None:
@@ -397,7 +432,9 @@ class FleetRLOOTrainer(ResumableTrainer):
             sums_2 = torch.stack([kl_BT.sum(), mask_BT.sum().float()])
             rollouts.kl_and_tokens_2 = sums_2 + (0 if rollouts.kl_and_tokens_2 is None else rollouts.kl_and_tokens_2)
             shaped_B = shaped_B - self.beta * kl_BT.sum(dim=1)
-        shaped_all = self.accelerator.gather(shaped_B)
+        # a token that the reference gives no chance has no finite KL
+        shaped_all = self.accelerator.gather(shaped_B.where(shaped_B.isfinite(), torch.nan))
+        self._metrics["train"]["rewards/dropped"].append(shaped_all.isnan().float().mean().item())
         is_tied_P = nanstd(shaped_all.view(-1, self.num_generations), dim=1) < 1e-8
         self._metrics["train"]["frac_reward_zero_std"].append(is_tied_P.float().mean().item())
         advantages_PG = leave_one_out_advantages(
@@ -492,6 +529,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         metrics, now = self._metrics["train"], time.perf_counter()
         if "step_time" in metrics:
             metrics["step_time_s"] = metrics.pop("step_time")
+            metrics["skipped_steps"] = [self.step_guard.num_skipped]
             metrics["rollouts_per_s"] = [self._num_rollouts_since_log / (now - self._last_log_time_s)]
         self._num_rollouts_since_log, self._last_log_time_s = 0, now
         super().log(logs, start_time)

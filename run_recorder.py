@@ -68,7 +68,9 @@ class RunRecorder(ProgressCallback):
         self._metrics.append([{"step": state.global_step, **finite}])
         if "reward" not in logs:  # an evaluation, or a step that reuses a generation
             return
-        self.training_bar.set_postfix(reward=f"{logs['reward']:.2f}", accuracy=f"{logs['accuracy']:.2f}")
+        # of a step whose rollouts were all dropped there is none
+        reward = "none" if logs["reward"] is None else f"{logs['reward']:.2f}"
+        self.training_bar.set_postfix(reward=reward, accuracy=f"{logs['accuracy']:.2f}")
         groups = group_lines(self.trainer.latest_rollouts, self.trainer.num_generations, state.global_step)
         self._rollouts.append(groups[:MAX_GROUPS_PER_STEP])
         for warning in self.diagnostics.observe(finite):

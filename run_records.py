@@ -4,13 +4,14 @@ Owns no moment: run_recorder.py decides when they are shown and written. The fig
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from environment import Outcome
+from image_check import RunData
 from options import Options, ResolvedDefault
 from rollouts import RolloutRecord
 
@@ -101,17 +103,42 @@ def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
     return _rendered(table)
 
 
-def config_text(options: Options, num_episodes: int, num_processes: int) -> str:
-    """What config.json holds: the resolved flags, the episodes drawn, processes, command, commit and versions."""
+def config_text(options: Options, data: RunData, num_episodes: int, num_processes: int) -> str:
+    """What config.json holds: the resolved flags, what is drawn from, processes, command, commit and versions."""
     config = {
         "options": dataclasses.asdict(options),
         "num_episodes": num_episodes,
         "num_processes": num_processes,
+        "data_digest": data.data_digest,
+        "skipped_images": list(data.skipped_images),
+        "user_files": sha256_of_user_files(options),
         "command": sys.argv,
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
     return json.dumps(config, indent=2) + "\n"
+
+
+def sha256_of_user_files(options: Options) -> dict[str, str]:
+    """Of the files that --env and --reward name, by their flag."""
+    named = {"env": options.env, "reward": options.reward}
+    return {
+        flag: hashlib.sha256(Path(spec.rpartition(":")[0]).read_bytes()).hexdigest()
+        for flag, spec in named.items()
+        if spec is not None
+    }
+
+
+def what_changed_since(recorded: Mapping[str, Any], options: Options) -> list[str]:
+    """What is not as a run's config.json has it and may change a result: versions, and the user's own files."""
+    before, now = recorded.get("versions", {}), installed_versions()
+    changed = [
+        f"{name} (was {before[name]}, now {now.get(name, 'gone')})"
+        for name in sorted(before.keys() - {"python"})
+        if before[name] != now.get(name)
+    ]
+    files_before, files_now = recorded.get("user_files", {}), sha256_of_user_files(options)
+    return changed + [f"the file of --{flag}" for flag, digest in files_now.items() if files_before.get(flag) != digest]
 
 
 def installed_versions() -> dict[str, str]:

@@ -4,8 +4,10 @@ Owns what a run leaves at its end. Every process takes part in saving weights; t
 """
 
 import logging
+import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
@@ -68,7 +70,7 @@ def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
     lines = [line for line in trainer.state.log_history if "reward" in line]
     window = max(1, min(3, len(lines) // 2))
     means = {
-        name: [sum(line[name] for line in part) / len(part) for part in (lines[:window], lines[-window:])]
+        name: [_mean([line[name] for line in part]) for part in (lines[:window], lines[-window:])]
         for name in ("reward", "accuracy")
     }
     figures = ", ".join(f"mean {name} {first:.2f} -> {last:.2f}" for name, (first, last) in means.items())
@@ -77,3 +79,9 @@ def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
         f"\n{figures} (first and last {window} logged steps), {seconds:.0f} s of training\n"
         f"in {options.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
     )
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """The mean of those that there are, NaN if there are none: a step's rollouts may all have been dropped."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else math.nan

@@ -31,12 +31,13 @@ from model_setup import has_gpu, load_model, require_agreement
 from model_utils import count_parameters, make_lora_config, read_adapter_config
 from options import Options, ResolvedDefault
 from preemption import Preemption
+from preflight import own_reward_function, read_json, require_same_images
 from resumable_trainer import require_plain_pickles
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
 from run_files import CONFIG_NAME, write_atomically
 from run_recorder import RunRecorder
-from run_records import config_text, resolved_table
+from run_records import config_text, resolved_table, what_changed_since
 from vision_cache import vision_is_frozen
 from watchdog import Watchdog
 
@@ -109,13 +110,19 @@ def make_new_output_dir(options: Options) -> Path:
         return folder
 
 
-def find_checkpoint(options: Options, args: RLOOConfig) -> Path | None:
+def find_checkpoint(options: Options, args: RLOOConfig, data: RunData) -> Path | None:
     """The checkpoint that the run goes on from, the same on every process; None for a run that begins.
 
-    Raises UsageError if all that there are are damaged, or the one to load could run code.
+    Raises UsageError if all that there are are damaged, the one to load could run code, or the images changed.
     """
     if not options.resume:
         return None
+    recorded = read_json(Path(str(options.output_dir)) / CONFIG_NAME)
+    require_same_images(recorded, data)
+    if changed := what_changed_since(recorded, options):
+        logger.warning(
+            f"resume: since the run began, changed: {', '.join(changed)}; its bits may differ from here on\n"
+        )
     place = ProcessPlace(args.process_index, args.world_size)
     folder = Path(str(options.output_dir))
     checkpoint = choose_checkpoint(folder, place, gather_object)
@@ -126,11 +133,11 @@ def find_checkpoint(options: Options, args: RLOOConfig) -> Path | None:
     return checkpoint
 
 
-def take_output_dir(options: Options, trainer: FleetRLOOTrainer) -> None:
+def take_output_dir(options: Options, trainer: FleetRLOOTrainer, data: RunData) -> None:
     """Makes or empties the run's folder and writes config.json, once everything that can fail before has not."""
     folder = Path(str(options.output_dir))
     num_processes = trainer.args.world_size
-    trainer.run_config = config_text(options, num_episodes_drawn(options, num_processes), num_processes)
+    trainer.run_config = config_text(options, data, num_episodes_drawn(options, num_processes), num_processes)
     if trainer.args.process_index == 0:
         if options.overwrite and folder.is_dir():
             shutil.rmtree(folder)
@@ -226,6 +233,9 @@ def build_trainer(
         reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
         skips_bad_images=options.bad_images == "skip",
         allow_reasoning=options.allow_reasoning,
+        reward_function=own_reward_function(options),
+        reward_timeout_s=options.reward_timeout_s,
+        max_skipped_steps=options.max_skipped_steps,
         peft_config=lora,
         shared_prefix=options.shared_prefix,
         vision_cache_bytes=cache_mib * 2**20,

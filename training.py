@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     model_path = model_setup.local_model_path(options)
     options = run_setup.name_output_dir(options, args)
-    checkpoint = run_setup.find_checkpoint(options, args)
+    checkpoint = run_setup.find_checkpoint(options, args, data)
     trainer = run_setup.build_trainer(options, args, data.env, plan, model_path)
-    run_setup.take_output_dir(options, trainer)
+    run_setup.take_output_dir(options, trainer, data)
     with run_setup.watched(options, trainer):
         run_setup.train(options, trainer, checkpoint)
         run_results.save_results(options, trainer)

@@ -56,6 +56,20 @@ def _add_adapter_flags(add: Callable[..., Any]) -> None:
 
 
 def _add_rloo_flags(add: Callable[..., Any]) -> None:
+    add(
+        "--reward",
+        metavar="FILE:FUNCTION",
+        help="a reward function of your own, as path/to/file.py:function; accuracy stays what the environment judges "
+        "(default: Fleet's own, by reward_correct and reward_valid_call)",
+    )
+    add(
+        "--reward_timeout_s",
+        type=float,
+        default=60.0,
+        metavar="X",
+        help="time that one call of the reward function may take before the run stops, in seconds (default: 60, far "
+        "above a rule's, enough for a model or a server that judges)",
+    )
     add("--reward_correct", type=float, default=0.95, metavar="X", help="reward for the right index (default: 0.95)")
     add(
         "--reward_valid_call",
@@ -133,6 +147,14 @@ def _add_rloo_flags(add: Callable[..., Any]) -> None:
         help="clip range of the ratio; matters off-policy only (default: 0.2)",
     )
     add("--epsilon_high", type=float, metavar="X", help="upper clip range (default: epsilon)")
+    add(
+        "--max_skipped_steps",
+        type=int,
+        default=5,
+        metavar="N",
+        help="optimizer steps skipped in a row, for a loss or gradient that is not finite, after which the run saves a "
+        "checkpoint and stops (default: 5, as one odd batch passes and a broken model does not)",
+    )
     add_switch(add, "--normalize_advantages", False, "scale advantages to unit deviation over the batch")
     add_switch(add, "--mask_truncated_completions", False, "train on no completion that hit the length limit")
     add(

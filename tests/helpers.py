@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
 from dataset import RepeatableEpisodeDataset
 from environment import PickImageEnv
+from group_passes import base_qwen
 from model_utils import load_processor, load_qwen25_vl
 from reward import make_trl_reward_function
 from rloo_trainer import FleetRLOOTrainer
@@ -122,6 +124,56 @@ def stock_trainer(
         processing_class=toy_processor(),
         peft_config=peft_config,
     )
+
+
+class StepKeeper(TrainerCallback):
+    """Keeps what a step may change, as it was before the first step and after each: weights, moments, learning rate."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.moments: list[list[torch.Tensor]] = []
+        self.learning_rates: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._keep(**kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._keep(**kwargs)
+
+    def _keep(self, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        # ZeRO-3 leaves a process its shard of each weight
+        weights = model.named_parameters()
+        self.weights.append({name: getattr(weight, "ds_tensor", weight).detach().clone() for name, weight in weights})
+        wrapped = optimizer
+        while hasattr(wrapped, "optimizer"):
+            wrapped = wrapped.optimizer
+        states = wrapped.state.values()
+        self.moments.append(
+            [moment.clone() for state in states for moment in state.values() if torch.is_tensor(moment)]
+        )
+        self.learning_rates.append(optimizer.param_groups[0]["lr"])
+
+
+def spoil(trainer: FleetRLOOTrainer, faults: dict[int, tuple[str, float]]) -> None:
+    """Multiplies what training passes by the last norm, forward or its gradient, by a factor at these steps.
+
+    faults: by step from 1, ("forward" or "gradient", factor); in the step's first micro-batch alone.
+    """
+    seen: set[int] = set()
+
+    def multiply(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        step = trainer.state.global_step + 1
+        if not torch.is_grad_enabled() or step not in faults or step in seen:
+            return None
+        seen.add(step)
+        direction, factor = faults[step]
+        if direction == "forward":
+            return output * factor
+        output.register_hook(lambda gradient: gradient * factor)
+        return None
+
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    base_qwen(policy).model.language_model.norm.register_forward_hook(multiply)
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -104,19 +104,48 @@ def test_two_ranks_with_an_empty_cache_build_one_whole_toy_model(launcher: str, 
 
 
 def test_the_shipped_configuration_trains(tmp_path: Path) -> None:
-    config = yaml.safe_load((REPOSITORY / "accelerate_config.yaml").read_text())
-    # what this machine lacks: GPUs, and eight of them; everything else is as shipped, bfloat16 and CPU offload included
-    config |= {"use_cpu": True, "num_processes": 2}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     run = tmp_path / "run"
     flags = [*QUICK, "--dtype", "bfloat16", "--gradient_checkpointing", "true", "--beta", "0.05"]
-    launch(["--config_file", str(tmp_path / "config.yaml")],
+    # bfloat16 and CPU offload included
+    launch(["--config_file", shipped_configuration_on_two_cpus(tmp_path)],
            ["training.py", *flags, "--output_dir", str(run), "--train_steps", "2"])  # fmt: skip
     lines = read_jsonl(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["kl"] == 0 and lines[1]["kl"] != 0, "the reference is the model before its first step"
     saved = load_file(run / "final" / "model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("launcher", ["zero3", "shipped", "ddp"])
+def test_what_is_wrong_on_one_rank_skips_a_step_or_stops_on_both(launcher: str, tmp_path: Path) -> None:
+    script = ["tests/distributed_faults.py", str(tmp_path)]
+    if launcher == "ddp":
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port(), *script, "float32"]
+        toy_path()
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=300)
+    elif launcher == "zero3":
+        launch(ZERO3, [*script, "float32"])
+    else:
+        launch(["--config_file", shipped_configuration_on_two_cpus(tmp_path)], [*script, "bfloat16"])
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for seen in ranks:
+        # step 1: rank 0 has no scored rollout; 2: a gradient of rank 1's, 3: an activation of rank 0's is not finite
+        assert seen["dropped"] == [0.5, 0, 0, 0]
+        assert seen["num_skipped"] == [0, 1, 2, 2]
+        assert seen["steps_that_changed_weights"] == seen["steps_that_changed_moments"] == [1, 4]
+        assert seen["learning_rates"] == pytest.approx([1e-4 * left / 9 for left in (9, 8, 8, 8, 7)])
+        assert seen["is_finite"]
+        # step 5: the reward function of rank 1 raises
+        assert seen["reason"].startswith("process 1: reward function reward raised ConnectionError: no judge (")
+
+
+def shipped_configuration_on_two_cpus(folder: Path) -> str:
+    """Writes accelerate_config.yaml with what this machine lacks changed: GPUs, and eight of them."""
+    config = yaml.safe_load((REPOSITORY / "accelerate_config.yaml").read_text())
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config | {"use_cpu": True, "num_processes": 2}))
+    return str(path)
 
 
 def test_two_launchers_train_as_two_machines(tmp_path: Path) -> None:

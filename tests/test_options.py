@@ -37,6 +37,8 @@ FLAGS = {
     "fixed_correct_index": (0, "none", None, []),
     "allow_reasoning": (False, "true", True, []),
     "image_max_pixels": (None, "100352", 100_352, []),
+    "reward": (None, "my_reward.py:score", "my_reward.py:score", []),
+    "reward_timeout_s": (60.0, "5.5", 5.5, []),
     "reward_correct": (0.95, "1", 1.0, []),
     "reward_valid_call": (0.05, "0", 0.0, []),
     "train_steps": (None, "8", 8, []),
@@ -50,6 +52,7 @@ FLAGS = {
     "warmup_steps": (0, "5", 5, ["--lr_scheduler_type", "linear"]),
     "weight_decay": (0.0, "0.01", 0.01, []),
     "max_grad_norm": (1.0, "0.5", 0.5, []),
+    "max_skipped_steps": (5, "1", 1, []),
     "beta": (None, "0.04", 0.04, []),
     "epsilon": (0.2, "0.1", 0.1, []),
     "epsilon_high": (None, "0.28", 0.28, []),
@@ -82,7 +85,7 @@ FLAGS = {
     "sample_steps": (20, "0", 0, []),
     "report_to": ("tensorboard", "none", "none", []),
     "dataloader_num_workers": (0, "2", 2, []),
-    "step_timeout_s": (1800.0, "60", 60.0, []),
+    "step_timeout_s": (1800.0, "90", 90.0, []),
     "dry_run": (False, "true", True, []),
 }
 SWITCHES = [flag for flag, (_, _, value, _) in FLAGS.items() if type(value) is bool]
@@ -119,7 +122,8 @@ def test_help_states_the_default_that_holds(flag):
     assert ACTIONS[flag].option_strings == [f"--{flag}"]
     stated = re.search(r"\(default: (\S*[^\s,;)])", str(ACTIONS[flag].help))
     assert stated, ACTIONS[flag].help
-    if flag not in {"revision", "env", "output_dir", "steps_per_generation", "epsilon_high"}:  # theirs is no value
+    have_no_value = {"revision", "env", "reward", "output_dir", "steps_per_generation", "epsilon_high"}
+    if flag not in have_no_value:
         also = FLAGS[flag][3]
         given, by_default = parse_options([*also, f"--{flag}", stated[1]]), parse_options(also)
         assert resolve_options(given, has_bf16_gpu=True)[0] == resolve_options(by_default, has_bf16_gpu=True)[0]
@@ -210,6 +214,12 @@ IMPOSSIBLE = {
     "--learning_rate -0.5": "learning_rate=-0.5, but it must be above 0",
     "--learning_rate nan": "learning_rate=nan, but it must be above 0",
     "--learning_rate inf": "learning_rate=inf, but it must be above 0",
+    "--max_skipped_steps 0": "max_skipped_steps=0, but it must be at least 1",
+    "--reward_timeout_s 0": "reward_timeout_s=0.0, but it must be above 0",
+    "--reward_timeout_s inf": "reward_timeout_s=inf, but it must be above 0",
+    "--reward_timeout_s 60 --step_timeout_s 60": "reward_timeout_s=60 is not below step_timeout_s=60",
+    "--reward score.py:f --reward_correct 1": "reward=score.py:f has its own values; drop --reward_correct and "
+    "--reward_valid_call, or drop --reward",
     "--temperature 0": "temperature=0.0, but it must be above 0",
     "--max_grad_norm 0": "max_grad_norm=0.0, but it must be above 0",
     "--reward_correct 0": "reward_correct=0.0, but it must be above 0",
@@ -318,7 +328,9 @@ def test_config_file_sets_flags(config, content, expected):
 
 def test_config_file_sets_every_flag(config):
     settings = {
-        flag: given for flag, (_, given, _, _) in FLAGS.items() if flag not in ("resume", "overwrite", "shared_prefix")
+        flag: given
+        for flag, (_, given, _, _) in FLAGS.items()
+        if flag not in ("resume", "overwrite", "shared_prefix", "reward")
     }
     options = parse_options(config("\n".join(f"{flag}: {given}" for flag, given in settings.items())))
     assert {flag: getattr(options, flag) for flag in settings} == {flag: FLAGS[flag][2] for flag in settings}

@@ -345,6 +345,8 @@ def test_run_whose_flags_are_unknown_is_not_resumed(tmp_path):
 MAY_CHANGE = {
     "train_steps",
     "bad_images",
+    "reward_timeout_s",
+    "max_skipped_steps",
     "output_dir",
     "overwrite",
     "resume",

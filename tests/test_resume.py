@@ -14,6 +14,7 @@ import training
 from checkpointing import describe_file, list_checkpoints
 from flags import UsageError
 from run_files import read_jsonl
+from tests.helpers import REPOSITORY
 from tests.processes import run_ranks, start_ranks
 
 pytestmark = pytest.mark.slow
@@ -149,8 +150,17 @@ def test_resume_from_the_start_when_killed_before_the_first_checkpoint(tmp_path:
     assert [line["step"] for line in read_jsonl(cut / "evaluations.jsonl")] == [0, 1]
 
 
-def test_refusals_name_what_changed(tmp_path: Path) -> None:
-    arguments = [*QUICK, "--output_dir", str(tmp_path / "run"), "--train_steps"]
-    run_ranks(tmp_path, [*arguments, "1"])
-    with pytest.raises(UsageError, match=r"seed \(was 0, now 3\)"):
-        training.main([*arguments, "2", "--resume", "--seed", "3"])
+def test_other_images_are_refused_and_other_code_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images = shutil.copytree(REPOSITORY / "toy_images", tmp_path / "images")
+    (tmp_path / "env.py").write_text("from environment import PickImageEnv\n\n\nclass Mine(PickImageEnv):\n    pass\n")
+    arguments = [*QUICK, "--data_root", str(images), "--env", f"{tmp_path / 'env.py'}:Mine", "--output_dir",
+                 str(tmp_path / "run"), "--train_steps"]  # fmt: skip
+    training.main([*arguments, "1"])
+    with (tmp_path / "env.py").open("a") as file:
+        file.write("# mended\n")
+    training.main([*arguments, "2", "--resume"])
+    assert "resume: since the run began, changed: the file of --env; its bits may differ" in capfd.readouterr().err
+    changed = sorted(images.glob("*.png"))[0]
+    shutil.copyfile(sorted(images.glob("*.png"))[1], changed)
+    with pytest.raises(UsageError, match="the images are not those that the run began with .a file was added, lost or"):
+        training.main([*arguments, "3", "--resume"])

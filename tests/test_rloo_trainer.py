@@ -348,37 +348,6 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
     assert {rollout.advantage for rollout in trainer.latest_rollouts} != {0.0}
 
 
-class OddFleetTrainer(FleetRLOOTrainer):
-    """Samples what no healthy model does: media tokens, nothing at all, no end, only an end, special tokens."""
-
-    def _generate_behind_one_prefill(self, batch: Any, features: Any) -> list[list[int]]:
-        tokenizer, config = toy_processor().tokenizer, self.model.config
-        call, end = tokenizer("<tool_call>")["input_ids"], [tokenizer.eos_token_id]
-        return [
-            [config.image_token_id, *end],
-            [*call, config.video_token_id, *call],
-            [],
-            call * 32,
-            end,
-            tokenizer("<|im_start|><|vision_start|>")["input_ids"] + end,
-            tokenizer('<tool_call>\n{"name": "pick_image", "arguments": {"index": 0}}\n</tool_call>')["input_ids"]
-            + end,
-            [tokenizer.pad_token_id],
-        ]
-
-
-def test_odd_completions_do_not_stop_the_run(tmp_path: Path) -> None:
-    trainer = fleet_trainer(rloo_config(tmp_path), OddFleetTrainer)
-    trainer.train()
-    assert trainer.state.global_step == 2
-    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
-    outcomes = [rollout.judgement.outcome for rollout in trainer.latest_rollouts]
-    assert outcomes == [Outcome.UNPARSABLE] * 6 + [Outcome.CORRECT, Outcome.UNPARSABLE]
-    texts = [rollout.completion for rollout in trainer.latest_rollouts]
-    assert texts[:3] == ["", "<tool_call>", ""]
-    assert texts[5] == "<|im_start|><|vision_start|>", "special tokens stay visible to the parser"
-
-
 @pytest.mark.parametrize("media_token", ["<|image_pad|>", "<|video_pad|>"])
 def test_media_tokens_are_never_sampled(media_token: str, tmp_path: Path) -> None:
     model, tokenizer = toy_model(), toy_processor().tokenizer
@@ -428,9 +397,9 @@ def test_a_split_group_is_refused(tmp_path: Path) -> None:
     [
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
         ("_generate_single_turn", ["self", "prompt_ids", "images", "multimodal_fields"]),
-        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("_prepare_inputs", ["self", "generation_batch"]),
+        ("_get_grad_norm", ["self", "model", "grad_norm"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("log", ["self", "logs", "start_time"]),
     ],

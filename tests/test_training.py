@@ -231,7 +231,8 @@ def test_warmup_reaches_trl() -> None:
 
 def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--freeze_vision", "--attn_implementation", "eager", "--reward_correct", "0.5", "--reward_valid_call",
-             "0.25", "--allow_reasoning", "--image_max_pixels", "1600", "--output_dir", str(tmp_path)]  # fmt: skip
+             "0.25", "--allow_reasoning", "--image_max_pixels", "1600", "--reward_timeout_s", "7",
+             "--max_skipped_steps", "3", "--output_dir", str(tmp_path)]  # fmt: skip
     options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
     env = make_environment(options)
     trainer = build_trainer(options, make_rloo_config(options), env, None, toy_path())
@@ -239,7 +240,9 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
     assert trainer.model.model.language_model.config._attn_implementation == "eager"
     right = 'because <tool_call>{"name": "pick_image", "arguments": {"index": 0}}</tool_call>'
     wrong = right.replace("0", "1")
-    assert trainer.reward_funcs[0]([right, wrong], correct_index=[0, 0], num_candidates=[4, 4]) == [0.75, 0.25]
+    reward = trainer.reward.reward
+    assert reward([right, wrong], correct_index=[0, 0], num_candidates=[4, 4]).values == [0.75, 0.25]
+    assert (reward.timeout_s, trainer.step_guard.max_in_a_row) == (7, 3)
     assert trainer.allow_reasoning
     assert trainer.train_dataset[0]["images"][0].size == (40, 40)
 
