@@ -1,9 +1,10 @@
 # make demo: watch the toy model learn.  make demo-look: watch it learn to look, and be scored.
-# make test: lint, types and every test.  make setup: install only.
+# make test: lint, types and the tests that run in minutes.  make test-slow: those that start, kill and train processes.
+# make setup: install only.
 BIN := .venv/bin
 ACTIVATE := . $(BIN)/activate
 
-.PHONY: demo demo-look test test-fast setup setup-dev
+.PHONY: demo demo-look test test-fast test-slow setup setup-dev
 
 demo: setup
 	$(ACTIVATE) && accelerate launch training.py --fixed_correct_index 0
@@ -17,7 +18,11 @@ test: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
-	$(ACTIVATE) && python -m pytest
+	$(ACTIVATE) && python -m pytest -m "not slow"
+
+# several processes, kills, signals, full disks and whole trainings; FLEET_KILLS=200 tries more instants
+test-slow: setup-dev
+	$(ACTIVATE) && python -m pytest -m slow
 
 # the tests that import no torch, in seconds
 test-fast: setup-dev

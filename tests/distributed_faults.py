@@ -1,15 +1,13 @@
-"""Started by tests/test_distributed.py: a run whose processes meet different faults, and what each saw, as JSON.
+"""Run as ranks by tests/test_distributed.py: processes that meet different faults, and what each saw, as JSON.
 
-accelerate launch [--config_file CONFIG] tests/distributed_faults.py OUTPUT float32|bfloat16
+Arguments: OUTPUT float32|bfloat16
 """
 
 import json
 import math
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -21,8 +19,8 @@ FAULTS = ({3: ("forward", math.inf)}, {2: ("gradient", math.nan)})
 BROKEN_STEP = 5
 
 
-def main() -> None:
-    output, dtype = Path(sys.argv[1]), sys.argv[2]
+def main(argv: Sequence[str]) -> None:
+    output, dtype = Path(argv[0]), argv[1]
     # the arguments come first: they start the processes' group, under which the model must load
     args = rloo_config(output, max_steps=9, lr_scheduler_type="linear", bf16=dtype == "bfloat16")
     rank = args.process_index
@@ -66,7 +64,3 @@ def main() -> None:
     }
     (output / f"rank{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
-
-
-if __name__ == "__main__":
-    main()

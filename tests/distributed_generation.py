@@ -1,13 +1,11 @@
-"""Started by tests/test_distributed.py: greedy completions of every rank's own prompts, as JSON, one file a rank.
+"""Run as ranks by tests/test_distributed.py: greedy completions of every rank's own prompts, as JSON, one file a rank.
 
-accelerate launch --config_file CONFIG tests/distributed_generation.py OUTPUT gather|shards full|lora
+Arguments: OUTPUT gather|shards full|lora
 """
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
@@ -17,8 +15,8 @@ from tests.helpers import fleet_trainer, rloo_config, toy_model
 STOPS_AFTER = (3, 20)  # tokens that the ranks may sample: their decoding ends at different times
 
 
-def main() -> None:
-    output, weights, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def main(argv: Sequence[str]) -> None:
+    output, weights, kind = Path(argv[0]), argv[1], argv[2]
     args = rloo_config(output, ds3_gather_for_generation=weights == "gather", generation_kwargs={"do_sample": False})
     torch.manual_seed(0)
     lora = make_lora_config(rank=4) if kind == "lora" else None
@@ -35,7 +33,3 @@ def main() -> None:
     completions = trainer._sample_completions(batch, trainer._image_features(batch))
     (output / f"rank{rank}.json").write_text(json.dumps(completions), encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
-
-
-if __name__ == "__main__":
-    main()

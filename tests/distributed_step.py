@@ -1,13 +1,11 @@
-"""Started by tests/test_distributed.py: two steps on fixed completions, and the weights that came of them.
+"""Run as ranks by tests/test_distributed.py: two steps on fixed completions, and the weights that came of them.
 
-accelerate launch --config_file CONFIG tests/distributed_step.py OUTPUT EPISODES_PER_DEVICE full|lora packed|unpacked
+Arguments: OUTPUT EPISODES_PER_DEVICE full|lora packed|unpacked
 """
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from accelerate.utils import gather_object
@@ -50,8 +48,8 @@ class FixedFleetTrainer(FleetRLOOTrainer):
         ]
 
 
-def main() -> None:
-    output, episodes, kind, rows = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+def main(argv: Sequence[str]) -> None:
+    output, episodes, kind, rows = Path(argv[0]), int(argv[1]), argv[2], argv[3]
     # the arguments come first: they start ZeRO-3, under which the model must load
     args = rloo_config(
         output,
@@ -81,7 +79,3 @@ def main() -> None:
         lines = [line for line in trainer.state.log_history if "reward" in line]
         figures = [str(line[name]) for name in ("grad_norm", "reward", "kl", "entropy") for line in lines]
         (output / "figures.txt").write_text(" ".join(figures), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ os.environ.update(
 import deepspeed  # noqa: F401
 import trl  # noqa: F401
 
+import evaluate_setup  # noqa: F401
 import run_results  # noqa: F401
 import run_setup  # noqa: F401
 import training  # noqa: F401

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from tests.helpers import REPOSITORY, toy_path
 
 ZERO3 = ["--config_file", "tests/zero3_cpu.yaml"]
+ZERO3_CONFIG = REPOSITORY / "tests" / "zero3_cpu.yaml"
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.preloaded"])
@@ -50,11 +52,17 @@ class Rank:
 
 
 def start_ranks(
-    folder: Path, arguments: Sequence[str], num_processes: int = 1, *, zero3: bool = False, target: str = "training"
+    folder: Path,
+    arguments: Sequence[str],
+    num_processes: int = 1,
+    *,
+    zero3: bool = False,
+    config: Path = ZERO3_CONFIG,
+    target: str = "training",
 ) -> list[Rank]:
     """Starts `target`.main(arguments) as each rank of a run. Their logs are in `folder`.
 
-    target: a module, which each process imports.
+    config: accelerate's, where zero3. target: a module, which each process imports.
     """
     toy_path()
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +76,7 @@ def start_ranks(
                 "LOCAL_WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
         if zero3:
-            variables |= zero3_variables()
+            variables |= zero3_variables(config)
         number = len(list(folder.glob("log-*")))
         log = folder / f"log-{number}-rank-{rank}"
         log.touch()
@@ -78,9 +86,9 @@ def start_ranks(
     return ranks
 
 
-def run_ranks(folder: Path, arguments: Sequence[str], num_processes: int = 1, *, zero3: bool = False) -> list[Rank]:
-    """Runs training.main to its end; every rank must exit with 0."""
-    ranks = start_ranks(folder, arguments, num_processes, zero3=zero3)
+def run_ranks(folder: Path, arguments: Sequence[str], num_processes: int = 1, **settings: Any) -> list[Rank]:
+    """Runs what start_ranks starts to its end; every rank must exit with 0."""
+    ranks = start_ranks(folder, arguments, num_processes, **settings)
     codes = [rank.wait() for rank in ranks]
     assert codes == [0] * num_processes, "\n".join(rank.output[-3000:] for rank in ranks)
     return ranks
@@ -107,12 +115,11 @@ def launch(launch_flags: list[str], script_and_flags: list[str]) -> str:
     return output
 
 
-def zero3_variables() -> dict[str, str]:
-    """What `accelerate launch --config_file tests/zero3_cpu.yaml` puts into the environment, by its own code."""
+def zero3_variables(config: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` puts into the environment, by its own code."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import prepare_deepspeed_cmd_env
 
-    config = REPOSITORY / "tests" / "zero3_cpu.yaml"
     arguments, _, _ = _validate_launch_command(
         launch_command_parser().parse_args(["--config_file", str(config), "training.py"])
     )

@@ -18,7 +18,7 @@ from model_utils import generate_tool_call, load_qwen25_vl
 from run_files import read_jsonl
 from tests.distributed_generation import STOPS_AFTER
 from tests.helpers import REPOSITORY, toy_dataset, toy_model, toy_path, toy_processor
-from tests.processes import ZERO3, free_port, launch, start
+from tests.processes import ZERO3, free_port, launch, run_ranks, start
 from toy_model import SIGHTED, toy_model_path
 
 pytestmark = [
@@ -30,21 +30,15 @@ QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_zero3_trains_saves_resumes_and_leaves_weights_that_open(kind: str, tmp_path: Path) -> None:
-    flags = [*QUICK, "--use_lora", "true" if kind == "lora" else "false", "--output_dir", str(tmp_path / "half")]
-    launch(ZERO3, ["training.py", *flags, "--train_steps", "1"])
-    launch(ZERO3, ["training.py", *flags, "--train_steps", "2", "--resume"])
-    flags[-1] = str(tmp_path / "whole")
+def test_zero3_leaves_weights_that_open(kind: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [*QUICK, "--use_lora", "true" if kind == "lora" else "false", "--output_dir", str(run)]
     launch(ZERO3, ["training.py", *flags, "--train_steps", "2"])
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1, 2]
+    weights = load_file(run / "final" / ("adapter_model.safetensors" if kind == "lora" else "model.safetensors"))
+    assert all(weight.numel() > 0 and weight.isfinite().all() for weight in weights.values())
 
-    name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
-    half, whole = (load_file(tmp_path / run / "final" / name) for run in ("half", "whole"))
-    assert half.keys() == whole.keys()
-    assert [key for key in half if not torch.equal(half[key], whole[key])] == []
-    assert [line["step"] for line in read_jsonl(tmp_path / "half" / "metrics.jsonl")] == [1, 2]
-    assert all(weight.numel() > 0 and weight.isfinite().all() for weight in whole.values())
-
-    model, processor = load_qwen25_vl(str(tmp_path / "whole" / "final"))
+    model, processor = load_qwen25_vl(str(run / "final"))
     answer = generate_tool_call(model, processor, toy_dataset().env.episode(0), max_pixels=56 * 56)
     assert answer.startswith("<tool_call>")
 
@@ -53,8 +47,8 @@ def test_zero3_trains_saves_resumes_and_leaves_weights_that_open(kind: str, tmp_
 def test_two_ranks_take_the_packed_step_that_one_process_takes_unpacked(kind: str, tmp_path: Path) -> None:
     # uneven completions, other prompts and other images to encode on either rank, a KL term; LoRA with checkpointing
     one, two = tmp_path / "one", tmp_path / "two"
-    launch(["--cpu", "--num_processes", "1"], ["tests/distributed_step.py", str(one), "4", kind, "unpacked"])
-    launch(ZERO3, ["tests/distributed_step.py", str(two), "2", kind, "packed"])
+    run_ranks(tmp_path, [str(one), "4", kind, "unpacked"], target="tests.distributed_step")
+    run_ranks(tmp_path, [str(two), "2", kind, "packed"], 2, zero3=True, target="tests.distributed_step")
     figures = [[float(word) for word in (run / "figures.txt").read_text().split()] for run in (one, two)]
     assert figures[1] == pytest.approx(figures[0], rel=1e-3, abs=1e-6)
     name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
@@ -71,7 +65,7 @@ def test_two_ranks_take_the_packed_step_that_one_process_takes_unpacked(kind: st
 
 @pytest.mark.parametrize(("weights", "kind"), [("gather", "full"), ("shards", "full"), ("shards", "lora")])
 def test_ranks_generate_behind_one_prefill_what_plain_generate_gives(weights: str, kind: str, tmp_path: Path) -> None:
-    launch(ZERO3, ["tests/distributed_generation.py", str(tmp_path), weights, kind])
+    run_ranks(tmp_path, [str(tmp_path), weights, kind], 2, zero3=True, target="tests.distributed_generation")
     model, dataset, collate = toy_model(), toy_dataset(), VLMDataCollator(toy_processor(), 1)
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     for rank, max_new_tokens in enumerate(STOPS_AFTER):
@@ -85,13 +79,9 @@ def test_ranks_generate_behind_one_prefill_what_plain_generate_gives(weights: st
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [row for row in rows for _ in range(4)]
 
 
-@pytest.mark.parametrize("launcher", ["zero3", "ddp"])
-def test_two_ranks_with_an_empty_cache_build_one_whole_toy_model(launcher: str, tmp_path: Path) -> None:
+def test_two_ranks_with_an_empty_cache_build_one_whole_toy_model(tmp_path: Path) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
-    if launcher == "zero3":
-        command = ["accelerate", "launch", *ZERO3, "--main_process_port", free_port()]
-    else:
-        command = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLEET_CACHE": str(cache)}
     done = subprocess.run(
         [*command, "training.py", *QUICK, "--train_steps", "1", "--output_dir", str(run)],
@@ -118,16 +108,11 @@ def test_the_shipped_configuration_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["zero3", "shipped", "ddp"])
 def test_what_is_wrong_on_one_rank_skips_a_step_or_stops_on_both(launcher: str, tmp_path: Path) -> None:
-    script = ["tests/distributed_faults.py", str(tmp_path)]
-    if launcher == "ddp":
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port(), *script, "float32"]
-        toy_path()
-        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, timeout=300)
-    elif launcher == "zero3":
-        launch(ZERO3, [*script, "float32"])
-    else:
-        launch(["--config_file", shipped_configuration_on_two_cpus(tmp_path)], [*script, "bfloat16"])
+    dtype = "bfloat16" if launcher == "shipped" else "float32"
+    settings: dict[str, Any] = {"target": "tests.distributed_faults", "zero3": launcher != "ddp"}
+    if launcher == "shipped":
+        settings["config"] = Path(shipped_configuration_on_two_cpus(tmp_path))
+    run_ranks(tmp_path, [str(tmp_path), dtype], 2, **settings)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     for seen in ranks:
         # step 1: rank 0 has no scored rollout; 2: a gradient of rank 1's, 3: an activation of rank 0's is not finite
@@ -192,14 +177,16 @@ def test_zero3_evaluates_as_one_process_does(tmp_path: Path) -> None:
     toy_model_path(SIGHTED)
     run = tmp_path / "run"
     task = ["--fixed_correct_index", "none", "--eval_episodes", "13"]
-    launch(ZERO3, ["training.py", *QUICK, *task, "--eval_steps", "1", "--train_steps", "1", "--output_dir", str(run)])
+    training_flags = [*QUICK, *task, "--eval_steps", "1", "--train_steps", "1", "--output_dir", str(run)]
+    run_ranks(tmp_path, training_flags, 2, zero3=True)
     while_training = read_jsonl(run / "evaluations.jsonl")
     assert [document["step"] for document in while_training] == [0, 1]
-    flags = ["evaluate.py", "--model_id", str(run / "final"), "--baseline", "toy", "--eval_episodes", "13",
-             "--eval_seed", "1000000000", "--num_samples", "2"]  # fmt: skip
-    launch(ZERO3, [*flags, "--output", str(tmp_path / "two.json")])
-    evaluate.main([*flags[1:3], *flags[5:], "--output", str(tmp_path / "one.json")])
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    flags = ["--model_id", str(run / "final"), "--eval_episodes", "13", "--eval_seed", "1000000000", "--num_samples",
+             "2"]  # fmt: skip
+    two = [*flags, "--baseline", "toy", "--output", str(tmp_path / "two.json")]
+    run_ranks(tmp_path, two, 2, zero3=True, target="evaluate")
+    evaluate.main([*flags, "--output", str(tmp_path / "one.json")])
+    alone, together = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     for name in ("confusion", "controls", "greedy_accuracy", "passed_over"):
-        assert one[name] == two[name], name
-        assert one[name] == while_training[-1][name], name
+        assert alone[name] == together[name], name
+        assert alone[name] == while_training[-1][name], name
