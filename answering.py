@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from dataset import Row, VLMDataCollator, episode_row
 from environment import Episode, ImageSource
 from evaluation import Answers, EvaluationPlan
-from flags import UsageError
+from flags import RunStopped
 from group_passes import generate_groups
 from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
 from utils.images import BadImage, image_digest, open_image
@@ -121,7 +121,7 @@ class ModelPolicy:
 def sound_part(plan: EvaluationPlan, *, rank: int, num_ranks: int, skips_bad_images: bool) -> EvaluationPlan:
     """The plan without the episodes of which an image has gone bad since it was checked. Every process takes part.
 
-    Each opens the images of its share of the episodes. Raises UsageError on all of them if an image is bad, unless bad
+    Each opens the images of its share of the episodes. Raises RunStopped on all of them if an image is bad, unless bad
     ones are skipped, or if no episode is left.
     """
     # a file is opened once, however many episodes show it
@@ -137,7 +137,7 @@ def sound_part(plan: EvaluationPlan, *, rank: int, num_ranks: int, skips_bad_ima
         return plan
     first = found[min(found)]
     if not skips_bad_images or len(found) == len(plan.episodes):
-        raise UsageError(first)
+        raise RunStopped(first)
     logger.info(f"{len(found)} of {len(plan.episodes)} held-out episodes are left out of this evaluation: {first}")
     rest = tuple(episode for number, episode in enumerate(plan.episodes) if number not in found)
     return replace(plan, episodes=rest)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from environment import Episode, EpisodeSource, Message
-from flags import UsageError
+from flags import RunStopped
 from utils.images import BadImage, image_digest, open_image
 
 Row = dict[str, Any]
@@ -61,7 +61,7 @@ class RepeatableEpisodeDataset:
     def __getitem__(self, index: int) -> Row:
         """The row (see episode_row) of episode `index` (0 or greater); costs the same for every index.
 
-        Raises UsageError if it cannot be shown and neither can any of 100 in its place.
+        Raises RunStopped if it cannot be shown and neither can any of 100 in its place.
         """
         fault = None
         for number in range(index, index + (1 + MAX_REPLACEMENTS) * REPLACEMENT_STRIDE, REPLACEMENT_STRIDE):
@@ -72,7 +72,10 @@ class RepeatableEpisodeDataset:
                 fault = fault or f"episode {index}: {error}"
             else:
                 return episode_row(episode, index, self.env.prompt_messages(episode), pictures, fault)
-        raise UsageError(f"{fault}; {MAX_REPLACEMENTS} other episodes cannot be shown either: is the data folder gone?")
+        raise RunStopped(
+            f"{fault}; {MAX_REPLACEMENTS} other episodes cannot be shown either: is the data folder gone?",
+            is_of_all=False,
+        )
 
     def __iter__(self) -> Iterator[Row]:
         index = 0
@@ -124,13 +127,15 @@ def episode_row(
 def count_faults(faults_of_ranks: Sequence[Sequence[str | None]], *, skips_bad_images: bool) -> int:
     """How many episodes of a generation were replaced, over all ranks.
 
-    faults_of_ranks: by rank, those of its episodes. Raises UsageError, the same on every rank, for the first of them
+    faults_of_ranks: by rank, those of its episodes. Raises RunStopped, the same on every rank, for the first of them
     unless bad images are skipped.
     """
     faults = [(rank, fault) for rank, of_rank in enumerate(faults_of_ranks) for fault in of_rank if fault is not None]
     if faults and not skips_bad_images:
         rank, fault = faults[0]
-        raise UsageError(f"process {rank}: {fault}; or pass --bad_images skip to have the episode replaced")
+        raise RunStopped(
+            f"process {rank}: {fault}; or pass --bad_images skip to have the episode replaced, with --resume"
+        )
     return len(faults)
 
 

@@ -12,7 +12,7 @@ import pytest
 import evaluate
 import training
 from answering import sound_part
-from flags import UsageError
+from flags import RunStopped, UsageError
 from held_out import make_plan
 from options import parse_options
 from run_files import read_jsonl
@@ -107,7 +107,7 @@ def vanishing(tmp_path: Path) -> list[str]:
 
 
 def test_an_image_that_vanishes_stops_the_run_in_one_line(data: Path, tmp_path: Path, vanishing: list[str]) -> None:
-    with pytest.raises(UsageError) as stop:
+    with pytest.raises(RunStopped) as stop:
         run(tmp_path / "run", data, *vanishing)
     message = str(stop.value)
     assert message.startswith("process 0: episode ") and "\n" not in message
@@ -146,8 +146,8 @@ def test_an_image_that_vanishes_is_no_longer_evaluated_on(data: Path, caplog: py
     assert line.startswith(f"{20 - len(rest)} of 20 held-out episodes are left out of this evaluation: process 0: ")
     words = f"process 0: held-out episode {first}: image {gone} cannot be read"
     assert words in line
-    with pytest.raises(UsageError, match=re.escape(words)):
+    with pytest.raises(RunStopped, match=re.escape(words)):
         sound_part(plan, rank=0, num_ranks=1, skips_bad_images=False)
     shutil.rmtree(data)
-    with pytest.raises(UsageError, match="process 0: held-out episode 0: image "):
+    with pytest.raises(RunStopped, match="process 0: held-out episode 0: image "):
         sound_part(plan, rank=0, num_ranks=1, skips_bad_images=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator, count_faults
 from environment import Episode, PickImageEnv
-from flags import UsageError
+from flags import RunStopped
 from tests.conftest import save_picture
 from tests.helpers import toy_dataset, toy_processor
 from toy_model import TOY_DATA_ROOT
@@ -207,7 +207,7 @@ def test_a_group_is_replaced_whole_and_the_batch_says_so(pictures: Path) -> None
 def test_no_folder_at_all_ends_the_run(pictures: Path) -> None:
     dataset = RepeatableEpisodeDataset(PickImageEnv(pictures))
     pictures.rename(pictures.with_name("gone"))
-    with pytest.raises(UsageError, match="episode 3: image .* cannot be read .*; 100 other episodes cannot be shown"):
+    with pytest.raises(RunStopped, match="episode 3: image .* cannot be read .*; 100 other episodes cannot be shown"):
         dataset[3]
 
 
@@ -241,8 +241,9 @@ def test_faults_are_counted_or_stop_every_rank_with_the_same_words() -> None:
     ]
     assert count_faults(faults, skips_bad_images=True) == 2
     assert count_faults([[None], [None]], skips_bad_images=False) == 0
-    with pytest.raises(UsageError) as refusal:
+    with pytest.raises(RunStopped) as refusal:
         count_faults(faults, skips_bad_images=False)
     assert str(refusal.value) == (
-        "process 1: episode 5: image a.png is empty; replace it; or pass --bad_images skip to have the episode replaced"
+        "process 1: episode 5: image a.png is empty; replace it; or pass --bad_images skip to have the episode "
+        "replaced, with --resume"
     )
