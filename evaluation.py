@@ -13,9 +13,9 @@ from typing import Any
 from controls import blanked, with_order_permuted, with_picture_swapped, with_pictures_redrawn
 from environment import Episode, EpisodeSource, Judgement, Outcome, judge
 from intervals import exactly, paired_difference, pass_at_k, share
+from run_files import EVALUATION_SCHEMA_VERSION
 from utils.tool_calls import ParseStatus
 
-SCHEMA_VERSION = 1
 CONTROLS = ("blank_images", "swapped_images", "permuted_order", "redrawn_images")
 # Changed pictures are held in memory, eight or so an episode.
 CHANGED_AT_A_TIME = 64
@@ -78,7 +78,7 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
         _count_hits(policy, plan, start, verdicts[start : start + CHANGED_AT_A_TIME], hits)
     is_right = tuple(verdict.outcome is Outcome.CORRECT for verdict in verdicts)
     document = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": EVALUATION_SCHEMA_VERSION,
         "model": model,
         "step": None,
         "episodes": len(plan.episodes),

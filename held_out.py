@@ -17,6 +17,7 @@ from evaluation import EvaluationPlan
 from flags import UsageError
 from options import Options, SharedOptions
 from preflight import make_environment
+from step_counts import num_episodes_of_run
 from utils.images import image_digest
 
 # Draws per held-out episode before a folder counts as too small to hold anything out.
@@ -76,9 +77,13 @@ def make_plan(
 def num_episodes_drawn(options: Options, num_processes: int) -> int:
     """How many episodes a run with these resolved options draws over all its processes."""
     assert options.train_steps and options.steps_per_generation and options.per_device_batch_size
-    micro_steps = options.train_steps * options.gradient_accumulation_steps
-    num_generations = -(-micro_steps // (options.steps_per_generation * options.num_iterations))
-    return num_generations * options.steps_per_generation * options.per_device_batch_size * num_processes
+    return num_episodes_of_run(
+        options.train_steps,
+        steps_per_generation=options.steps_per_generation,
+        num_iterations=options.num_iterations,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        episodes_per_micro_step=options.per_device_batch_size * num_processes,
+    )
 
 
 def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode] = ()) -> tuple[list[Episode], int]:

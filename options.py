@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from flags import TOY_MODEL_ID, UsageError, parse_flags
 from reward import DEFAULT_WEIGHTS, RewardWeights
+from step_counts import optimizer_steps_per_generation
 from training_flags import build_parser
 
 
@@ -294,8 +295,11 @@ def _refuse_impossible_numbers(options: Options) -> None:
 
 def _refuse_best_between_saves(options: Options) -> None:
     """Raises UsageError if the best checkpoint could fall into the middle of a generation, where nothing is saved."""
-    steps_per_generation = options.steps_per_generation or options.gradient_accumulation_steps
-    cycle = steps_per_generation * options.num_iterations // options.gradient_accumulation_steps
+    cycle = optimizer_steps_per_generation(
+        options.steps_per_generation or options.gradient_accumulation_steps,
+        options.num_iterations,
+        options.gradient_accumulation_steps,
+    )
     if not options.keep_best or cycle == 1:
         return
     for flag, value in (("eval_steps", options.eval_steps), ("train_steps", options.train_steps)):

@@ -115,9 +115,9 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
             raise UsageError(
                 f"adapter {folder} names {base!r} as its base; write the base model's folder or hub id there"
             )
+        require_model(base, f"{flag}={model_id} is an adapter whose base_model_name_or_path")
         if not (folder / "adapter_model.safetensors").is_file():
             raise UsageError(f"adapter {folder} has no adapter_model.safetensors; save it with safe_serialization=True")
-        require_model(base, f"{flag}={model_id} is an adapter whose base_model_name_or_path")
         return
     if not (folder / CONFIG_NAME).is_file():
         raise UsageError(f"model folder {folder} has no config.json; pass a folder written by save_pretrained")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from report_rollouts import Group, finite
+from run_files import EVALUATION_SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
 MAX_COLUMNS = 4  # evaluations side by side; of more, the first and the last are shown
 Document = Mapping[str, Any]
 
@@ -146,10 +146,10 @@ def ordered_evaluations(documents: Sequence[Document]) -> list[Document]:
     Raises ValueError for a document of another schema.
     """
     for document in documents:
-        if document.get("schema_version") != SCHEMA_VERSION:
+        if document.get("schema_version") != EVALUATION_SCHEMA_VERSION:
             raise ValueError(
                 f"an evaluation has schema_version={document.get('schema_version')!r}, but this report reads "
-                f"{SCHEMA_VERSION}; write the report with the version of Fleet that evaluated"
+                f"{EVALUATION_SCHEMA_VERSION}; write the report with the version of Fleet that evaluated"
             )
     by_step = {document["step"]: document for document in documents if document.get("step") is not None}
     return [by_step[step] for step in sorted(by_step)] + [doc for doc in documents if doc.get("step") is None]

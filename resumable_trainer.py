@@ -24,8 +24,8 @@ from trl import RLOOTrainer
 
 from checkpointing import CheckpointFolder, Gather, ProcessPlace, free_space
 from flags import RunStopped, UsageError
-from rloo import optimizer_steps_per_generation
 from run_files import CONFIG_NAME, write_atomically
+from step_counts import optimizer_steps_per_generation
 
 RUN_CONFIG_NAME = "run_config.json"  # a checkpoint's own config.json is the model's
 # Classes besides torch's own that Trainer and DeepSpeed write into what they pickle. They hold plain values.
@@ -79,7 +79,11 @@ class ResumableTrainer(RLOOTrainer):
 
     def is_at_generation_end(self) -> bool:
         """Whether the steps so far have used up every generation, so that the next step begins with a new one."""
-        return self.state.global_step % optimizer_steps_per_generation(self.args) == 0
+        args = self.args
+        cycle = optimizer_steps_per_generation(
+            args.steps_per_generation, args.num_iterations, args.gradient_accumulation_steps
+        )
+        return self.state.global_step % cycle == 0
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints.staging) if self._is_saving else super()._get_output_dir(trial)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from trl import RLOOConfig
 
+from step_counts import num_episodes_of_run
+
 # Axes: P episodes (groups), G rollouts of each.
 
 
@@ -43,11 +45,15 @@ def refuse_split_groups(args: RLOOConfig) -> None:
         )
 
 
-def num_episodes_of_run(args: RLOOConfig) -> int:
+def num_episodes_of_args(args: RLOOConfig) -> int:
     """How many episodes `args.max_steps` optimizer steps draw over all devices: one epoch, so no order repeats."""
-    micro_steps = args.max_steps * args.gradient_accumulation_steps
-    num_generations_of_run = -(-micro_steps // (args.steps_per_generation * args.num_iterations))
-    return num_generations_of_run * args.generation_batch_size // args.num_generations
+    return num_episodes_of_run(
+        args.max_steps,
+        steps_per_generation=args.steps_per_generation,
+        num_iterations=args.num_iterations,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        episodes_per_micro_step=args.generation_batch_size // args.steps_per_generation // args.num_generations,
+    )
 
 
 def needs_old_logps(args: RLOOConfig) -> bool:
@@ -58,8 +64,3 @@ def needs_old_logps(args: RLOOConfig) -> bool:
     """
     is_used_once = args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
     return not is_used_once or (args.beta != 0.0 and args.normalize_advantages and args.steps_per_generation > 1)
-
-
-def optimizer_steps_per_generation(args: RLOOConfig) -> int:
-    """How many optimizer steps one generation serves; saves happen between generations."""
-    return args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps

@@ -44,7 +44,7 @@ from model_utils import decode_completion, media_token_ids, up_to_end
 from resumable_trainer import ResumableTrainer
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
 from reward_function import BoundedReward
-from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_run, refuse_split_groups
+from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_args, refuse_split_groups
 from rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
 from shared_prefix import pack_groups, unpack
 from vision_cache import VisionCache
@@ -122,7 +122,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             model=model,
             reward_funcs=reward,
             args=args,
-            train_dataset=dataset.as_hf_dataset(num_episodes_of_run(args)),
+            train_dataset=dataset.as_hf_dataset(num_episodes_of_args(args)),
             # Trainer wants one before it evaluates; `evaluate` has its own
             eval_dataset=None if evaluation is None else dataset.as_hf_dataset(1),
             processing_class=processing_class,

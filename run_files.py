@@ -21,6 +21,7 @@ THUMBNAILS_NAME = "thumbnails"
 CURVE_NAME = "curve.png"
 REPORT_NAME = "report.html"
 FINAL_NAME = "final"
+EVALUATION_SCHEMA_VERSION = 1
 UNFINISHED_NAME = "unfinished"  # what is being written; nothing in it is ever read
 
 

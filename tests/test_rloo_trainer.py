@@ -13,7 +13,7 @@ from trl import RLOOTrainer
 from environment import Outcome
 from group_passes import takes_image_features
 from model_utils import make_lora_config
-from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_run, refuse_split_groups
+from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_args, refuse_split_groups
 from rloo_trainer import FleetRLOOTrainer
 from tests.helpers import (
     ScriptedFleetTrainer,
@@ -378,7 +378,7 @@ def test_a_run_draws_each_episode_once(
         steps_per_generation=per_generation,
         num_iterations=iterations,
     )
-    assert num_episodes_of_run(args) == episodes
+    assert num_episodes_of_args(args) == episodes
     trainer = fleet_trainer(args, ScriptedFleetTrainer)
     seen: list[int] = []
     for batch in trainer.get_train_dataloader():

@@ -130,7 +130,8 @@ def random_batch(rng: random.Random, group_size: int) -> Any:
         words = " ".join(rng.choice(["red", "circle", "zebra", "42"]) for _ in range(rng.randrange(1, 20)))
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": words}]
         episode = Episode(tuple(pictures), ({"role": "user", "content": content},), 0, ("a",) * len(pictures), None, 0)
-        line = {"episode_index": number, "prompt": list(episode.messages), "images": pictures, "episode": episode}
+        line = {"episode_index": number, "prompt": list(episode.messages), "images": pictures, "episode": episode,
+                "fault": None}  # fmt: skip
         lines += [line] * group_size
     return VLMDataCollator(processor, group_size)(lines)
 

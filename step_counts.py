@@ -1,0 +1,36 @@
+"""How the steps, generations and episodes of a run add up, in plain integers, for all who count them."""
+
+
+def optimizer_steps_per_generation(
+    steps_per_generation: int, num_iterations: int, gradient_accumulation_steps: int
+) -> int:
+    """Optimizer steps that one generation serves.
+
+    steps_per_generation: micro-steps over which its rollouts are spread, a multiple of gradient_accumulation_steps.
+
+    >>> optimizer_steps_per_generation(4, 2, 2)
+    4
+    """
+    return steps_per_generation * num_iterations // gradient_accumulation_steps
+
+
+def num_episodes_of_run(
+    num_steps: int,
+    *,
+    steps_per_generation: int,
+    num_iterations: int,
+    gradient_accumulation_steps: int,
+    episodes_per_micro_step: int,
+) -> int:
+    """Episodes that `num_steps` optimizer steps draw over all devices; the last generation is drawn whole.
+
+    episodes_per_micro_step: over all devices.
+
+    >>> num_episodes_of_run(
+    ...     3, steps_per_generation=2, num_iterations=2, gradient_accumulation_steps=1, episodes_per_micro_step=8
+    ... )
+    16
+    """
+    micro_steps = num_steps * gradient_accumulation_steps
+    num_generations = -(-micro_steps // (steps_per_generation * num_iterations))
+    return num_generations * steps_per_generation * episodes_per_micro_step
