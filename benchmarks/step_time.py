@@ -34,11 +34,17 @@ from trl import RLOOConfig  # noqa: E402
 from benchmarks import random_model  # noqa: E402
 from benchmarks.comparison import as_table, summarize  # noqa: E402
 from benchmarks.peak_memory import peak_memory  # noqa: E402
-from benchmarks.timed_trainers import StepClock, Stopwatch, TimedFleet, TimedStock, Turnstile  # noqa: E402
+from benchmarks.timed_trainers import (  # noqa: E402
+    StepClock,
+    Stopwatch,
+    TimedFleet,
+    TimedStock,
+    Turnstile,
+    reward_of_tokens,
+)
 from dataset import RepeatableEpisodeDataset  # noqa: E402
 from environment import PickImageEnv  # noqa: E402
 from model_utils import load_qwen25_vl, make_lora_config, media_token_ids  # noqa: E402
-from reward import make_trl_reward_function  # noqa: E402
 
 
 def main() -> None:
@@ -141,11 +147,19 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
     trainer: TimedStock | TimedFleet
     if is_fleet:
         cache_bytes = 2**31 if arguments.freeze_vision or arguments.use_lora else 0
-        trainer = TimedFleet(model, args, dataset, processor, peft_config=lora, vision_cache_bytes=cache_bytes)
+        trainer = TimedFleet(
+            model,
+            args,
+            dataset,
+            processor,
+            reward_function=reward_of_tokens,
+            peft_config=lora,
+            vision_cache_bytes=cache_bytes,
+        )
     else:
         trainer = TimedStock(
             model=model,
-            reward_funcs=make_trl_reward_function(),
+            reward_funcs=reward_of_tokens,
             args=args,
             train_dataset=dataset.as_hf_dataset(arguments.num_episodes * (1 + arguments.num_steps)),
             processing_class=processor,

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from dataset import RepeatableEpisodeDataset, count_faults
-from flags import UsageError
+from flags import RunStopped, UsageError
 from image_check import find_bad_images
 from model_setup import agree_on_data
 from options import parse_options
@@ -36,7 +36,7 @@ def settled(rank: int, data_root: str, local: tuple[int, int], flags: list[str])
         shows_it = [any(label == "blue" for label in episode) for episode in labels]
         row = RepeatableEpisodeDataset(data.env)[shows_it.index(rank == 1)]
         num_replaced = count_faults(gather_object([[row["fault"]]]), skips_bad_images=options.bad_images == "skip")
-    except UsageError as error:
+    except (RunStopped, UsageError) as error:
         return {"refusal": str(error)}
     return {"digest": data.data_digest, "skipped": data.skipped_images, "labels": labels, "replaced": num_replaced}
 

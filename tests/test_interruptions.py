@@ -132,7 +132,8 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 )
 def test_when_a_rank_raises_dies_or_stalls_all_end_and_say_which(fault: str, words: str, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    flags = [*QUICK, "--output_dir", str(run), "--train_steps", "999", "--step_timeout_s", "10", fault]
+    flags = [*QUICK, "--output_dir", str(run), "--train_steps", "999", "--step_timeout_s", "10", "--reward_timeout_s", "5",
+             fault]  # fmt: skip
     process = start(ZERO3, ["tests/speaking_training.py", *flags], log)
     deadline_s = time.monotonic() + 240
     while process.poll() is None and "[fault]" not in log.read_text():

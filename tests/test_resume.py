@@ -70,20 +70,21 @@ def test_a_resumed_run_ends_in_the_same_bits(kind: str, tmp_path: Path) -> None:
         run_ranks(tmp_path, arguments, num_processes, zero3=zero3)
         return tmp_path / name
 
-    whole = run("whole", "--train_steps", "5")
-    wanted = entire(whole / "checkpoint-5")
+    last = 4
+    whole = run("whole", "--train_steps", str(last))
+    wanted = entire(whole / f"checkpoint-{last}")
     assert len(wanted) > 10 and any("optim" in name for name in wanted) and any("rng" in name for name in wanted)
-    assert entire(whole / "checkpoint-4") != wanted
+    assert entire(whole / f"checkpoint-{last - 1}") != wanted
 
     # in the middle of its one epoch, early and late
-    for step in (1,) if zero3 else (1, 4):
+    for step in (1, 3):
         cut = cut_off_after(whole, step, tmp_path / f"cut-{step}")
-        run(cut.name, "--train_steps", "5", "--resume")
-        assert entire(cut / "checkpoint-5") == wanted
+        run(cut.name, "--train_steps", str(last), "--resume")
+        assert entire(cut / f"checkpoint-{last}") == wanted
     # over the end of its epoch: the run was to have 3 steps, and is made longer
-    run("longer", "--train_steps", "3")
-    longer = run("longer", "--train_steps", "5", "--resume")
-    assert entire(longer / "checkpoint-5") == wanted
+    longer = cut_off_after(run("longer", "--train_steps", "3"), 3, tmp_path / "made-longer")
+    run(longer.name, "--train_steps", str(last), "--resume")
+    assert entire(longer / f"checkpoint-{last}") == wanted
     assert read_jsonl(longer / "rollouts.jsonl") == read_jsonl(whole / "rollouts.jsonl")
 
 
@@ -118,9 +119,9 @@ def test_weights_that_are_missing_or_unknown_are_refused_by_name(kind: str, tmp_
     if zero3:
         (path,) = checkpoint.glob("global_step1/*rank_1_mp_rank_00_model_states.pt")
         states = torch.load(path, weights_only=True)
-        (shapes,) = states["param_shapes"]
-        first = next(iter(shapes))
-        states["param_shapes"] = [{"planted" if name == first else name: shape for name, shape in shapes.items()}]
+        groups = states["param_shapes"]
+        first = next(iter(groups[0]))
+        groups[0] = {"planted" if name == first else name: shape for name, shape in groups[0].items()}
         torch.save(states, path)
     else:
         (path,) = checkpoint.glob("*model.safetensors")
