@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flags import RunStopped, UsageError
+from flags import AgreedUsageError, RunStopped
 from run_files import UNFINISHED_NAME, flush_folder, write_atomically
 
 logger = logging.getLogger("fleet")
@@ -62,7 +62,8 @@ def find_damage(checkpoint: Path, place: ProcessPlace = ProcessPlace(), *, reads
         listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST_NAME}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:
+        # whatever a damaged file makes of JSON; one process must not raise where the others gather
         return f"its {MANIFEST_NAME} cannot be read ({type(error).__name__})"
     try:
         return _compare(checkpoint, listed, place, reads_content=reads_content)
@@ -87,7 +88,7 @@ def choose_checkpoint(run_folder: Path, place: ProcessPlace, gather: Gather) -> 
             return checkpoint
         found.append(f"{checkpoint.name}: {damages[0]}")
     if found:
-        raise UsageError(
+        raise AgreedUsageError(
             f"resume: no checkpoint in {run_folder} is whole ({'; '.join(found)}); restore one of them, or begin "
             "another run in another --output_dir"
         )
@@ -100,12 +101,23 @@ class CheckpointFolder:
     All processes call each method together, and all raise RunStopped if the commit of any of them failed.
     """
 
-    def __init__(self, run_folder: Path, place: ProcessPlace, gather: Gather, keep: int):
-        """keep: whole checkpoints to keep, at least 1. Deletes nothing before the first `begin`."""
+    def __init__(
+        self,
+        run_folder: Path,
+        place: ProcessPlace,
+        gather: Gather,
+        keep: int,
+        on_waiting: Callable[[], object] = lambda: None,
+    ):
+        """keep: whole checkpoints to keep, at least 1. on_waiting: called every second while a commit is waited for.
+
+        Deletes nothing before the first `begin`.
+        """
         self.run_folder, self.place, self.keep = run_folder, place, keep
-        self._gather = gather
+        self._gather, self._on_waiting = gather, on_waiting
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._has_failed_elsewhere = threading.Event()
 
     @property
     def staging(self) -> Path:
@@ -118,10 +130,10 @@ class CheckpointFolder:
         if self.place.rank == 0:
             try:
                 remove_unfinished(self.run_folder)
-                self.staging.mkdir(parents=True)
+                self.staging.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 self._failure = error
-        self._raise_together()
+        self._raise_together(self._gather([self._own_failure()]))
 
     def commit(self, step: int, kept_best: int | None = None) -> None:
         """Makes staging/checkpoint-<step> the run's newest checkpoint, in the background; then deletes old ones.
@@ -134,13 +146,28 @@ class CheckpointFolder:
 
     def wait(self) -> None:
         """Returns once the last commit of all processes is on disk."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._raise_together()
+        # process 0 waits for the parts of the others, and must hear first that one will not come
+        if self.place.rank != 0:
+            self._join()
+        of_others = self._gather([None if self.place.rank == 0 else self._own_failure()])
+        if any(of_others):
+            self._has_failed_elsewhere.set()
+        if self.place.rank == 0:
+            self._join()
+        of_first = self._gather([self._own_failure() if self.place.rank == 0 else None])
+        self._has_failed_elsewhere.clear()
+        self._raise_together(of_others if any(of_others) else of_first)
 
-    def _raise_together(self) -> None:
-        failures = self._gather([None if self._failure is None else f"{self._failure}"])
+    def _join(self) -> None:
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(1.0)
+            self._on_waiting()
+        self._thread = None
+
+    def _own_failure(self) -> str | None:
+        return None if self._failure is None else str(self._failure)
+
+    def _raise_together(self, failures: list[str | None]) -> None:
         self._failure = None
         for rank, failure in enumerate(failures):
             if failure is not None:
@@ -152,20 +179,30 @@ class CheckpointFolder:
     def _commit(self, step: int, kept_best: int | None) -> None:
         staged = self.staging / f"checkpoint-{step}"
         try:
-            part = {name: describe_file(staged / name) for name in _own_files(staged, self.place)}
+            own = [staged / name for name in _own_files(staged, self.place)]
+            part = {path.relative_to(staged).as_posix(): describe_file(path) for path in own}
+            for folder in {path.parent for path in own}:
+                flush_folder(folder)
             write_atomically(self.staging / PART_NAME.format(rank=self.place.rank), json.dumps(part))
             if self.place.rank == 0:
                 self._commit_whole(staged, step)
-                remove_old_checkpoints(self.run_folder, self.keep, kept_best)
-                remove_unfinished(self.run_folder)
+                self._tidy_up(step, kept_best)
         except Exception as error:
             # raised by `wait`, where the training loop can stop for it
             self._failure = error
 
+    def _tidy_up(self, step: int, kept_best: int | None) -> None:
+        try:
+            remove_old_checkpoints(self.run_folder, self.keep, step, kept_best)
+            remove_unfinished(self.run_folder)
+        except OSError as error:
+            # the new checkpoint is whole; what could not be deleted costs room alone
+            logger.warning(f"an old checkpoint could not be deleted ({error})")
+
     def _commit_whole(self, staged: Path, step: int) -> None:
         files: dict[str, Any] = {}
         for rank in range(self.place.num_processes):
-            files |= _read_part(self.staging / PART_NAME.format(rank=rank))
+            files |= _read_part(self.staging / PART_NAME.format(rank=rank), self._has_failed_elsewhere)
         if files.keys() != set(_file_names(staged)):
             raise OSError(
                 f"{staged} has files that no process wrote, or lacks some; --output_dir must be one folder that all "
@@ -196,9 +233,14 @@ def free_space(folder: Path) -> str:
         return "its folder is gone"
 
 
-def remove_old_checkpoints(run_folder: Path, keep: int, kept_best: int | None = None) -> None:
-    """Deletes whole checkpoints but the newest `keep` and the best. Damaged ones are left alone and do not count."""
-    whole = [path for path in list_checkpoints(run_folder) if find_damage(path, reads_content=False) is None]
+def remove_old_checkpoints(run_folder: Path, keep: int, newest: int, kept_best: int | None = None) -> None:
+    """Deletes whole checkpoints up to step `newest`, but the last `keep` of them and the best.
+
+    Damaged ones are left alone and do not count, and neither do later ones: a run that has just saved `newest` has
+    passed them over as it was resumed, for damage that only reading them shows.
+    """
+    candidates = [path for path in list_checkpoints(run_folder) if checkpoint_step(path) <= newest]
+    whole = [path for path in candidates if find_damage(path, reads_content=False) is None]
     others = [path for path in whole if checkpoint_step(path) != kept_best]
     num_kept = keep if len(others) == len(whole) else max(1, keep - 1)
     for path in others[num_kept:]:
@@ -210,9 +252,12 @@ def remove_old_checkpoints(run_folder: Path, keep: int, kept_best: int | None = 
 
 
 def remove_unfinished(run_folder: Path) -> None:
-    """Deletes what a save that was cut off left behind."""
-    if (run_folder / UNFINISHED_NAME).exists():
-        shutil.rmtree(run_folder / UNFINISHED_NAME)
+    """Deletes what a save that was cut off left behind. Raises OSError if a visible file of it stays."""
+    folder = run_folder / UNFINISHED_NAME
+    # a file that another process still reads stays on NFS, under a hidden name
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists() and (left := _file_names(folder)):
+        raise OSError(f"{folder / left[0]} cannot be deleted")
 
 
 def _compare(
@@ -252,10 +297,12 @@ def _own_files(folder: Path, place: ProcessPlace) -> list[str]:
     return [name for name, owner in owners.items() if owner == place.rank]
 
 
-def _read_part(path: Path) -> dict[str, Any]:
+def _read_part(path: Path, will_not_come: threading.Event) -> dict[str, Any]:
     """A process's part of the manifest, once it is there."""
     deadline_s = time.monotonic() + MAX_WAIT_FOR_PARTS_S
     while not path.exists():
+        if will_not_come.is_set():
+            raise OSError(f"{path} will not come")
         if time.monotonic() > deadline_s:
             raise OSError(f"{path} did not come within {MAX_WAIT_FOR_PARTS_S} s")
         time.sleep(0.01)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from flags import RunEnded, UsageError
+from flags import AgreedUsageError, RunEnded, UsageError
 
 Result = TypeVar("Result")
 
@@ -24,9 +24,11 @@ def run(main: Callable[[], None]) -> int:
     try:
         main()
     except UsageError as error:
-        # all processes raise it together
+        # until the processes know of each other, all raise the same, or hear of it as they agree
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        elif not isinstance(error, AgreedUsageError) and _knows_other_processes():
+            print(f"error: process {rank}: {error}", file=sys.stderr)
         code = 2
     except RunEnded as error:
         if rank == "0" or not error.is_of_all:
@@ -45,6 +47,11 @@ def run(main: Callable[[], None]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _knows_other_processes() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def result_or_problem(check: Callable[[], Result]) -> tuple[Result | None, str | None]:

@@ -3,6 +3,7 @@
 Owns the rows TRL sees and the batch the trainer gets. Knows the processor's outputs, but no model.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
@@ -92,6 +93,9 @@ class RepeatableEpisodeDataset:
         return indices.with_transform(self._rows_by_column)
 
     def _rows_by_column(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        if torch.utils.data.get_worker_info() is not None and os.getpgrp() != os.getpid():
+            # launchers stop a process by its group; a worker must outlive its process's last step
+            os.setpgid(0, 0)
         # a group asks for its episode G times in a row, and TRL for a whole batch once per step that reuses it
         self._latest_rows = {
             index: self._latest_rows.get(index) or self[index] for index in dict.fromkeys(batch["episode_index"])

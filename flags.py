@@ -19,6 +19,10 @@ class UsageError(ValueError):
     """Something the user asked for cannot be; the message says what was got, what was wanted and the remedy."""
 
 
+class AgreedUsageError(UsageError):
+    """One that every process raises, so that one of them says it."""
+
+
 class RunEnded(Exception):
     """A run that had begun ends before its last step; the message says why, what is kept, and how to go on.
 

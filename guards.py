@@ -7,7 +7,7 @@ DeepSpeed's ZeRO-3 leaves such a step out by itself; without DeepSpeed the optim
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,8 +66,9 @@ class StepGuard(TrainerCallback, ExportableState):
     `stop_reason` says why.
     """
 
-    def __init__(self, accelerator: Accelerator, max_in_a_row: int):
-        self.accelerator, self.max_in_a_row = accelerator, max_in_a_row
+    def __init__(self, accelerator: Accelerator, max_in_a_row: int, may_save: Callable[[], bool]):
+        """may_save: whether a checkpoint can be saved after the step just taken."""
+        self.accelerator, self.max_in_a_row, self.may_save = accelerator, max_in_a_row, may_save
         self.num_skipped = self.num_in_a_row = 0
         self.stop_reason: str | None = None
         # of the step to come, before clipping
@@ -116,7 +117,7 @@ class StepGuard(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks for a checkpoint and the end once too many steps in a row were skipped."""
-        if self.num_in_a_row < self.max_in_a_row:
+        if self.num_in_a_row < self.max_in_a_row or not self.may_save():
             return
         self.stop_reason = (
             f"{self.num_in_a_row} optimizer steps in a row were skipped, as the gradient's norm was last "

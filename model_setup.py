@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from flags import TOY_MODEL_ID, UsageError
+from flags import TOY_MODEL_ID, AgreedUsageError, UsageError
 from image_check import Findings, RunData, first_difference, listing_of, settle
 from model_utils import load_qwen25_vl
 from options import SharedOptions, starts_sighted
@@ -47,7 +47,7 @@ def require_agreement(options: SharedOptions, problem: str | None) -> None:
     of_ranks = gather_object([(problem, asdict(options))])
     for rank, (found, _) in enumerate(of_ranks):
         if found is not None:
-            raise UsageError(f"process {rank}: {found}" if len(of_ranks) > 1 else found)
+            raise AgreedUsageError(f"process {rank}: {found}" if len(of_ranks) > 1 else found)
     first = of_ranks[0][1]
     differing = [
         f"{name}={sorted({str(flags[name]) for _, flags in of_ranks})}"
@@ -55,7 +55,9 @@ def require_agreement(options: SharedOptions, problem: str | None) -> None:
         if any(flags[name] != first[name] for _, flags in of_ranks)
     ]
     if differing:
-        raise UsageError(f"processes were started with different flags: {', '.join(differing)}; give all the same")
+        raise AgreedUsageError(
+            f"processes were started with different flags: {', '.join(differing)}; give all the same"
+        )
 
 
 def agree_on_data(options: SharedOptions, findings: Findings) -> RunData:
@@ -68,7 +70,7 @@ def agree_on_data(options: SharedOptions, findings: Findings) -> RunData:
     found = gather_object([findings.share])
     if len({None if share is None else share.names_digest for share in found}) > 1:
         listings = gather_object([listing_of(findings.env, options.data_root)])
-        raise UsageError(
+        raise AgreedUsageError(
             f"the machines hold different images: {first_difference(listings)}; give every machine the same data folder"
         )
     return settle(options, findings.env, found)

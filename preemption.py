@@ -40,9 +40,11 @@ class Preemption(TrainerCallback):
         self._handlers_before = {number: signal.signal(number, self._on_signal) for number in HANDLED}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gives the signals back."""
+        """Gives the signals back, and one that came too late to be agreed on its usual effect."""
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
+        if self._signal is not None and not self.is_stopping:
+            signal.raise_signal(self._signal)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Has the loop save and stop, if any process was signalled and the step ends its generation."""
@@ -54,7 +56,7 @@ class Preemption(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Stops at once for a signal during the save: what there is to save has just been saved."""
         self._agree()
-        if self.is_stopping:
+        if self.is_stopping and self.trainer.is_at_generation_end():
             control.should_training_stop = True
         return control
 

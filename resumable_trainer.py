@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
 
 from checkpointing import CheckpointFolder, Gather, ProcessPlace, free_space
-from flags import RunStopped, UsageError
+from flags import AgreedUsageError, RunEnded, RunStopped, UsageError
 from run_files import CONFIG_NAME, write_atomically
 from step_counts import optimizer_steps_per_generation
 
@@ -40,6 +40,8 @@ KNOWN_CLASSES = frozenset(
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     }
 )
+# In the words of torch's RuntimeError for a file that it cannot write.
+WRITE_FAILURES = ("PytorchStreamWriter", "inline_container")
 # What a resume unpickles; training_args.bin is written for people alone.
 UNPICKLED_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*/*.pt")
 
@@ -47,8 +49,9 @@ UNPICKLED_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"
 class ResumableTrainer(RLOOTrainer):
     """TRL's RLOOTrainer with Fleet's checkpoints.
 
-    `run_config` is the text of the run's configuration, which goes into each checkpoint. `trusts_checkpoint` unpickles
-    what a checkpoint holds, whatever it is. `on_activity` is told what the trainer is at, each time that it gets there.
+    `run_config` is the text of the run's configuration, which goes into each checkpoint. `num_kept_checkpoints` are
+    kept, the best among them. `trusts_checkpoint` unpickles what a checkpoint holds, whatever it is. `on_activity` is
+    told what the trainer is at, each time that it gets there.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -56,6 +59,8 @@ class ResumableTrainer(RLOOTrainer):
         super().__init__(*args, **kwargs)
         self.run_config = "{}\n"
         self.trusts_checkpoint = False
+        # Trainer's own limit stays unset: at its end it deletes checkpoints, whole or not, by that
+        self.num_kept_checkpoints = 10**9
         self.on_activity: Callable[[str], None] = lambda activity: None
         self._checkpoints: CheckpointFolder | None = None
         self._is_saving = False
@@ -64,7 +69,12 @@ class ResumableTrainer(RLOOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains, and returns once the last checkpoint is on disk. Raises RunStopped if one cannot be saved."""
-        output = super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        except RunEnded as ended:
+            if ended.is_of_all:
+                self.checkpoints.wait()
+            raise
         self.checkpoints.wait()
         return output
 
@@ -73,8 +83,13 @@ class ResumableTrainer(RLOOTrainer):
         """The run's checkpoints, in args.output_dir."""
         if self._checkpoints is None:
             place = ProcessPlace(self.args.process_index, self.args.world_size)
-            keep = self.args.save_total_limit or 10**9
-            self._checkpoints = CheckpointFolder(Path(self.args.output_dir), place, gather_object, keep)
+            self._checkpoints = CheckpointFolder(
+                Path(self.args.output_dir),
+                place,
+                gather_object,
+                self.num_kept_checkpoints,
+                on_waiting=lambda: self.on_activity("the commit of a save"),
+            )
         return self._checkpoints
 
     def is_at_generation_end(self) -> bool:
@@ -100,6 +115,8 @@ class ResumableTrainer(RLOOTrainer):
             super()._save_checkpoint(model, trial)
             self._finish_staged()
         except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in WRITE_FAILURES):
+                raise
             raise RunStopped(
                 f"process {self.args.process_index} could not save step {self.state.global_step} "
                 f"({' '.join(str(error).split())}; {free_space(Path(self.args.output_dir))}); the checkpoints before "
@@ -161,14 +178,28 @@ class ResumableTrainer(RLOOTrainer):
         policy.load_state_dict(saved.state_dict(), strict=True)
 
     def _require_deepspeed_names(self, checkpoint: Path) -> None:
-        """Raises UsageError unless this process's ZeRO file has the weights that train, in their order."""
+        """Raises UsageError unless this process's ZeRO file has the weights that train, in their order and shapes."""
         # DeepSpeed cuts the weights out of one flat tensor by their place, whatever their names are
-        name = f"global_step*/*zero_pp_rank_{self.args.process_index}_mp_rank_00_model_states.pt"
-        for path in checkpoint.glob(name):
-            shapes = torch.load(path, weights_only=True, mmap=True)["param_shapes"]
-            saved = [name for group in shapes for name in group]
-            trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
-            _require_same_names(checkpoint, saved, trained)
+        pattern = f"global_step*/*zero_pp_rank_{self.args.process_index}_mp_rank_00_model_states.pt"
+        paths = list(checkpoint.glob(pattern))
+        if not paths:
+            raise UsageError(f"resume: {checkpoint} has no {pattern}; restore the checkpoint, or begin another run")
+        groups = torch.load(paths[0], weights_only=not self.trusts_checkpoint, mmap=True)["param_shapes"]
+        trained = {
+            name: tuple(getattr(weight, "ds_shape", weight.shape))
+            for name, weight in self.model.named_parameters()
+            if weight.requires_grad
+        }
+        _require_same_names(checkpoint, [name for group in groups for name in group], trained)
+        for group in groups:
+            saved = [(name, tuple(shape)) for name, shape in group.items()]
+            wanted = [(name, shape) for name, shape in trained.items() if name in group]
+            if saved != wanted:
+                name = next(ours[0] for ours, theirs in zip(saved, wanted, strict=True) if ours != theirs)
+                raise UsageError(
+                    f"resume: {checkpoint} has {name} at another place or in another shape than the model; resume with "
+                    "the versions that wrote it"
+                )
 
     def _together(self, check: Callable[[], None]) -> None:
         """Runs a check on every process; all raise UsageError if it fails on any."""
@@ -177,9 +208,11 @@ class ResumableTrainer(RLOOTrainer):
             problem = None
         except UsageError as error:
             problem = str(error)
+        except Exception as error:
+            problem = f"resume: the checkpoint cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
         for found in gather_object([problem]):
             if found is not None:
-                raise UsageError(found)
+                raise AgreedUsageError(found)
 
 
 class SnapToGeneration(TrainerCallback):
@@ -187,6 +220,10 @@ class SnapToGeneration(TrainerCallback):
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes this run's own intervals of logging, evaluating and saving, not those that the checkpoint has."""
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Asks for the save that is due."""
@@ -205,14 +242,15 @@ def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather)
     for path in paths[place.rank :: place.num_processes]:
         try:
             unknown = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - KNOWN_CLASSES)
-        except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:
+            # whatever a file that torch.save did not write makes of it
             problems.append(_refusal_of_pickle(path, str(error).split("\n")[0]))
         else:
             if unknown:
                 problems.append(_refusal_of_pickle(path, f"it names {unknown[0]}"))
     found = gather(problems)
     if found:
-        raise UsageError(found[0])
+        raise AgreedUsageError(found[0])
 
 
 @contextlib.contextmanager

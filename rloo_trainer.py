@@ -140,7 +140,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         self.data_collator = VLMDataCollator(processing_class, args.num_generations)
         self.skips_bad_images = skips_bad_images
         self.reward = RewardGuard(reward)
-        self.step_guard = StepGuard(self.accelerator, max_skipped_steps)
+        self.step_guard = StepGuard(self.accelerator, max_skipped_steps, self.is_at_generation_end)
         self.add_callback(self.step_guard)
         self.allow_reasoning = allow_reasoning
         self.shared_prefix = shared_prefix

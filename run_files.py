@@ -3,6 +3,7 @@
 Imports nothing heavy, so that a report can be written wherever the folder was copied to.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -61,14 +62,16 @@ class LineFile:
         self._waiting += [json.dumps(line) + "\n" for line in lines]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                length = file.tell()
+            # unbuffered, as a buffer's rest would be written on closing, behind the truncation
+            with self.path.open("ab", buffering=0) as file:
+                length, rest = file.tell(), "".join(self._waiting).encode()
                 try:
-                    file.write("".join(self._waiting))
-                    file.flush()
+                    while rest:
+                        rest = rest[file.write(rest) :]
                 except OSError:
                     # a torn line would end up in the middle of the file
-                    os.truncate(self.path, length)
+                    with contextlib.suppress(OSError):
+                        os.truncate(self.path, length)
                     raise
         except OSError as error:
             if not self._has_warned:

@@ -112,6 +112,7 @@ def config_text(options: Options, data: RunData, num_episodes: int, num_processe
         "data_digest": data.data_digest,
         "skipped_images": list(data.skipped_images),
         "user_files": sha256_of_user_files(options),
+        "model_files": sizes_of_model_files(options.model_id),
         "command": sys.argv,
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **installed_versions()},
@@ -138,7 +139,21 @@ def what_changed_since(recorded: Mapping[str, Any], options: Options) -> list[st
         if before[name] != now.get(name)
     ]
     files_before, files_now = recorded.get("user_files", {}), sha256_of_user_files(options)
-    return changed + [f"the file of --{flag}" for flag, digest in files_now.items() if files_before.get(flag) != digest]
+    changed += [f"the file of --{flag}" for flag, digest in files_now.items() if files_before.get(flag) != digest]
+    model_before, model_now = recorded.get("model_files"), sizes_of_model_files(options.model_id)
+    return changed + ([f"the files in --model_id {options.model_id}"] if model_before not in (None, model_now) else [])
+
+
+def sizes_of_model_files(model_id: str) -> dict[str, int]:
+    """Bytes of each file of weights or configuration in a model's folder; nothing for a hub model, whose name is one.
+
+    Of an adapter its own files; sizes and not contents, as a model's take minutes to read.
+    """
+    folder = Path(model_id)
+    paths = (
+        [path for pattern in ("*.safetensors", "*.json") for path in folder.glob(pattern)] if folder.is_dir() else []
+    )
+    return {path.name: path.stat().st_size for path in sorted(paths)}
 
 
 def installed_versions() -> dict[str, str]:

@@ -36,12 +36,12 @@ def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
         replace_folder(unfinished, folder / FINAL_NAME)
         draw_curve(read_jsonl(folder / METRICS_NAME), folder / CURVE_NAME, f"RLOO on {options.model_id}")
         if options.merge_lora:
+            trainer.on_activity("merging the adapter")
             merge_adapter(folder / FINAL_NAME, folder / "final_merged", revision=options.revision)
         try:
             write_report(folder)
         except UsageError as error:
             logger.warning(f"no report was written: {error}")
-    trainer.accelerator.wait_for_everyone()
 
 
 def replace_folder(new: Path, old: Path) -> None:

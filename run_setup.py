@@ -140,11 +140,21 @@ def take_output_dir(options: Options, trainer: FleetRLOOTrainer, data: RunData) 
     trainer.run_config = config_text(options, data, num_episodes_drawn(options, num_processes), num_processes)
     if trainer.args.process_index == 0:
         if options.overwrite and folder.is_dir():
-            shutil.rmtree(folder)
+            empty_run_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
         write_atomically(folder / CONFIG_NAME, trainer.run_config)
     trainer.accelerator.wait_for_everyone()
+
+
+def empty_run_folder(folder: Path) -> None:
+    """Deletes what a run left; its config.json last, so that a kill leaves what can be overwritten again."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != CONFIG_NAME:
+            path.unlink()
+    (folder / CONFIG_NAME).unlink()
 
 
 def make_rloo_config(options: Options) -> RLOOConfig:
@@ -184,9 +194,8 @@ def make_rloo_config(options: Options) -> RLOOConfig:
         vllm_tensor_parallel_size=options.vllm_tensor_parallel_size,
         seed=options.seed,
         save_steps=options.save_steps,
-        save_total_limit=options.save_total_limit,
         # the watchdog, which says why, comes first
-        ddp_timeout=int(options.step_timeout_s) + 120,
+        ddp_timeout=max(1800, int(options.step_timeout_s) + 120),
         logging_steps=options.logging_steps,
         report_to=options.report_to,
         dataloader_num_workers=options.dataloader_num_workers,
@@ -244,6 +253,7 @@ def build_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunRecorder(trainer, options))
     trainer.trusts_checkpoint = options.trust_checkpoint
+    trainer.num_kept_checkpoints = options.save_total_limit
     logger.info(describe_parameters(trainer.model))
     return trainer
 

@@ -19,7 +19,14 @@ STALLED_EXIT_CODE = 70  # sysexits.h: an internal software error
 WAITING_GRACE_S = 10.0
 # Code that runs without giving Python's threads a turn is ended from outside Python.
 FROZEN_GRACE_S = 20.0
-COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "accelerate/utils/operations.py")
+COLLECTIVES = (
+    "torch/distributed/",
+    "torch/autograd/graph.py",  # a backward pass, which reduces gradients as it goes
+    "deepspeed/comm/",
+    "deepspeed/runtime/zero/",
+    "deepspeed/utils/nvtx.py",
+    "accelerate/utils/operations.py",
+)
 
 
 class Watchdog:

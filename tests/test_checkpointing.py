@@ -206,8 +206,21 @@ def test_damaged_ones_do_not_count_and_are_left_alone(tmp_path):
         save(tmp_path, step)
     os.truncate(tmp_path / "checkpoint-2" / "optimizer.pt", 1)
     os.truncate(tmp_path / "checkpoint-3" / "optimizer.pt", 1)
-    remove_old_checkpoints(tmp_path, keep=1)
+    remove_old_checkpoints(tmp_path, keep=1, newest=3)
     assert steps_of(tmp_path) == [3, 2, 1], "1 is the last good one"
+
+
+@pytest.mark.parametrize(("keep", "best"), [(1, None), (2, None), (2, 2)])
+def test_later_ones_that_were_passed_over_neither_count_nor_go(tmp_path, keep, best):
+    for step in (2, 5, 10, 15):
+        save(tmp_path, step)
+    for step in (10, 15):
+        # only reading all of them shows it
+        flip_bit(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
+    for step in (6, 7):
+        save(tmp_path, step, keep=keep, best=best)
+        assert choose_checkpoint(tmp_path, ProcessPlace(), alone) == tmp_path / f"checkpoint-{step}"
+    assert steps_of(tmp_path)[:2] == [15, 10]
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path):
@@ -251,6 +264,38 @@ def test_each_process_hashes_its_own_files_and_the_first_commits_for_all(tmp_pat
     assert len(json.loads((tmp_path / "checkpoint-3" / "manifest.json").read_text())["files"]) == 5
 
 
+def test_the_reason_of_another_process_is_told_at_once(tmp_path):
+    # process 1's files cannot be hashed: process 0, which waits for them, hears of it and of the reason
+    barrier, shared, said = threading.Barrier(2), [None, None], {}
+
+    def of_rank(rank: int) -> None:
+        def gather(own: list[Any]) -> list[Any]:
+            shared[rank] = own[0]
+            barrier.wait(10)
+            both = list(shared)
+            barrier.wait(10)
+            return both
+
+        folder = CheckpointFolder(tmp_path, ProcessPlace(rank, 2), gather, 2)
+        folder.begin()
+        name = folder.staging / "checkpoint-3" / f"rng_state_{rank}.pth"
+        name.parent.mkdir(exist_ok=True)
+        name.write_bytes(b"x") if rank == 0 else name.symlink_to("nowhere")
+        folder.commit(3)
+        try:
+            folder.wait()
+        except RunStopped as stopped:
+            said[rank] = str(stopped)
+
+    threads = [threading.Thread(target=of_rank, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert said[0] == said[1] and said[0].startswith("process 1 could not save a checkpoint ([Errno 2] No such file")
+    assert list_checkpoints(tmp_path) == []
+
+
 def test_a_commit_that_fails_on_one_process_is_raised_on_all(tmp_path):
     def gather(own: list[Any]) -> list[Any]:
         return [*own, "No space left on device"]
@@ -285,7 +330,9 @@ def save_until(run: Path, last_change: int) -> None:
     changes = iter(range(10**9))
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in CHANGES and str(run) in str(arguments[0]) and next(changes) >= last_change:
+        # a tree is deleted by names relative to its folders
+        is_of_run = str(run) in str(arguments[0]) or event in ("os.remove", "os.rmdir")
+        if event in CHANGES and is_of_run and next(changes) >= last_change:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from checkpointing import find_damage, list_checkpoints
 from run_files import LineFile, read_jsonl
+from tests.helpers import REPOSITORY
 from tests.processes import run_ranks, start_ranks
 from tests.test_interruptions import num_steps, wait_until
 from tests.test_resume import QUICK
@@ -27,6 +29,25 @@ def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path: Path, caplog
     path.unlink()
     lines.append([{"step": 3}])
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_a_line_that_the_disk_takes_half_of_leaves_no_torn_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    # a limit on the size of files stands for a disk that is full in the middle of a line
+    program = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from pathlib import Path
+from run_files import LineFile
+lines = LineFile(Path({str(path)!r}))
+lines.append([{{"step": 1}}])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
+lines.append([{{"step": 2, "much": "x" * 9000}}])
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+lines.append([{{"step": 3}}])
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True)
+    assert [line["step"] for line in read_jsonl(path)] == [1, 2, 3]
 
 
 def test_lines_survive_a_folder_that_goes_away(tmp_path: Path) -> None:

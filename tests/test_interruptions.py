@@ -106,6 +106,33 @@ def test_told_to_stop_all_ranks_finish_the_step_save_and_exit_75(
         assert entire(run / f"checkpoint-{steps + 1}") == entire(whole / f"checkpoint-{steps + 1}")
 
 
+def test_told_to_stop_in_the_middle_of_a_generation_its_steps_are_finished_first(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*QUICK, "--output_dir", str(run), "--num_iterations", "4", "--train_steps", "999"]
+    ranks = start_ranks(tmp_path, arguments, target="tests.speaking_training")
+    # the second pass is a generation's second step of four, after which a save is due and cannot be
+    signal_during("the training pass", ranks, [signal.SIGTERM], ranks)
+    assert ranks[0].wait() == 75, ranks[0].output[-3000:]
+    steps = newest_step(run)
+    assert steps > 0 and steps % 4 == 0 and steps == num_steps(run)
+    assert f"saved step {steps} of 999" in ranks[0].output
+
+
+def test_workers_that_load_pictures_outlive_a_signal_to_their_processs_group(tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    flags = [*QUICK, "--output_dir", str(run), "--train_steps", "999", "--dataloader_num_workers", "2"]
+    process = start(["--multi_gpu", "--num_processes", "2", "--cpu"], ["training.py", *flags], log)
+    deadline_s = time.monotonic() + 240
+    while process.poll() is None and num_steps(run) < 2:
+        assert time.monotonic() < deadline_s, log.read_text()[-3000:]
+        time.sleep(0.1)
+    # the launcher signals each rank's group, as a scheduler does
+    process.send_signal(signal.SIGTERM)
+    process.wait(100)
+    assert "stopped: told to stop: saved step" in log.read_text(), log.read_text()[-3000:]
+    assert find_damage(run / f"checkpoint-{newest_step(run)}") is None
+
+
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     arguments = [*QUICK, "--output_dir", str(tmp_path / "run"), "--train_steps", "999"]
     (rank,) = start_ranks(tmp_path, [*arguments, "0:rewards:hang"], target="tests.speaking_training")
@@ -132,8 +159,8 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 )
 def test_when_a_rank_raises_dies_or_stalls_all_end_and_say_which(fault: str, words: str, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    flags = [*QUICK, "--output_dir", str(run), "--train_steps", "999", "--step_timeout_s", "10", "--reward_timeout_s", "5",
-             fault]  # fmt: skip
+    limits = ["--step_timeout_s", "10", "--reward_timeout_s", "5"]
+    flags = [*QUICK, "--output_dir", str(run), "--train_steps", "999", *limits, fault]
     process = start(ZERO3, ["tests/speaking_training.py", *flags], log)
     deadline_s = time.monotonic() + 240
     while process.poll() is None and "[fault]" not in log.read_text():
@@ -142,5 +169,8 @@ def test_when_a_rank_raises_dies_or_stalls_all_end_and_say_which(fault: str, wor
     fault_s = time.monotonic()
     assert process.wait(100) != 0
     assert time.monotonic() - fault_s < 60
-    assert words in log.read_text(), log.read_text()[-3000:]
+    said_last = log.read_text()
+    assert words in said_last, said_last[-3000:]
+    blamed = [line for line in said_last.splitlines() if "has stalled in" in line]
+    assert blamed == [line for line in blamed if line.startswith(words)], "nobody else is blamed"
     assert [find_damage(path) for path in list_checkpoints(run)] == [None] * newest_step(run)

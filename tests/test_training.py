@@ -105,6 +105,26 @@ def test_resumed_lora_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     assert_bit_equal(final_weights(half, name), final_weights(whole, name))
 
 
+def test_a_resumed_run_saves_and_evaluates_at_its_own_intervals(tmp_path: Path) -> None:
+    few = ["--eval_episodes", "4"]
+    half = run(tmp_path / "half", "--train_steps", "2", "--save_steps", "2", *few)
+    run(
+        half,
+        "--train_steps",
+        "5",
+        "--save_steps",
+        "1",
+        "--save_total_limit",
+        "9",
+        "--eval_steps",
+        "2",
+        *few,
+        "--resume",
+    )
+    assert sorted(path.name for path in half.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 3, 4, 5)]
+    assert [line["step"] for line in read_jsonl(half / "evaluations.jsonl")] == [4, 5]
+
+
 def test_lines_past_the_checkpoint_and_a_torn_line_go_on_resume(uninterrupted: Path, tmp_path: Path) -> None:
     half = run(tmp_path / "half", "--train_steps", "3", "--save_steps", "2")
     shutil.rmtree(half / "checkpoint-3")
@@ -206,7 +226,6 @@ REACHES_TRL = [
     ("output_dir", "there", "output_dir", "there"),
     ("seed", "11", "seed", 11),
     ("save_steps", "6", "save_steps", 6),
-    ("save_total_limit", "3", "save_total_limit", 3),
     ("logging_steps", "8", "logging_steps", 8),
     ("report_to", "none", "report_to", []),
     ("dataloader_num_workers", "2", "dataloader_num_workers", 2),
@@ -232,7 +251,7 @@ def test_warmup_reaches_trl() -> None:
 def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--freeze_vision", "--attn_implementation", "eager", "--reward_correct", "0.5", "--reward_valid_call",
              "0.25", "--allow_reasoning", "--image_max_pixels", "1600", "--reward_timeout_s", "7",
-             "--max_skipped_steps", "3", "--output_dir", str(tmp_path)]  # fmt: skip
+             "--max_skipped_steps", "3", "--save_total_limit", "3", "--output_dir", str(tmp_path)]  # fmt: skip
     options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
     env = make_environment(options)
     trainer = build_trainer(options, make_rloo_config(options), env, None, toy_path())
@@ -244,6 +263,7 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
     assert reward([right, wrong], correct_index=[0, 0], num_candidates=[4, 4]).values == [0.75, 0.25]
     assert (reward.timeout_s, trainer.step_guard.max_in_a_row) == (7, 3)
     assert trainer.allow_reasoning
+    assert trainer.num_kept_checkpoints == 3 and trainer.args.save_total_limit is None
     assert trainer.train_dataset[0]["images"][0].size == (40, 40)
 
 
