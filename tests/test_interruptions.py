@@ -121,7 +121,7 @@ def test_told_to_stop_in_the_middle_of_a_generation_its_steps_are_finished_first
 def test_workers_that_load_pictures_outlive_a_signal_to_their_processs_group(tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     flags = [*QUICK, "--output_dir", str(run), "--train_steps", "999", "--dataloader_num_workers", "2"]
-    process = start(["--multi_gpu", "--num_processes", "2", "--cpu"], ["training.py", *flags], log)
+    process = start(ZERO3, ["training.py", *flags], log)
     deadline_s = time.monotonic() + 240
     while process.poll() is None and num_steps(run) < 2:
         assert time.monotonic() < deadline_s, log.read_text()[-3000:]
