@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
@@ -146,7 +147,7 @@ class ResumableTrainer(RLOOTrainer):
         """Trainer's preparation, in which DeepSpeed and the optimizer load their files."""
         if resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.is_deepspeed_enabled:
+        if is_deepspeed_zero3_enabled():
             self._together(lambda: self._require_deepspeed_names(Path(resume_from_checkpoint)))
         with nothing_unpickled_unless(self.trusts_checkpoint):
             try:

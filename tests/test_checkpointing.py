@@ -233,39 +233,8 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def test_each_process_hashes_its_own_files_and_the_first_commits_for_all(tmp_path):
-    barrier, shared = threading.Barrier(2), [None, None]
-
-    def of_rank(rank: int) -> None:
-        def gather(own: list[Any]) -> list[Any]:
-            shared[rank] = own[0]
-            barrier.wait(10)
-            both = list(shared)
-            barrier.wait(10)
-            return both
-
-        folder = CheckpointFolder(tmp_path, ProcessPlace(rank, 2), gather, 2)
-        folder.begin()
-        own = folder.staging / "checkpoint-3" / "global_step3" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        own.parent.mkdir(parents=True, exist_ok=True)
-        own.write_bytes(bytes([rank]) * 10)
-        (folder.staging / "checkpoint-3" / f"rng_state_{rank}.pth").write_bytes(b"x")
-        if rank == 0:
-            (folder.staging / "checkpoint-3" / "model.safetensors").write_bytes(b"w")
-        folder.commit(3)
-        folder.wait()
-
-    threads = [threading.Thread(target=of_rank, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert find_damage(tmp_path / "checkpoint-3") is None
-    assert len(json.loads((tmp_path / "checkpoint-3" / "manifest.json").read_text())["files"]) == 5
-
-
-def test_the_reason_of_another_process_is_told_at_once(tmp_path):
-    # process 1's files cannot be hashed: process 0, which waits for them, hears of it and of the reason
+def in_two_threads(run: Path, write: Callable[[Path, int], object]) -> dict[int, str]:
+    """Two processes' saves of step 3, each as a thread that calls `write(staged, rank)`; what those that fail say."""
     barrier, shared, said = threading.Barrier(2), [None, None], {}
 
     def of_rank(rank: int) -> None:
@@ -276,11 +245,11 @@ def test_the_reason_of_another_process_is_told_at_once(tmp_path):
             barrier.wait(10)
             return both
 
-        folder = CheckpointFolder(tmp_path, ProcessPlace(rank, 2), gather, 2)
+        folder = CheckpointFolder(run, ProcessPlace(rank, 2), gather, 2)
         folder.begin()
-        name = folder.staging / "checkpoint-3" / f"rng_state_{rank}.pth"
-        name.parent.mkdir(exist_ok=True)
-        name.write_bytes(b"x") if rank == 0 else name.symlink_to("nowhere")
+        staged = folder.staging / "checkpoint-3"
+        staged.mkdir(exist_ok=True)
+        write(staged, rank)
         folder.commit(3)
         try:
             folder.wait()
@@ -292,6 +261,30 @@ def test_the_reason_of_another_process_is_told_at_once(tmp_path):
         thread.start()
     for thread in threads:
         thread.join(20)
+    return said
+
+
+def test_each_process_hashes_its_own_files_and_the_first_commits_for_all(tmp_path):
+    def write(staged: Path, rank: int) -> None:
+        shard = staged / "global_step3" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        shard.parent.mkdir(exist_ok=True)
+        shard.write_bytes(bytes([rank]) * 10)
+        (staged / f"rng_state_{rank}.pth").write_bytes(b"x")
+        if rank == 0:
+            (staged / "model.safetensors").write_bytes(b"w")
+
+    assert in_two_threads(tmp_path, write) == {}
+    assert find_damage(tmp_path / "checkpoint-3") is None
+    assert len(json.loads((tmp_path / "checkpoint-3" / "manifest.json").read_text())["files"]) == 5
+
+
+def test_the_reason_of_another_process_is_told_at_once(tmp_path):
+    # process 1's file cannot be hashed: process 0, which waits for it, hears of it and of the reason
+    def write(staged: Path, rank: int) -> None:
+        path = staged / f"rng_state_{rank}.pth"
+        path.write_bytes(b"x") if rank == 0 else path.symlink_to("nowhere")
+
+    said = in_two_threads(tmp_path, write)
     assert said[0] == said[1] and said[0].startswith("process 1 could not save a checkpoint ([Errno 2] No such file")
     assert list_checkpoints(tmp_path) == []
 
