@@ -411,6 +411,7 @@ class FleetRLOOTrainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains. Raises RunStopped, once a checkpoint is saved, after too many skipped steps in a row."""
+        self._last_log_time_s = time.perf_counter()
         output = super().train(*args, **kwargs)
         if self.step_guard.stop_reason is not None:
             raise RunStopped(self.step_guard.stop_reason)
