@@ -21,8 +21,9 @@ test: setup-dev
 	$(ACTIVATE) && python -m pytest -m "not slow"
 
 # several processes, kills, signals, full disks and whole trainings; FLEET_KILLS=200 tries more instants
+SLOW := slow
 test-slow: setup-dev
-	$(ACTIVATE) && python -m pytest -m slow
+	$(ACTIVATE) && python -m pytest -m "$(SLOW)"
 
 # the tests that import no torch, in seconds
 test-fast: setup-dev

@@ -29,7 +29,7 @@ pytestmark = [
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--save_steps", "1"]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.exhaustive), "lora"])
 def test_zero3_leaves_weights_that_open(kind: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = [*QUICK, "--use_lora", "true" if kind == "lora" else "false", "--output_dir", str(run)]
@@ -79,6 +79,7 @@ def test_ranks_generate_behind_one_prefill_what_plain_generate_gives(weights: st
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [row for row in rows for _ in range(4)]
 
 
+@pytest.mark.exhaustive  # two processes without a launcher build it in test_toy_model.py
 def test_two_ranks_with_an_empty_cache_build_one_whole_toy_model(tmp_path: Path) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
     command = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port()]

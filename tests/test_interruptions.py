@@ -81,9 +81,9 @@ def signal_during(phase: str, ranks: list[Rank], numbers: list[int], which: list
     ("phase", "number", "who"),
     [
         ("generation", signal.SIGTERM, "one"),
-        ("rewards", signal.SIGTERM, "all"),
+        pytest.param("rewards", signal.SIGTERM, "all", marks=pytest.mark.exhaustive),
         ("a save", signal.SIGINT, "one"),
-        ("the training pass", signal.SIGINT, "all"),
+        pytest.param("the training pass", signal.SIGINT, "all", marks=pytest.mark.exhaustive),
     ],
 )
 def test_told_to_stop_all_ranks_finish_the_step_save_and_exit_75(
@@ -153,8 +153,8 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
         ("1:rewards:raise", "error: process 1: ValueError: a fault of the test's"),
         ("1:generation:hang", "error: process 1 has stalled in speaking_training.py"),
         ("0:the training pass:hang", "error: process 0 has stalled in speaking_training.py"),
-        ("1:rewards:kill", "Signal 9 (SIGKILL) received by PID"),
-        ("1:a save:exit", "exitcode  : 9"),
+        pytest.param("1:rewards:kill", "Signal 9 (SIGKILL) received by PID", marks=pytest.mark.exhaustive),
+        pytest.param("1:a save:exit", "exitcode  : 9", marks=pytest.mark.exhaustive),
     ],
 )
 def test_when_a_rank_raises_dies_or_stalls_all_end_and_say_which(fault: str, words: str, tmp_path: Path) -> None:
