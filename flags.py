@@ -194,6 +194,8 @@ def true_or_false(text: str) -> bool:
 
 def true_false_or_auto(text: str) -> bool | str:
     """The value of a switch that may be left to what is found."""
+    if text.lower() not in ("true", "false", "auto"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted true, false or auto")
     return "auto" if text.lower() == "auto" else true_or_false(text)
 
 

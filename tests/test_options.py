@@ -147,7 +147,7 @@ def test_switch_alone_is_true_and_may_be_spelt_out(flag):
     for spelling, value in [("", True), (" True", True), ("=true", True), (" false", False)]:
         assert getattr(parse(f"{also} --{flag}{spelling}"), flag) is value
     assert parse(f"{also} --{flag} --num_rollouts 8").num_rollouts == 8
-    with pytest.raises(UsageError, match=f"--{flag}: got 'yes', wanted true or false"):
+    with pytest.raises(UsageError, match=f"--{flag}: got 'yes', wanted true"):
         parse(f"--{flag} yes")
 
 
@@ -158,6 +158,8 @@ def test_there_are_as_many_switches_as_booleans():
 def test_resume_may_be_left_to_what_is_found():
     assert parse("--output_dir runs/one --resume auto").resume == "auto"
     assert parse("--output_dir runs/one --resume").resume is True
+    with pytest.raises(UsageError, match="--resume: got 'maybe', wanted true, false or auto"):
+        parse("--output_dir runs/one --resume maybe")
 
 
 @pytest.mark.parametrize(("given", "index"), [("none", None), ("None", None), ("0", 0), ("3", 3), ("12", 12)])
