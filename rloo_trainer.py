@@ -9,6 +9,7 @@ in its micro-batch (TRL shuffles rollouts), and completions are judged with spec
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,14 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from trl.trainer.utils import nanstd, pad, use_adapter
 
 from answering import AnswerSettings, ModelPolicy, sound_part
-from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, count_faults, repeat_episodes
+from dataset import (
+    EpisodeBatch,
+    RepeatableEpisodeDataset,
+    VLMDataCollator,
+    count_faults,
+    prompts_of_rollouts,
+    repeat_episodes,
+)
 from evaluation import EvaluationPlan, evaluate, headline_figures
 from flags import RunStopped
 from flops import add_up, compare_work
@@ -40,7 +48,7 @@ from group_passes import (
     why_not_to_pack,
 )
 from guards import RewardGuard, StepGuard, without_gradient_if_not_finite
-from model_utils import decode_completion, media_token_ids, up_to_end
+from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
 from resumable_trainer import ResumableTrainer
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
 from reward_function import BoundedReward
@@ -48,6 +56,7 @@ from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_args
 from rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
 from shared_prefix import pack_groups, unpack
 from vision_cache import VisionCache
+from vllm_sampling import VLLMSampler, sampling_kwargs
 
 logger = logging.getLogger("fleet")
 
@@ -68,6 +77,7 @@ class Rollouts:
     rewards_B: Tensor  # float32, from the task alone
     advantages_B: Tensor  # float32; filled step by step where a KL term waits for the step's own forward pass
     is_packed: bool  # whether a forward pass has each group as one row
+    sampler_logps_BT: Tensor | None = None  # float32, what vLLM sampled with; NaN where it gave none, and on padding
     ref_logps_BT: Tensor | None = None  # float32, with beta > 0
     old_logps_BT: Tensor | None = None  # float32, of the policy that sampled, where needs_old_logps
     kl_and_tokens_2: Tensor | None = None  # float32 sums so far, with beta > 0
@@ -99,6 +109,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         peft_config: PeftConfig | None = None,
         shared_prefix: bool = True,
         vision_cache_bytes: int = 0,
+        vllm_max_logprob_gap: float = 0.1,
         evaluation: tuple[EvaluationPlan, AnswerSettings] | None = None,
     ):
         """args: `make_rloo_config` says how episodes become TRL's batch sizes. processing_class: pads left.
@@ -109,13 +120,14 @@ class FleetRLOOTrainer(ResumableTrainer):
         `reward_timeout_s`. max_skipped_steps: in a row, for gradients that are not finite, after which training ends.
         shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
         vision_cache_bytes: host memory for the features of images, where the vision tower is frozen; 0 keeps none.
+        vllm_max_logprob_gap: see VLLMSampler, where args.use_vllm.
         evaluation: the held-out episodes that `evaluate` scores, and how they are answered.
         Image and video tokens are never sampled. Raises ValueError if a group would be split over devices.
         """
         refuse_split_groups(args)
-        if not args.use_vllm:
-            suppressed = {"suppress_tokens": media_token_ids(model.config)}
-            args.generation_kwargs = suppressed | (args.generation_kwargs or {})
+        media_ids = media_token_ids(model.config)
+        banned = sampling_kwargs(media_ids, end_token_ids(model)) if args.use_vllm else {"suppress_tokens": media_ids}
+        args.generation_kwargs = banned | (args.generation_kwargs or {})
         own_reward = make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning)
         reward = BoundedReward(reward_function or own_reward, reward_timeout_s)
         super().__init__(
@@ -149,6 +161,9 @@ class FleetRLOOTrainer(ResumableTrainer):
             logger.info("this transformers takes no image features, so every pass encodes its images; 5.18 takes them")
         elif vision_cache_bytes and shared_prefix:
             self.vision_cache = VisionCache(policy, vision_cache_bytes)
+        self.vllm: VLLMSampler | None = None
+        if args.use_vllm:
+            self.vllm = VLLMSampler(self.vllm_generation, processing_class, vllm_max_logprob_gap)
         self.latest_rollouts: tuple[RolloutRecord, ...] = ()
         self.latest_pictures: dict[str, Image.Image] = {}
         self.evaluation = evaluation
@@ -180,7 +195,11 @@ class FleetRLOOTrainer(ResumableTrainer):
         if self.skips_bad_images:
             self._metrics["train"]["images/episodes_replaced"].append(float(num_replaced))
         features = self._image_features(batch)
-        completions = self._sample_completions(batch, features)
+        sampler_logps = None
+        if self.vllm is None:
+            completions = self._sample_completions(batch, features)
+        else:
+            completions, sampler_logps = self._sample_with_vllm(batch)
         texts = [decode_completion(self.processing_class, ids, self.eos_token_ids) for ids in completions]
         self.on_activity("rewards")
         ids_BT = self._pad_completions(completions)
@@ -200,6 +219,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             rewards_B=self._task_rewards(batch, texts, completions),
             advantages_B=torch.zeros(len(completions), device=ids_BT.device),
             is_packed=self._chooses_packing(batch, mask_BT),
+            sampler_logps_BT=None if sampler_logps is None else self._pad_logps(sampler_logps, ids_BT),
         )
         self._log_completions(batch, completions)
         self.on_activity("scoring")
@@ -207,6 +227,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             rollouts.ref_logps_BT = self._score_reference(rollouts)
         if needs_old_logps(self.args):
             rollouts.old_logps_BT = self._score(self.model, rollouts)
+            self._compare_with_vllm(rollouts, slice(0, len(completions)), rollouts.old_logps_BT)
         if self.beta == 0.0 or rollouts.old_logps_BT is not None:
             self._take_advantages(rollouts, slice(0, len(completions)), rollouts.old_logps_BT)
         return rollouts
@@ -232,15 +253,21 @@ class FleetRLOOTrainer(ResumableTrainer):
 
     def _sample_completions(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
         """B completions as token ids, each up to and with its first end token, never empty, free of media tokens."""
-        if self.shared_prefix and not self.use_vllm:
+        if self.shared_prefix:
             completions = self._generate_behind_one_prefill(batch, features)
         else:
             rows = repeat_episodes(batch, 0, len(batch["episodes"]))
-            masked_rows = zip(rows["prompt_ids"], rows["prompt_mask"], strict=True)
-            prompts = [ids[mask.bool()].tolist() for ids, mask in masked_rows]
-            images = [pictures for pictures in batch["images"] for _ in range(batch["group_size"])]
             fields = {key: rows[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
-            completions = self._generate_single_turn(prompts, images, fields)
+            completions = self._generate_single_turn(*prompts_of_rollouts(batch), fields)
+        return self._usable(completions)
+
+    def _sample_with_vllm(self, batch: EpisodeBatch) -> tuple[list[list[int]], list[list[float]]]:
+        """The same from vLLM, with the log-probability that each token was sampled with."""
+        assert self.vllm is not None
+        completions, logps = self.vllm.sample(batch, self.state.global_step)
+        return self._usable(completions), logps
+
+    def _usable(self, completions: list[list[int]]) -> list[list[int]]:
         media_ids = set(media_token_ids(self.model.config))
         return [_without_media(ids, media_ids) or [self.eos_token_ids[0]] for ids in completions]
 
@@ -260,6 +287,12 @@ class FleetRLOOTrainer(ResumableTrainer):
         value = self._tokenizer.pad_token_id if padding_value is None else padding_value
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
         return pad(tensors, padding_value=value, padding_side="right").to(self.accelerator.device)
+
+    def _pad_logps(self, rows: list[list[float]], ids_BT: Tensor) -> Tensor:
+        """The rows as a tensor (B, T) float32 like the ids', NaN where a row has none."""
+        length = ids_BT.shape[1]
+        padded = [(row + [math.nan] * length)[:length] for row in rows]
+        return torch.tensor(padded, dtype=torch.float32, device=ids_BT.device)
 
     def _chooses_packing(self, batch: EpisodeBatch, mask_BT: Tensor) -> bool:
         """Whether this generation's forward passes have each group as one row; decided on the work of all devices."""
@@ -384,6 +417,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         logps_BT, entropies_BT = self._completion_logps(model, rollouts, groups)
         if rollouts.old_logps_BT is None:
             old_logps_BT = logps_BT.detach()
+            self._compare_with_vllm(rollouts, rows, old_logps_BT)
             if self.beta != 0.0:
                 self._take_advantages(rollouts, rows, old_logps_BT)
         else:
@@ -444,6 +478,15 @@ class FleetRLOOTrainer(ResumableTrainer):
         rollouts.advantages_B[rows] = advantages_PG.view(-1)[self._own_rows(len(shaped_B))]
         if rows.stop == len(rollouts.completions):
             self._record(rollouts)
+
+    def _compare_with_vllm(self, rollouts: Rollouts, rows: slice, logps_BT: Tensor) -> None:
+        """Compares these rows' log-probabilities with those that vLLM sampled with. Every rank takes part."""
+        if self.vllm is None or rollouts.sampler_logps_BT is None:
+            return
+        sampler_BT, mask_BT = rollouts.sampler_logps_BT[rows], rollouts.completion_mask_BT[rows]
+        is_last = rows.stop == len(rollouts.completions)
+        for name, value in self.vllm.compare(logps_BT, sampler_BT, mask_BT, is_last=is_last).items():
+            self._metrics["train"][name].append(value)
 
     def _own_rows(self, num_rows: int) -> slice:
         """Where this device's rows are among those of all devices, each of which has as many."""
@@ -540,6 +583,6 @@ class FleetRLOOTrainer(ResumableTrainer):
 
 
 def _without_media(completion_ids: list[int], media_ids: set[int]) -> list[int]:
-    """The completion up to its first image or video token; only vLLM, which cannot suppress them, samples one."""
+    """The completion up to its first image or video token, of which a sampler is told to draw none."""
     stop = next((place for place, token in enumerate(completion_ids) if token in media_ids), len(completion_ids))
     return completion_ids[:stop]

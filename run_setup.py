@@ -234,28 +234,44 @@ def build_trainer(
     if cache_mib and not (is_new_adapter or vision_is_frozen(model)):
         logger.info(f"the adapter {options.model_id} trains the vision side, so no image features are kept\n")
         cache_mib = 0
-    trainer = FleetRLOOTrainer(
-        model,
-        args,
-        RepeatableEpisodeDataset(env, options.image_max_pixels),
-        processor,
-        reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
-        skips_bad_images=options.bad_images == "skip",
-        allow_reasoning=options.allow_reasoning,
-        reward_function=own_reward_function(options),
-        reward_timeout_s=options.reward_timeout_s,
-        max_skipped_steps=options.max_skipped_steps,
-        peft_config=lora,
-        shared_prefix=options.shared_prefix,
-        vision_cache_bytes=cache_mib * 2**20,
-        evaluation=None if plan is None else (plan, answer_settings(options)),
-    )
+    with server_problems_said(options):
+        trainer = FleetRLOOTrainer(
+            model,
+            args,
+            RepeatableEpisodeDataset(env, options.image_max_pixels),
+            processor,
+            reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
+            skips_bad_images=options.bad_images == "skip",
+            allow_reasoning=options.allow_reasoning,
+            reward_function=own_reward_function(options),
+            reward_timeout_s=options.reward_timeout_s,
+            max_skipped_steps=options.max_skipped_steps,
+            peft_config=lora,
+            shared_prefix=options.shared_prefix,
+            vision_cache_bytes=cache_mib * 2**20,
+            vllm_max_logprob_gap=options.vllm_max_logprob_gap,
+            evaluation=None if plan is None else (plan, answer_settings(options)),
+        )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunRecorder(trainer, options))
     trainer.trusts_checkpoint = options.trust_checkpoint
     trainer.num_kept_checkpoints = options.save_total_limit
     logger.info(describe_parameters(trainer.model))
     return trainer
+
+
+@contextlib.contextmanager
+def server_problems_said(options: Options) -> Iterator[None]:
+    """Within it, a vLLM server that is not there, or was started without what TRL needs, raises UsageError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not (options.use_vllm and options.vllm_mode == "server"):
+            raise
+        raise UsageError(
+            f"no vLLM server can be used at {options.vllm_server_host}:{options.vllm_server_port} "
+            f"({' '.join(str(error).split())}); start one as README.md says under vLLM, or pass --vllm_mode colocate"
+        ) from error
 
 
 def plan_evaluation(options: Options, data: RunData) -> EvaluationPlan | None:

@@ -192,6 +192,14 @@ def _add_generation_flags(add: Callable[..., Any]) -> None:
         help="share of the GPU that colocated vLLM takes, 0 to 1 (default: 0.3)",
     )
     add("--vllm_tensor_parallel_size", type=int, default=1, metavar="N", help="GPUs per colocated vLLM (default: 1)")
+    add(
+        "--vllm_max_logprob_gap",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="how far the log-probabilities of vLLM and of the trainer may be apart, on average over the tokens of the "
+        "first generation, in nats, before the run stops (default: 0.1; 16-bit rounding gives 0.01, other prompts 0.3)",
+    )
 
 
 def _add_evaluation_flags(add: Callable[..., Any]) -> None:

@@ -87,7 +87,7 @@ NEEDED = {
     "torchvision": ([], "pip install torchvision"),
     "flash_attn": (["--attn_implementation", "flash_attention_2"], "or pass --attn_implementation sdpa"),
     "bitsandbytes": (["--use_lora", "--load_in_4bit"], "pip install bitsandbytes"),
-    "vllm": (["--use_vllm"], "pip install vllm"),
+    "vllm": (["--use_vllm"], "pip install 'vllm>=0.22,<0.32'"),
     "tensorboard": ([], "pip install tensorboard"),
     "wandb": (["--report_to", "wandb"], "pip install wandb"),
     "trackio": (["--report_to", "trackio"], "pip install trackio"),
@@ -365,6 +365,7 @@ MAY_CHANGE = {
     "vllm_server_host",
     "vllm_server_port",
     "vllm_gpu_memory_utilization",
+    "vllm_max_logprob_gap",
     "trust_checkpoint",
     "step_timeout_s",
 }
