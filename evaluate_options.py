@@ -22,6 +22,7 @@ from flags import (
     make_parser,
     parse_flags,
 )
+from model_files import read_json
 from options import (
     Options,
     ResolvedDefault,
@@ -31,7 +32,6 @@ from options import (
     require_numbers,
     resolve_shared,
 )
-from preflight import read_json
 
 PROMPT_STYLES = ("direct", "reasoning")
 
