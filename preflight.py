@@ -13,6 +13,7 @@ from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from flags import TOY_MODEL_ID, UsageError
+from idle_flags import idle_flags
 from image_check import Findings, RunData, find_bad_images, without_images
 from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_whole_folder
 from options import Options, SharedOptions
@@ -204,9 +205,11 @@ def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, 
     recorded = read_json(folder / CONFIG_NAME)
     before = recorded.get("options", {})
     now = asdict(options)
+    # what decides whether a flag has a part in the run is compared itself
+    had_no_part = {*recorded.get("idle_flags", ()), *idle_flags(options, launch_variables)}
     changed = [
         f"{name} (was {before[name]}, now {now[name]})"
-        for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME)
+        for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
         if before[name] != now[name]
     ]
     if changed:

@@ -182,7 +182,7 @@ def test_an_index_that_names_a_missing_file_is_refused(tmp_path: Path) -> None:
     shards = sorted(folder.glob("model-*.safetensors"))
     shards[1].unlink()
     with pytest.raises(
-        UsageError, match=f"lack 1 of the {len(shards)} files that its model.safetensors.index.json names"
+        UsageError, match=f"lacks 1 of the {len(shards)} files that its model.safetensors.index.json names"
     ):
         training.main(["--model_id", str(folder)])
 
