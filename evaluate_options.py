@@ -62,7 +62,8 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "evaluate.py",
         "Score a Qwen2.5-VL, a checkpoint or an adapter on held-out episodes, with intervals and controls. For a model "
-        "that a run of training.py left, flags that are not given are the run's own.",
+        "that a run of training.py left, flags that are not given are the run's own. A flag that would do nothing "
+        "beside the others is refused.",
     )
     add_model_flags(parser.add_argument_group("model").add_argument)
     add_task_flags(parser.add_argument_group("task").add_argument)

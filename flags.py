@@ -173,8 +173,8 @@ def add_sampling_flags(add: Callable[..., Any]) -> None:
         add,
         "--ds3_gather_for_generation",
         False,
-        "under ZeRO-3, hold the whole model on every GPU while generating: faster if it fits, impossible for 32B in "
-        "80 GB",
+        "under ZeRO-3 alone: hold the whole model on every GPU while generating: faster if it fits, impossible for 32B "
+        "in 80 GB",
     )
 
 
