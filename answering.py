@@ -168,19 +168,13 @@ class FirstOfGroupIsGreedy(LogitsProcessor):
 
 
 def generation_config(model: Any, settings: AnswerSettings, *, is_sampling: bool) -> GenerationConfig:
-    """The policy itself, without media tokens.
-
-    What is left out here `generate` takes from the model's own generation_config: Qwen2.5-VL's holds a penalty.
-    """
+    """The policy itself, without media tokens; end and padding tokens are those of the loaded model."""
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if is_sampling else {}
-    ends = end_token_ids(model)
     return GenerationConfig(
         do_sample=is_sampling,
         max_new_tokens=settings.max_completion_length,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
+        eos_token_id=end_token_ids(model),
+        pad_token_id=model.generation_config.pad_token_id,
         suppress_tokens=media_token_ids(model.config),
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         **sampling,
     )

@@ -5,7 +5,7 @@ The flags it shares with training are in flags.py. Imports no torch.
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from flags import (
     make_parser,
     parse_flags,
 )
+from idle_flags import IDLE_IN_EVALUATION, refuse_idle
+from model_files import read_json
 from options import (
     Options,
     ResolvedDefault,
@@ -31,7 +33,6 @@ from options import (
     require_numbers,
     resolve_shared,
 )
-from preflight import read_json
 
 PROMPT_STYLES = ("direct", "reasoning")
 
@@ -61,7 +62,8 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "evaluate.py",
         "Score a Qwen2.5-VL, a checkpoint or an adapter on held-out episodes, with intervals and controls. For a model "
-        "that a run of training.py left, flags that are not given are the run's own.",
+        "that a run of training.py left, flags that are not given are the run's own. A flag that would do nothing "
+        "beside the others is refused.",
     )
     add_model_flags(parser.add_argument_group("model").add_argument)
     add_task_flags(parser.add_argument_group("task").add_argument)
@@ -89,13 +91,13 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_evaluate_options(argv: Sequence[str]) -> EvaluateOptions:
-    """The options of a command line. Raises UsageError for flags or numbers that cannot be.
+def parse_evaluate_options(argv: Sequence[str], launch_variables: Mapping[str, str] = os.environ) -> EvaluateOptions:
+    """The options of a command line. Raises UsageError for flags or numbers that cannot be, or would do nothing.
 
     For a model in a run's folder, the task, the prompt and the sampling are the run's unless they are given.
     """
     parser = build_evaluate_parser()
-    given = parse_flags(parser, argv)
+    given = parse_flags(parser, argv).values
     not_inherited = {"model_id", "revision", "dtype", "eval_episodes", "eval_seed", "seed"}
     if given["prompt_style"] is not None:
         # a run of bare calls leaves no room to reason
@@ -106,9 +108,11 @@ def parse_evaluate_options(argv: Sequence[str]) -> EvaluateOptions:
         for name, value in run_options(given["model_id"]).items()
         if name in inherited and (value is not None or name == "fixed_correct_index")
     ]
-    options = EvaluateOptions(**parse_flags(parser, argv, own_flags))
+    flags = parse_flags(parser, argv, own_flags)
+    options = EvaluateOptions(**flags.values)
     refuse_impossible_shared_numbers(options)
     _refuse_impossible_numbers(options)
+    refuse_idle(IDLE_IN_EVALUATION, options, flags.given, launch_variables)
     for name, model in (("model_id", options.model_id), ("baseline", options.baseline)):
         if model is not None and run_options(model).get("seed") == options.eval_seed:
             raise UsageError(

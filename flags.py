@@ -7,6 +7,7 @@ evaluation asks in evaluate_options.py; options.py resolves and checks what was 
 import argparse
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,18 +70,34 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str], inherited: Sequence[str] = ()) -> dict[str, Any]:
-    """The value of every flag of `parser`: from defaults, `inherited` flags, the `--config` file and the command line.
+@dataclass(frozen=True)
+class ParsedFlags:
+    """The value of every flag of a parser, and which of them the user gave, on the command line or in a file."""
+
+    values: dict[str, Any]
+    given: frozenset[str]
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str], inherited: Sequence[str] = ()) -> ParsedFlags:
+    """What `argv` says: values are from defaults, `inherited` flags, the `--config` file and the command line.
 
     Later ones win. Raises UsageError as parse_options does.
     """
-    given = vars(_parse_known(parser, [*inherited, *argv]))
-    config_path = given.pop("config")
+    own_flags = list(argv)
+    config_path = _parse_known(parser, own_flags).config
     if config_path is not None:
-        file_flags = _read_config_file(parser, Path(config_path))
-        given = vars(_parse_known(parser, [*inherited, *file_flags, *argv]))
-        given.pop("config")
-    return given
+        own_flags = [*_read_config_file(parser, Path(config_path)), *own_flags]
+    values = vars(_parse_known(parser, [*inherited, *own_flags]))
+    del values["config"]
+    return ParsedFlags(values, _flags_in(parser, own_flags))
+
+
+def _flags_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
+    """The flags that a command line names, whatever their values."""
+    nothing = object()
+    # a parser leaves alone what its namespace has, and sets what the command line names
+    blank = argparse.Namespace(**{action.dest: nothing for action in parser._actions})
+    return frozenset(name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not nothing)
 
 
 def add_model_flags(add: Callable[..., Any]) -> None:
@@ -162,8 +179,8 @@ def add_sampling_flags(add: Callable[..., Any]) -> None:
         add,
         "--ds3_gather_for_generation",
         False,
-        "under ZeRO-3, hold the whole model on every GPU while generating: faster if it fits, impossible for 32B in "
-        "80 GB",
+        "under ZeRO-3 alone: hold the whole model on every GPU while generating: faster if it fits, impossible for 32B "
+        "in 80 GB",
     )
 
 

@@ -5,7 +5,10 @@ Imports no TRL, whose import alone takes as long as a small evaluation.
 
 import os
 import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +16,11 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from command_line import result_or_problem
 from flags import TOY_MODEL_ID, AgreedUsageError, UsageError
 from image_check import Findings, RunData, first_difference, listing_of, settle
-from model_utils import load_qwen25_vl
+from model_files import base_of
+from model_utils import load_qwen25_vl, require_loadable
 from options import SharedOptions, starts_sighted
 from toy_model import PLAIN, SIGHTED, build_in_own_process
 
@@ -89,6 +94,39 @@ def local_model_path(options: SharedOptions) -> str:
         raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
 
 
+def problem_of_models(*model_ids: str) -> str | None:
+    """What is wrong with the files of these models, by names and shapes alone; None if nothing is.
+
+    Of models in folders, adapters' bases too: a hub model's files may not be here yet, and are checked as they load.
+    Started alone, a process raises UsageError itself. Must come before a DeepSpeed configuration is made.
+    """
+    return result_or_problem(lambda: _require_loadable_folders(model_ids))[1]
+
+
+def _require_loadable_folders(model_ids: Sequence[str]) -> None:
+    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    # its table of weights would stand above the one line that says what is wrong
+    transformers_logging.set_verbosity_error()
+    try:
+        for model_id in model_ids:
+            if Path(base_of(model_id)).is_dir():
+                with naming_the_model(model_id):
+                    require_loadable(model_id)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def naming_the_model(model_id: str) -> Iterator[None]:
+    """Within it, what the libraries and model_utils say of files that do not open becomes a UsageError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"model {model_id} cannot be loaded ({reason}); correct it or pass another") from error
+
+
 def load_model(
     options: SharedOptions,
     model_path: str,
@@ -99,7 +137,7 @@ def load_model(
 ) -> tuple[Any, Any]:
     """(model, processor). Raises UsageError if the model cannot be found or opened."""
     transformers_logging.disable_progress_bar()
-    try:
+    with naming_the_model(options.model_id):
         return load_qwen25_vl(
             model_path,
             use_lora=trains_adapter,
@@ -109,6 +147,3 @@ def load_model(
             attn_implementation=options.attn_implementation,
             revision=options.revision,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"model {options.model_id} cannot be loaded ({reason}); pass another") from error

@@ -3,6 +3,7 @@
 Owns every decision about weights: dtype, attention, LoRA targets, freezing. Knows no trainer.
 """
 
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,13 +15,19 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from environment import Episode, ImageSource, Message
+from generation_settings import describe_unused, tokens_alone
 from utils.images import open_image
+from weights_check import require_every_weight, require_fitting_adapter
+
+logger = logging.getLogger("fleet")
 
 # Every linear layer of the language model. A pattern, because `gate_proj` and its kin also name vision layers.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -47,21 +54,17 @@ def load_qwen25_vl(
     NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only. Weights are read from safetensors alone, and no
     code that a model brings is run. The vision tower uses flash attention where it is
     installed and the dtype allows it. Under DeepSpeed ZeRO-3 the weights are sharded while they load.
-    Raises ValueError if the model is another architecture or its processor does not pad left.
+    Of the model's generation_config, end and padding tokens are taken and no other setting; what else it asks for is
+    logged in a line, and is in the files again when the model is saved.
+    Raises ValueError if the model is another architecture, its files and its weights do not fit each other, nothing
+    ends its answers, or its processor does not pad left.
     """
-    adapter = read_adapter_config(model_id)
-    base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
-    config = AutoConfig.from_pretrained(base_id, revision=revision, trust_remote_code=False)
-    if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"model {base_id} is a {config.model_type}, but Fleet trains qwen2_5_vl; pass a Qwen2.5-VL")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
-    model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        base_id,
-        output_loading_info=True,
-        revision=revision,
-        use_safetensors=True,
+    model, processor, unused = open_base(
+        model_id,
+        revision,
         dtype=dtype,
         attn_implementation={
             "": attn_implementation,
@@ -70,20 +73,66 @@ def load_qwen25_vl(
         },
         quantization_config=quantization if load_in_4bit else None,
     )
-    if loading["missing_keys"]:
-        raise ValueError(
-            f"its files lack {len(loading['missing_keys'])} weights, {sorted(loading['missing_keys'])[0]} among them, "
-            "which would start at random; restore them"
-        )
+    if unused is not None:
+        logger.info(f"generation_config.json of {model_id} asks for {unused}: not used, as Fleet's flags decide\n")
     if freeze_vision:
         model.model.visual.requires_grad_(False)
-    if adapter is not None:
+    if read_adapter_config(model_id) is not None:
         model = PeftModel.from_pretrained(model, model_id, is_trainable=use_lora)
     elif use_lora:
         config_of_lora = make_lora_config(lora_rank, lora_alpha, lora_dropout)
         # mixed dtypes break ZeRO-3's gather of small parameters
         model = get_peft_model(model, config_of_lora, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
-    return model, load_processor(model_id if adapter is None else base_id, revision=revision)
+    return model, processor
+
+
+def require_loadable(folder: str) -> None:
+    """Raises ValueError or OSError if load_qwen25_vl would refuse this folder; reads no weight.
+
+    Must be called before a DeepSpeed configuration is made, beside which the meta device is refused.
+    """
+    open_base(folder, device_map="meta", dtype="auto")
+
+
+def open_base(
+    model_id: str, revision: str | None = None, **loading_arguments: Any
+) -> tuple[PreTrainedModel, Any, str | None]:
+    """(base model, processor, what its generation_config asks for in vain) of a model or of the base of an adapter.
+
+    loading_arguments: of `from_pretrained`. Raises as load_qwen25_vl, for an adapter's weights as well.
+    """
+    adapter = read_adapter_config(model_id)
+    base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
+    config = _read_config(base_id, revision)
+    if adapter is not None:
+        require_fitting_adapter(model_id, adapter, config)
+    processor = load_processor(base_id, revision=revision)
+    model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        base_id,
+        output_loading_info=True,
+        # another shape is refused by name below; transformers itself would name none
+        ignore_mismatched_sizes=True,
+        revision=revision,
+        use_safetensors=True,
+        **loading_arguments,
+    )
+    require_every_weight(loading)
+    asked = model.generation_config
+    model.generation_config = tokens_alone(asked, processor.tokenizer, config.get_text_config().vocab_size)
+    return model, processor, describe_unused(asked)
+
+
+def _read_config(base_id: str, revision: str | None) -> PreTrainedConfig:
+    # transformers opens an adapter with its base, and says nothing
+    if find_adapter_config_file(base_id, revision=revision) is not None:
+        raise ValueError(
+            f"{base_id} is an adapter on the hub, but wanted a Qwen2.5-VL or an adapter in a folder; download it (hf "
+            f"download {base_id} --local-dir DIR) and pass the folder"
+        )
+    config = AutoConfig.from_pretrained(base_id, revision=revision, trust_remote_code=False)
+    if config.model_type != "qwen2_5_vl":
+        raise ValueError(f"model {base_id} is a {config.model_type}, but Fleet trains qwen2_5_vl; pass a Qwen2.5-VL")
+    return config
 
 
 def load_processor(model_id: str, *, revision: str | None = None) -> Any:
@@ -97,9 +146,14 @@ def load_processor(model_id: str, *, revision: str | None = None) -> Any:
     return processor
 
 
-def read_adapter_config(model_id: str) -> PeftConfig | None:
-    """The LoRA configuration of an adapter folder; None for anything else."""
-    return PeftConfig.from_pretrained(model_id) if (Path(model_id) / "adapter_config.json").is_file() else None
+def read_adapter_config(model_id: str) -> LoraConfig | None:
+    """The LoRA configuration of an adapter folder; None for anything else. Raises ValueError if it is not LoRA's."""
+    if not (Path(model_id) / "adapter_config.json").is_file():
+        return None
+    config = PeftConfig.from_pretrained(model_id)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"adapter {model_id} is of type {config.peft_type}, but Fleet takes LORA; pass a LoRA adapter")
+    return config
 
 
 def vision_attention(attn_implementation: str, dtype: torch.dtype) -> str:
@@ -145,6 +199,7 @@ def generate_tool_call(
 ) -> str:
     """The model's answer to one episode, as text without its end-of-turn token, ready for `judge`.
 
+    model: from load_qwen25_vl, so that its folder's generation_config has no say in what is sampled.
     episode_or_messages: an Episode, or chat messages with an image placeholder for each of `images`.
     max_completion_length: tokens. temperature: 0 is greedy; above, it samples. max_pixels: budget of one image.
     """
@@ -155,10 +210,10 @@ def generate_tool_call(
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     pictures = [open_image(image, max_pixels) for image in images or ()]
     inputs = processor(text=[text], images=pictures or None, return_tensors="pt").to(model.device)
-    # the policy itself: a model's own generation_config may carry penalties and truncation that training does not use
-    sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        sampling |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        # transformers samples from the likeliest 50 unless it is told otherwise
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     generated = model.generate(
         **inputs, max_new_tokens=max_completion_length, suppress_tokens=media_token_ids(model.config), **sampling
     )
@@ -172,7 +227,7 @@ def media_token_ids(config: Any) -> list[int]:
 
 
 def end_token_ids(model: Any) -> list[int]:
-    """Every token that ends a completion."""
+    """Every token that ends a completion, as load_qwen25_vl has decided; TRL reads the same place."""
     ids = model.generation_config.eos_token_id
     return [ids] if isinstance(ids, int) else list(ids or [])
 

@@ -1,16 +1,19 @@
 """The run as asked for: flags and YAML become one checked, resolved Options.
 
 Owns the defaults that depend on the case, and what numbers exclude each other. The flags themselves are in flags.py
-and training_flags.py; what a flag points to (folders, images, packages) is checked in preflight.py.
+and training_flags.py, which of them do nothing beside which in idle_flags.py; what a flag points to (folders, images,
+packages) is checked in preflight.py.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from flags import TOY_MODEL_ID, UsageError, parse_flags
-from reward import DEFAULT_WEIGHTS, RewardWeights
+from idle_flags import IDLE_IN_TRAINING, refuse_idle
+from reward import RewardWeights
 from step_counts import optimizer_steps_per_generation
 from training_flags import build_parser
 
@@ -109,15 +112,18 @@ class ResolvedDefault:
     reason: str
 
 
-def parse_options(argv: Sequence[str]) -> Options:
+def parse_options(argv: Sequence[str], launch_variables: Mapping[str, str] = os.environ) -> Options:
     """The options of a command line, `--config` file included; flags on the command line win over the file.
 
-    Raises UsageError for an unknown or misspelt flag or key (naming the nearest known one), a value of the wrong
-    kind, or a config file that cannot be read. `--help` prints and exits, as argparse does.
+    launch_variables: what the launcher put into the process environment. Raises UsageError for an unknown or misspelt
+    flag or key (naming the nearest known one), a value of the wrong kind, a flag that would do nothing beside the
+    others, or a config file that cannot be read. `--help` prints and exits, as argparse does.
     """
-    options = Options(**parse_flags(build_parser(), argv))
+    flags = parse_flags(build_parser(), argv)
+    options = Options(**flags.values)
     refuse_impossible_shared_numbers(options)
     _refuse_impossible_numbers(options)
+    refuse_idle(IDLE_IN_TRAINING, options, flags.given, launch_variables)
     return options
 
 
@@ -248,48 +254,24 @@ def _refuse_impossible_numbers(options: Options) -> None:
         RewardWeights(options.reward_correct, options.reward_valid_call)
     except ValueError as error:
         raise UsageError(f"reward_correct, reward_valid_call: {error}") from error
-    if options.reward and (options.reward_correct, options.reward_valid_call) != astuple(DEFAULT_WEIGHTS):
-        raise UsageError(
-            f"reward={options.reward} has its own values; drop --reward_correct and --reward_valid_call, or drop "
-            "--reward"
-        )
     if options.steps_per_generation and options.steps_per_generation % options.gradient_accumulation_steps:
         raise UsageError(
             f"steps_per_generation={options.steps_per_generation} is not a multiple of gradient_accumulation_steps="
             f"{options.gradient_accumulation_steps}, so a step would mix two generations; make it one"
         )
-    if options.vision_cache_mib and not (options.freeze_vision or options.use_lora):
-        raise UsageError(
-            f"vision_cache_mib={options.vision_cache_mib}, but the vision tower trains, so features change with every "
-            "step; add --freeze_vision true or drop --vision_cache_mib"
-        )
-    if options.vision_cache_mib and not options.shared_prefix:
-        raise UsageError(
-            f"vision_cache_mib={options.vision_cache_mib}, but TRL's own passes take no features; drop "
-            "--vision_cache_mib or --shared_prefix false"
-        )
     if options.load_in_4bit and not options.use_lora:
         raise UsageError("load_in_4bit=true, but 4-bit weights cannot be trained themselves; add --use_lora true")
-    if options.merge_lora and not options.use_lora:
-        raise UsageError("merge_lora=true, but there is no adapter to merge; add --use_lora true or drop --merge_lora")
-    if options.eval_seed == options.seed:
+    if options.eval_steps and options.eval_seed == options.seed:
         raise UsageError(
             f"eval_seed={options.eval_seed} is the run's own seed, so it would be evaluated on its training episodes; "
             "pass another --eval_seed"
         )
-    if options.keep_best and not options.eval_steps:
-        raise UsageError("keep_best=true, but nothing is evaluated; add --eval_steps 50 or drop --keep_best")
     if options.keep_best and options.save_total_limit == 1:
         raise UsageError(
             "keep_best=true with save_total_limit=1 would leave no place for the newest checkpoint; pass "
             "--save_total_limit 2"
         )
     _refuse_best_between_saves(options)
-    if options.warmup_steps and options.lr_scheduler_type == "constant":
-        raise UsageError(
-            f"warmup_steps={options.warmup_steps}, but the schedule 'constant' does not warm up; "
-            "add --lr_scheduler_type constant_with_warmup"
-        )
     if options.resume and options.overwrite:
         raise UsageError("resume and overwrite are both given, but one keeps the run and one deletes it; drop one")
     if options.resume and options.output_dir is None:

@@ -4,7 +4,6 @@ Owns the checks of folders, packages, launch variables and environments; those o
 Raises UsageError; imports no torch.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -16,7 +15,9 @@ from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from flags import TOY_MODEL_ID, UsageError
+from idle_flags import idle_flags
 from image_check import Findings, RunData, find_bad_images, without_images
+from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_whole_folder
 from options import Options, SharedOptions
 from reward_function import load_reward_function
 from run_files import CONFIG_NAME
@@ -137,9 +138,9 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
                 "Qwen/Qwen2.5-VL-3B-Instruct, or toy"
             )
         return
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        if not isinstance(base, str) or not base or (Path(base) / "adapter_config.json").is_file():
+    if is_adapter(model_id):
+        base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base or is_adapter(base):
             raise UsageError(
                 f"adapter {folder} names {base!r} as its base; write the base model's folder or hub id there"
             )
@@ -156,11 +157,12 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
                           ("tokenizer.json|vocab.json", "tokenizer")):  # fmt: skip
         if not any(any(folder.glob(name)) for name in pattern.split("|")):
             raise UsageError(f"model folder {folder} has no {what} ({pattern}); copy it there from the original model")
+    require_whole_folder(folder)
 
 
 def require_adapter_flags(options: Options) -> None:
     """Raises UsageError if an adapter is to be trained without being told so: nothing else of it would train."""
-    if (Path(options.model_id) / "adapter_config.json").is_file() and not options.use_lora:
+    if is_adapter(options.model_id) and not options.use_lora:
         raise UsageError(f"model_id={options.model_id} is an adapter, whose base stays frozen; add --use_lora true")
 
 
@@ -210,8 +212,7 @@ def require_output_dir(options: Options) -> None:
 
 def what_the_run_reads(options: Options) -> list[tuple[str, str]]:
     """Every path that must survive `--overwrite`, with the flag that named it."""
-    adapter = Path(options.model_id) / "adapter_config.json"
-    base = read_json(adapter).get("base_model_name_or_path") if adapter.is_file() else None
+    base = base_of(options.model_id) if is_adapter(options.model_id) else None
     specs = {"env": options.env, "reward": options.reward}
     of_user = [(name, spec.rpartition(":")[0]) for name, spec in specs.items() if spec]
     named = [("model_id", options.model_id), ("data_root", options.data_root), *of_user, ("base model", base)]
@@ -232,9 +233,11 @@ def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, 
     recorded = read_json(folder / CONFIG_NAME)
     before = recorded.get("options", {})
     now = asdict(options)
+    # what decides whether a flag has a part in the run is compared itself
+    had_no_part = {*recorded.get("idle_flags", ()), *idle_flags(options, launch_variables)}
     changed = [
         f"{name} (was {before[name]}, now {now[name]})"
-        for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME)
+        for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
         if before[name] != now[name]
     ]
     if changed:
@@ -321,14 +324,3 @@ def require_sound_episode(env: EpisodeSource, spec: str) -> None:
             f"env={spec}: episode 0 has {len(episode.images)} images and {num_placeholders} image placeholders in its "
             "messages; give each image one"
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UsageError if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); restore it") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds a {type(content).__name__}, wanted a JSON object; restore it")
-    return content

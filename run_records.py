@@ -3,7 +3,6 @@
 Owns no moment: run_recorder.py decides when they are shown and written. The figures in them come from the trainer.
 """
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -21,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from environment import Outcome
+from idle_flags import idle_flags, options_in_force
 from image_check import RunData
 from options import Options, ResolvedDefault
 from rollouts import RolloutRecord
@@ -104,9 +104,13 @@ def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
 
 
 def config_text(options: Options, data: RunData, num_episodes: int, num_processes: int) -> str:
-    """What config.json holds: the resolved flags, what is drawn from, processes, command, commit and versions."""
+    """What config.json holds: the resolved flags, what is drawn from, processes, command, commit and versions.
+
+    A flag that has no part in the run is null, and listed.
+    """
     config = {
-        "options": dataclasses.asdict(options),
+        "options": options_in_force(options),
+        "idle_flags": idle_flags(options),
         "num_episodes": num_episodes,
         "num_processes": num_processes,
         "data_digest": data.data_digest,

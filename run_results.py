@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.integrations import unset_hf_deepspeed_config
 
 from flags import UsageError
-from model_utils import load_processor, read_adapter_config
+from model_utils import open_base, read_adapter_config
 from options import Options
 from report import training_seconds, write_report
 from rloo_trainer import FleetRLOOTrainer
@@ -54,15 +53,13 @@ def replace_folder(new: Path, old: Path) -> None:
 
 def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None = None) -> None:
     """Writes the adapter's base model with the adapter added to its weights, and the processor, to `merged_path`."""
-    adapter = read_adapter_config(str(adapter_path))
-    if adapter is None:
+    if read_adapter_config(str(adapter_path)) is None:
         raise FileNotFoundError(f"{adapter_path} holds no adapter_config.json; pass a folder that LoRA training wrote")
     # one process merges whole weights, so ZeRO-3 must not shard them as they load
     unset_hf_deepspeed_config()
-    base_id = str(adapter.base_model_name_or_path)
-    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(base_id, revision=revision, dtype="auto")
+    base, processor, _ = open_base(str(adapter_path), revision, dtype="auto")
     PeftModel.from_pretrained(base, str(adapter_path)).merge_and_unload().save_pretrained(merged_path)
-    load_processor(base_id, revision=revision).save_pretrained(merged_path)
+    processor.save_pretrained(merged_path)
 
 
 def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:

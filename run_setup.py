@@ -27,11 +27,12 @@ from evaluation import EvaluationPlan
 from flags import Preempted, UsageError
 from held_out import make_plan, num_episodes_drawn
 from image_check import RunData
+from model_files import read_json
 from model_setup import has_gpu, load_model, require_agreement
 from model_utils import count_parameters, make_lora_config, read_adapter_config
 from options import Options, ResolvedDefault
 from preemption import Preemption
-from preflight import own_reward_function, read_json, require_same_images
+from preflight import own_reward_function, require_same_images
 from resumable_trainer import require_plain_pickles
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer

@@ -19,7 +19,9 @@ from flags import (
 def build_parser() -> argparse.ArgumentParser:
     """The command line's parser, flags in readable groups. Every value has a unit and a default in its help."""
     parser = make_parser(
-        "training.py", "Train a Qwen2.5-VL model by RLOO (REINFORCE leave-one-out) to pick an image by one tool call."
+        "training.py",
+        "Train a Qwen2.5-VL model by RLOO (REINFORCE leave-one-out) to pick an image by one tool call. A flag that "
+        "would do nothing beside the others is refused.",
     )
     add_model_flags(parser.add_argument_group("model").add_argument)
     _add_adapter_flags(parser.add_argument_group("what trains").add_argument)
@@ -35,17 +37,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_adapter_flags(add: Callable[..., Any]) -> None:
     add_switch(add, "--use_lora", False, "train LoRA adapters on the language model, not all weights")
-    add("--lora_rank", type=int, default=16, metavar="N", help="rank of the adapters (default: 16)")
-    add("--lora_alpha", type=int, default=32, metavar="N", help="scale of the adapters (default: 32, twice the rank)")
+    add("--lora_rank", type=int, default=16, metavar="N", help="rank of new adapters (default: 16)")
+    add("--lora_alpha", type=int, default=32, metavar="N", help="scale of new adapters (default: 32, twice the rank)")
     add(
         "--lora_dropout",
         type=float,
         default=0.0,
         metavar="P",
-        help="dropout in the adapters, 0 to 1 (default: 0, as old and new log-probabilities must agree)",
+        help="dropout in new adapters, 0 to 1 (default: 0, as old and new log-probabilities must agree)",
     )
     add_switch(add, "--merge_lora", False, "also write the base model with the adapters merged in, as final_merged/")
-    add_switch(add, "--freeze_vision", False, "keep the vision tower and its merger as they are")
+    add_switch(add, "--freeze_vision", False, "keep the vision tower and its merger as they are, as --use_lora does")
     add(
         "--vision_cache_mib",
         type=int,
@@ -70,13 +72,19 @@ def _add_rloo_flags(add: Callable[..., Any]) -> None:
         help="time that one call of the reward function may take before the run stops, in seconds (default: 60, far "
         "above a rule's, enough for a model or a server that judges)",
     )
-    add("--reward_correct", type=float, default=0.95, metavar="X", help="reward for the right index (default: 0.95)")
+    add(
+        "--reward_correct",
+        type=float,
+        default=0.95,
+        metavar="X",
+        help="Fleet's own reward for the right index (default: 0.95)",
+    )
     add(
         "--reward_valid_call",
         type=float,
         default=0.05,
         metavar="X",
-        help="reward for any well-formed call in range (default: 0.05, so that a right answer is worth 1)",
+        help="Fleet's own reward for any well-formed call in range (default: 0.05, so that a right answer is worth 1)",
     )
     add(
         "--train_steps",
@@ -144,9 +152,9 @@ def _add_rloo_flags(add: Callable[..., Any]) -> None:
         type=float,
         default=0.2,
         metavar="X",
-        help="clip range of the ratio; matters off-policy only (default: 0.2)",
+        help="clip range of the ratio; off-policy only (default: 0.2)",
     )
-    add("--epsilon_high", type=float, metavar="X", help="upper clip range (default: epsilon)")
+    add("--epsilon_high", type=float, metavar="X", help="upper clip range; off-policy only (default: epsilon)")
     add(
         "--max_skipped_steps",
         type=int,
@@ -217,7 +225,7 @@ def _add_evaluation_flags(add: Callable[..., Any]) -> None:
 
 def _add_run_flags(add: Callable[..., Any]) -> None:
     add("--output_dir", metavar="DIR", help="what the run leaves (default: a new runs/<date-time>-<model>)")
-    add_switch(add, "--overwrite", False, "empty a non-empty output_dir first")
+    add_switch(add, "--overwrite", False, "empty a non-empty --output_dir first")
     add(
         "--resume",
         type=true_false_or_auto,

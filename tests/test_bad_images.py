@@ -92,7 +92,7 @@ def test_a_run_that_skips_bad_images_is_the_run_without_them(
 
 
 def test_held_out_episodes_are_of_the_rest_too(data: Path) -> None:
-    options = parse_options(["--data_root", str(data), "--eval_episodes", "20"])
+    options = parse_options(["--data_root", str(data), "--eval_steps", "1", "--eval_episodes", "20"])
     names = sorted(path.name for path in data.glob("*.png"))[3:6]
     plan = make_plan(options, [], skipped_images=names)
     for name in names:
@@ -133,7 +133,7 @@ def test_a_run_goes_on_without_an_image_that_vanishes_the_same_each_time(
 
 
 def test_an_image_that_vanishes_is_no_longer_evaluated_on(data: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plan = make_plan(parse_options(["--data_root", str(data), "--eval_episodes", "20"]), [])
+    plan = make_plan(parse_options(["--data_root", str(data), "--eval_steps", "1", "--eval_episodes", "20"]), [])
     assert sound_part(plan, rank=0, num_ranks=1, skips_bad_images=False) is plan
     gone = data / "red_circle.png"
     gone.unlink()

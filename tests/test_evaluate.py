@@ -21,8 +21,9 @@ from tests.helpers import REPOSITORY
 from toy_model import SIGHTED, toy_model_path
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "evaluation.schema.json").read_text())
-QUICK_RUN = ["--fixed_correct_index", "none", "--per_device_batch_size", "2", "--sample_steps", "0",
-             "--eval_steps", "2", "--eval_episodes", "12", "--train_steps", "3"]  # fmt: skip
+UNWATCHED_RUN = ["--fixed_correct_index", "none", "--per_device_batch_size", "2", "--sample_steps", "0",
+                 "--train_steps", "3"]  # fmt: skip
+QUICK_RUN = [*UNWATCHED_RUN, "--eval_steps", "2", "--eval_episodes", "12"]
 
 
 def scored(output: Path, *flags: str) -> dict[str, Any]:
@@ -189,8 +190,8 @@ def test_groups_of_any_size_are_evaluated_beside(tmp_path: Path) -> None:
 
 def test_episodes_of_every_run_behind_a_model_are_passed_over(run: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
-    flags = ["--model_id", str(run / "final"), "--seed", "1", "--eval_steps", "0", "--report_to", "none"]
-    training.main([*QUICK_RUN, *flags, "--output_dir", str(second)])
+    flags = ["--model_id", str(run / "final"), "--seed", "1", "--report_to", "none"]
+    training.main([*UNWATCHED_RUN, *flags, "--output_dir", str(second)])
     options = parse_evaluate_options(["--model_id", str(second / "final")])
     found = evaluate.runs_behind(options, str(second / "final"))
     assert [(getattr(env, "seed", None), number) for env, number in found] == [(1, 6), (0, 6)]
@@ -232,7 +233,7 @@ def test_a_models_own_training_episodes_are_refused(run: Path) -> None:
     with pytest.raises(UsageError, match="would leave no place for the newest checkpoint"):
         training.main(["--eval_steps", "5", "--keep_best", "--save_total_limit", "1"])
     with pytest.raises(UsageError, match="eval_seed=7 is the run's own seed"):
-        training.main(["--eval_seed", "7", "--seed", "7"])
+        training.main(["--eval_steps", "5", "--eval_seed", "7", "--seed", "7"])
 
 
 def test_a_broken_checkpoint_is_said(run: Path, tmp_path: Path) -> None:

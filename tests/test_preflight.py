@@ -19,7 +19,9 @@ from tests.conftest import save_picture, save_png_of_zeros, save_truncated
 pytestmark = pytest.mark.fast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TORCH_FREE = "utils.tool_calls, utils.images, environment, reward, rollouts, flags, options, image_check, preflight"
+TORCH_FREE = (
+    "utils.tool_calls, utils.images, environment, reward, rollouts, idle_flags, options, image_check, preflight"
+)
 
 
 def options_of(*arguments: object) -> Options:
@@ -267,7 +269,7 @@ def leave_run(folder: Path, options: Options | None = None, *, with_checkpoint: 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 def test_new_or_empty_output_folder_is_accepted(tmp_path, flags):
-    preflight.require_output_dir(options_of(*flags))
+    preflight.require_output_dir(options_of())
     preflight.require_output_dir(options_of("--output_dir", tmp_path / "new", *flags))
     preflight.require_output_dir(options_of("--output_dir", tmp_path, *flags))
 
@@ -369,6 +371,20 @@ MAY_CHANGE = {
     "trust_checkpoint",
     "step_timeout_s",
 }
+# of a run with no flags but these
+HAD_NO_PART = {
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "epsilon",
+    "eval_episodes",
+    "eval_seed",
+    "vllm_mode",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_gpu_memory_utilization",
+    "vllm_tensor_parallel_size",
+}
 
 
 def test_same_flags_may_resume(tmp_path):
@@ -386,7 +402,7 @@ def test_only_what_does_not_change_the_run_may_change(tmp_path):
             allowed.add(name)
         except UsageError as refusal:
             assert f"had other flags: {name} (was another, now {value}); pass the same ones" in str(refusal)
-    assert allowed == MAY_CHANGE
+    assert allowed == MAY_CHANGE | HAD_NO_PART
 
 
 def test_every_changed_flag_is_listed(tmp_path):

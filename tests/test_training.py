@@ -106,8 +106,7 @@ def test_resumed_lora_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_saves_and_evaluates_at_its_own_intervals(tmp_path: Path) -> None:
-    few = ["--eval_episodes", "4"]
-    half = run(tmp_path / "half", "--train_steps", "2", "--save_steps", "2", *few)
+    half = run(tmp_path / "half", "--train_steps", "2", "--save_steps", "2")
     run(
         half,
         "--train_steps",
@@ -118,7 +117,8 @@ def test_a_resumed_run_saves_and_evaluates_at_its_own_intervals(tmp_path: Path) 
         "9",
         "--eval_steps",
         "2",
-        *few,
+        "--eval_episodes",
+        "4",
         "--resume",
     )
     assert sorted(path.name for path in half.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 3, 4, 5)]
@@ -195,6 +195,17 @@ def test_every_step_is_logged_when_generations_are_reused(tmp_path: Path) -> Non
     assert all(line["grad_norm"] is not None and line["step_time_s"] > 0 for line in lines)
 
 
+# what a flag of the same name needs beside it to have a part in the run
+BESIDE = {
+    "epsilon": ["--num_iterations", "2"],
+    "epsilon_high": ["--num_iterations", "2"],
+    "vllm_mode": ["--use_vllm"],
+    "vllm_server_host": ["--use_vllm", "--vllm_mode", "server"],
+    "vllm_server_port": ["--use_vllm", "--vllm_mode", "server"],
+    "vllm_gpu_memory_utilization": ["--use_vllm"],
+    "vllm_tensor_parallel_size": ["--use_vllm"],
+}
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 # flag, value, TRL's argument, its value
 REACHES_TRL = [
     ("per_device_batch_size", "3", "per_device_train_batch_size", 12),
@@ -236,10 +247,11 @@ REACHES_TRL = [
 @pytest.mark.parametrize(("flag", "text", "argument", "value"), REACHES_TRL)
 def test_flag_reaches_trl(flag: str, text: str, argument: str, value: Any) -> None:
     def argument_with(flags: list[str]) -> Any:
-        options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
+        options, _ = resolve_options(parse_options(flags, ZERO3), has_bf16_gpu=False)
         return getattr(make_rloo_config(options), argument)
 
-    assert argument_with([f"--{flag}", text]) == value != argument_with([])
+    beside = BESIDE.get(flag, [])
+    assert argument_with([*beside, f"--{flag}", text]) == value != argument_with(beside)
 
 
 def test_warmup_reaches_trl() -> None:

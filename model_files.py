@@ -1,0 +1,54 @@
+"""What a model's folder says of itself in JSON: an adapter or a whole model, its base, its shards. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flags import UsageError
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+SHARDS_INDEX_NAME = "model.safetensors.index.json"
+
+
+def is_adapter(model_id: str) -> bool:
+    """Whether this is the folder of an adapter."""
+    return (Path(model_id) / ADAPTER_CONFIG_NAME).is_file()
+
+
+def base_of(model_id: str) -> str:
+    """The model whose weights are opened: an adapter's base, else the model itself. Raises UsageError."""
+    if not is_adapter(model_id):
+        return model_id
+    return str(read_json(Path(model_id) / ADAPTER_CONFIG_NAME).get("base_model_name_or_path"))
+
+
+def require_whole_folder(folder: Path) -> None:
+    """Raises UsageError if a folder's index names a file that is not there, or its generation settings are no JSON.
+
+    The libraries would make up generation settings of their own.
+    """
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        read_json(folder / GENERATION_CONFIG_NAME)
+    if not (folder / SHARDS_INDEX_NAME).is_file():
+        return
+    places = read_json(folder / SHARDS_INDEX_NAME).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UsageError(f"{folder / SHARDS_INDEX_NAME} has no weight_map of names and files; restore it")
+    missing = sorted({name for name in map(str, places.values()) if not (folder / name).is_file()})
+    if missing:
+        raise UsageError(
+            f"model folder {folder} lacks {len(missing)} of the {len(set(places.values()))} files that its "
+            f"{SHARDS_INDEX_NAME} names, {missing[0]} among them; copy them there from the original model"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UsageError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); restore it") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}, wanted a JSON object; restore it")
+    return content

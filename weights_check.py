@@ -1,0 +1,74 @@
+"""The weights in a model's files are those that the model takes: names and shapes compared, no weight read.
+
+The libraries start a missing weight at random and pass over an unknown one, with a warning. Here either stops the run.
+"""
+
+import copy
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors import safe_open
+from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+# how transformers before 4.52 named the language model's layers
+OLD_PREFIX, PREFIX = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
+
+
+def require_every_weight(loading: Mapping[str, Any]) -> None:
+    """Raises ValueError if a model's files lacked a weight, held one in another shape, or one that nothing takes.
+
+    loading: what `from_pretrained` says with output_loading_info and ignore_mismatched_sizes.
+    """
+    _refuse("its files", loading["missing_keys"], loading["unexpected_keys"])
+    for name, saved, wanted in sorted(loading["mismatched_keys"]):
+        raise ValueError(
+            f"its files have {name} in shape {tuple(saved)}, but its config.json wants {tuple(wanted)}; restore the "
+            "files that were saved together"
+        )
+
+
+def require_fitting_adapter(folder: str, adapter: LoraConfig, base_config: PreTrainedConfig) -> None:
+    """Raises ValueError unless an adapter's file has each weight that its config asks for, in its shape, and no other.
+
+    PEFT itself places the file's names and shapes, on a model without content.
+    """
+    wanted = copy.deepcopy(adapter)
+    # only what trains is the adapter's own, and how it would begin does not matter
+    wanted.inference_mode, wanted.init_lora_weights = False, True
+    with torch.device("meta"):
+        model = get_peft_model(Qwen2_5_VLForConditionalGeneration(base_config), wanted)
+    own = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    with safe_open(Path(folder) / ADAPTER_WEIGHTS_NAME, framework="pt") as file:
+        names = list(file.keys())
+        saved = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    try:
+        result = set_peft_model_state_dict(model, saved)
+    except KeyError as error:
+        _refuse(f"adapter {folder}: its files", [str(error.args[0])], [])
+    except RuntimeError as error:
+        mismatch = str(error).split("\n")[1].strip()
+        raise ValueError(
+            f"adapter {folder}: its weights have other shapes than its adapter_config.json and its base give them "
+            f"({mismatch}); restore the adapter_config.json that was saved with {ADAPTER_WEIGHTS_NAME}"
+        ) from error
+    else:
+        _refuse(f"adapter {folder}: its files", own & set(result.missing_keys), result.unexpected_keys)
+
+
+def _refuse(whose: str, missing: Collection[str], unknown: Collection[str]) -> None:
+    """Raises ValueError if there are any names. whose: the start of the sentence."""
+    found = [
+        f"{word} {len(names)} weights, {min(names)} among them"
+        for word, names in (("lack", missing), ("have unknown", unknown))
+        if names
+    ]
+    if not found:
+        return
+    remedy = "restore the files that were saved together"
+    if any(name.startswith(OLD_PREFIX) for name in unknown):
+        remedy = f"rename {OLD_PREFIX}* in {ADAPTER_WEIGHTS_NAME}, as an older transformers wrote it, to {PREFIX}*"
+    raise ValueError(f"{whose} {' and '.join(found)}, but wanted each weight that the model has and no other; {remedy}")
