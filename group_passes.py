@@ -77,12 +77,17 @@ def image_inputs(batch: EpisodeBatch, groups: slice, features: Sequence[Tensor] 
 
 
 @torch.no_grad()
-def encode_images(model: nn.Module, batch: EpisodeBatch, places: Sequence[int]) -> list[Tensor]:
-    """The features of the batch's images at these places, each (image tokens, width), in one call of the encoder."""
+def encode_image(model: nn.Module, batch: EpisodeBatch, place: int) -> Tensor:
+    """The features (image tokens, width) of the batch's image at this place, from a call of the encoder for it alone.
+
+    Their last bits would depend on the images that are encoded with it: a matrix library chooses its kernel by the
+    number of rows. Alone, an image has one set of bits, in whatever batch or resumed run it first appears.
+    """
     grids = batch["image_grid_thw"]
-    pixels = batch["pixel_values"].split(grids.prod(dim=1).tolist())
-    chosen = torch.cat([pixels[place] for place in places]), grids[list(places)]
-    return list(base_qwen(model).model.get_image_features(*chosen, return_dict=True).pooler_output)
+    first = int(grids[:place].prod(dim=1).sum())
+    pixels = batch["pixel_values"][first : first + int(grids[place].prod())]
+    encoded = base_qwen(model).model.get_image_features(pixels, grids[place : place + 1], return_dict=True)
+    return encoded.pooler_output[0]
 
 
 @torch.no_grad()

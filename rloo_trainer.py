@@ -39,7 +39,7 @@ from flags import RunStopped
 from flops import add_up, compare_work
 from group_passes import (
     base_qwen,
-    encode_images,
+    encode_image,
     generate_groups,
     image_inputs,
     prompt_positions,
@@ -238,14 +238,14 @@ class FleetRLOOTrainer(ResumableTrainer):
         if cache is None:
             return None
         policy = self.accelerator.unwrap_model(self.model)
-        # under ZeRO-3 the encoder's weights are gathered by all ranks, so all call it or none
+        # under ZeRO-3 the encoder's weights are gathered by all ranks, so all call it equally often
         unknown_of_ranks = gather_object([len(cache.unknown_places(digests))])
         with (
             self.accelerator.autocast(),
             disable_gradient_checkpointing(policy, self.args.gradient_checkpointing_kwargs),
         ):
             features = cache.features_of(
-                digests, lambda places: encode_images(policy, batch, places), must_encode=any(unknown_of_ranks)
+                digests, lambda place: encode_image(policy, batch, place), num_calls=max(unknown_of_ranks)
             )
         num_images = sum(gather_object([len(digests)]))
         self._metrics["train"]["vision_cache/hit_rate"].append(1 - sum(unknown_of_ranks) / num_images)

@@ -1,7 +1,8 @@
 """The features of images that a frozen vision tower has seen, kept in host memory for the whole run.
 
 Owns what is kept and for how long; knows images by a digest of their pixels, so nothing can go stale while the tower
-and its merger do not train, which `vision_is_frozen` says.
+and its merger do not train, which `vision_is_frozen` says. Asks for one image at a time, so that a resumed run, whose
+cache is empty again, gets the same bits.
 """
 
 from collections import OrderedDict
@@ -30,20 +31,18 @@ class VisionCache:
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def features_of(
-        self, digests: Sequence[bytes], encode: Callable[[list[int]], list[Tensor]], *, must_encode: bool
+        self, digests: Sequence[bytes], encode: Callable[[int], Tensor], *, num_calls: int = 0
     ) -> list[Tensor]:
         """The features of these images in order, each (image tokens, width), in host memory.
 
-        encode: the features of the images at these places; called once, with the first place of each unknown image.
-        must_encode: call it also when every image is known, with the first place, because another rank calls it.
+        encode: the features of the image at one place; called for the first place of each unknown image.
+        num_calls: the least number of those calls, because another rank makes as many; the rest encode the first image.
         """
         unknown = self.unknown_places(digests)
-        fresh: dict[bytes, Tensor] = {}
-        if unknown or must_encode:
-            places = unknown or [0]
-            # copies, because an encoder's results are views of all that it encoded at once
-            encoded = [features.detach().to("cpu", copy=True) for features in encode(places)]
-            fresh = {digests[place]: features for place, features in zip(places, encoded, strict=True)}
+        encoded = [encode(place) for place in unknown]
+        for _ in range(num_calls - len(unknown)):
+            encode(0)
+        fresh = {digests[place]: features.to("cpu") for place, features in zip(unknown, encoded, strict=True)}
         found = [fresh[digest] if digest in fresh else self._features[digest] for digest in digests]
         for digest, features in zip(digests, found, strict=True):
             self._keep(digest, features)

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 
 from dataset import RepeatableEpisodeDataset
 from environment import Episode, PickImageEnv
+from group_passes import base_qwen
 from model_utils import make_lora_config
 from rloo_trainer import FleetRLOOTrainer
 from tests.helpers import fleet_trainer, rloo_config, toy_model, toy_processor
@@ -69,12 +70,17 @@ def main(argv: Sequence[str]) -> None:
         vision_cache_bytes=2**20 if kind == "lora" else 0,
         dataset=RepeatableEpisodeDataset(HalfRepeatingEnv(TOY_DATA_ROOT, 4, 0), TOY_IMAGE_PIXELS),
     )
+    encoder_passes: list[int] = []
+    visual = base_qwen(trainer.accelerator.unwrap_model(trainer.model)).model.visual
+    visual.register_forward_hook(lambda module, args, output: encoder_passes.append(trainer.state.global_step))
     trainer.train()
     assert trainer._rollouts is not None and trainer._rollouts.is_packed == (rows == "packed")
     trainer.save_model(str(output / "final"))
-    unknown = gather_object([trainer.unknown_images])
+    unknown, passes = gather_object([trainer.unknown_images]), gather_object([encoder_passes])
     if len(unknown) == 2 and kind == "lora":
         assert unknown[0][1] == 0 < unknown[1][1], f"wanted one rank alone to encode: {unknown}"
+        most = [max(of_ranks) for of_ranks in zip(*unknown, strict=True)]
+        assert passes == [[0] * most[0] + [1] * most[1]] * 2, f"wanted as many passes on either rank: {passes}, {most}"
     if trainer.is_world_process_zero():
         lines = [line for line in trainer.state.log_history if "reward" in line]
         figures = [str(line[name]) for name in ("grad_norm", "reward", "kl", "entropy") for line in lines]

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_path
 
 ZERO3 = ["--config_file", "tests/zero3_cpu.yaml"]
@@ -42,7 +43,7 @@ class Rank:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = HANG_S) -> int:
         """The exit code (minus the signal's number where one ended it); fails the test if it does not end in time."""
         self.process.join(timeout_s)
         if self.process.exitcode is None:
@@ -89,7 +90,11 @@ def start_ranks(
 def run_ranks(folder: Path, arguments: Sequence[str], num_processes: int = 1, **settings: Any) -> list[Rank]:
     """Runs what start_ranks starts to its end; every rank must exit with 0."""
     ranks = start_ranks(folder, arguments, num_processes, **settings)
-    codes = [rank.wait() for rank in ranks]
+    try:
+        codes = [rank.wait() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.process.kill()  # the others, where one hangs
     assert codes == [0] * num_processes, "\n".join(rank.output[-3000:] for rank in ranks)
     return ranks
 
@@ -110,7 +115,7 @@ def start(launch_flags: list[str], script_and_flags: list[str], log: Path | None
 def launch(launch_flags: list[str], script_and_flags: list[str]) -> str:
     """The output of an `accelerate launch` that must succeed."""
     process = start(launch_flags, script_and_flags)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, output[-3000:]
     return output
 

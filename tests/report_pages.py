@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from tests import HANG_S
+
 MAX_PAGES = 20  # more than any run here fills
 HOSTILE = [
     "<script>window.wasHacked = true</script>",
@@ -136,7 +138,7 @@ class Visit:
 
     def __init__(self, browser, path: Path, **context_options):
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | context_options)
-        self.context.set_default_timeout(10_000)
+        self.context.set_default_timeout(HANG_S * 1000)
         self.page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []

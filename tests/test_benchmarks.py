@@ -9,6 +9,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ideal, step_time
+from tests import HANG_S
 from tests.helpers import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 def run_step_time(*flags: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "benchmarks/step_time.py", "--model_size", "2m", "--image_side_px", "56", *flags],
-        cwd=REPOSITORY, text=True, capture_output=True, timeout=300,
+        cwd=REPOSITORY, text=True, capture_output=True, timeout=HANG_S,
     )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def test_a_setting_that_cannot_be_is_refused(flags: list[str], words: str) -> No
 
 def test_a_row_that_the_table_does_not_have_is_refused() -> None:
     command = [sys.executable, "benchmarks/step_time_table.py", "--only", "g32"]
-    done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=HANG_S)
     assert done.returncode == 2 and "invalid choice: 'g32'" in done.stderr
 
 

@@ -16,6 +16,7 @@ import evaluate
 from dataset import VLMDataCollator
 from model_utils import generate_tool_call, load_qwen25_vl
 from run_files import read_jsonl
+from tests import HANG_S
 from tests.distributed_generation import STOPS_AFTER
 from tests.helpers import REPOSITORY, toy_dataset, toy_model, toy_path, toy_processor
 from tests.processes import ZERO3, free_port, launch, run_ranks, start
@@ -86,7 +87,7 @@ def test_two_ranks_with_an_empty_cache_build_one_whole_toy_model(tmp_path: Path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLEET_CACHE": str(cache)}
     done = subprocess.run(
         [*command, "training.py", *QUICK, "--train_steps", "1", "--output_dir", str(run)],
-        cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=300,
+        cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=HANG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (model_folder,) = [path for path in cache.iterdir() if path.is_dir()]
@@ -141,7 +142,7 @@ def test_two_launchers_train_as_two_machines(tmp_path: Path) -> None:
                "--main_process_port", port], ["training.py", *QUICK, "--output_dir", str(run), "--train_steps", "2"])
         for rank in (0, 1)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=300)[0] for process in launchers]
+    outputs = [process.communicate(timeout=HANG_S)[0] for process in launchers]
     assert [process.returncode for process in launchers] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1, 2]
 
@@ -154,7 +155,7 @@ def test_a_machine_whose_folder_is_missing_stops_the_other_too(tmp_path: Path) -
               ["training.py", *QUICK, "--output_dir", str(run), "--data_root", data_root])
         for rank, data_root in ((0, "./toy_images"), (1, str(tmp_path / "nowhere")))
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=200)[0] for process in launchers]
+    outputs = [process.communicate(timeout=HANG_S)[0] for process in launchers]
     assert all(process.returncode != 0 for process in launchers)
     assert all("process 1: data folder" in output for output in outputs)
     assert not run.exists()
@@ -168,7 +169,7 @@ def test_machines_started_with_other_flags_stop_and_say_which(tmp_path: Path) ->
               ["training.py", *QUICK, "--output_dir", str(run), "--train_steps", "2", "--seed", str(rank)])
         for rank in (0, 1)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in launchers]
+    outputs = [process.communicate(timeout=HANG_S)[0] for process in launchers]
     assert all(process.returncode != 0 for process in launchers)
     assert all("processes were started with different flags: seed=['0', '1']" in output for output in outputs)
     assert not run.exists()

@@ -17,6 +17,7 @@ from evaluate_options import parse_evaluate_options, resolve_evaluate_options
 from flags import UsageError
 from options import parse_options
 from run_files import read_jsonl
+from tests import HANG_S
 from tests.helpers import REPOSITORY
 from toy_model import SIGHTED, toy_model_path
 
@@ -263,7 +264,11 @@ def test_a_folder_too_small_to_hold_out_is_said_before_training(tmp_path: Path) 
 
 def test_the_command_exits_with_2_and_one_line() -> None:
     done = subprocess.run(
-        ["python", "evaluate.py", "--eval_episodes", "0"], cwd=REPOSITORY, text=True, capture_output=True, timeout=60
+        ["python", "evaluate.py", "--eval_episodes", "0"],
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        timeout=HANG_S,
     )
     assert done.returncode == 2
     assert done.stderr == "error: eval_episodes=0, but it must be at least 1; correct --eval_episodes\n"

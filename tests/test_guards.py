@@ -129,19 +129,20 @@ def raises(**columns: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("function", "words"),
+    ("function", "timeout_s", "words"),
     [
-        (wrong_length, "reward function wrong_length returned 7 values, but wanted a sequence of 8 numbers"),
-        (hangs, "reward function hangs did not return within 0.2 s; mend it, or raise --reward_timeout_s"),
+        (wrong_length, 60, "reward function wrong_length returned 7 values, but wanted a sequence of 8 numbers"),
+        (hangs, 0.2, "reward function hangs did not return within 0.2 s; mend it, or raise --reward_timeout_s"),
         (
             raises,
+            60,
             r"reward function raises raised ConnectionError: no judge \(\S+test_guards.py, line \d+\); correct it",
         ),
     ],
 )
-def test_a_broken_reward_function_stops_the_run(function: Any, words: str, tmp_path: Path) -> None:
+def test_a_broken_reward_function_stops_the_run(function: Any, timeout_s: float, words: str, tmp_path: Path) -> None:
     args = rloo_config(tmp_path)
-    trainer = fleet_trainer(args, ScriptedFleetTrainer, reward_function=function, reward_timeout_s=0.2)
+    trainer = fleet_trainer(args, ScriptedFleetTrainer, reward_function=function, reward_timeout_s=timeout_s)
     before = weights_of(trainer.model)
     with pytest.raises(RunStopped, match=f"^{words}"):
         trainer.train()

@@ -13,6 +13,7 @@ import pytest
 from image_check import find_bad_images
 from options import parse_options
 from preflight import make_environment
+from tests import HANG_S
 from tests.conftest import save_picture, save_truncated
 
 pytestmark = pytest.mark.slow
@@ -85,7 +86,7 @@ def by_both_ranks(*scenarios: dict[str, object]) -> list[dict]:
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=180) for process in ranks]
+    outputs = [process.communicate(timeout=HANG_S) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
     of_ranks = [[json.loads(line) for line in output.splitlines() if line.startswith("{")] for output, _ in outputs]
     assert of_ranks[0] == of_ranks[1] and len(of_ranks[0]) == len(scenarios)

@@ -12,21 +12,23 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests import HANG_S
 from tests.helpers_images import png, tiff
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MIB = 2**20
 ROOM = 48 * MIB  # the decoders' own tables and buffers, and what the allocator keeps
-SIDE = 4000
+SIDE = 3000
 
-MEASURE = """
-import json, resource, sys
+MEASURE = r"""
+import json, re, sys
 from image_check import check_share
 from utils.images import LabelledImage
 from pathlib import Path
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not getrusage, whose peak is also that of the process that started this one
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 check_share([LabelledImage(Path(sys.argv[1]), "")], ".", 0, 1)  # loads Pillow's plugins
 before = peak()
@@ -38,7 +40,7 @@ print(json.dumps([peak() - before, sorted(problems.items())]))
 def added_memory(first: Path, *paths: Path) -> tuple[int, list[int]]:
     """(bytes that checking these files adds to the peak of the process, which of them are refused)."""
     command = [sys.executable, "-c", MEASURE, str(first), *map(str, paths)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=HANG_S)
     added, problems = json.loads(done.stdout)
     return added, [place for place, _ in problems]
 
@@ -92,11 +94,11 @@ def test_hostile_files_take_a_few_mib(tmp_path: Path, small: Path) -> None:
 
 
 def test_a_large_file_without_pixels_takes_three_times_its_size(tmp_path: Path, small: Path) -> None:
-    content = png((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0)), (b"tEXt", b"a\0" + bytes(100 * MIB)))
+    content = png((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0)), (b"tEXt", b"a\0" + bytes(64 * MIB)))
     (tmp_path / "text.png").write_bytes(content)
     added, refused = added_memory(small, tmp_path / "text.png")
     assert refused == [0]
-    assert added < 3 * len(content) + ROOM
+    assert len(content) < added < 3 * len(content) + ROOM
 
 
 def test_large_pictures_take_8_bytes_a_pixel_one_after_the_other(tmp_path: Path, small: Path) -> None:
@@ -114,11 +116,11 @@ def test_large_pictures_take_8_bytes_a_pixel_one_after_the_other(tmp_path: Path,
     paths = sorted(path for path in tmp_path.iterdir() if path != small)
     added, refused = added_memory(small, *paths)
     assert refused == [] and len(paths) == 6
-    assert added < 8 * SIDE * SIDE + ROOM
+    assert 4 * SIDE * SIDE < added < 8 * SIDE * SIDE + ROOM
 
 
 def test_a_large_webp_takes_16_bytes_a_pixel(tmp_path: Path, small: Path) -> None:
     Image.new("RGBA", (SIDE, SIDE)).save(tmp_path / "a.webp", quality=1, method=0)
     added, refused = added_memory(small, tmp_path / "a.webp", tmp_path / "a.webp")
     assert refused == []
-    assert added < 16 * SIDE * SIDE + ROOM
+    assert 4 * SIDE * SIDE < added < 16 * SIDE * SIDE + ROOM

@@ -14,6 +14,7 @@ from benchmarks.step_time_table import ROWS, markdown_table
 from evaluate_options import build_evaluate_parser, parse_evaluate_options
 from options import parse_options, resolve_options
 from run_files import read_jsonl
+from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_path
 from training_flags import build_parser
 
@@ -121,9 +122,10 @@ def test_the_table_of_steps_is_of_the_committed_results() -> None:
 @pytest.mark.slow
 def test_the_demo_command_learns(tmp_path: Path) -> None:
     toy_path()
-    subprocess.run([*shlex.split(DEMO), "--output_dir", str(tmp_path / "run")], cwd=REPOSITORY, check=True, timeout=300)
+    subprocess.run(
+        [*shlex.split(DEMO), "--output_dir", str(tmp_path / "run")], cwd=REPOSITORY, check=True, timeout=HANG_S
+    )
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 60
     assert lines[0]["reward"] < 0.6
     assert sum(line["reward"] for line in lines[-5:]) / 5 >= 0.95
-    assert sum(line["step_time_s"] for line in lines) < 120

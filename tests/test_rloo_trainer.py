@@ -270,8 +270,8 @@ def test_an_image_is_encoded_once_a_run_where_vision_is_frozen(tmp_path: Path) -
         lambda module, args, kwargs: patches.append(args[0].shape[0]), with_kwargs=True
     )
     trainer.train()
-    # the toy's twelve pictures of 16 patches, each once, for generation, reference and training of six steps
-    assert sum(patches) == 12 * 16
+    # the toy's twelve pictures of 16 patches, each once and alone, for generation, reference and training of six steps
+    assert patches == [16] * 12
     rates = [line["vision_cache/hit_rate"] for line in trainer.state.log_history if "reward" in line]
     assert sum(1 - rate for rate in rates) == pytest.approx(12 / 8), "each step shows 8 pictures"
     assert max(rates) == 1

@@ -1,12 +1,13 @@
 """The parser under fuzzing: nothing raises, a second recogniser agrees on every string, and none takes long.
 
-20,000 strings every day, as many as FLEET_FUZZ_EXAMPLES says at night. Times are of the processor, so that they hold
-on a busy machine.
+20,000 strings every day, as many as FLEET_FUZZ_EXAMPLES says at night. Times are of the processor and counted in plain
+passes, loops of Python over as long a call as is read, so that they hold on a busy and on a slow machine.
 """
 
 import time
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,6 +30,20 @@ def disagreement(parsed: ParsedToolCall, text: str, allow_reasoning: bool) -> st
         return f"{parsed}, whose index is no int: {text!r}"
     status = status_by_counting(text, allow_reasoning=allow_reasoning)
     return None if status in (None, parsed.status) else f"{parsed}, but the counts say {status}: {text!r}"
+
+
+def nanoseconds(work: Callable[[], object]) -> int:
+    """The processor time that one call takes."""
+    start = time.thread_time_ns()
+    work()
+    return time.thread_time_ns() - start
+
+
+@pytest.fixture(scope="module")
+def plain_pass_ns() -> int:
+    """The least processor time of a pass over 4,096 characters: about 150,000 ns."""
+    text = "x" * 4096
+    return min(nanoseconds(lambda: sum(char in "{[" for char in text)) for _ in range(200))
 
 
 @dataclass
@@ -73,12 +88,12 @@ def test_the_strings_reach_every_status_and_are_often_accepted(survey):
     assert 0.1 < survey.statuses[ParseStatus.OK] / survey.statuses.total() < 0.6
 
 
-def test_99_of_100_strings_take_less_than_a_millisecond(survey):
+def test_99_of_100_strings_take_less_than_ten_plain_passes(survey, plain_pass_ns):
     ordered = sorted(survey.nanoseconds)
     p99_ms, worst_ms = ordered[len(ordered) * 99 // 100] / 1e6, ordered[-1] / 1e6
     print(f"{NUM_FUZZED_STRINGS:,} strings of seed {FUZZ_SEED}, each parsed twice: p99 {p99_ms:.3f} ms, ", end="")
     print(f"worst {worst_ms:.3f} ms ({len(survey.slowest):,} characters)")
-    assert p99_ms < 1.0
+    assert p99_ms < 10 * plain_pass_ns / 1e6
 
 
 ANY_CHARACTER = st.characters(exclude_categories=())  # lone surrogates included
@@ -106,7 +121,7 @@ def spliced_calls(draw):
 
 
 # hypothesis takes a hundred times as long a string, and shrinks what it finds
-@settings(max_examples=max(NUM_FUZZED_STRINGS // 10, 1))
+@settings(max_examples=max(NUM_FUZZED_STRINGS // 20, 1))
 @given(st.text(ANY_CHARACTER) | st.lists(PIECES).map("".join) | spliced_calls(), st.booleans())
 def test_hypothesis_finds_no_string_that_raises_or_is_judged_otherwise(text, allow_reasoning):
     parsed = parse_tool_call_str(text, allow_reasoning=allow_reasoning)
@@ -127,30 +142,29 @@ def repeated(unit: str, length: int) -> str:
     return (unit * (length // len(unit) + 1))[:length]
 
 
-def milliseconds(text: str, allow_reasoning: bool) -> float:
-    """The least processor time of five parses."""
-    taken = []
-    for _ in range(5):
-        start = time.thread_time_ns()
-        parse_tool_call_str(text, allow_reasoning=allow_reasoning)
-        taken.append(time.thread_time_ns() - start)
-    return min(taken) / 1e6
+def takes_less_than(limit_ns: float, text: str, *, allow_reasoning: bool) -> bool:
+    """True if the quickest of ten parses takes less; one alone may wait for memory."""
+    times = (nanoseconds(lambda: parse_tool_call_str(text, allow_reasoning=allow_reasoning)) for _ in range(10))
+    return any(taken < limit_ns for taken in times)
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=ascii)
-def test_time_stays_under_a_line_over_four_decades_of_length(unit):
+def test_time_stays_under_a_line_over_four_decades_of_length(unit, plain_pass_ns):
     # not a ratio of times: a copy that leaves the processor's cache is 60 times slower for 10 times the length
     for length in (1_000, 10_000, 100_000, 1_000_000, 10_000_000):
+        limit_ns = (10 + 20 * length / 4096) * plain_pass_ns
         for before, after in (("", ""), ("", CALL), ("", f"x{CALL}"), (CALL, ""), ("```json", f"{CALL}```")):
             text = before + repeated(unit, length) + after
             for allow_reasoning in (False, True):
-                assert milliseconds(text, allow_reasoning) < 1.0 + 60e-6 * length, f"{length:,} characters"
+                assert takes_less_than(limit_ns, text, allow_reasoning=allow_reasoning), f"{length:,} characters"
 
 
 @pytest.mark.parametrize("unit", [*UNITS, '{"a":1,', '"a":', "[0,", "-", "0.", "\\u0069"], ids=ascii)
-def test_the_longest_text_that_json_sees_takes_a_few_milliseconds_at_most(unit):
+def test_the_longest_text_that_json_sees_takes_fifty_plain_passes_at_most(unit, plain_pass_ns):
+    # the slowest take 6, and 700 where an unterminated string is scanned again from each of its quotes
+    limit_ns = 50 * plain_pass_ns
     room = 4096 - len("<tool_call></tool_call>")
     for inside in (repeated(unit, room), f'"{repeated(unit, room - 2)}"', f"{{{repeated(unit, room - 1)}"):
-        assert milliseconds(f"<tool_call>{inside}</tool_call>", allow_reasoning=True) < 5.0
+        assert takes_less_than(limit_ns, f"<tool_call>{inside}</tool_call>", allow_reasoning=True)
     for literal in ("9" * 3900, "1" * 3800 + ".5", "1e" + "9" * 3800):
-        assert milliseconds(CALL.replace("2", literal), allow_reasoning=False) < 5.0
+        assert takes_less_than(limit_ns, CALL.replace("2", literal), allow_reasoning=False)

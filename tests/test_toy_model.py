@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from dataset import RepeatableEpisodeDataset
 from environment import Outcome, ParseStatus, PickImageEnv, judge, load_environment_class
 from model_utils import decode_completion, end_token_ids, load_processor, load_qwen25_vl
+from tests import HANG_S
 from tests.helpers import REPOSITORY, fleet_trainer, rloo_config, toy_dataset, toy_model, toy_path, toy_processor
 from toy_model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 
@@ -67,7 +68,7 @@ def test_it_answers_any_instruction_with_a_call(tmp_path: Path) -> None:
 
 def test_two_processes_build_once_and_agree(tmp_path: Path) -> None:
     builders = [build_in(tmp_path), build_in(tmp_path)]
-    outputs = [builder.communicate(timeout=120) for builder in builders]
+    outputs = [builder.communicate(timeout=HANG_S) for builder in builders]
     assert [builder.returncode for builder in builders] == [0, 0], outputs
     paths = {stdout.strip().splitlines()[-1] for stdout, _ in outputs}
     assert len(paths) == 1
@@ -78,12 +79,12 @@ def test_two_processes_build_once_and_agree(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_build_is_not_taken_for_a_model(tmp_path: Path) -> None:
-    done = build_in(tmp_path).communicate(timeout=120)[0].strip().splitlines()[-1]
+    done = build_in(tmp_path).communicate(timeout=HANG_S)[0].strip().splitlines()[-1]
     # cloned, because the file that backs them is torn next
     whole = {name: weight.clone() for name, weight in load_file(Path(done) / "model.safetensors").items()}
     os.replace(done, f"{done}.unfinished")
     (Path(f"{done}.unfinished") / "model.safetensors").write_bytes(b"torn")
-    again = build_in(tmp_path).communicate(timeout=120)[0].strip().splitlines()[-1]
+    again = build_in(tmp_path).communicate(timeout=HANG_S)[0].strip().splitlines()[-1]
     assert again == done
     rebuilt = load_file(Path(again) / "model.safetensors")
     assert whole.keys() == rebuilt.keys()

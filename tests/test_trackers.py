@@ -20,6 +20,7 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from tests import HANG_S
 from tests.conftest import call_text
 from trackers import CAPTION_PX, Sample, contact_sheet, log_samples, markdown_table
 
@@ -67,7 +68,7 @@ def log_in_own_process(report_to: str, folder: Path, **environment: str) -> None
     )
     environment = {**os.environ, **environment}
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=HANG_S
     )
     assert run.returncode == 0, run.stderr
 

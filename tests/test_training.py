@@ -25,6 +25,7 @@ from rollouts import EpisodeRecord, RolloutRecord
 from run_files import read_jsonl
 from run_records import draw_curve, sample_table
 from run_setup import build_trainer, make_rloo_config
+from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_dataset, toy_path
 from utils.images import open_image
 
@@ -356,7 +357,7 @@ def test_dry_run_checks_the_readmes_32b_command_and_writes_nothing(tmp_path: Pat
 )
 def test_a_run_that_cannot_be_exits_with_code_2_and_one_line(flags: list[str], words: str) -> None:
     done = subprocess.run(
-        [sys.executable, "training.py", *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        [sys.executable, "training.py", *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and words in done.stderr
@@ -367,7 +368,7 @@ def test_a_model_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "training.py", "--model_id", "Qwen/no-such-model", "--output_dir", str(tmp_path / "run")],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=environment,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_S, env=environment,
     )  # fmt: skip
     assert done.returncode == 2
     assert "model Qwen/no-such-model cannot be loaded" in done.stderr
@@ -375,7 +376,7 @@ def test_a_model_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_help_needs_no_torch_and_names_every_group() -> None:
     code = "import sys, training\ntry: training.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     assert all(f"\n{group}" in done.stdout for group in ("model:", "task:", "RLOO", "generation:", "run:"))
 

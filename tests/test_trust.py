@@ -17,6 +17,7 @@ from flags import UsageError
 from model_utils import load_processor, load_qwen25_vl
 from options import parse_options
 from resumable_trainer import nothing_unpickled_unless, require_plain_pickles
+from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_path
 from tests.processes import run_ranks, start_ranks
 from tests.test_resume import QUICK, seal
@@ -139,7 +140,7 @@ def run_blocked(script: str, arguments: list[str], log: Path, **variables: str) 
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DO_NOT_TRACK"))}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment | variables | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
 
 
