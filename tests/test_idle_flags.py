@@ -170,8 +170,8 @@ def recorded(line: str) -> dict[str, Any]:
 def test_config_json_has_null_for_what_had_no_part() -> None:
     full, lora = recorded(""), recorded("--use_lora --lora_rank 4 --eval_steps 2")
     nothing = ["epsilon", "eval_episodes", "eval_seed", "lora_alpha", "lora_dropout", "lora_rank",
-               "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "vllm_mode", "vllm_server_host", "vllm_server_port",
-               "vllm_tensor_parallel_size"]  # fmt: skip
+               "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "vllm_mode", "vllm_server_host",
+               "vllm_server_port", "vllm_tensor_parallel_size"]  # fmt: skip
     assert full["idle_flags"] == nothing
     assert [full["options"][name] for name in nothing] == [None] * len(nothing)
     assert [lora["options"][name] for name in ("lora_rank", "lora_alpha", "eval_episodes")] == [4, 32, 256]
