@@ -84,9 +84,9 @@ IDLE_IN_TRAINING = (
     ),
     IdleFlags(
         ("freeze_vision",),
-        lambda options, launch: options.use_lora,
-        "with --use_lora adapters alone train, and a new one leaves the vision side as it is",
-        "drop --use_lora",
+        lambda options, launch: options.use_lora and is_adapter(options.model_id),
+        "the adapter in --model_id trains the parts that it was made for",
+        "pass its base model as --model_id",
         off=False,
     ),
     IdleFlags(
@@ -162,13 +162,6 @@ IDLE_IN_TRAINING = (
         off=False,
     ),
     IdleFlags(
-        ("overwrite",),
-        lambda options, launch: options.output_dir is None,
-        "without --output_dir each run has a new folder",
-        "pass --output_dir",
-        off=False,
-    ),
-    IdleFlags(
         ("trust_checkpoint",),
         lambda options, launch: not options.resume,
         "no checkpoint is read",
@@ -200,13 +193,6 @@ IDLE_IN_EVALUATION = (
         ("ds3_gather_for_generation",),
         lambda options, launch: not is_zero3(launch),
         *NOT_SHARDED,
-        off=False,
-    ),
-    IdleFlags(
-        ("overwrite",),
-        lambda options, launch: options.output is None,
-        "no file is written",
-        "pass --output",
         off=False,
     ),
 )

@@ -31,7 +31,7 @@ TRAINING = [
     ("lora_alpha", "64", "--use_lora --model_id adapter", "keeps its own; pass its base model", "--use_lora"),
     ("lora_dropout", "0.1", "--use_lora --model_id adapter", "keeps its own", "--use_lora"),
     ("merge_lora", "true", "", "there is no adapter to merge; add --use_lora true", "--use_lora"),
-    ("freeze_vision", "true", "--use_lora", "adapters alone train, and a new one leaves the vision side", ""),
+    ("freeze_vision", "true", "--use_lora --model_id adapter", "trains the parts that it was made for", "--use_lora"),
     ("vision_cache_mib", "64", "", "the vision tower trains, .*; add --freeze_vision true", "--freeze_vision"),
     ("vision_cache_mib", "64", "--use_lora --shared_prefix false", "TRL's own passes take no features", "--use_lora"),
     ("reward_correct", "0.95", "--reward my.py:f", "the function of --reward has its own values; drop --reward", ""),
@@ -53,7 +53,6 @@ TRAINING = [
     ("eval_episodes", "256", "", "nothing is evaluated; add --eval_steps 50", "--eval_steps 1"),
     ("eval_seed", "7", "--eval_steps 0", "nothing is evaluated", "--eval_steps 1"),
     ("keep_best", "true", "", "nothing is evaluated", "--eval_steps 1"),
-    ("overwrite", "true", "", "without --output_dir each run has a new folder", "--output_dir runs/one"),
     ("trust_checkpoint", "true", "--resume false", "no checkpoint is read", "--resume auto --output_dir runs/one"),
 ]
 EVALUATION = [
@@ -62,7 +61,6 @@ EVALUATION = [
     ("top_p", "0.5", "--num_samples 0", "no sample is drawn", ""),
     ("seed", "0", "--num_samples 0", "no sample is drawn", ""),
     ("allow_reasoning", "true", "--prompt_style direct", "--prompt_style says what is asked", ""),
-    ("overwrite", "true", "", "no file is written; pass --output", "--output e.json"),
 ]
 # each does something in every run, or is refused beside others by a rule of its own
 ALWAYS_IN_TRAINING = {
@@ -72,13 +70,14 @@ ALWAYS_IN_TRAINING = {
     "per_device_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations", "learning_rate",
     "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_skipped_steps", "beta", "normalize_advantages",
     "mask_truncated_completions", "gradient_checkpointing", "shared_prefix", "use_vllm", "eval_steps", "output_dir",
-    "resume", "save_steps", "save_total_limit", "logging_steps", "sample_steps", "report_to",
+    "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps", "sample_steps", "report_to",
     "dataloader_num_workers", "step_timeout_s", "dry_run",
 }  # fmt: skip
 ALWAYS_IN_EVALUATION = {
     "model_id", "dtype", "attn_implementation", "load_in_4bit", "data_root", "bad_images", "env",
     "candidates_per_episode", "fixed_correct_index", "image_max_pixels", "max_completion_length", "eval_episodes",
     "eval_seed", "baseline", "prompt_style", "num_samples", "pass_k", "per_device_batch_size", "output",
+    "overwrite",
 }  # fmt: skip
 
 
@@ -152,7 +151,7 @@ def test_a_flag_counts_as_given_in_a_file_too_and_whatever_its_value(tmp_path: P
     assert parse_options(["--config", str(tmp_path / "run.yaml"), "--use_lora"]).lora_rank == 16
 
 
-@pytest.mark.parametrize("off", ["--merge_lora false", "--vision_cache_mib 0", "--warmup_steps 0", "--overwrite false"])
+@pytest.mark.parametrize("off", ["--merge_lora false", "--vision_cache_mib 0", "--warmup_steps 0", "--keep_best false"])
 def test_what_asks_for_nothing_may_be_given(off: str) -> None:
     parse_options(off.split())
 
