@@ -23,7 +23,8 @@ BUILD = "import toy_model; toy_model.RECIPES['plain']['steps'] = 2; print(toy_mo
 
 
 def build_in(cache: Path) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "FLEET_CACHE": str(cache)}
+    # one thread, so that two builds add up their sums in the same order
+    environment = {**os.environ, "FLEET_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", BUILD], cwd=REPOSITORY, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
