@@ -1,10 +1,10 @@
 # make demo: watch the toy model learn.  make demo-look: watch it learn to look, and be scored.
 # make test: lint, types and the tests that run in minutes.  make test-slow: those that start, kill and train processes.
-# make setup: install only.
+# make documented: what README.md and docs/*.md show, run in a copy of this tree.  make setup: install only.
 BIN := .venv/bin
 ACTIVATE := . $(BIN)/activate
 
-.PHONY: demo demo-look test test-fast test-slow setup setup-dev
+.PHONY: demo demo-look test test-fast test-slow documented setup setup-dev
 
 demo: setup
 	$(ACTIVATE) && accelerate launch training.py --fixed_correct_index 0
@@ -28,6 +28,10 @@ test-slow: setup-dev
 # the tests that import no torch, in seconds
 test-fast: setup-dev
 	$(ACTIVATE) && python -m pytest -m fast
+
+# each command with its exit code and seconds; tests/documented.py says what is made smaller
+documented: setup-dev
+	$(ACTIVATE) && python -m tests.run_documented
 
 setup: .venv/.installed
 setup-dev: .venv/.installed-dev
