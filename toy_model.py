@@ -32,6 +32,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+from transformers.utils import logging as transformers_logging
 
 from environment import PickImageEnv
 from toy_calls import teach_calls
@@ -308,6 +309,8 @@ def main() -> None:
         help="with ship, for a trial: steps of each lesson, which makes it another recipe (default: the recipe's)",
     )
     arguments = parser.parse_args()
+    # the build has a bar of its own
+    transformers_logging.disable_progress_bar()
     if arguments.what != "ship":
         print(toy_model_path(arguments.what))
         return

@@ -74,6 +74,7 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     NotRun("pip install flash-attn --no-build-isolation", "compiles for an hour, and needs CUDA"),
     NotRun("accelerate launch", "names the launcher of the commands below"),
     RunBy("make test", ".ci/run", "make test"),
+    RunBy("make documented", ".ci/run", "make documented"),
     RunBy("make test-slow", ".ci/run", 'FLEET_KILLS=7 make test-slow SLOW="slow and not exhaustive"'),
     RunBy("python -m pytest tests/test_rloo_trainer.py -k stock", "Makefile", 'python -m pytest -m "not slow"'),
     RunBy(

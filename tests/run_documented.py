@@ -70,7 +70,7 @@ def copy_of_tree(folder: Path) -> Path:
     """A copy of this tree without what .gitignore names, with its environment and the README's run.yaml."""
     ignored = [line.rstrip("/") for line in (REPOSITORY / ".gitignore").read_text(encoding="utf-8").splitlines()]
     # with the times of the files, by which make knows that the environment is up to date
-    shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(".git", *ignored))
+    shutil.copytree(REPOSITORY, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", *ignored))
     (folder / ".venv").symlink_to((REPOSITORY / ".venv").resolve())
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)

@@ -8,6 +8,7 @@ from PIL import Image
 import training
 from report import headline, read_run
 from run_files import read_jsonl
+from run_records import draw_curve
 
 BEYOND = "--logging_steps 10 --save_steps 10 --sample_steps 10"
 EVALUATED = "--eval_steps 10 --eval_episodes 4"
@@ -80,3 +81,15 @@ def test_a_run_that_ends_at_a_checkpoint_before_its_first_log_says_so(
     assert "no step was logged" in capfd.readouterr().err
     assert Image.open(folder / "curve.png").width > 600
     assert "no step was logged" in (folder / "report.html").read_text()
+
+
+def test_the_curve_of_one_step_shows_its_points(tmp_path: Path) -> None:
+    red = (0xD1, 0x49, 0x5B)
+
+    def num_red_pixels(metrics: list[dict[str, float]]) -> int:
+        draw_curve(metrics, tmp_path / "curve.png", "title")
+        colours = Image.open(tmp_path / "curve.png").convert("RGB").getcolors(maxcolors=1_000_000) or []
+        return {colour: count for count, colour in colours}.get(red, 0)
+
+    of_legend = num_red_pixels([])
+    assert num_red_pixels([{"step": 1, "reward": 0.5, "accuracy": 0.2}]) > of_legend + 20
