@@ -1,10 +1,11 @@
 # make demo: watch the toy model learn.  make demo-look: watch it learn to look, and be scored.
 # make test: lint, types and the tests that run in minutes.  make test-slow: those that start, kill and train processes.
+# make documented: what README.md and docs/*.md show, run in a copy of this tree.
 # make test-vllm: those that ask a real vLLM, which it lays beside the environment.  make setup: install only.
 BIN := .venv/bin
 ACTIVATE := . $(BIN)/activate
 
-.PHONY: demo demo-look test test-fast test-slow test-vllm setup setup-dev
+.PHONY: demo demo-look test test-fast test-slow test-vllm documented setup setup-dev
 
 demo: setup
 	$(ACTIVATE) && accelerate launch training.py --fixed_correct_index 0
@@ -32,6 +33,10 @@ test-fast: setup-dev
 # a vLLM for CPUs in a folder of its own, used over .venv through PYTHONPATH by the processes that these tests start
 test-vllm: setup-dev .vllm/.installed
 	$(ACTIVATE) && python -m pytest -m vllm
+
+# each command with its exit code and seconds; tests/documented.py says what is made smaller
+documented: setup-dev
+	$(ACTIVATE) && python -m tests.run_documented
 
 setup: .venv/.installed
 setup-dev: .venv/.installed-dev

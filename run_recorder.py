@@ -54,6 +54,8 @@ class RunRecorder(ProgressCallback):
         self._evaluations.drop_after(last_step)
         for line in self._metrics.drop_after(last_step):
             self.diagnostics.observe(line)
+        # a run that is resumed at its end logs nothing, and its page is drawn from this file
+        self._metrics.append([])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Writes the step's figures and rollouts, shows the latest two figures, and says what looks wrong."""
@@ -92,10 +94,11 @@ class RunRecorder(ProgressCallback):
         return control
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Moves the bar, prints the table when it is due, and has the last step evaluated."""
+        """Moves the bar, prints the table when it is due, and has the last step logged and evaluated."""
         super().on_step_end(args, state, control, **kwargs)
-        if self.options.eval_steps and state.global_step == state.max_steps:
-            control.should_evaluate = True
+        if state.global_step == state.max_steps:
+            control.should_log = True
+            control.should_evaluate |= bool(self.options.eval_steps)
         is_due = self.options.sample_steps and (
             state.global_step == 1 or state.global_step % self.options.sample_steps == 0
         )

@@ -191,8 +191,10 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=150)
     metrics = [line for line in metrics if "reward" in line]
     steps = [line["step"] for line in metrics]
+    marker = "o" if len(steps) == 1 else ""  # a line needs two
     for name, colour in (("reward", "#d1495b"), ("accuracy", "#00798c")):
-        axes.plot(steps, [line.get(name) for line in metrics], color=colour, linewidth=1.8, label=f"mean {name}")
+        values = [line.get(name) for line in metrics]
+        axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, label=f"mean {name}")
     axes.set(xlabel="optimizer step", title=title, ylim=(-0.02, 1.04))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -65,6 +65,9 @@ def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None
 def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
     """The end of the log: what was learnt, how long it took, and where everything is."""
     lines = [line for line in trainer.state.log_history if "reward" in line]
+    left = f"in {options.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
+    if not lines:
+        return f"\nresumed at step {trainer.state.global_step}, the last one; before it no step was logged\n{left}"
     window = max(1, min(3, len(lines) // 2))
     means = {
         name: [_mean([line[name] for line in part]) for part in (lines[:window], lines[-window:])]
@@ -72,10 +75,8 @@ def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
     }
     figures = ", ".join(f"mean {name} {first:.2f} -> {last:.2f}" for name, (first, last) in means.items())
     seconds = training_seconds(lines)
-    return (
-        f"\n{figures} (first and last {window} logged steps), {seconds:.0f} s of training\n"
-        f"in {options.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
-    )
+    steps = f"{window} logged steps" if window > 1 else "logged step"
+    return f"\n{figures} (first and last {steps}), {seconds:.0f} s of training\n{left}"
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -32,7 +32,7 @@ from model_setup import has_gpu, load_model, require_agreement
 from model_utils import count_parameters, make_lora_config, read_adapter_config
 from options import Options, ResolvedDefault
 from preemption import Preemption
-from preflight import own_reward_function, require_same_images
+from preflight import own_reward_function, require_output_dir, require_same_images
 from resumable_trainer import require_plain_pickles
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
@@ -135,11 +135,18 @@ def find_checkpoint(options: Options, args: RLOOConfig, data: RunData) -> Path |
 
 
 def take_output_dir(options: Options, trainer: FleetRLOOTrainer, data: RunData) -> None:
-    """Makes or empties the run's folder and writes config.json, once everything that can fail before has not."""
+    """Called after all checks pass: makes or empties the run's folder and writes config.json.
+
+    Raises UsageError on all processes if somebody has put files there since the checks.
+    """
     folder = Path(str(options.output_dir))
     num_processes = trainer.args.world_size
     trainer.run_config = config_text(options, data, num_episodes_drawn(options, num_processes), num_processes)
-    if trainer.args.process_index == 0:
+    is_main = trainer.args.process_index == 0
+    # loading the model took its time, and what was not there then must not be deleted or mixed with now
+    _, problem = result_or_problem(lambda: require_output_dir(options)) if is_main else (None, None)
+    require_agreement(options, problem)
+    if is_main:
         if options.overwrite and folder.is_dir():
             empty_run_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,13 +156,16 @@ def take_output_dir(options: Options, trainer: FleetRLOOTrainer, data: RunData) 
 
 
 def empty_run_folder(folder: Path) -> None:
-    """Deletes what a run left; its config.json last, so that a kill leaves what can be overwritten again."""
+    """Deletes what a run left; its config.json last, so that a kill leaves what can be overwritten again.
+
+    A folder that is new, or holds no more than an unfinished file, has no config.json.
+    """
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != CONFIG_NAME:
             path.unlink()
-    (folder / CONFIG_NAME).unlink()
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
 
 
 def make_rloo_config(options: Options) -> RLOOConfig:

@@ -4,6 +4,7 @@ Owns the recipes (tokenizer, sizes, numbers of the lessons), the cache, and the 
 themselves are in toy_calls.py and toy_sight.py. `python toy_model.py ship` makes the shipped weights again.
 """
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -31,6 +32,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+from transformers.utils import logging as transformers_logging
 
 from environment import PickImageEnv
 from toy_calls import teach_calls
@@ -296,8 +298,28 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def main() -> None:
+    """Prints the folder of a toy, built if need be; or makes the shipped weights again."""
+    parser = argparse.ArgumentParser(description="Build a toy and print its folder, or make the shipped weights again.")
+    parser.add_argument("what", nargs="?", default=PLAIN, choices=(PLAIN, SIGHTED, "ship"), help="(default: plain)")
+    parser.add_argument(
+        "--lesson_steps",
+        type=int,
+        metavar="N",
+        help="with ship, for a trial: steps of each lesson, which makes it another recipe (default: the recipe's)",
+    )
+    arguments = parser.parse_args()
+    # the build has a bar of its own
+    transformers_logging.disable_progress_bar()
+    if arguments.what != "ship":
+        print(toy_model_path(arguments.what))
+        return
+    if arguments.lesson_steps is not None:
+        for lesson in ("naming", "picking", "habit"):
+            RECIPES[SIGHTED][lesson]["steps"] = arguments.lesson_steps
+    ship_sighted_toy()
+    print(f"wrote {SHIPPED_WEIGHTS} ({SHIPPED_WEIGHTS.stat().st_size / 1e6:.1f} MB)")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["ship"]:
-        ship_sighted_toy()
-    else:
-        print(toy_model_path(sys.argv[1] if sys.argv[1:] else PLAIN))
+    main()

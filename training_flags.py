@@ -251,7 +251,13 @@ def _add_run_flags(add: Callable[..., Any]) -> None:
         metavar="N",
         help="checkpoints kept (default: 2, the last good one and its successor)",
     )
-    add("--logging_steps", type=int, default=1, metavar="N", help="optimizer steps per line of metrics (default: 1)")
+    add(
+        "--logging_steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="optimizer steps per line of metrics; the last step always has one (default: 1)",
+    )
     add(
         "--sample_steps",
         type=int,

@@ -34,14 +34,23 @@ COLUMNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--train_steps", type=int, help="of each run (default: the demo's 100)")
+    parser.add_argument("--eval_episodes", type=int, help="held out (default: the commands' own)")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "look-seeds", help="(default: runs/)")
     parser.add_argument("--json", type=Path, default=REPOSITORY / "benchmarks" / "results" / "look_seeds.json")
     parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "look_curve.png")
     arguments = parser.parse_args()
-    runs = [run_seed(seed, arguments.output_dir / f"seed-{seed}") for seed in range(arguments.num_seeds)]
+    of_both = [] if arguments.eval_episodes is None else ["--eval_episodes", str(arguments.eval_episodes)]
+    of_run = [] if arguments.train_steps is None else ["--train_steps", str(arguments.train_steps)]
+    runs = [
+        run_seed(seed, arguments.output_dir / f"seed-{seed}", [*of_run, *of_both], of_both)
+        for seed in range(arguments.num_seeds)
+    ]
     print(markdown_table(runs))
     record = {
-        "command": f"python benchmarks/look_seeds.py --num_seeds {arguments.num_seeds}",
+        "command": " ".join(
+            ["python benchmarks/look_seeds.py --num_seeds", str(arguments.num_seeds), *of_run, *of_both]
+        ),
         "device": f"{os.cpu_count()} cores of {platform.machine()}, no GPU",
         "versions": installed_versions(),
         "runs": runs,
@@ -51,15 +60,18 @@ def main() -> None:
     draw(runs, arguments.plot)
 
 
-def run_seed(seed: int, output_dir: Path) -> dict[str, Any]:
-    """One seed: the evaluation of its end with the toy's beside it, held-out accuracies on the way, and seconds."""
-    flags = ["--fixed_correct_index", "none", "--eval_steps", "25", "--seed", str(seed)]
+def run_seed(seed: int, output_dir: Path, of_run: list[str], of_scoring: list[str]) -> dict[str, Any]:
+    """One seed: the evaluation of its end with the toy's beside it, held-out accuracies on the way, and seconds.
+
+    of_run, of_scoring: further flags of training and of scoring.
+    """
+    flags = ["--fixed_correct_index", "none", "--eval_steps", "25", "--seed", str(seed), *of_run]
     start_s = time.perf_counter()
     launch = ["accelerate", "launch", "training.py", *flags, "--output_dir", str(output_dir), "--overwrite"]
     subprocess.run(launch, cwd=REPOSITORY, check=True)
     command_s = time.perf_counter() - start_s
     figures = output_dir / "evaluation.json"
-    scoring = ["--model_id", str(output_dir / "final"), "--baseline", "toy", "--output", str(figures)]
+    scoring = ["--model_id", str(output_dir / "final"), "--baseline", "toy", "--output", str(figures), *of_scoring]
     start_s = time.perf_counter()
     subprocess.run([sys.executable, "evaluate.py", *scoring], cwd=REPOSITORY, check=True)
     lines = read_jsonl(output_dir / "metrics.jsonl")

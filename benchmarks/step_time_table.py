@@ -43,10 +43,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "step_time")
     parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "step_time.png")
     names = [name for name, _, _ in ROWS]
-    parser.add_argument("--only", nargs="*", choices=names, help="rows to measure; the others are read (default: all)")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=names,
+        help="rows to measure; the others are read, or left out with further flags of step_time.py (default: all)",
+    )
     arguments, extra = parser.parse_known_args()
     results = {}
     for name, label, flags in ROWS:
+        if extra and arguments.only is not None and name not in arguments.only:
+            continue
         path = arguments.results / f"{name}.json"
         command = [*flags, *extra]
         if arguments.only is None or name in arguments.only:
@@ -66,7 +73,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         "| | step: Fleet | stock | ratio (spread) | of ideal | generate | train | of ideal | memory added | overhead |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, label, _ in ROWS:
+    for name, label in [(name, label) for name, label, _ in ROWS if name in results]:
         found = results[name]
         step, train = found["step"], found["train"]
         memory = f"{found['memory']['ratio']:.1f}x less" if "memory" in found else ""
@@ -84,7 +91,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """How the ratio and the seconds of a step grow with the number of rollouts."""
     from matplotlib.figure import Figure
 
-    found = [results[name] for name in ("g4", "g8", "g16")]
+    found = [results[name] for name in ("g4", "g8", "g16") if name in results]
     groups = [result["settings"]["num_rollouts"] for result in found]
     ratios = [result["step"]["ratio_median"] for result in found]
     spread = [

@@ -28,13 +28,17 @@ GOAL = 0.95
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
+    parser.add_argument("--train_steps", type=int, help=f"of each run, at least {WINDOW} (default: the demo's 60)")
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "seeds", help="(default: runs/seeds)")
     parser.add_argument("--json", type=Path, default=REPOSITORY / "benchmarks" / "results" / "toy_seeds.json")
     parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "toy_curve.png")
     arguments = parser.parse_args()
-    runs = [run_seed(seed, arguments.output_dir / f"seed-{seed}") for seed in range(arguments.num_seeds)]
+    if arguments.train_steps is not None and arguments.train_steps < WINDOW:
+        parser.error(f"--train_steps {arguments.train_steps}, but figures are means of {WINDOW} steps; pass as many")
+    flags = [] if arguments.train_steps is None else ["--train_steps", str(arguments.train_steps)]
+    runs = [run_seed(seed, flags, arguments.output_dir / f"seed-{seed}") for seed in range(arguments.num_seeds)]
     print(markdown_table(runs))
-    command = f"python benchmarks/toy_seeds.py --num_seeds {arguments.num_seeds}"
+    command = " ".join(["python benchmarks/toy_seeds.py --num_seeds", str(arguments.num_seeds), *flags])
     device = f"{os.cpu_count()} cores of {platform.machine()}, no GPU"
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     record = {"command": command, "device": device, "versions": installed_versions(), "runs": runs}
@@ -42,9 +46,9 @@ def main() -> None:
     draw(runs, arguments.plot)
 
 
-def run_seed(seed: int, output_dir: Path) -> dict[str, Any]:
+def run_seed(seed: int, flags: list[str], output_dir: Path) -> dict[str, Any]:
     """One run of the demo with this seed: its figures, and the reward of every step."""
-    command = ["accelerate", "launch", "training.py", "--fixed_correct_index", "0", "--seed", str(seed)]
+    command = ["accelerate", "launch", "training.py", "--fixed_correct_index", "0", "--seed", str(seed), *flags]
     start_s = time.perf_counter()
     subprocess.run([*command, "--output_dir", str(output_dir), "--overwrite"], cwd=REPOSITORY, check=True)
     command_s = time.perf_counter() - start_s

@@ -6,6 +6,7 @@ parallelism) is not shown here.
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from run_files import read_jsonl
+from tests.documented import all_documented_commands
 from tests.helpers import REPOSITORY, toy_processor
 from tests.processes import free_port
 from tests.vllm_model import build
@@ -94,17 +96,17 @@ def test_media_tokens_are_never_drawn(colocated: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The port of a real `vllm serve`, started as the README says, for the CPU."""
+    """The port of a real `vllm serve`, started by the README's command with what a CPU and a small model ask."""
     assert (OVERLAY / "vllm").is_dir(), f"{OVERLAY} holds no vLLM; run make test-vllm"
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1",
-               "--port", port, "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
-               "--logprobs-mode", "processed_logprobs", "--enable-scale-out",
-               "--weight-transfer-config", '{"backend": "nccl"}']  # fmt: skip
+    (documented,) = [line for line in all_documented_commands() if "vllm serve" in line]
+    developing, vllm, serve, _, *flags = shlex.split(documented)
+    assert (developing, vllm, serve) == ("VLLM_SERVER_DEV_MODE=1", "vllm", "serve")
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", serve, str(model), *flags, "--host", "127.0.0.1",
+               "--port", port, "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]  # fmt: skip
+    environment = os.environ | VARIABLES | {"VLLM_SERVER_DEV_MODE": "1"}
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=os.environ | VARIABLES, stdout=output, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         while not is_up(port):
             assert process.poll() is None, log.read_text()[-3000:]
