@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from answering import AnswerSettings, FirstOfGroupIsGreedy, ModelPolicy
 from controls import blanked
@@ -63,18 +62,6 @@ def test_samples_are_of_the_policy_and_repeat(sighted: tuple[Any, Any]) -> None:
     assert any(len(set(said.samples)) > 1 for said in first)
     nearly_greedy = ModelPolicy(model, processor, replace(SETTINGS, temperature=0.01))(EPISODES[:4], 4)
     assert all(set(said.samples) == {said.greedy} for said in nearly_greedy)
-
-
-def test_a_penalty_of_the_models_own_is_not_the_policys(sighted: tuple[Any, Any]) -> None:
-    model, processor = sighted
-    policy = ModelPolicy(model, processor, replace(SETTINGS, episodes_per_batch=64))
-    plain = policy(EPISODES[:6], 8)
-    own = model.generation_config
-    try:
-        model.generation_config = GenerationConfig.from_dict(own.to_dict() | {"repetition_penalty": 5.0, "top_k": 1})
-        assert policy(EPISODES[:6], 8) == plain
-    finally:
-        model.generation_config = own
 
 
 def test_processes_split_the_episodes_between_them(sighted: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
