@@ -31,8 +31,9 @@ test-fast: setup-dev
 	$(ACTIVATE) && python -m pytest -m fast
 
 # a vLLM for CPUs in a folder of its own, used over .venv through PYTHONPATH by the processes that these tests start
+VLLM := vllm
 test-vllm: setup-dev .vllm/.installed
-	$(ACTIVATE) && python -m pytest -m vllm
+	$(ACTIVATE) && python -m pytest -m "$(VLLM)"
 
 # each command with its exit code and seconds; tests/documented.py says what is made smaller
 documented: setup-dev

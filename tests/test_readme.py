@@ -121,6 +121,7 @@ def test_the_table_of_steps_is_of_the_committed_results() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # make documented runs the demo too
 def test_the_demo_command_learns(tmp_path: Path) -> None:
     toy_path()
     subprocess.run(

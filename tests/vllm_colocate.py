@@ -12,7 +12,6 @@ from unittest.mock import patch
 import torch
 
 import vllm_sampling
-from dataset import prompts_of_rollouts
 from flags import RunRefused
 from group_passes import base_qwen
 from tests.vllm_on_cpu import adapt_colocated, run_training
@@ -29,7 +28,6 @@ def main(results: Path, argv: list[str]) -> None:
     found = {
         "exit_code": code,
         "guard": expanded_prompt(trainer, batch),
-        "expanded_gap": expanded_gap(trainer, batch),
         "media_drawn": media_drawn(trainer),
         **gaps_after_vision_changed(trainer, batch),
     }
@@ -45,13 +43,6 @@ def expanded_prompt(trainer: Any, batch: Any) -> str:
         except RunRefused as error:
             return str(error)
     return "nothing"
-
-
-def expanded_gap(trainer: Any, batch: Any) -> float:
-    """The mean gap that training would have met without the guard."""
-    prompts, images = prompts_of_rollouts(batch)
-    _, completions, logps, _ = trainer.vllm_generation.generate(prompts[:1], images[:1], 1)
-    return gap_to_a_plain_row(trainer, batch, completions[0], [value for (value,) in logps[0]])
 
 
 def media_drawn(trainer: Any) -> dict[str, int]:
