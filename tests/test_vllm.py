@@ -129,7 +129,6 @@ def train_on(port: str, flags: list[str], output_dir: Path, *more: str) -> "subp
                "--output_dir", str(output_dir), *more)  # fmt: skip
 
 
-@pytest.mark.exhaustive
 def test_a_server_agrees_until_weights_are_kept_from_it(server: str, flags: list[str], tmp_path: Path) -> None:
     done = train_on(server, flags, tmp_path / "run", "--train_steps", "2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -148,7 +147,6 @@ def test_a_server_of_another_model_is_refused(server: str, flags: list[str], tmp
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.exhaustive
 def test_a_server_draws_no_media_tokens(server: str, model: Path) -> None:
     tokenizer = toy_processor().tokenizer
     media = {tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
