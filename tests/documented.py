@@ -67,7 +67,8 @@ class NotRun:
 
 
 LOOKED = "runs/look/final"  # what make demo-look leaves; stands in for a model of the hub
-SMALL_MODEL = "--model_size 2m --image_side_px 56 --num_steps 1 --measure_memory false"
+SMALL_STEP = "--model_size 2m --image_side_px 56 --num_episodes 1 --completion_tokens 4"
+ONE_STEP = f"{SMALL_STEP} --num_steps 1 --measure_memory false"
 
 TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     NotRun("git clone <this repository> fleet && cd fleet", "CI begins in a clone of its own"),
@@ -134,13 +135,13 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     ),
     Runs(
         "python benchmarks/step_time_table.py",
-        added=f"--only g16 {SMALL_MODEL}",
+        added=f"--only g16 {ONE_STEP}",
         leaves=("benchmarks/results/step_time/g16.json", "docs/step_time.png"),
     ),
-    Runs("python benchmarks/step_time.py --num_rollouts 8", added=SMALL_MODEL, says="parity: log-probabilities within"),
+    Runs("python benchmarks/step_time.py --num_rollouts 8", added=ONE_STEP, says="parity: log-probabilities within"),
     Runs(
         "python benchmarks/step_profile.py --num_rollouts 8",
-        added="--model_size 2m --image_side_px 56",
+        added=SMALL_STEP,
         leaves=("docs/step_profile.md",),
     ),
     Runs("python benchmarks/stock_faults.py", says="one gradient is NaN"),
