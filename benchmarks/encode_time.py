@@ -38,8 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = [int(count) for count in given.num_images.split(",")]
     rows = measure(given.model_size, given.image_side_px, counts, given.repeats, device, dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    command = (
+        f"python benchmarks/encode_time.py --model_size {given.model_size} --image_side_px {given.image_side_px} "
+        f"--num_images {given.num_images} --repeats {given.repeats}"
+    )
     results = {"device": name, "dtype": str(dtype).removeprefix("torch."), "versions": installed_versions(),
-               "command": ["benchmarks/encode_time.py", *sys.argv[1:]], "rows": rows}  # fmt: skip
+               "command": command, "rows": rows}  # fmt: skip
     text = json.dumps(results, indent=1) + "\n"
     if given.output is None:
         print(text, end="")
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(
     size: str, side_px: int, counts: Sequence[int], repeats: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, float]]:
-    """A row per count: median seconds alone and together, and the ratio's median over the pairs."""
+    """A row per count: median seconds alone and together, and the median over the pairs of their ratio."""
     config = configuration(size, make_toy_processor())
     tower = type_of_tower()._from_config(config.vision_config).to(device, dtype).eval()
     patch = config.vision_config.patch_size

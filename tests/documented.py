@@ -144,6 +144,12 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         added=SMALL_STEP,
         leaves=("docs/step_profile.md",),
     ),
+    Runs(
+        "python benchmarks/encode_time.py --model_size 3b --image_side_px 448",
+        changed={"--model_size": "2m", "--image_side_px": "56"},
+        added="--repeats 1",
+        says="ratio",
+    ),
     Runs("python benchmarks/stock_faults.py", says="one gradient is NaN"),
     Runs("python benchmarks/save_time.py", added="--num_pairs 2", says="longer_by"),
     Runs("python report.py runs/look", leaves=("runs/look/report.html",), stage=2),

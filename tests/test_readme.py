@@ -64,8 +64,9 @@ def test_every_flag_in_the_text_exists() -> None:
     of_launcher = {"--config_file", "--num_machines", "--num_processes", "--machine_rank", "--main_process_ip",
                    "--main_process_port", "--num_seeds", "--no-build-isolation", "--help"}  # fmt: skip
     of_vllm = {"--enable-scale-out", "--logprobs-mode", "--weight-transfer-config"}
+    of_benchmarks = {"--model_size", "--image_side_px"}
     actions = [*build_parser()._actions, *build_evaluate_parser()._actions]
-    known = {flag for action in actions for flag in action.option_strings} | of_launcher | of_vllm
+    known = {flag for action in actions for flag in action.option_strings} | of_launcher | of_vllm | of_benchmarks
     named = set(re.findall(r"(?<![\w-])--[a-z0-9_][a-z0-9_-]*", README))
     assert named - known == set()
 
