@@ -22,6 +22,7 @@ def run_step_time(*flags: str) -> "subprocess.CompletedProcess[str]":
     )  # fmt: skip
 
 
+@pytest.mark.exhaustive  # make documented runs the same benchmark
 def test_steps_are_compared_side_by_side_and_written_down(tmp_path: Path) -> None:
     path = tmp_path / "results" / "step.json"
     flags = ["--num_steps", "2", "--num_rollouts", "4", "--num_episodes", "2", "--beta", "0.05", "--json", str(path)]

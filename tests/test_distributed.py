@@ -135,6 +135,7 @@ def shipped_configuration_on_two_cpus(folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.exhaustive  # make documented starts two launchers too
 def test_two_launchers_train_as_two_machines(tmp_path: Path) -> None:
     run, port = tmp_path / "run", free_port()
     launchers = [

@@ -67,6 +67,8 @@ def test_it_answers_any_instruction_with_a_call(tmp_path: Path) -> None:
         assert statuses.count(ParseStatus.OK) / len(statuses) >= 0.9
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive  # two ranks with an empty cache do the same in test_distributed.py
 def test_two_processes_build_once_and_agree(tmp_path: Path) -> None:
     builders = [build_in(tmp_path), build_in(tmp_path)]
     outputs = [builder.communicate(timeout=HANG_S) for builder in builders]
@@ -79,6 +81,7 @@ def test_two_processes_build_once_and_agree(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder.name]
 
 
+@pytest.mark.slow
 def test_an_unfinished_build_is_not_taken_for_a_model(tmp_path: Path) -> None:
     done = build_in(tmp_path).communicate(timeout=HANG_S)[0].strip().splitlines()[-1]
     # cloned, because the file that backs them is torn next
