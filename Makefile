@@ -7,11 +7,14 @@ ACTIVATE := . $(BIN)/activate
 
 .PHONY: demo demo-look test test-fast test-slow test-vllm documented setup setup-dev
 
+# one process as it stands, of which accelerate needs no telling
+LAUNCH := accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
 demo: setup
-	$(ACTIVATE) && accelerate launch training.py --fixed_correct_index 0
+	$(ACTIVATE) && $(LAUNCH) training.py --fixed_correct_index 0
 
 demo-look: setup
-	$(ACTIVATE) && accelerate launch training.py --fixed_correct_index none --eval_steps 25 --output_dir runs/look --overwrite
+	$(ACTIVATE) && $(LAUNCH) training.py --fixed_correct_index none --eval_steps 25 --output_dir runs/look --overwrite
 	$(ACTIVATE) && python evaluate.py --model_id runs/look/final --baseline toy --output runs/look/evaluation.json
 	$(ACTIVATE) && python report.py runs/look
 

@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> int:
     except RunEnded as error:
         if rank == "0" or not error.is_of_all:
             # below the progress bar
-            print(f"\n{error.label}: {error}", file=sys.stderr)
+            print("\n".join([f"\n{error.label}: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         code = error.exit_code
     except Exception as error:
         traceback.print_exc()

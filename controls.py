@@ -12,6 +12,13 @@ from PIL import Image, ImageEnhance
 from environment import Episode, EpisodeSource
 from utils.images import open_image
 
+# of each control: what its figure counts, and which figure is good
+CONTROL_MEANINGS = {
+    "blank_images": "right with every picture grey: good near chance, far above it the answer is not in the pictures",
+    "swapped_images": "follows the picture it chose to its new place: good near 100 %",
+    "permuted_order": "stays at its place though another picture is there: good near 0 %, high is a habit",
+    "redrawn_images": "right on the pictures in another size, place, shade: good near the greedy accuracy",
+}
 BLANK_GREY = (128, 128, 128)
 MAX_SCALE_CHANGE, MAX_SHIFT, MAX_SHADE_CHANGE = 0.25, 0.14, 0.2
 

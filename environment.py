@@ -204,15 +204,9 @@ class PickImageEnv:
 
     def prompt_messages(self, episode: Episode) -> list[Message]:
         """The chat messages that ask for the episode's target: numbered image placeholders, then the instruction."""
-        content: list[Message] = []
-        for index in range(episode.num_candidates):
-            content += [{"type": "text", "text": f"Image {index}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
-        last = episode.num_candidates - 1
-        content.append({"type": "text", "text": f"{self.instruction(episode)} The index is from 0 to {last}."})
-        return [
-            {"role": "system", "content": [{"type": "text", "text": _system_text(self.allow_reasoning)}]},
-            {"role": "user", "content": content},
-        ]
+        return pick_image_messages(
+            episode.num_candidates, self.instruction(episode), allow_reasoning=self.allow_reasoning
+        )
 
     def instruction(self, episode: Episode) -> str:
         """The sentence that says which image to pick; environments of your own override it."""
@@ -243,6 +237,18 @@ class PickImageEnv:
             "correct_index": episode.correct_index,
         }
         return None, float(judgement.outcome is Outcome.CORRECT), True, False, info
+
+
+def pick_image_messages(num_images: int, instruction: str, *, allow_reasoning: bool = False) -> list[Message]:
+    """The chat messages that ask for one of `num_images` pictures: numbered placeholders, then the instruction."""
+    content: list[Message] = []
+    for index in range(num_images):
+        content += [{"type": "text", "text": f"Image {index}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
+    content.append({"type": "text", "text": f"{instruction} The index is from 0 to {num_images - 1}."})
+    return [
+        {"role": "system", "content": [{"type": "text", "text": _system_text(allow_reasoning)}]},
+        {"role": "user", "content": content},
+    ]
 
 
 def load_environment_class(spec: str) -> type:

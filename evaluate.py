@@ -28,7 +28,7 @@ from evaluate_options import (
 from evaluation import EvaluationPlan, with_baseline
 from flags import UsageError
 from held_out import make_plan
-from image_check import Findings, RunData, find_bad_images
+from image_check import Findings, RunData, find_bad_images, images_of
 from preflight import make_environment, require_consistent_launch, require_model, require_packages
 
 logger = logging.getLogger("fleet")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     options, filled = resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     models = [model for model in (options.model_id, options.baseline) if model is not None]
-    problem = problem or model_setup.problem_of_models(*models)
+    problem = problem or model_setup.problem_of_models(*models, revision=options.revision)
     accelerator = evaluate_setup.start(options, problem)
     assert findings is not None, "a process that has found nothing has a problem, which start() raises"
     data = model_setup.agree_on_data(options, findings)
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_setup.require_agreement(options, problem)
     assert plan is not None, "a process without a plan has a problem, which require_agreement() raises"
     logger.info(evaluate_setup.describe(options, plan, filled))
+    model_setup.say_what_the_toy_has_not_seen(options, [image.path for image in images_of(data.env) or ()])
     evaluation = evaluate_setup.score(options, plan, options.model_id, accelerator)
     if options.baseline is not None:
         evaluation = with_baseline(evaluation, evaluate_setup.score(options, plan, options.baseline, accelerator))

@@ -9,7 +9,6 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,25 +16,19 @@ import torch
 from accelerate import Accelerator, DistributedType
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
 
 from answering import AnswerSettings, ModelPolicy, sound_part
+from controls import CONTROL_MEANINGS
 from evaluate_options import EvaluateOptions
 from evaluation import Evaluation, EvaluationPlan, evaluate
 from model_setup import has_gpu, load_model, local_model_path, require_agreement, use_every_core
 from options import ResolvedDefault
+from progress import count_progress
 from run_records import resolved_table
 
 logger = logging.getLogger("fleet")
-
-CONTROL_MEANINGS = {
-    "blank_images": "right with every picture grey; what looks falls to chance",
-    "swapped_images": "follows the picture it chose to its new place",
-    "permuted_order": "stays at its place though another picture is there",
-    "redrawn_images": "right on pictures in another size, place, shade",
-}
 
 
 def start(options: EvaluateOptions, problem: str | None) -> Accelerator:
@@ -78,7 +71,7 @@ def score(options: EvaluateOptions, plan: EvaluationPlan, model_id: str, acceler
         unwrap_model_for_generation(
             wrapped, accelerator, gather_deepspeed3_params=options.ds3_gather_for_generation
         ) as policy_model,
-        progress_bar(f"scoring {model_id}", num_rows, is_shown=accelerator.is_main_process) as bar,
+        count_progress(f"scoring {model_id}", num_rows, "answer", is_shown=accelerator.is_main_process) as note_answers,
     ):
         policy = ModelPolicy(
             policy_model,
@@ -86,7 +79,7 @@ def score(options: EvaluateOptions, plan: EvaluationPlan, model_id: str, acceler
             answer_settings(options),
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
-            on_progress=bar.update,
+            on_progress=note_answers,
         )
         start_s = time.perf_counter()
         evaluation = evaluate(policy, plan, model_id)
@@ -107,13 +100,6 @@ def answer_settings(options: EvaluateOptions) -> AnswerSettings:
         max_pixels=options.image_max_pixels,
         seed=options.seed,
     )
-
-
-@contextmanager
-def progress_bar(title: str, num_rows: int, *, is_shown: bool) -> Iterator[Any]:
-    """A bar of completions, in a terminal and on one process."""
-    with tqdm(total=num_rows, desc=title, unit="answer", disable=not is_shown, leave=False) as bar:
-        yield bar
 
 
 def table(document: dict[str, Any]) -> str:

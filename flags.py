@@ -6,6 +6,7 @@ evaluation asks in evaluate_options.py; options.py resolves and checks what was 
 
 import argparse
 import difflib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any, NoReturn
 import yaml
 
 TOY_MODEL_ID = "toy"
+MAX_VALUE_LENGTH = 4096  # Linux takes no longer path
+MAX_HELP_WIDTH = 110
+MAX_REASON_LENGTH = 300
 
 
 class UsageError(ValueError):
@@ -60,8 +64,9 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An empty parser of Fleet's kind: with --config, and errors as UsageError."""
     parser = _Parser(
         prog=prog,
+        usage=f"{prog} [--FLAG VALUE ...]",
         description=description,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
+        formatter_class=_help_formatter,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -90,6 +95,12 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str], inherited:
     values = vars(_parse_known(parser, [*inherited, *own_flags]))
     del values["config"]
     return ParsedFlags(values, _flags_in(parser, own_flags))
+
+
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    # two columns less than the terminal has, as argparse does: some wrap a full line
+    width = min(shutil.get_terminal_size().columns - 2, MAX_HELP_WIDTH)
+    return argparse.HelpFormatter(prog, max_help_position=min(36, width // 3), width=width)
 
 
 def _flags_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
@@ -231,6 +242,11 @@ def _index_or_none(text: str) -> int | None:
 
 
 def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    for word in argv:
+        if len(word) > MAX_VALUE_LENGTH:
+            raise UsageError(
+                f"{word[:20]}... has {len(word):,} characters, but wanted at most {MAX_VALUE_LENGTH:,}; shorten it"
+            )
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -249,9 +265,14 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         raise UsageError(f"config file {path} does not exist; correct --config")
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderOfUniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"config file {path} is not YAML: {reason}") from error
+    except OSError as error:
+        raise UsageError(f"config file {path} cannot be read ({error.strerror}); correct --config") from error
+    except RecursionError as error:
+        raise UsageError(f"config file {path} is nested too deep, wanted lines of 'flag: value'; correct it") from error
+    # besides its own errors yaml lets through those of int, float and datetime
+    except (yaml.YAMLError, ValueError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:MAX_REASON_LENGTH]
+        raise UsageError(f"config file {path} is not YAML: {reason}; wanted lines of 'flag: value'") from error
     if not isinstance(settings, dict):
         raise UsageError(f"config file {path} holds a {type(settings).__name__}, wanted lines of 'flag: value'")
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]

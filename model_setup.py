@@ -3,6 +3,7 @@
 Imports no TRL, whose import alone takes as long as a small evaluation.
 """
 
+import logging
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,19 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from command_line import result_or_problem
+from environment import Episode
+from evaluate_options import run_options
 from flags import TOY_MODEL_ID, AgreedUsageError, UsageError
+from hub_models import require_qwen_on_hub
 from image_check import Findings, RunData, first_difference, listing_of, settle
 from model_files import base_of
-from model_utils import load_qwen25_vl, require_loadable
+from model_utils import generate_tool_call, load_qwen25_vl, require_loadable
 from options import SharedOptions, starts_sighted
 from toy_model import PLAIN, SIGHTED, build_in_own_process
+from toy_pictures import untaught
+from utils.images import BadImage
+
+logger = logging.getLogger("fleet")
 
 
 def has_gpu() -> bool:
@@ -94,27 +102,65 @@ def local_model_path(options: SharedOptions) -> str:
         raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
 
 
-def problem_of_models(*model_ids: str) -> str | None:
+def problem_of_models(*model_ids: str, revision: str | None = None) -> str | None:
     """What is wrong with the files of these models, by names and shapes alone; None if nothing is.
 
-    Of models in folders, adapters' bases too: a hub model's files may not be here yet, and are checked as they load.
+    Of models in folders, adapters' bases too. A hub model is asked for its kind alone, by one process of a machine: its
+    files may not be here yet, and are checked as they load. revision: of a hub model.
     Started alone, a process raises UsageError itself. Must come before a DeepSpeed configuration is made.
     """
-    return result_or_problem(lambda: _require_loadable_folders(model_ids))[1]
+    return result_or_problem(lambda: _require_loadable(model_ids, revision))[1]
 
 
-def _require_loadable_folders(model_ids: Sequence[str]) -> None:
+def _require_loadable(model_ids: Sequence[str], revision: str | None) -> None:
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
     # its table of weights would stand above the one line that says what is wrong
     transformers_logging.set_verbosity_error()
     try:
         for model_id in model_ids:
-            if Path(base_of(model_id)).is_dir():
+            base = base_of(model_id)
+            if Path(base).is_dir():
                 with naming_the_model(model_id):
                     require_loadable(model_id)
+            elif base != TOY_MODEL_ID and os.environ.get("LOCAL_RANK", "0") == "0":
+                require_qwen_on_hub(base, revision)
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def say_what_the_toy_has_not_seen(options: SharedOptions, paths: Sequence[Path]) -> None:
+    """Says in a line which share of the pictures the toy cannot know, where it is to pick them by name."""
+    run = run_options(options.model_id)
+    is_toy = TOY_MODEL_ID in (options.model_id, run.get("model_id"))
+    if not is_toy or options.env is not None or options.fixed_correct_index is not None:
+        return
+    if unseen := untaught(paths):
+        logger.info(
+            f"the toy model has been taught the pictures of toy_images alone, and not {len(unseen):,} of these "
+            f"{len(paths):,}: it cannot know them by name; for pictures of your own pass --model_id with a real model\n"
+        )
+
+
+def answer_once(options: SharedOptions, episode: Episode, temperature: float = 0.0) -> str:
+    """The model's answer to one episode. Raises UsageError if the model or a picture cannot be opened."""
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    model, processor = load_model(options, local_model_path(options), dtype=dtype)
+    if has_gpu() and not options.load_in_4bit:
+        model = model.to("cuda")
+    torch.manual_seed(options.seed)
+    assert options.max_completion_length is not None
+    try:
+        return generate_tool_call(
+            model.eval(),
+            processor,
+            episode,
+            max_completion_length=options.max_completion_length,
+            temperature=temperature,
+            max_pixels=options.image_max_pixels,
+        )
+    except BadImage as error:
+        raise UsageError(str(error)) from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -143,7 +144,31 @@ def load_processor(model_id: str, *, revision: str | None = None) -> Any:
             f"model {model_id} has a {type(processor).__name__}, but wanted a Qwen2_5_VLProcessor that pads left; "
             "restore preprocessor_config.json and tokenizer_config.json beside its weights"
         )
+    _require_chat_template(processor, model_id)
     return processor
+
+
+def _require_chat_template(processor: Any, model_id: str) -> None:
+    """Raises ValueError unless the chat template renders a system turn, a text and an image, and opens an answer."""
+    remedy = "restore the chat_template.jinja (in older folders chat_template.json) that the model came with"
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "SYSTEM-TEXT"}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "USER-TEXT"}]},
+    ]
+    try:
+        prompt, question = (
+            processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
+            for opens_answer in (True, False)
+        )
+    except (ValueError, TypeError, TemplateError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {model_id} has no chat template that can be used ({reason}); {remedy}") from error
+    counts = {word: prompt.count(word) for word in ("SYSTEM-TEXT", processor.image_token, "USER-TEXT")}
+    if set(counts.values()) != {1} or len(prompt) <= len(question):
+        raise ValueError(
+            f"model {model_id} has a chat template that makes {prompt[:200]!r} of a system text, an image and a user's "
+            f"text, but wanted each of them once and the start of an answer; {remedy}"
+        )
 
 
 def read_adapter_config(model_id: str) -> LoraConfig | None:

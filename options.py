@@ -303,4 +303,4 @@ def require_numbers(
         value = getattr(options, name)
         is_finite = not isinstance(value, float) or math.isfinite(value)
         if value is not None and not (is_finite and is_fine(value)):
-            raise UsageError(f"{name}={value}, but it must be {wanted}; correct --{name}")
+            raise UsageError(f"{name}={str(value)[:40]}, but it must be {wanted}; correct --{name}")

@@ -20,7 +20,7 @@ from image_check import Findings, RunData, find_bad_images, without_images
 from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_whole_folder
 from options import Options, SharedOptions
 from reward_function import load_reward_function
-from run_files import CONFIG_NAME
+from run_files import CONFIG_NAME, FINAL_NAME
 
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -148,6 +148,10 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
         if not (folder / "adapter_model.safetensors").is_file():
             raise UsageError(f"adapter {folder} has no adapter_model.safetensors; save it with safe_serialization=True")
         return
+    if is_run_folder(folder):
+        raise UsageError(
+            f"{flag}={model_id} is a run's folder; pass the model in it, {folder / FINAL_NAME}, or a checkpoint"
+        )
     if not (folder / CONFIG_NAME).is_file():
         raise UsageError(f"model folder {folder} has no config.json; pass a folder written by save_pretrained")
     model_type = read_json(folder / CONFIG_NAME).get("model_type")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from controls import CONTROL_MEANINGS
 from report_rollouts import Group, finite
 from run_files import EVALUATION_SCHEMA_VERSION
 
@@ -91,6 +92,11 @@ class Level:
     detail: str
 
 
+def _sentence(control: str) -> str:
+    meaning = CONTROL_MEANINGS[control].replace(" %", "%")
+    return f"{meaning[0].upper()}{meaning[1:]}."
+
+
 GREEDY = ("Greedy accuracy", "Share of held-out episodes whose most likely answer picks the right image.")
 ROWS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("greedy_accuracy",), *GREEDY),
@@ -100,22 +106,22 @@ ROWS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("controls", "blank_images"),
         "Control: blank images",
-        "Greedy accuracy with every picture blanked; near chance if the answer comes from the pictures.",
+        _sentence("blank_images"),
     ),
     (
         ("controls", "swapped_images"),
         "Control: swapped images",
-        "Share of answers that follow the chosen picture to another place; 100% if the model looks.",
+        _sentence("swapped_images"),
     ),
     (
         ("controls", "permuted_order"),
         "Control: permuted order",
-        "Share of answers that stay at their index when the candidates are reordered; high means a habit of position.",
+        _sentence("permuted_order"),
     ),
     (
         ("controls", "redrawn_images"),
         "Control: redrawn images",
-        "Greedy accuracy on the same pictures in another size, place and shade.",
+        _sentence("redrawn_images"),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""RunRecorder: what happens at each step of a run besides training, from the progress bar to the files it leaves.
+"""RunRecorder: what happens at each step of a run besides training, from its progress to the files it leaves.
 
 Owns when things are written and shown; the forms are in run_records.py, the rules of the warnings in diagnostics.py.
 """
@@ -7,16 +7,16 @@ import contextlib
 import logging
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import TrainerCallback
 
 from diagnostics import Diagnostics
 from options import Options
+from progress import StepProgress
 from rollouts import RolloutRecord
 from run_files import EVALUATIONS_NAME, METRICS_NAME, ROLLOUTS_NAME, THUMBNAILS_NAME, LineFile
 from run_records import distinct_rollouts, group_lines, sample_table
@@ -29,12 +29,11 @@ MAX_THUMBNAILS = 2000  # per process; a run over more pictures keeps the first
 THUMBNAIL_PX = 112
 
 
-class RunRecorder(ProgressCallback):
-    """The progress bar with reward and accuracy in it, tables of completions, warnings, and the run's records."""
+class RunRecorder(TrainerCallback):
+    """How far the run is, tables of completions, warnings, and the run's records."""
 
     def __init__(self, trainer: Any, options: Options):
         """trainer: a FleetRLOOTrainer."""
-        super().__init__()
         self.trainer, self.options = trainer, options
         self.output_dir = Path(str(options.output_dir))
         self.diagnostics = Diagnostics(fixed_correct_index=options.fixed_correct_index)
@@ -42,12 +41,13 @@ class RunRecorder(ProgressCallback):
         self._rollouts = LineFile(self.output_dir / ROLLOUTS_NAME)
         self._evaluations = LineFile(self.output_dir / EVALUATIONS_NAME)
         self._thumbnails: set[str] = set()
+        self._progress: StepProgress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drops lines past the step that the run resumes from: those steps are taken and written again."""
-        super().on_train_begin(args, state, control, **kwargs)
         if not state.is_world_process_zero:
             return
+        self._progress = StepProgress(state.global_step, state.max_steps)
         # a run that begins anew evaluates its start again
         last_step = state.global_step if state.global_step > 0 else -1
         self._rollouts.drop_after(last_step)
@@ -68,15 +68,15 @@ class RunRecorder(ProgressCallback):
         figures = {name: value for name, value in named.items() if isinstance(value, int | float)}
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         self._metrics.append([{"step": state.global_step, **finite}])
+        if is_training_step and self._progress is not None:
+            # a step whose rollouts were all dropped has no reward
+            self._progress.logged(state.global_step, {name: finite.get(name) for name in named})
         if "reward" not in logs:  # an evaluation, or a step that reuses a generation
             return
-        # of a step whose rollouts were all dropped there is none
-        reward = "none" if logs["reward"] is None else f"{logs['reward']:.2f}"
-        self.training_bar.set_postfix(reward=reward, accuracy=f"{logs['accuracy']:.2f}")
         groups = group_lines(self.trainer.latest_rollouts, self.trainer.num_generations, state.global_step)
         self._rollouts.append(groups[:MAX_GROUPS_PER_STEP])
         for warning in self.diagnostics.observe(finite):
-            self.training_bar.write(f"\nstep {state.global_step}: {warning}\n", file=sys.stderr)
+            self._say(f"\nstep {state.global_step}: {warning}\n")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> Any:
         """Writes the evaluation's document and says its main figures; asks for a checkpoint of a new best."""
@@ -95,7 +95,8 @@ class RunRecorder(ProgressCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Moves the bar, prints the table when it is due, and has the last step logged and evaluated."""
-        super().on_step_end(args, state, control, **kwargs)
+        if self._progress is not None:
+            self._progress.step_done(state.global_step)
         if state.global_step == state.max_steps:
             control.should_log = True
             control.should_evaluate |= bool(self.options.eval_steps)
@@ -109,11 +110,14 @@ class RunRecorder(ProgressCallback):
             log_samples(self.options.report_to, callbacks, self._samples(shown), state.global_step)
         return control
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ends the bar."""
+        if self._progress is not None:
+            self._progress.close()
+
     def _say(self, text: str) -> None:
-        if self.training_bar is None:
-            print(text, file=sys.stderr)
-        else:
-            self.training_bar.write(text, file=sys.stderr)
+        assert self._progress is not None, "the main process has had on_train_begin"
+        self._progress.say(text)
 
     def _samples(self, rollouts: Sequence[RolloutRecord]) -> list[Sample]:
         """Those of the rollouts whose pictures this process has."""

@@ -18,6 +18,7 @@ from model_utils import open_base, read_adapter_config
 from options import Options
 from report import training_seconds, write_report
 from rloo_trainer import FleetRLOOTrainer
+from run_commands import next_commands
 from run_files import CURVE_NAME, FINAL_NAME, METRICS_NAME, UNFINISHED_NAME, read_jsonl
 from run_records import draw_curve
 
@@ -66,6 +67,7 @@ def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
     """The end of the log: what was learnt, how long it took, and where everything is."""
     lines = [line for line in trainer.state.log_history if "reward" in line]
     left = f"in {options.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
+    left = f"{left}\n\n{next_commands(options)}"
     if not lines:
         return f"\nresumed at step {trainer.state.global_step}, the last one; before it no step was logged\n{left}"
     window = max(1, min(3, len(lines) // 2))

@@ -24,7 +24,7 @@ from command_line import result_or_problem
 from dataset import RepeatableEpisodeDataset
 from environment import EpisodeSource
 from evaluation import EvaluationPlan
-from flags import Preempted, UsageError
+from flags import Preempted, RunEnded, RunRefused, UsageError
 from held_out import make_plan, num_episodes_drawn
 from image_check import RunData
 from model_files import read_json
@@ -36,6 +36,7 @@ from preflight import own_reward_function, require_output_dir, require_same_imag
 from resumable_trainer import require_plain_pickles
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
+from run_commands import resume_command
 from run_files import CONFIG_NAME, write_atomically
 from run_recorder import RunRecorder
 from run_records import config_text, resolved_table, what_changed_since
@@ -56,11 +57,46 @@ def require_one_gpu_or_a_launcher() -> None:
 
 def require_launchers_dtype(options: Options) -> None:
     """Raises UsageError if the launcher's mixed precision contradicts --dtype."""
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and options.dtype != "bfloat16":
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16"):
+        raise UsageError(
+            f"accelerate was told mixed_precision: {asked}, but Fleet computes in bf16 or float32; set bf16 or 'no'"
+        )
+    if asked == "bf16" and options.dtype != "bfloat16":
         raise UsageError(
             f"dtype={options.dtype}, but accelerate was told mixed_precision: bf16; pass --dtype bfloat16, or "
             "mixed_precision 'no' to accelerate launch"
         )
+
+
+def require_launchers_deepspeed(args: RLOOConfig) -> None:
+    """Raises UsageError if the accelerate file's DeepSpeed settings contradict the flags. "auto" follows the flags."""
+    if args.deepspeed_plugin is None:
+        return
+    config = args.deepspeed_plugin.deepspeed_config
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise UsageError(
+                f"the accelerate file's DeepSpeed settings have their own {section}, but Fleet's flags set it; remove "
+                f"{section} from that file"
+            )
+    if config.get("fp16", {}).get("enabled") is True:
+        raise UsageError("the accelerate file's DeepSpeed settings enable fp16, but Fleet computes in bf16 or float32")
+    rollouts = "per_device_batch_size x num_rollouts"
+    batch_size = args.per_device_train_batch_size
+    total = batch_size * args.gradient_accumulation_steps * args.world_size
+    for name, flag, wanted in (
+        ("gradient_accumulation_steps", "gradient_accumulation_steps", args.gradient_accumulation_steps),
+        ("gradient_clipping", "max_grad_norm", args.max_grad_norm),
+        ("train_micro_batch_size_per_gpu", rollouts, batch_size),
+        ("train_batch_size", f"{rollouts} x gradient_accumulation_steps x processes", total),
+    ):
+        found = config.get(name, "auto")
+        if found not in ("auto", wanted):
+            raise UsageError(
+                f"the accelerate file's DeepSpeed settings have {name}={found}, but the flags give {flag}={wanted}; "
+                f"remove {name} from that file, or make them equal"
+            )
 
 
 def describe_run(options: Options, filled: Sequence[ResolvedDefault]) -> str:
@@ -80,7 +116,7 @@ def start_distributed(options: Options, problem: str | None = None) -> RLOOConfi
     their flags differ.
     """
     args = make_rloo_config(options)
-    require_agreement(options, problem)
+    require_agreement(options, problem or result_or_problem(lambda: require_launchers_deepspeed(args))[1])
     return args
 
 
@@ -319,6 +355,18 @@ def watched(options: Options, trainer: FleetRLOOTrainer) -> Iterator[None]:
         watchdog.stop()
 
 
+@contextlib.contextmanager
+def telling_how_to_go_on(options: Options) -> Iterator[None]:
+    """Within it, a run that ends early has a note with the whole command that goes on with it."""
+    try:
+        yield
+    except RunRefused:
+        raise
+    except RunEnded as error:
+        error.add_note(f"to go on: {resume_command(options)}")
+        raise
+
+
 def train(options: Options, trainer: FleetRLOOTrainer, checkpoint: Path | None) -> None:
     """Trains from a checkpoint on, or from the start. Raises Preempted once a run that was told to stop has saved."""
     # a resumed run has that evaluation already
@@ -328,8 +376,7 @@ def train(options: Options, trainer: FleetRLOOTrainer, checkpoint: Path | None) 
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if preemption.is_stopping:
         raise Preempted(
-            f"told to stop: saved step {trainer.state.global_step} of {options.train_steps} in {options.output_dir}; "
-            "the same command with --resume goes on from there"
+            f"told to stop: saved step {trainer.state.global_step} of {options.train_steps} in {options.output_dir}"
         )
 
 

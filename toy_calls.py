@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import Episode, PickImageEnv
+from progress import count_progress
 from utils.tool_calls import make_tool_call_str
 
 INSTRUCTION_WORDS = (
@@ -37,20 +37,20 @@ def teach_calls(
         for count in set(recipe["candidates"])
     }
     model.train()
-    steps = tqdm(range(recipe["steps"]), desc="building the toy model, once", unit="step")
-    for step in steps:
-        count = recipe["candidates"][step % len(recipe["candidates"])]
-        first = step * recipe["episodes_per_step"]
-        batch = collator([datasets[count][first + offset] for offset in range(recipe["episodes_per_step"])])
-        indices = [number % count for number in range(first, first + recipe["episodes_per_step"])]
-        answers = [make_tool_call_str(index) + "<|im_end|>" for index in indices]
-        loss = _text_loss(model, processor, batch, answers)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        steps.set_postfix(loss=f"{loss.item():.3f}")
+    with count_progress("building the toy model, once", recipe["steps"], "step") as note_steps:
+        for step in range(recipe["steps"]):
+            count = recipe["candidates"][step % len(recipe["candidates"])]
+            first = step * recipe["episodes_per_step"]
+            batch = collator([datasets[count][first + offset] for offset in range(recipe["episodes_per_step"])])
+            indices = [number % count for number in range(first, first + recipe["episodes_per_step"])]
+            answers = [make_tool_call_str(index) + "<|im_end|>" for index in indices]
+            loss = _text_loss(model, processor, batch, answers)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            note_steps(1)
     model.eval()
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from controls import redrawn
 from environment import Episode, PickImageEnv
+from progress import count_progress
 from shared_prefix import attention_mask, pack_groups
 from utils.images import open_image
 from utils.tool_calls import make_tool_call_str
@@ -66,7 +66,8 @@ def teach_sight(
         ("habit", lessons.habit(), head),
     ]
     model.train()
-    with tqdm(total=sum(recipe[name]["steps"] for name, *_ in stages), desc="building the toy model, once") as bar:
+    num_steps_in_all = sum(recipe[name]["steps"] for name, *_ in stages)
+    with count_progress("building the toy model, once", num_steps_in_all, "step") as note_steps:
         for name, losses, parameters in stages:
             model.requires_grad_(False)
             for parameter in parameters:
@@ -82,8 +83,7 @@ def teach_sight(
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-                bar.update()
-                bar.set_postfix(stage=name, loss=f"{loss.item():.3f}")
+                note_steps(1)
     model.requires_grad_(True)
     model.eval()
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import command_line
+from image_check import images_of
 from options import parse_options, resolve_options
 from preflight import check_before_loading, require_same_run_on_resume, settle_resume
 
@@ -33,10 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_setup.require_launchers_dtype(options)
     require_same_run_on_resume(options)
     logger.info(run_setup.describe_run(options, filled))
-    problem = problem or model_setup.problem_of_models(options.model_id)
+    problem = problem or model_setup.problem_of_models(options.model_id, revision=options.revision)
     args = run_setup.start_distributed(options, problem)
     assert findings is not None, "a process that has found nothing has a problem, which start_distributed raises"
     data = model_setup.agree_on_data(options, findings)
+    model_setup.say_what_the_toy_has_not_seen(options, [image.path for image in images_of(data.env) or ()])
     plan = run_setup.plan_evaluation(options, data)
     if options.dry_run:
         logger.info("dry run: everything checked is sound; no weight was loaded")
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = run_setup.find_checkpoint(options, args, data)
     trainer = run_setup.build_trainer(options, args, data.env, plan, model_path)
     run_setup.take_output_dir(options, trainer, data)
-    with run_setup.watched(options, trainer):
+    with run_setup.watched(options, trainer), run_setup.telling_how_to_go_on(options):
         run_setup.train(options, trainer, checkpoint)
         run_results.save_results(options, trainer)
     logger.info(run_results.describe_results(options, trainer))

@@ -129,8 +129,10 @@ def _add_rloo_flags(add: Callable[..., Any]) -> None:
     add(
         "--lr_scheduler_type",
         default="constant",
+        metavar="NAME",
         choices=["constant", "constant_with_warmup", "linear", "cosine"],
-        help="learning-rate schedule (default: constant, so that a longer run begins like a shorter one)",
+        help="learning-rate schedule: constant, constant_with_warmup, linear or cosine (default: constant, so that a "
+        "longer run begins like a shorter one)",
     )
     add(
         "--warmup_steps",

@@ -89,15 +89,12 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         "Makefile",
         'python -m pytest -m "not slow and not vllm"',
     ),
-    RunBy(
-        "accelerate launch training.py --fixed_correct_index 0",
-        "Makefile",
-        "accelerate launch training.py --fixed_correct_index 0",
-    ),
-    RunBy(
+    Runs("accelerate launch training.py --fixed_correct_index 0", added="--train_steps 2", leaves=TRAINED),
+    Runs(
         "accelerate launch training.py --fixed_correct_index none --eval_steps 25 --output_dir runs/look",
-        "Makefile",
-        "accelerate launch training.py --fixed_correct_index none --eval_steps 25 --output_dir runs/look --overwrite",
+        changed={"--eval_steps": "2", "--output_dir": "runs/look_small"},
+        added="--train_steps 2 --eval_episodes 16",
+        leaves=("runs/look_small/evaluations.jsonl", *TRAINED),
     ),
     Runs("make demo-look", leaves=("runs/look/evaluation.json", "runs/look/report.html", *TRAINED)),
     Runs("make demo", leaves=TRAINED),
@@ -153,10 +150,14 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     Runs("python benchmarks/stock_faults.py", says="one gradient is NaN"),
     Runs("python benchmarks/save_time.py", added="--num_pairs 2", says="longer_by"),
     Runs("python report.py runs/look", leaves=("runs/look/report.html",), stage=2),
+    RunBy(
+        "python evaluate.py --model_id runs/look/final --baseline toy --output runs/look/evaluation.json",
+        "Makefile",
+        "python evaluate.py --model_id runs/look/final --baseline toy --output runs/look/evaluation.json",
+    ),
     Runs(
-        "python evaluate.py --model_id runs/look/final --baseline toy --output evaluation.json",
-        added="--eval_episodes 16",
-        leaves=("evaluation.json",),
+        'python ask.py --model_id runs/look/final --images toy_images --instruction "Pick the red circle."',
+        says="picked",
         stage=2,
     ),
     Runs(

@@ -1,6 +1,7 @@
 """Loading, freezing, adapters and one tool call, on the toy model's real files."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,38 @@ def test_processor_pads_left_even_if_its_file_says_right(tmp_path: Path) -> None
     settings = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "right"}))
     assert load_processor(str(copy)).tokenizer.padding_side == "left"
+
+
+TEMPLATES = {
+    "no template": (None, "no chat template that can be used"),
+    "broken template": ("{% for message in messages %}", "no chat template that can be used"),
+    "a template that refuses a system turn": (
+        "{{ raise_exception('only user and assistant') }}",
+        "no chat template that can be used (only user and assistant)",
+    ),
+    "a template for text alone": (
+        "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+        "{{ add_generation_prompt }}",
+        "wanted each of them once",
+    ),
+    "a template that opens no answer": (
+        "{% for m in messages %}{% for c in m.content %}{{ c.text if c.type == 'text' else '<|image_pad|>' }}"
+        "{% endfor %}{% endfor %}",
+        "and the start of an answer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "words"), TEMPLATES.values(), ids=TEMPLATES)
+def test_a_chat_template_that_does_not_fit_is_refused(template: str | None, words: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(toy_path(), folder)
+    (folder / "chat_template.jinja").unlink()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=re.escape(words)) as refusal:
+        load_processor(str(folder))
+    assert str(folder) in str(refusal.value) and "restore the chat_template.jinja" in str(refusal.value)
 
 
 def test_one_tool_call_from_an_episode_or_from_messages() -> None:

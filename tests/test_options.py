@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from ask import build_ask_parser
+from evaluate_options import build_evaluate_parser
 from flags import UsageError
 from options import Options, parse_options, resolve_options
 from preflight import MAY_CHANGE_ON_RESUME
@@ -143,6 +145,21 @@ def test_help_can_be_printed(capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert [flag for flag in (*FLAGS, "config") if f"--{flag} " not in printed] == []
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("build", [build_parser, build_evaluate_parser, build_ask_parser])
+def test_help_fits_the_terminal(build, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = build().format_help().splitlines()
+    assert max(len(line) for line in lines) <= min(columns, 110)
+
+
+def test_a_value_of_thousands_of_characters_is_refused_in_a_short_line():
+    for digits, words in ((4000, "seed=9999999999"), (5000, "99999999999999999999... has 5,000 characters")):
+        with pytest.raises(UsageError) as refusal:
+            parse_all(["--seed", "9" * digits])
+        assert words in str(refusal.value) and len(str(refusal.value)) < 200
 
 
 def test_what_a_resumed_run_may_change_are_flags():
@@ -365,6 +382,13 @@ BAD_CONFIGS = {
     "bare word": ("toy", "holds a str, wanted lines"),
     "not YAML": ("num_rollouts: [", "is not YAML"),
     "not UTF-8": (b"data_root: \xff", "is not YAML"),
+    "nested brackets": (f"seed: {'[' * 5000}{']' * 5000}", "is nested too deep, wanted lines of 'flag: value'"),
+    "nested mappings": ("".join(f"{' ' * depth}a:\n" for depth in range(1500)), "is nested too deep"),
+    "number of 5,000 digits": (f"seed: {'9' * 5000}", "is not YAML: Exceeds the limit"),
+    "date that is none": ("seed: 2024-13-45", "is not YAML: month must be in 1..12"),
+    "broken base64": ('seed: !!binary "a"', "is not YAML: failed to decode base64"),
+    "key that is a list": ("? [a, b]\n: 1", "found unhashable key"),
+    "value of 5,000 characters": (f"data_root: {'x' * 5000}", "has 5,012 characters, but wanted at most 4,096"),
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ask import build_ask_parser
 from benchmarks import look_seeds
 from benchmarks.step_time_table import ROWS, markdown_table
 from evaluate_options import build_evaluate_parser, parse_evaluate_options
@@ -33,9 +34,9 @@ def flags_of(command: str) -> list[str]:
 
 def test_the_readme_has_commands() -> None:
     assert len(COMMANDS) >= 6 and DEMO in COMMANDS and SCORINGS
-    assert DEMO in MAKEFILE
+    assert f"$(LAUNCH) {DEMO.removeprefix('accelerate launch ')}\n" in MAKEFILE
     (look,) = [command for command in COMMANDS if "--eval_steps" in command]
-    assert f"{look} --overwrite" in MAKEFILE
+    assert f"$(LAUNCH) {look.removeprefix('accelerate launch ')} --overwrite" in MAKEFILE
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -65,7 +66,8 @@ def test_every_flag_in_the_text_exists() -> None:
                    "--main_process_port", "--num_seeds", "--no-build-isolation", "--help"}  # fmt: skip
     of_vllm = {"--enable-scale-out", "--logprobs-mode", "--weight-transfer-config"}
     of_benchmarks = {"--model_size", "--image_side_px"}
-    actions = [*build_parser()._actions, *build_evaluate_parser()._actions]
+    parsers = (build_parser(), build_evaluate_parser(), build_ask_parser())
+    actions = [action for parser in parsers for action in parser._actions]
     known = {flag for action in actions for flag in action.option_strings} | of_launcher | of_vllm | of_benchmarks
     named = set(re.findall(r"(?<![\w-])--[a-z0-9_][a-z0-9_-]*", README))
     assert named - known == set()

@@ -1,0 +1,69 @@
+"""The commands that a run prints are whole: they go on with this run, and name what it left."""
+
+import shlex
+from dataclasses import replace
+
+import pytest
+
+import run_commands
+from options import parse_options
+from run_commands import launched_command, next_commands, resume_command
+
+ACCELERATE = ["/venv/bin/python", "/venv/bin/accelerate", "launch", "--num_processes", "2"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "parent", "wanted"),
+    [
+        ("training.py --seed 1", ["-bash"], "python training.py --seed 1"),
+        (
+            "training.py --seed 1",
+            [*ACCELERATE, "training.py", "--seed", "1"],
+            "accelerate launch --num_processes 2 training.py --seed 1",
+        ),
+        (
+            "/code/training.py",
+            ["/venv/bin/torchrun", "--nproc_per_node=2", "/code/training.py"],
+            "torchrun --nproc_per_node=2 /code/training.py",
+        ),
+        # a launcher of something else, such as a job script's
+        ("training.py --seed 1", [*ACCELERATE, "job.py"], "python training.py --seed 1"),
+        ("training.py", [], "python training.py"),
+    ],
+)
+def test_the_launcher_is_named_as_it_was_started(argv: str, parent: list[str], wanted: str) -> None:
+    assert shlex.join(launched_command(argv.split(), parent)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("", "--output_dir runs/x --resume true"),
+        ("--seed 1", "--seed 1 --output_dir runs/x --resume true"),
+        ("--output_dir elsewhere --seed 1", "--seed 1 --output_dir runs/x --resume true"),
+        ("--output_dir=elsewhere --overwrite --seed 1", "--seed 1 --output_dir runs/x --resume true"),
+        ("--overwrite true --use_lora", "--use_lora --output_dir runs/x --resume true"),
+        ("--resume auto --output_dir runs/x", "--output_dir runs/x --resume true"),
+        ("--resume", "--output_dir runs/x --resume true"),
+    ],
+)
+def test_the_resume_command_is_whole_and_can_be_parsed(
+    flags: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_commands.sys, "argv", ["training.py", *flags.split()])
+    monkeypatch.setattr(run_commands, "_words_of", lambda process_id: [])
+    options = replace(parse_options([]), output_dir="runs/x")
+    command = resume_command(options)
+    assert command == f"python training.py {wanted}"
+    resumed = parse_options(shlex.split(command)[2:])
+    assert (resumed.output_dir, resumed.resume) == ("runs/x", True)
+
+
+def test_a_finished_run_names_what_to_do_next() -> None:
+    flags = ["--fixed_correct_index", "none", "--data_root", "my pictures"]
+    options = replace(parse_options(flags), output_dir="runs/x")
+    assert [line.strip() for line in next_commands(options).splitlines() if line.startswith(" ")] == [
+        "python evaluate.py --model_id runs/x/final --baseline toy --output runs/x/evaluation.json",
+        "python report.py runs/x",
+        "python ask.py --model_id runs/x/final --images 'my pictures' --instruction 'Pick the ...'",
+    ]
