@@ -9,8 +9,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from flags import AgreedUsageError, RunEnded, UsageError
+from utils.plain_text import printable, printable_lines
 
 Result = TypeVar("Result")
+
+COLOURED = {"is_coloured": True}
 
 
 def run(main: Callable[[], None]) -> int:
@@ -26,19 +29,20 @@ def run(main: Callable[[], None]) -> int:
     except UsageError as error:
         # until the processes know of each other, all raise the same, or hear of it as they agree
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
         elif not isinstance(error, AgreedUsageError) and _knows_other_processes():
-            print(f"error: process {rank}: {error}", file=sys.stderr)
+            print(f"error: process {rank}: {printable(error)}", file=sys.stderr)
         code = 2
     except RunEnded as error:
         if rank == "0" or not error.is_of_all:
             # below the progress bar
-            print("\n".join([f"\n{error.label}: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+            notes = getattr(error, "__notes__", ())
+            print("\n".join(["", f"{error.label}: {printable(error)}", *map(printable, notes)]), file=sys.stderr)
         code = error.exit_code
     except Exception as error:
-        traceback.print_exc()
+        print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
         who = "" if is_alone else f"process {rank}: "
-        print(f"error: {who}{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {who}{type(error).__name__}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         code = 1
     else:
         return 0
@@ -67,10 +71,24 @@ def result_or_problem(check: Callable[[], Result]) -> tuple[Result | None, str |
         return None, str(error)
 
 
+class PlainFormatter(logging.Formatter):
+    """Shows what people and models wrote as it is spelled: no character of it does anything to a terminal.
+
+    A text of Fleet's own that has colours in it, with all else in it spelled out, is logged with COLOURED as `extra`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text, its lines kept."""
+        text = super().format(record)
+        return text if getattr(record, "is_coloured", False) else printable_lines(text)
+
+
 def set_up_logging() -> None:
     """Sends the logger's words to the terminal, from the main process only."""
     is_main = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", level=logging.WARNING if is_main else logging.ERROR, force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if is_main else logging.ERROR, force=True)
     logging.getLogger("fleet").setLevel(logging.INFO if is_main else logging.ERROR)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from environment import Episode, EpisodeSource, Message
 from flags import RunStopped
 from utils.images import BadImage, image_digest, open_image
+from utils.plain_text import NotPlainText, require_plain_messages
 
 Row = dict[str, Any]
 
@@ -159,10 +160,15 @@ class VLMDataCollator:
             )
         self.processor = processor
         self.num_rollouts = num_rollouts
+        self._literals = frozenset(processor.tokenizer.get_added_vocab())
         self._latest: tuple[list[int], EpisodeBatch] | None = None
 
     def __call__(self, rows: Sequence[Row]) -> EpisodeBatch:
-        """The batch of these rows. Raises ValueError if an episode has not exactly G neighbouring rows."""
+        """The batch of these rows.
+
+        Raises ValueError if an episode has not exactly G neighbouring rows, RunStopped if its messages hold a literal
+        that is a token to the model.
+        """
         firsts = self._one_row_per_group(rows)
         # TRL reads a batch again for every step that reuses its generations; it is not encoded again
         indices = [row["episode_index"] for row in firsts]
@@ -171,6 +177,11 @@ class VLMDataCollator:
         return self._latest[1]
 
     def _encode(self, firsts: Sequence[Row]) -> EpisodeBatch:
+        for row in firsts:
+            try:
+                require_plain_messages(row["prompt"], f"episode {row['episode_index']}", self._literals)
+            except NotPlainText as error:
+                raise RunStopped(f"{error}, and correct the environment or its data", is_of_all=False) from error
         texts = [
             self.processor.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
             for row in firsts

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from PIL import Image
 
-from utils.images import LabelledImage, list_labelled_images
+from utils.image_folders import LabelledImage, list_folder, require_distinct_labels
 from utils.tool_calls import CALL_CLOSE, CALL_OPEN, ParseStatus, parse_tool_call_str
 from utils.user_files import load_user_file
 
@@ -134,7 +134,7 @@ class PickImageEnv:
         *,
         allow_reasoning: bool = False,
     ):
-        """Lists the images under `data_root` (layouts: utils.images.list_labelled_images); opens none.
+        """Lists the images under `data_root` (layouts: utils.image_folders.list_folder); opens none.
 
         candidates_per_episode: N >= 2. fixed_correct_index: in [0, N), or None. seed: any int.
         Raises ValueError for numbers out of range or a folder with too few images; FileNotFoundError or
@@ -156,7 +156,9 @@ class PickImageEnv:
         self.seed = seed
         self.allow_reasoning = allow_reasoning
         self.data_root = data_root
-        self._draw_from(list_labelled_images(data_root))
+        folder = list_folder(data_root)
+        self.folder_notes = folder.notes
+        self._draw_from(folder.images)
         self._reset_seed = seed
         self._next_index = 0
         self._current: Episode | None = None
@@ -174,6 +176,8 @@ class PickImageEnv:
     def _draw_from(self, images: tuple[LabelledImage, ...]) -> None:
         self.images = images
         self.paths_by_label = _group_by_label(images)
+        if self.fixed_correct_index is None:
+            require_distinct_labels(images)
         _require_enough(
             images, self.paths_by_label, self.data_root, self.candidates_per_episode, self.fixed_correct_index
         )

@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan, problem = command_line.result_or_problem(lambda: plan_evaluation(options, data))
     model_setup.require_agreement(options, problem)
     assert plan is not None, "a process without a plan has a problem, which require_agreement() raises"
-    logger.info(evaluate_setup.describe(options, plan, filled))
+    logger.info(evaluate_setup.describe(options, plan, filled), extra=command_line.COLOURED)
     model_setup.say_what_the_toy_has_not_seen(options, [image.path for image in images_of(data.env) or ()])
     evaluation = evaluate_setup.score(options, plan, options.model_id, accelerator)
     if options.baseline is not None:
         evaluation = with_baseline(evaluation, evaluate_setup.score(options, plan, options.baseline, accelerator))
     if accelerator.is_main_process:
-        logger.info(evaluate_setup.table(evaluation.document))
+        logger.info(evaluate_setup.table(evaluation.document), extra=command_line.COLOURED)
         write_document(evaluation.document, options.output)
 
 

@@ -21,6 +21,7 @@ from flags import (
     as_flag_value,
     make_parser,
     parse_flags,
+    user_path,
 )
 from idle_flags import IDLE_IN_EVALUATION, refuse_idle
 from model_files import read_json
@@ -70,7 +71,12 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
     add_sampling_flags(parser.add_argument_group("generation").add_argument)
     add = parser.add_argument_group("evaluation").add_argument
     add_held_out_flags(add, 512, 2 * 10**9)
-    add("--baseline", metavar="ID", help="another model, scored on the same episodes and compared (default: none)")
+    add(
+        "--baseline",
+        type=user_path,
+        metavar="ID",
+        help="another model, scored on the same episodes and compared (default: none)",
+    )
     add(
         "--prompt_style",
         choices=PROMPT_STYLES,
@@ -86,7 +92,7 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
         help="episodes that a device answers at a time, each with its samples (default: 128 for the toy, else 4)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
-    add("--output", metavar="FILE", help="where the figures go as JSON (default: nowhere)")
+    add("--output", type=user_path, metavar="FILE", help="where the figures go as JSON (default: nowhere)")
     add_switch(add, "--overwrite", False, "replace an output file that exists")
     return parser
 

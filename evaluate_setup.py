@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
 
@@ -27,6 +28,7 @@ from model_setup import has_gpu, load_model, local_model_path, require_agreement
 from options import ResolvedDefault
 from progress import count_progress
 from run_records import resolved_table
+from utils.plain_text import printable
 
 logger = logging.getLogger("fleet")
 
@@ -43,8 +45,8 @@ def describe(options: EvaluateOptions, plan: EvaluationPlan, filled: Sequence[Re
     """The start of the log: what is measured, and the defaults that were chosen for it."""
     passed_over = f", {plan.num_passed_over} like the run's own passed over" if plan.num_passed_over else ""
     headline = (
-        f"Fleet: {options.model_id} on {len(plan.episodes)} held-out episodes of seed {plan.seed}{passed_over}; "
-        f"a greedy answer, {plan.num_samples} samples and 4 controls each"
+        f"Fleet: {printable(options.model_id)} on {len(plan.episodes)} held-out episodes of seed {plan.seed}"
+        f"{passed_over}; a greedy answer, {plan.num_samples} samples and 4 controls each"
     )
     return f"{headline}\n\n{resolved_table(filled)}"
 
@@ -109,7 +111,7 @@ def table(document: dict[str, Any]) -> str:
     shown = Table(show_edge=False, pad_edge=False)
     shown.add_column("")
     for column in columns:
-        shown.add_column(str(column["model"]), justify="right", overflow="fold")
+        shown.add_column(Text(printable(column["model"])), justify="right", overflow="fold")
     shown.add_column("")
     for name, meaning, figures in _rows(columns):
         shown.add_row(name, *(_percent(figure) for figure in figures), meaning)
@@ -121,9 +123,9 @@ def table(document: dict[str, Any]) -> str:
         low, high = gain["ci95"]
         points = f"{100 * gain['value']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
         target.write(
-            f"\n{document['model']} is right {points} oftener than {baseline['model']} on the same {gain['n']} "
-            f"episodes; alone right on {gain['only_model_right']} and {gain['only_baseline_right']} "
-            f"(McNemar's exact p = {gain['p_value']:.2g})\n"
+            f"\n{printable(document['model'])} is right {points} oftener than {printable(baseline['model'])} "
+            f"on the same {gain['n']} episodes; alone right on {gain['only_model_right']} and "
+            f"{gain['only_baseline_right']} (McNemar's exact p = {gain['p_value']:.2g})\n"
         )
     return target.getvalue()
 

@@ -6,6 +6,7 @@ evaluation asks in evaluate_options.py; options.py resolves and checks what was 
 
 import argparse
 import difflib
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,10 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file that sets any flag; the command line wins over it (default: none)"
+        "--config",
+        type=user_path,
+        metavar="FILE",
+        help="YAML file that sets any flag; the command line wins over it (default: none)",
     )
     return parser
 
@@ -115,6 +119,7 @@ def add_model_flags(add: Callable[..., Any]) -> None:
     """Which model, and how it is held and computed."""
     add(
         "--model_id",
+        type=user_path,
         default=TOY_MODEL_ID,
         metavar="ID",
         help="hub id or folder of a Qwen2.5-VL (default: toy, the built-in tiny one)",
@@ -139,10 +144,11 @@ def add_task_flags(add: Callable[..., Any]) -> None:
     """What is shown and asked, and what counts as an answer."""
     add(
         "--data_root",
+        type=user_path,
         default="./toy_images",
         metavar="DIR",
-        help="folder of candidate images: named files, a "
-        "folder per class, or metadata.csv/.jsonl (default: ./toy_images)",
+        help="folder of candidate images: named files, a folder per class, or metadata.csv/.jsonl; of folders train/, "
+        "val/, test/ above those, train/ is drawn from (default: ./toy_images)",
     )
     add(
         "--bad_images",
@@ -151,7 +157,12 @@ def add_task_flags(add: Callable[..., Any]) -> None:
         help="what an image that cannot be used does: stop the run, or be left out, and where it goes bad during the "
         "run, have its episode replaced (default: stop, as nothing is left out unasked)",
     )
-    add("--env", metavar="FILE:CLASS", help="another environment, as path/to/file.py:ClassName (default: PickImageEnv)")
+    add(
+        "--env",
+        type=user_path,
+        metavar="FILE:CLASS",
+        help="another environment, as path/to/file.py:ClassName (default: PickImageEnv)",
+    )
     add("--candidates_per_episode", type=int, default=4, metavar="N", help="images per episode (default: 4)")
     add(
         "--fixed_correct_index",
@@ -217,6 +228,11 @@ def add_switch(add: Callable[..., Any], flag: str, default: bool, meaning: str) 
     """A flag that is true or false, and true if given without a value."""
     text = f"{meaning} (default: {str(default).lower()})"
     add(flag, type=true_or_false, nargs="?", const=True, default=default, metavar="true|false", help=text)
+
+
+def user_path(text: str) -> str:
+    """A path, or what may be one, with `~` as the shell would have it: files of settings know no shell."""
+    return os.path.expanduser(text)
 
 
 def true_or_false(text: str) -> bool:

@@ -10,13 +10,17 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from environment import EpisodeSource
 from flags import UsageError
+from model_files import base_of
 from options import SharedOptions
-from utils.images import BadImage, LabelledImage, checked_sha256, printable
+from utils.image_folders import LabelledImage
+from utils.images import BadImage, checked_sha256
+from utils.plain_text import QWEN_ADDED_TOKENS, added_token_literals, printable, problem_of_label
 
 logger = logging.getLogger("fleet")
 
@@ -73,12 +77,15 @@ def find_bad_images(env: EpisodeSource, options: SharedOptions, launch_variables
     as settle does, in a run of one process.
     """
     images = images_of(env)
+    for note in getattr(env, "folder_notes", ()):
+        logger.info(f"{options.data_root}: {note}")
     is_alone = launch_variables.get("WORLD_SIZE", "1") == "1"
     share = None
     if images is not None:
         first = 0 if is_alone else int(launch_variables.get("LOCAL_RANK", "0"))
         stride = 1 if is_alone else int(launch_variables.get("LOCAL_WORLD_SIZE", "1"))
-        share = check_share(images, options.data_root, first, stride)
+        literals = added_token_literals(options.model_id) | added_token_literals(base_of(options.model_id))
+        share = check_share(images, options.data_root, first, stride, literals)
     return Findings(env, share, settle(options, env, [share]) if is_alone else None)
 
 
@@ -90,18 +97,30 @@ def images_of(env: EpisodeSource) -> tuple[LabelledImage, ...] | None:
     return tuple(images)
 
 
-def check_share(images: Sequence[LabelledImage], data_root: str | Path, first: int, stride: int) -> ImageShare:
-    """Reads and decodes every `stride`-th image from the `first` on, one after the other in memory."""
-    sha256s, problems = [], {}
+def check_share(
+    images: Sequence[LabelledImage],
+    data_root: str | Path,
+    first: int,
+    stride: int,
+    literals: Collection[str] = QWEN_ADDED_TOKENS,
+) -> ImageShare:
+    """Reads and decodes every `stride`-th image from the `first` on, one after the other in memory.
+
+    literals: of the model's added tokens, which no label may hold.
+    """
+    sha256s: list[bytes] = []
+    problems: dict[int, str] = {}
     next_line_s = time.monotonic() + SECONDS_PER_PROGRESS_LINE
     places = range(first, len(images), stride)
     for number, place in enumerate(places):
+        sha256, problem = NO_SHA256, problem_of_label(images[place].label, literals)
         try:
-            images[place].label.encode()
-            sha256s.append(checked_sha256(images[place].path))
-        except (BadImage, UnicodeEncodeError) as error:
-            sha256s.append(NO_SHA256)
-            problems[place] = error.reason if isinstance(error, BadImage) else "has a name or label that is no text"
+            sha256 = checked_sha256(images[place].path) if problem is None else NO_SHA256
+        except BadImage as error:
+            problem = error.reason
+        sha256s.append(sha256)
+        if problem is not None:
+            problems[place] = problem
         if time.monotonic() >= next_line_s:
             logger.info(f"checked {number + 1:,} of {len(places):,} images")
             next_line_s += SECONDS_PER_PROGRESS_LINE
@@ -156,7 +175,16 @@ def without_images(env: EpisodeSource, names: Collection[str], options: SharedOp
 
 def image_name(path: str | Path, data_root: str | Path) -> str:
     """What an image is called on every machine: its path from the data folder on."""
+    name, root = str(path), _prefix_of(data_root)
+    if name.startswith(root) and "/../" not in name:
+        # most by far, and there may be a million
+        return name[len(root) :]
     return Path(os.path.relpath(path, data_root)).as_posix()
+
+
+@lru_cache
+def _prefix_of(folder: str | Path) -> str:
+    return f"{Path(folder)}/"
 
 
 def describe_problems(options: SharedOptions, names: Sequence[str], problems: Mapping[int, str]) -> str:

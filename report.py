@@ -34,6 +34,7 @@ from run_files import (
     THUMBNAILS_NAME,
     read_jsonl,
 )
+from utils.plain_text import printable, printable_lines
 
 TEMPLATE_NAME = "report_template.html"
 LAST_STEPS = 5  # the training figures of the end are means over so many logged steps
@@ -63,16 +64,22 @@ class Tile:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the report; returns the exit code: 0, or 2 with the reason in one line for a folder that is no run."""
     parser = argparse.ArgumentParser(prog="report.py", description="Write one HTML page that shows a whole run.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder that training.py wrote (--output_dir)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page (default: RUN_DIR/{REPORT_NAME})")
+    parser.add_argument(
+        "run_dir", type=_user_path, metavar="RUN_DIR", help="folder that training.py wrote (--output_dir)"
+    )
+    parser.add_argument("--output", type=_user_path, metavar="FILE", help=f"the page (default: RUN_DIR/{REPORT_NAME})")
     options = parser.parse_args(arguments)
     try:
         path = write_report(options.run_dir, options.output)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"wrote {printable(path)} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _user_path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:
@@ -175,6 +182,7 @@ def render_page(records: RunRecords) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_as_plain_text,
     )
     columns = tables.shown_columns(records.evaluations)
     ends = tables.first_and_last(records.evaluations)
@@ -198,6 +206,11 @@ def render_page(records: RunRecords) -> str:
         rollouts=rollouts,
         rollouts_json=Markup(rollouts.json_text),
     )
+
+
+def _as_plain_text(value: object) -> object:
+    """What the page shows for a value: of a text, every character that does not print is spelled out."""
+    return printable_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _script_hash(template: Path) -> str:

@@ -24,6 +24,7 @@ from idle_flags import idle_flags, options_in_force
 from image_check import RunData
 from options import Options, ResolvedDefault
 from rollouts import RolloutRecord
+from utils.plain_text import printable
 
 RECORDED_PACKAGES = (
     "torch", "torchvision", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "pillow",
@@ -52,8 +53,8 @@ def sample_table(rollouts: Sequence[RolloutRecord], step: int) -> str:
         target = rollout.episode.target
         verdict = outcome.value if outcome is not Outcome.UNPARSABLE else f"{outcome.value}: {status.value}"
         table.add_row(
-            str(rollout.episode.correct_index) + (f" ({target})" if target else ""),
-            Text(_one_line(rollout.completion)),
+            Text(_cut(f"{rollout.episode.correct_index} ({target})" if target else str(rollout.episode.correct_index))),
+            Text(_cut(rollout.completion)),
             Text(verdict, style=OUTCOME_STYLES.get(outcome, "red")),
             f"{rollout.reward:.2f}",
             f"{rollout.advantage:+.2f}",
@@ -99,7 +100,7 @@ def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
     for name in ("flag", "value", "why"):
         table.add_column(name)
     for default in filled:
-        table.add_row(f"--{default.flag}", str(default.value), default.reason)
+        table.add_row(f"--{default.flag}", Text(printable(default.value)), default.reason)
     return _rendered(table)
 
 
@@ -204,8 +205,9 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     pyplot.close(figure)
 
 
-def _one_line(text: str, max_chars: int = 160) -> str:
-    flat = text.encode("unicode_escape").decode("ascii")
+def _cut(text: str, max_chars: int = 160) -> str:
+    """The text in one line of so many characters at most."""
+    flat = printable(text)
     return flat if len(flat) <= max_chars else flat[: max_chars - 1] + "…"
 
 

@@ -40,6 +40,7 @@ from run_commands import resume_command
 from run_files import CONFIG_NAME, write_atomically
 from run_recorder import RunRecorder
 from run_records import config_text, resolved_table, what_changed_since
+from utils.plain_text import printable
 from vision_cache import vision_is_frozen
 from watchdog import Watchdog
 
@@ -103,8 +104,9 @@ def describe_run(options: Options, filled: Sequence[ResolvedDefault]) -> str:
     """The start of the log: the run in a line, and the defaults that were chosen for it."""
     right = "drawn and named" if options.fixed_correct_index is None else f"always {options.fixed_correct_index}"
     headline = (
-        f"Fleet: RLOO on {options.model_id}, {options.train_steps} steps of {options.per_device_batch_size} episodes "
-        f"x {options.num_rollouts} rollouts a device; {options.candidates_per_episode} images, right index {right}"
+        f"Fleet: RLOO on {printable(options.model_id)}, {options.train_steps} steps of "
+        f"{options.per_device_batch_size} episodes x {options.num_rollouts} rollouts a device; "
+        f"{options.candidates_per_episode} images, right index {right}"
     )
     return f"{headline}\n\n{resolved_table(filled)}"
 

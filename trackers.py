@@ -6,7 +6,8 @@ the other two have one current run per process, so everything goes through their
 
 Limits: one picture a sample, shrunk to 160 pixels a candidate, not the pixels that the model sees. TensorBoard shows
 10 steps per tag, drawn at random, unless started with `--samples_per_plugin images=0,text=0`. W&B and trackio get the
-text as it is: trackio 0.43 shows it as text, up to 250 characters a cell; how W&B's page shows it is not tested.
+text as it is, control characters spelled out: trackio 0.43 shows it as text, up to 250 characters a cell; how W&B's
+page shows it is not tested.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerCallback
+
+from utils.plain_text import printable, printable_lines
 
 TAG = "samples"
 STEP_NAME = "train/global_step"  # what transformers' callbacks call the step in W&B and trackio
@@ -139,14 +142,14 @@ def _log_to_trackio(samples: Sequence[Sample], step: int) -> None:
 
 
 def _row(sample: Sample) -> list[Any]:
-    """The values of COLUMNS."""
+    """The values of COLUMNS; of texts every character that does not print is spelled out, but for line breaks."""
     candidates = ", ".join(f"{index}: {label}" for index, label in enumerate(sample.labels))
     return [
-        sample.instruction,
-        candidates,
+        printable_lines(sample.instruction),
+        printable(candidates),
         sample.correct_index,
         sample.chosen_index,
-        sample.completion,
+        printable_lines(sample.completion),
         sample.outcome,
         sample.parse_status,
         round(sample.reward, 4),
@@ -161,5 +164,4 @@ def _as_literal(value: object) -> str:
     'a&#42;b'
     """
     text = "" if value is None else str(value)
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
-    return "".join(char if char.isalnum() or char == " " else f"&#{ord(char)};" for char in shown)
+    return "".join(char if char.isalnum() or char == " " else f"&#{ord(char)};" for char in printable(text))

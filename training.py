@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, filled = resolve_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     run_setup.require_launchers_dtype(options)
     require_same_run_on_resume(options)
-    logger.info(run_setup.describe_run(options, filled))
+    logger.info(run_setup.describe_run(options, filled), extra=command_line.COLOURED)
     problem = problem or model_setup.problem_of_models(options.model_id, revision=options.revision)
     args = run_setup.start_distributed(options, problem)
     assert findings is not None, "a process that has found nothing has a problem, which start_distributed raises"

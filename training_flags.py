@@ -13,6 +13,7 @@ from flags import (
     make_parser,
     true_false_or_auto,
     true_or_false,
+    user_path,
 )
 
 
@@ -60,6 +61,7 @@ def _add_adapter_flags(add: Callable[..., Any]) -> None:
 def _add_rloo_flags(add: Callable[..., Any]) -> None:
     add(
         "--reward",
+        type=user_path,
         metavar="FILE:FUNCTION",
         help="a reward function of your own, as path/to/file.py:function; accuracy stays what the environment judges "
         "(default: Fleet's own, by reward_correct and reward_valid_call)",
@@ -226,7 +228,12 @@ def _add_evaluation_flags(add: Callable[..., Any]) -> None:
 
 
 def _add_run_flags(add: Callable[..., Any]) -> None:
-    add("--output_dir", metavar="DIR", help="what the run leaves (default: a new runs/<date-time>-<model>)")
+    add(
+        "--output_dir",
+        type=user_path,
+        metavar="DIR",
+        help="what the run leaves (default: a new runs/<date-time>-<model>)",
+    )
     add_switch(add, "--overwrite", False, "empty a non-empty --output_dir first")
     add(
         "--resume",

@@ -199,7 +199,7 @@ def test_an_image_that_no_process_reads_is_noticed(data: Path) -> None:
     ("other", "words"),
     [
         ([("a.png", "a")], "b.png is there for process 0, not for process 1"),
-        ([("a.png", "a"), ("b.png", "b"), ("c\n.png", "c")], "'c\\n.png' is there for process 1, not for process 0"),
+        ([("a.png", "a"), ("b.png", "b"), ("c\n.png", "c")], r"c\n.png is there for process 1, not for process 0"),
         ([("a.png", "a"), ("b.png", "x")], "b.png is labelled 'b' for process 0, 'x' for process 1"),
         ([("b.png", "b"), ("a.png", "a")], "process 1 has the same images in another order"),
     ],

@@ -164,7 +164,7 @@ def test_refusal_names_file_reason_and_remedy_on_one_line(tmp_path):
     with pytest.raises(BadImage) as refusal:
         open_image(path)
     assert str(refusal.value) == (
-        f"image '{tmp_path}/a\\nb.png' is not in a format that is read (PNG, JPEG, WEBP, BMP, GIF, TIFF); convert it "
+        f"image {tmp_path}/a\\nb.png is not in a format that is read (PNG, JPEG, WEBP, BMP, GIF, TIFF); convert it "
         "or remove it"
     )
     again = pickle.loads(pickle.dumps(refusal.value))
@@ -214,12 +214,16 @@ def test_file_for_a_folder(tmp_path):
 
 
 BAD_METADATA = {
-    "no file_name column": ("metadata.csv", "file,label\na.png,ant\n", r"row 1: got columns \['file', 'label'\]"),
-    "no label column": ("metadata.csv", "file_name,class\na.png,ant\n", "row 1: .* wanted 'file_name' and one of"),
+    "no file_name column": ("metadata.csv", "file,label\na.png,ant\n", r"header: got columns \['file', 'label'\]"),
+    "no label column": ("metadata.csv", "file_name,class\na.png,ant\n", "header: .* wanted 'file_name' and one of"),
     "not UTF-8": ("metadata.csv", b"file_name,label\na.png,\xff\n", "cannot be read"),
     "not JSON": ("metadata.jsonl", "file_name: a.png\n", "cannot be read"),
     "JSON cut off": ("metadata.jsonl", '{"file_name": "a.png", "label"', "cannot be read"),
-    "a list, not an object": ("metadata.jsonl", '["a.png", "ant"]\n', r"row 1: got columns \[\]"),
+    "a list, not an object": (
+        "metadata.jsonl",
+        '["a.png", "ant"]\n',
+        "row 1: got a list, wanted one JSON object a line",
+    ),
     "JSON without a label": ("metadata.jsonl", '{"file_name": "a.png"}\n', r"row 1: got columns \['file_name'\]"),
     "second line wrong": (
         "metadata.jsonl",
@@ -288,9 +292,46 @@ def test_float_greyscale_keeps_its_shades(tmp_path, brightest, wanted):
     assert near(open_image(tmp_path / "a.tif").getpixel((0, 0)), (wanted,) * 3)
 
 
-def test_dark_16_bit_picture_stays_dark(tmp_path):
-    Image.new("I;16", (4, 4), 250).save(tmp_path / "a.png")
-    assert near(open_image(tmp_path / "a.png").getpixel((0, 0)), (1, 1, 1))
+# the values of a greyscale picture and the shades that they come out as
+DEEP_SHADES = {
+    "16 bits": ("I;16", [0, 32_768, 65_535], [0, 127, 255]),
+    "12 bits in 16": ("I;16", [0, 2048, 4095], [0, 127, 255]),
+    "10 bits in 16": ("I;16", [0, 512, 1023], [0, 127, 255]),
+    "black": ("I;16", [0, 0, 0], [0, 0, 0]),
+    "12 bits in 32": ("I", [0, 2048, 4095], [0, 127, 255]),
+    "more than 16 bits": ("I", [0, 500_000, 1_000_000], [0, 127, 255]),
+    "floats of 12 bits": ("F", [0.0, 2048.0, 4095.0], [0, 127, 255]),
+}
+
+
+@pytest.mark.parametrize(("mode", "values", "wanted"), DEEP_SHADES.values(), ids=DEEP_SHADES.keys())
+def test_white_is_what_the_bits_of_a_grey_picture_can_say(tmp_path, mode, values, wanted):
+    save_grey(tmp_path / "a.tif", mode, values)
+    image = open_image(tmp_path / "a.tif")
+    assert [round(abs(image.getpixel((x, 0))[0] - shade) / 2) for x, shade in enumerate(wanted)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "words"),
+    [
+        ("I;16", [0, 20, 250], "a.tif has 16 bits and no value above 250, which would be shown black; save it with 8"),
+        ("F", [-1.0, 0.0, 1.0], r"a.tif has values below 0 or that are no numbers \(from -1 to 1\); save it with 8"),
+        ("F", [0.0, float("nan"), 1.0], "a.tif has values below 0 or that are no numbers"),
+        ("F", [0.0, float("inf"), 1.0], "a.tif has values below 0 or that are no numbers"),
+        ("I", [-5, 0, 1000], "a.tif has values below 0 or that are no numbers"),
+    ],
+)
+def test_grey_picture_whose_shades_would_be_a_guess_is_refused(tmp_path, mode, values, words):
+    save_grey(tmp_path / "a.tif", mode, values)
+    with pytest.raises(BadImage, match=words):
+        open_image(tmp_path / "a.tif")
+
+
+def save_grey(path, mode: str, values: list) -> None:
+    picture = Image.new(mode, (len(values), 1))
+    for x, value in enumerate(values):
+        picture.putpixel((x, 0), value)
+    picture.save(path)
 
 
 def test_picture_drawn_by_an_environment_meets_the_same_limit():

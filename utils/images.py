@@ -1,30 +1,27 @@
-"""Images as files: which ones a folder offers, what each one shows, and how one becomes pixels.
+"""Images as files: how one becomes pixels. Which ones a folder offers is in image_folders.py, and named from here too.
 
-Owns the folder layouts, the decoding rules (formats, EXIF rotation, RGB, limits) and the pixel budget. Knows no model.
-Which of a run's images are bad, and what then, is decided in image_check.py.
+Owns the decoding rules (formats, EXIF rotation, RGB, limits) and the pixel budget. Knows no model. Which of a run's
+images are bad, and what then, is decided in image_check.py.
 """
 
-import csv
 import hashlib
-import json
 import math
 import os
-import re
 import stat
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from array import array
 from io import BufferedReader
 from pathlib import Path
 from typing import cast
 
 from PIL import Image, UnidentifiedImageError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+from utils.image_folders import LabelledImage as LabelledImage
+from utils.image_folders import list_labelled_images as list_labelled_images
+from utils.plain_text import printable
+
 # Pillow knows 40 more, some of which start other programs (EPS) or read from elsewhere
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
-LABEL_COLUMNS = ("label", "name", "text", "caption")
 MAX_FILE_PIXELS = 89_478_485  # Pillow's own decompression-bomb threshold
 MAX_FILE_BYTES = 2**28  # what a decoder may hold besides the pixels
 MAX_ASPECT_RATIO = 200  # Qwen2.5-VL's image processor refuses this and beyond
@@ -50,14 +47,6 @@ FILE_KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class LabelledImage:
-    """An image file and the words that name what it shows."""
-
-    path: Path
-    label: str
-
-
 class BadImage(ValueError):
     """An image that cannot be used: which one, why, and what to do about it; all of it on one line."""
 
@@ -67,27 +56,6 @@ class BadImage(ValueError):
 
     def __str__(self) -> str:
         return f"image {self.name} {self.reason}; {self.remedy}"
-
-
-def list_labelled_images(data_root: str | Path) -> tuple[LabelledImage, ...]:
-    """Every image of a folder with its label, sorted by path, so that all machines see the same order.
-
-    Three layouts, the first that fits: a `metadata.csv`/`metadata.jsonl` in Hugging Face ImageFolder form (column
-    `file_name`, and `label`, `name`, `text` or `caption`); one sub-folder per class, whose name is the label; plain
-    files, whose name is the label ("red_circle_2.png" shows a "red circle"). Links are followed, to folders too; hidden
-    files are passed over. Nothing is opened: what has an image's suffix is listed, also if it is broken.
-    Raises FileNotFoundError or NotADirectoryError for a bad folder, OSError for one that cannot be listed, ValueError
-    for bad metadata.
-    """
-    root = Path(data_root)
-    if not root.exists():
-        raise FileNotFoundError(f"data folder {root} does not exist; pass --data_root with a folder of images")
-    if not root.is_dir():
-        raise NotADirectoryError(f"data folder {root} is a file; pass --data_root with a folder of images")
-    for metadata_name in METADATA_NAMES:
-        if (root / metadata_name).is_file():
-            return _list_by_metadata(root / metadata_name)
-    return tuple(LabelledImage(path, _label_from_place(path.relative_to(root))) for path in sorted(_image_paths(root)))
 
 
 def open_image(source: str | Path | Image.Image, max_pixels: int | None = None) -> Image.Image:
@@ -112,69 +80,6 @@ def checked_sha256(path: str | Path) -> bytes:
         file.seek(0)
         _decoded(file, printable(path), None)
     return digest
-
-
-def printable(path: str | Path) -> str:
-    """A path as it is shown in a line of text: as it is, or quoted if a character of it would break the line."""
-    return str(path) if str(path).isprintable() else ascii(str(path))
-
-
-def _image_paths(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """What has an image's suffix in a folder and below. above: the folders it is in, which no link leads back to."""
-    real = folder.resolve()
-    if real in above:
-        return
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise OSError(f"folder {folder} cannot be listed ({error.strerror}); make it readable or move it") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if _is_folder(entry):
-            yield from _image_paths(folder / entry.name, above | {real})
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-            yield folder / entry.name
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        # a link that leads round in a circle
-        return False
-
-
-def _label_from_place(relative: Path) -> str:
-    words = relative.parts[0] if len(relative.parts) > 1 else re.sub(r"[_\- ]*\d+$", "", relative.stem)
-    return re.sub(r"[_\- ]+", " ", words).strip() or relative.stem
-
-
-def _list_by_metadata(path: Path) -> tuple[LabelledImage, ...]:
-    """The images that a metadata file lists. Raises ValueError naming the line that is wrong."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            rows = (
-                list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(ln) for ln in file if ln.strip()]
-            )
-        except (json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); write one JSON object or CSV row per image") from error
-    listed: dict[Path, str] = {}
-    for number, row in enumerate(rows, start=1):
-        columns = sorted(str(column) for column in row) if isinstance(row, dict) else []
-        label_column = next((column for column in LABEL_COLUMNS if column in columns), None)
-        if "file_name" not in columns or label_column is None:
-            raise ValueError(
-                f"{path}, row {number}: got columns {columns}, wanted 'file_name' and one of {list(LABEL_COLUMNS)}"
-            )
-        label = str(row[label_column] or "").strip()
-        if not label:
-            raise ValueError(f"{path}, row {number}: its {label_column} is empty; write what the image shows")
-        image_path = path.parent / str(row["file_name"])
-        if image_path in listed:
-            raise ValueError(f"{path}, row {number}: image {image_path} is listed before; keep one of the two rows")
-        listed[image_path] = label
-    return tuple(LabelledImage(image_path, listed[image_path]) for image_path in sorted(listed))
 
 
 def _regular_file(path: str | Path) -> BufferedReader:
@@ -208,7 +113,7 @@ def _decoded(source: BufferedReader | Image.Image, name: str, max_pixels: int | 
             image.load()
         # the orientation alone is read: rewriting all of a file's EXIF, as Pillow's own helper does, fails on odd tags
         turn = UPRIGHT_BY_ORIENTATION.get(_orientation(image))
-        return _shrink(_rgb(image if turn is None else image.transpose(turn)), max_pixels)
+        return _shrink(_rgb(image if turn is None else image.transpose(turn), name), max_pixels)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -252,14 +157,14 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB; itself if it is, else converted strip by strip."""
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """The picture in RGB; itself if it is, else converted strip by strip. Raises BadImage for odd greyscale values."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     rows = max(1, STRIP_PIXELS // image.width)
     boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
     is_deep = image.mode.startswith("I") or image.mode == "F"
-    scale = _scale_to_8_bits(image, boxes) if is_deep else 1.0
+    scale = _scale_to_8_bits(image, boxes, name) if is_deep else 1.0
     converted = Image.new("RGB", image.size)
     for box in boxes:
         strip = image.crop(box)
@@ -278,14 +183,35 @@ def _deep_strip_rgb(strip: Image.Image, scale: float) -> Image.Image:
     return strip.convert("F").point(lambda value: value * scale).convert("L").convert("RGB")
 
 
-def _scale_to_8_bits(image: Image.Image, boxes: list[tuple[int, int, int, int]]) -> float:
-    """What 16-bit, 32-bit and float greyscale is multiplied with; Pillow's own conversion clips over 255 to white."""
-    if image.mode.startswith("I;16"):
-        return 1 / 257
-    brightest = max(cast(float, image.crop(box).convert("F").getextrema()[1]) for box in boxes)
-    if brightest <= 1 and image.mode == "F":
+def _scale_to_8_bits(image: Image.Image, boxes: list[tuple[int, int, int, int]], name: str) -> float:
+    """What 16-bit, 32-bit and float greyscale is multiplied with; Pillow's own conversion clips over 255 to white.
+
+    White is the most that the picture's bits can say: 1 for a float picture within 0 to 1, else 255, or what 9 to 16
+    bits hold, as cameras save 12 in a file of 16. Raises BadImage for values below 0 or not finite, and for a 16-bit
+    picture that is as good as black, which may hold 8-bit values.
+    """
+    extrema = [_extrema(image.crop(box)) for box in boxes]
+    darkest, brightest = min(low for low, _ in extrema), max(high for _, high in extrema)
+    if not all(math.isfinite(value) and value >= 0 for pair in extrema for value in pair):
+        reason = f"has values below 0 or that are no numbers (from {darkest:g} to {brightest:g})"
+        raise BadImage(name, reason, "save it with 8 bits or remove it")
+    if image.mode == "F" and brightest <= 1:
         return 255.0
-    return 1.0 if brightest <= 255 else 255 / max(brightest, 65535)
+    if image.mode.startswith("I;16") and 0 < brightest <= 255:
+        reason = f"has 16 bits and no value above {brightest:g}, which would be shown black"
+        raise BadImage(name, reason, "save it with 8 bits or remove it")
+    if brightest <= 255:
+        return 1.0
+    num_bits = int(brightest).bit_length()
+    return 255 / (2**num_bits - 1 if num_bits <= 16 else brightest)
+
+
+def _extrema(strip: Image.Image) -> tuple[float, float]:
+    """The least and the greatest value; not finite if any is not, which Pillow's own comparison passes over."""
+    total = sum(array("f", strip.tobytes())) if strip.mode == "F" else 0.0
+    if not math.isfinite(total):
+        return total, total
+    return cast(tuple[float, float], strip.convert("F").getextrema())
 
 
 def _shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:

@@ -1,0 +1,201 @@
+"""metadata.csv and metadata.jsonl: which files one lists, and with which label each. Read strictly, a row at a time.
+
+Owns the form, that of Hugging Face's ImageFolder. A row that could mean two things is refused by its number and line.
+"""
+
+import csv
+import json
+import posixpath
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from utils.plain_text import normalized, printable
+
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+LABEL_COLUMNS = ("label", "name", "text", "caption")
+FILE_COLUMN = "file_name"
+ROW_IN_A_TEXT = re.compile(r'\n[^\n]*\.(png|jpe?g|webp|bmp|gif|tiff?)"?,', re.IGNORECASE)
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row: its number from 1 up, the line it starts at, and its values by column."""
+
+    number: int
+    line: int
+    values: dict[str, Any]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The label of each file that a metadata file lists, by its path from the metadata's folder on, with slashes.
+
+    Time and memory grow with the rows. Raises ValueError that names the row, what is wrong with it and the remedy.
+    """
+    listed: dict[str, str] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for row in _csv_rows(path, file) if path.suffix == ".csv" else _json_rows(path, file):
+                name, label = _file_name(path, row), _label(path, row)
+                if name in listed:
+                    before = list(listed).index(name) + 1
+                    raise _wrong(
+                        path, row, f"image {path.parent / name} is listed before, in row {before}; keep one of the two"
+                    )
+                # many images have one label, which is kept once
+                listed[name] = sys.intern(label)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{_line_of_other_text(path)}: cannot be read ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); make it readable or move it") from error
+    return listed
+
+
+def _line_of_other_text(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    with path.open("rb") as file:
+        for line, content in enumerate(file, start=1):
+            try:
+                content.decode()
+            except UnicodeDecodeError:
+                return line
+    return 1
+
+
+def _csv_rows(path: Path, file: TextIO) -> Iterator[_Row]:
+    reader = csv.reader(file, strict=True)
+    header: list[str] | None = None
+    number = 0
+    line = 1
+    try:
+        for cells in reader:
+            start, line = line, reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if header is None:
+                header = _header(path, cells)
+                continue
+            number += 1
+            row = _Row(number, start, dict(zip(header, cells, strict=False)))
+            _require_cells(path, row, header, cells)
+            yield row
+    except csv.Error as error:
+        # what ends in the middle of a quoted text began where the quote was opened
+        where = "header" if header is None else f"row {number + 1}"
+        raise ValueError(
+            f"{path}:{line}, {where}: cannot be read ({error}); end a text in quotes with a quote, and write one "
+            'inside it twice, ""'
+        ) from error
+
+
+def _header(path: Path, cells: Sequence[str]) -> list[str]:
+    """The names of the columns. Raises ValueError where they are not plain, or the columns are not parted by commas."""
+    header = [cell.strip() for cell in cells]
+    while header and not header[-1]:
+        header.pop()
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if twice:
+        raise ValueError(f"{path}: its header names {printable(twice)} more than once; name every column once")
+    for separator, words in SEPARATORS.items():
+        if len(header) == 1 and FILE_COLUMN in (column.strip() for column in header[0].split(separator)):
+            raise ValueError(f"{path}: its columns are parted by {words}, wanted commas; save it with commas")
+    _require_columns(f"{path}, header", header, "name them so in the first line")
+    return header
+
+
+def _require_cells(path: Path, row: _Row, header: Sequence[str], cells: Sequence[str]) -> None:
+    """Raises ValueError for a row of another length than the header's, for the header again, for rows inside a text."""
+    if any("\n" in cell and ROW_IN_A_TEXT.search(cell) for cell in cells):
+        raise _wrong(path, row, "a text in quotes goes on over rows that list images; close its quote")
+    if [cell.strip() for cell in cells[: len(header)]] == list(header):
+        raise _wrong(path, row, "it repeats the header; remove it")
+    if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
+        raise _wrong(
+            path,
+            row,
+            f"got {len(cells)} values for the {len(header)} columns {list(header)}; put a text that has a comma in it "
+            'in quotes: "cup, red"',
+        )
+
+
+def _json_rows(path: Path, file: TextIO) -> Iterator[_Row]:
+    number = 0
+    for line, text in enumerate(file, start=1):
+        if not text.strip():
+            continue
+        number += 1
+        where = f"{path}:{line}, row {number}"
+        try:
+            values = json.loads(text, object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{where}: cannot be read ({printable(error)}); write one JSON object per image, each on one line"
+            ) from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: got a {type(values).__name__}, wanted one JSON object a line")
+        _require_columns(where, list(values), "write both")
+        yield _Row(number, line, values)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return values
+
+
+def _require_columns(where: str, columns: Sequence[str], remedy: str) -> None:
+    if FILE_COLUMN in columns and any(column in columns for column in LABEL_COLUMNS):
+        return
+    several = [column for column in columns if re.fullmatch(r"(.+_)?file_names|.+_file_name", column)]
+    if several and FILE_COLUMN not in columns:
+        remedy = f"{several[0]!r} is for other things than one image a row; write a row for each image to draw from"
+    raise ValueError(
+        f"{where}: got columns {printable(sorted(columns))}, wanted {FILE_COLUMN!r} and one of {list(LABEL_COLUMNS)}; "
+        f"{remedy}"
+    )
+
+
+def _file_name(path: Path, row: _Row) -> str:
+    """The path of a row's image from the metadata's folder on, in one spelling."""
+    value = row.values[FILE_COLUMN]
+    if not isinstance(value, str) or not value.strip():
+        raise _wrong(path, row, f"its {FILE_COLUMN} is {_shown(value)}; write the image's path from {path.parent} on")
+    name = posixpath.normpath(value.replace("\\", "/"))
+    is_elsewhere = name.startswith(("/", "../")) or name in (".", "..") or re.match(r"[A-Za-z]:/|\w+://", value)
+    if is_elsewhere or re.match(r"[A-Za-z]:\\", value):
+        raise _wrong(
+            path,
+            row,
+            f"its {FILE_COLUMN} {_shown(value)} is not below {path.parent}; move the image there and write its path "
+            "from there on",
+        )
+    return name
+
+
+def _label(path: Path, row: _Row) -> str:
+    """What a row says that its image shows: a text, or a whole number."""
+    column = next(column for column in LABEL_COLUMNS if column in row.values)
+    value = row.values[column]
+    if value is None or (isinstance(value, str) and not normalized(value)):
+        raise _wrong(path, row, f"its {column} is empty; write what the image shows")
+    if isinstance(value, str):
+        return normalized(value)
+    if type(value) is not int:
+        raise _wrong(
+            path, row, f"its {column} is {_shown(value)}, wanted a text or a whole number; write what it shows as text"
+        )
+    return str(value)
+
+
+def _shown(value: object) -> str:
+    return printable(json.dumps(value, ensure_ascii=False))[:80]
+
+
+def _wrong(path: Path, row: _Row, problem: str) -> ValueError:
+    return ValueError(f"{path}:{row.line}, row {row.number}: {problem}")

@@ -1,0 +1,155 @@
+"""Text that people and models wrote stays text: what it is called, asked and shown as never becomes structure.
+
+Owns which literals are tokens to a model, the refusal of text that holds one, and how text is shown in a line. Imports
+no torch, so that both can be decided before a weight loads.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.tool_calls import CALL_CLOSE, CALL_OPEN
+
+# The added tokens of every Qwen2.5-VL. A tokenizer reads their literals as one token wherever they stand in a text.
+QWEN_ADDED_TOKENS = frozenset(
+    {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+     "<|image_pad|>", "<|video_pad|>", CALL_OPEN, CALL_CLOSE, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
+     "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"}
+)  # fmt: skip
+# A system prompt shows the form of a call, which is written with these.
+FORM_OF_A_CALL = frozenset({CALL_OPEN, CALL_CLOSE})
+
+# Invisible characters that letters of some scripts and emoji are joined by.
+JOINERS = frozenset("\u200c\u200d")
+SPACES = re.compile(r"[^\S\t-\r\x1c-\x1f\x85\u2028\u2029]+")  # of any width, but none that breaks a line
+PLACEHOLDER = "\0"  # stands for an image between texts, and is in no literal
+
+
+class NotPlainText(ValueError):
+    """A text that would become structure: where it is, what it holds, and what to do; all of it on one line."""
+
+
+def printable(text: object) -> str:
+    """What is shown for a text, a path or an error: one line, with every character that does not print spelled out.
+
+    >>> printable("a\\tb")
+    'a\\\\tb'
+    """
+    shown = str(text)
+    if shown.isprintable():
+        return shown
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in shown)
+
+
+def printable_lines(text: str) -> str:
+    """What is shown for a text of several lines: each as `printable` has it."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def normalized(text: str) -> str:
+    """The text in Unicode's form NFC, as the tokenizer has it, its spaces of any kind one plain space each.
+
+    >>> normalized("cafe\\u0301\\u00a0 au lait ") == "caf\\u00e9 au lait"
+    True
+    """
+    return SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip()
+
+
+def problem_of_label(label: str, literals: Collection[str] = QWEN_ADDED_TOKENS) -> str | None:
+    """Why a label cannot be asked for, in words that follow a name; None if it can be.
+
+    It cannot if a character of it is none of a text: a control, one that turns the direction of writing, half of a
+    pair; or if it holds one of the model's literals.
+    """
+    if not label.strip():
+        return "has an empty label; write what it shows"
+    odd = "" if label.isprintable() else next((char for char in label if _is_control(char)), "")
+    if unicodedata.category(odd or " ") == "Cs":
+        return "has a name or label that is no text; rename it"
+    if odd:
+        return f"has a label with a control character, {printable(odd)} in '{printable(label)}'; take it out"
+    literal = first_literal(label, literals)
+    if literal is not None:
+        return f"has {literal} in its label '{label}', which is a token to the model, not text; write it otherwise"
+    return None
+
+
+def first_literal(text: str, literals: Collection[str]) -> str | None:
+    """The first of the literals that stands in the text, in the form that a tokenizer reads; None without one."""
+    composed = unicodedata.normalize("NFC", text)
+    found = [(composed.index(literal), literal) for literal in literals if literal in composed]
+    return min(found)[1] if found else None
+
+
+def _is_control(char: str) -> bool:
+    """Whether a character shows nothing and does something: breaks a line, turns the writing, hides."""
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in JOINERS
+
+
+def require_plain_text(text: str, where: str, literals: Collection[str] = QWEN_ADDED_TOKENS) -> None:
+    """Raises NotPlainText if the text holds a literal that is a token to the model. where: names it, for the message.
+
+    >>> require_plain_text("Pick the red circle.", "episode 3: the user message")
+    """
+    literal = first_literal(text, literals)
+    if literal is not None:
+        # what is asked may be long: what stands around the literal shows where it came from
+        start = unicodedata.normalize("NFC", text).index(literal)
+        around = unicodedata.normalize("NFC", text)[max(0, start - 20) : start + len(literal) + 20]
+        raise NotPlainText(
+            f"{printable(where)} holds {literal} ('{printable(around)}'), which is a token to the model, not text; "
+            "write it otherwise"
+        )
+
+
+def require_plain_messages(
+    messages: Sequence[Mapping[str, Any]], where: str, literals: Collection[str] = QWEN_ADDED_TOKENS
+) -> None:
+    """Raises NotPlainText if what chat messages say, or a role of them, holds a literal that is a token to the model.
+
+    messages: with `role`, and `content` that is a text or a list of parts. A literal that only several neighbouring
+    texts make together counts too, as a chat template joins them. A system message may hold <tool_call> and its end,
+    because it shows the form of a call. where: names the messages, as "episode 3".
+    """
+    for message in messages:
+        role, content = str(message["role"]), message["content"]
+        require_plain_text(role, f"{where}: the role of a message", literals)
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        said = "".join(str(part["text"]) if part.get("type") == "text" else PLACEHOLDER for part in parts)
+        allowed = FORM_OF_A_CALL if role == "system" else frozenset()
+        require_plain_text(said, f"{where}: the {role} message", set(literals) - allowed)
+
+
+def added_token_literals(model_id: str) -> frozenset[str]:
+    """The literals that are tokens to this model, as far as they are known before it loads.
+
+    Those of every Qwen2.5-VL, and of a model in a folder those that its own tokenizer's files add. A file that cannot
+    be read adds none: what is wrong with it is said as the model loads.
+    """
+    literals = set(QWEN_ADDED_TOKENS)
+    folder = Path(model_id)
+    for token in _values(folder / "tokenizer.json", "added_tokens"):
+        literals.add(token["content"] if isinstance(token, dict) else token)
+    for token in _values(folder / "tokenizer_config.json", "added_tokens_decoder"):
+        literals.add(token["content"] if isinstance(token, dict) else token)
+    literals.update(_json_object(folder / "added_tokens.json"))
+    return frozenset(literal for literal in literals if isinstance(literal, str) and literal)
+
+
+def _values(path: Path, key: str) -> list[Any]:
+    """What a JSON object holds under a key, as a list: of a list its items, of an object its values."""
+    found = _json_object(path).get(key, [])
+    items = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list) else []
+    return [item for item in items if isinstance(item, str) or (isinstance(item, dict) and "content" in item)]
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
