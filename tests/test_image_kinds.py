@@ -121,7 +121,11 @@ KINDS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "GIF named .jpg": ("a.jpg", lambda path: Image.new("P", (8, 6)).save(path, format="GIF"), None),
     "suffix in capitals": ("A.JPG", of_mode("RGB", 0), None),
     "name in other scripts": ("красный круг 赤い丸 🔴.png", of_mode("RGB", 0), None),
-    "name of two lines": ("red\ncircle.png", of_mode("RGB", 0), "has a label with a control character"),
+    "name of two lines": ("red\ncircle.png", of_mode("RGB", 0), None),
+    "name with an escape": ("red \x1b[31m.png", of_mode("RGB", 0), "has a name or label with a control character, "),
+    "name that turns the writing": ("red \u202egnp.png", of_mode("RGB", 0), "has a name or label with a control"),
+    "name like a token": ("<|box|>.png", of_mode("RGB", 0), None),
+    "name that is a token": ("<tool_call>.png", of_mode("RGB", 0), "has a name or label that is no text to the model"),
     "name that is no text": (os.fsdecode(b"red \xff.png"), of_mode("RGB", 0), "has a name or label that is no text"),
     # orientations
     **{f"EXIF orientation {n}": ("a.jpg", with_orientation(n), None) for n in range(1, 9)},

@@ -27,6 +27,8 @@ SPLIT_FOLDER = re.compile(rf"(?:.*[-._ 0-9])?({_WORD})(?:[-._ 0-9].*)?", re.IGNO
 _FILLER = "(?:images?|imgs?|data|dataset|set|split)"
 SURE_SPLIT_FOLDER = re.compile(rf"(?:{_FILLER}[-._ ])?({_WORD})[-._ ]?{_FILLER}?[-._ 0-9]*", re.IGNORECASE)
 METADATA_ENDINGS = frozenset({".csv", ".jsonl", ".json", ".ndjson", ".tsv", ".txt", ".parquet", ".arrow", ".xlsx"})
+# A literal such as <|image_pad|> stays what it is, for the check of labels to find.
+WORD_BREAKS = re.compile(r"(<\|?/?\w+\|?>)|[_\-\s]+")
 REMEDIES = {
     "convert": frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".dng", ".cr2", ".nef"}),
     "unpack": frozenset({".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}),
@@ -273,8 +275,8 @@ def _without_split(name: str, place: int | None) -> str:
 def _label_from_place(name: str) -> str:
     folder, _, rest = name.partition("/")
     stem = os.path.splitext(name)[0]
-    words = folder if rest else re.sub(r"[_\- ]*\d+$", "", stem)
-    return normalized(re.sub(r"[_\- ]+", " ", words)) or normalized(folder if rest else stem)
+    words = folder if rest else re.sub(r"[_\-\s]*\d+$", "", stem)
+    return normalized(WORD_BREAKS.sub(lambda match: match[1] or " ", words)) or normalized(folder if rest else stem)
 
 
 def _require_words_of_pictures(root: Path, labels: Mapping[str, str]) -> None:

@@ -65,16 +65,16 @@ def problem_of_label(label: str, literals: Collection[str] = QWEN_ADDED_TOKENS) 
     It cannot if a character of it is none of a text: a control, one that turns the direction of writing, half of a
     pair; or if it holds one of the model's literals.
     """
-    if not label.strip():
-        return "has an empty label; write what it shows"
     odd = "" if label.isprintable() else next((char for char in label if _is_control(char)), "")
     if unicodedata.category(odd or " ") == "Cs":
-        return "has a name or label that is no text; rename it"
+        return "has a name or label that is no text"
     if odd:
-        return f"has a label with a control character, {printable(odd)} in '{printable(label)}'; take it out"
+        return f"has a name or label with a control character, {printable(odd)} in '{printable(label)}'; take it out"
     literal = first_literal(label, literals)
     if literal is not None:
-        return f"has {literal} in its label '{label}', which is a token to the model, not text; write it otherwise"
+        return (
+            f"has a name or label that is no text to the model, which reads {literal} as one token; write it otherwise"
+        )
     return None
 
 
