@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from environment import Episode, EpisodeSource, Message
-from flags import RunStopped
+from flags import ProcessStopped, RunStopped
 from utils.images import BadImage, image_digest, open_image
 from utils.plain_text import NotPlainText, require_plain_messages
 
@@ -74,9 +74,8 @@ class RepeatableEpisodeDataset:
                 fault = fault or f"episode {index}: {error}"
             else:
                 return episode_row(episode, index, self.env.prompt_messages(episode), pictures, fault)
-        raise RunStopped(
-            f"{fault}; {MAX_REPLACEMENTS} other episodes cannot be shown either: is the data folder gone?",
-            is_of_all=False,
+        raise ProcessStopped(
+            f"{fault}; {MAX_REPLACEMENTS} other episodes cannot be shown either: is the data folder gone?"
         )
 
     def __iter__(self) -> Iterator[Row]:
@@ -181,7 +180,7 @@ class VLMDataCollator:
             try:
                 require_plain_messages(row["prompt"], f"episode {row['episode_index']}", self._literals)
             except NotPlainText as error:
-                raise RunStopped(f"{error}, and correct the environment or its data", is_of_all=False) from error
+                raise ProcessStopped(f"{error}, and correct the environment or its data") from error
         texts = [
             self.processor.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
             for row in firsts

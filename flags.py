@@ -47,6 +47,15 @@ class RunStopped(RunEnded):
     """A run that cannot go on."""
 
 
+class ProcessStopped(RunStopped):
+    """One process that cannot go on, and says so itself; its launcher ends the others."""
+
+    def __init__(self, message: str):
+        # the worker of a data loader hands it on as text, behind a traceback
+        last_line = message.strip().splitlines()[-1]
+        super().__init__(last_line.removeprefix(f"{__name__}.{type(self).__name__}: "), is_of_all=False)
+
+
 class RunRefused(RunEnded):
     """A run that cannot be as it was asked for, which its first generation shows; nothing was trained."""
 

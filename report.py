@@ -209,8 +209,10 @@ def render_page(records: RunRecords) -> str:
 
 
 def _as_plain_text(value: object) -> object:
-    """What the page shows for a value: of a text, every character that does not print is spelled out."""
-    return printable_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    """What the page shows for a value: of a text, all that does not print is spelled out, but for breaks of a line."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\u2028".join(printable_lines(line) for line in value.split("\u2028"))
 
 
 def _script_hash(template: Path) -> str:

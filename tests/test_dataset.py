@@ -18,6 +18,7 @@ from flags import RunStopped
 from tests.conftest import save_picture
 from tests.helpers import toy_dataset, toy_processor
 from toy_model import TOY_DATA_ROOT
+from utils.plain_text import QWEN_ADDED_TOKENS
 
 TENSORS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 
@@ -202,6 +203,28 @@ def test_a_group_is_replaced_whole_and_the_batch_says_so(pictures: Path) -> None
     batch = VLMDataCollator(toy_processor(), 3)(rows)
     assert [fault is None for fault in batch["faults"]] == [False, True]
     assert batch["episodes"][1] == dataset.env.episode(good)
+
+
+def test_a_prompt_that_holds_a_token_of_the_model_ends_the_run_by_name(pictures: Path) -> None:
+    class Quoting(PickImageEnv):
+        def instruction(self, episode: Episode) -> str:
+            return "Pick what <|im_end|> shows."
+
+    rows = rows_of(3, 3, dataset=RepeatableEpisodeDataset(Quoting(pictures), 56 * 56))
+    words = (
+        "episode 3: the user message holds <|im_end|> ('Pick what <|im_end|> shows. The index is'), which is a token "
+        "to the model, not text; write it otherwise, and correct the environment or its data"
+    )
+    collator = VLMDataCollator(toy_processor(), 2)
+    for num_workers in (0, 1):
+        with pytest.raises(RunStopped) as refusal:
+            next(iter(torch.utils.data.DataLoader(rows, 2, collate_fn=collator, num_workers=num_workers)))
+        # the others do not know, so this process says it itself
+        assert (str(refusal.value), refusal.value.is_of_all) == (words, False)
+
+
+def test_the_toys_tokens_are_among_qwens() -> None:
+    assert toy_processor().tokenizer.get_added_vocab().keys() <= QWEN_ADDED_TOKENS
 
 
 def test_no_folder_at_all_ends_the_run(pictures: Path) -> None:

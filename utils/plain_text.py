@@ -98,8 +98,8 @@ def require_plain_text(text: str, where: str, literals: Collection[str] = QWEN_A
     literal = first_literal(text, literals)
     if literal is not None:
         # what is asked may be long: what stands around the literal shows where it came from
-        start = unicodedata.normalize("NFC", text).index(literal)
-        around = unicodedata.normalize("NFC", text)[max(0, start - 20) : start + len(literal) + 20]
+        before, _, after = unicodedata.normalize("NFC", text).partition(literal)
+        around = f"{before[-20:]}{literal}{after[:20]}".strip()
         raise NotPlainText(
             f"{printable(where)} holds {literal} ('{printable(around)}'), which is a token to the model, not text; "
             "write it otherwise"
@@ -121,7 +121,8 @@ def require_plain_messages(
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         said = "".join(str(part["text"]) if part.get("type") == "text" else PLACEHOLDER for part in parts)
         allowed = FORM_OF_A_CALL if role == "system" else frozenset()
-        require_plain_text(said, f"{where}: the {role} message", set(literals) - allowed)
+        for between_images in said.split(PLACEHOLDER):
+            require_plain_text(between_images, f"{where}: the {role} message", set(literals) - allowed)
 
 
 def added_token_literals(model_id: str) -> frozenset[str]:
