@@ -354,6 +354,14 @@ def test_config_file_sets_every_flag(config, flag):
     assert getattr(parse_all([*also, *config(f"{flag}: {given}")]), flag) == value
 
 
+@pytest.mark.parametrize("flags", [["--config", "~/run.yaml"], ["--{}=~/mine.py:X"]], ids=["file", "command line"])
+@pytest.mark.parametrize("name", ["data_root", "model_id", "output_dir", "env", "reward"])
+def test_home_is_understood_wherever_a_path_is_given(tmp_path, monkeypatch, name, flags):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(f"{name}: ~/mine.py:X\n")
+    assert getattr(parse_options([flag.format(name) for flag in flags]), name) == f"{tmp_path}/mine.py:X"
+
+
 @pytest.mark.parametrize("config_first", [True, False])
 def test_command_line_wins_over_the_file(config, config_first):
     from_file = config("num_rollouts: 8\nuse_lora: true\nfixed_correct_index: none\nseed: 3")
