@@ -60,6 +60,8 @@ SPLITS = {
                             {"training/train/1.png": "train", "training/car/1.png": "car"}, ["testing/ (1 file)"]),
     "below classes": (["cat/train/1.png", "dog/train/1.png", "dog/test/1.png"],
                       {"cat/train/1.png": "cat", "dog/train/1.png": "dog"}, ["test/ (1 file)"]),
+    "a folder twice": (["seg_train/seg_train/cat/1.png", "seg_test/seg_test/cat/1.png"],
+                       {"seg_train/seg_train/cat/1.png": "cat"}, ["seg_test/ (1 file)"]),
     "train alone": (["train/cat/1.png", "train/dog/1.png"], {"train/cat/1.png": "cat", "train/dog/1.png": "dog"}, []),
 }  # fmt: skip
 
@@ -104,6 +106,7 @@ def test_classes_that_sound_like_splits_stay_classes(tmp_path: Path, classes: li
         (["train/1.png", "test/1.png", "unlabelled/1.png"], "has test/, train/ beside unlabelled/: "),
         (["test/cat/1.png", "val/cat/1.png"], "has test/, val/ and no train/; pass the split to draw from, as --data_"),
         (["data/train/cat/1.png", "data/test/cat/1.png"], "has its splits below {}/data; pass --data_root {}/data"),
+        (["seg_train/a/1.png", "seg_test/a/1.png", "seg_pred/1.png"], "has seg_test/, seg_train/ beside seg_pred/: "),
         (["train_0.png", "test_0.png", "test_1.png"], "has files named after splits, as test_0.png; move those of"),
     ],
 )

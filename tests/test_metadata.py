@@ -69,6 +69,7 @@ REFUSED = {
     ),
     "too few values": ("file_name,label\na.png\n", ":2, row 1: ", "got 1 values for the 2 columns"),
     "the header again": ("file_name,label\na.png,ant\nfile_name,label\n", ":3, row 2: ", "repeats the header; remove"),
+    "one column": ("file_name\na.png\n", ", header: ", "wanted 'file_name' and one of"),
     "no header": ("a.png,ant\nb.png,bee\n", ", header: ", "wanted 'file_name' and one of"),
     "a column twice": ("file_name,label,label\na.png,x,y\n", ": ", "names ['label'] more than once; name every column"),
     "semicolons": ("file_name;label\na.png;ant\n", ": ", "parted by semicolons, wanted commas; save it with commas"),

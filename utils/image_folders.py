@@ -103,7 +103,7 @@ def list_folder(data_root: str | Path) -> ImageFolder:
         if unlisted := sum(name not in labels for name in images):
             notes.append(f"passed over {_count(unlisted, 'image')} that no metadata lists")
     else:
-        labels = {name: _label_from_place(_without_split(name, place)) for name in images}
+        labels = {name: _label_from_place(inside) for name, inside in _without_splits(images, place).items()}
         _require_words_of_pictures(root, labels)
     # as paths are sorted, by their parts
     order = sorted(labels, key=lambda name: name.replace("/", "\0"))
@@ -227,7 +227,7 @@ def _require_classes(root: Path, folders: Mapping[str, int], names: Sequence[str
 
     folders: those at one place of all paths, "" for no folder there.
     """
-    splits = {folder: split for folder in folders if (split := _split_of(folder, SURE_SPLIT_FOLDER))}
+    splits = _sure_splits(folders)
     rest = sorted(folders.keys() - splits.keys())
     if place > 0 and len(set(splits.values())) < 2:
         # a class's images are in folders of whatever names
@@ -241,6 +241,22 @@ def _require_classes(root: Path, folders: Mapping[str, int], names: Sequence[str
         f"data folder {root} has {_shown(splits)} beside {printable(beside)}: if those are splits, pass a folder that "
         "holds the one to draw from alone as --data_root; if they are classes, rename them or write a metadata.csv"
     )
+
+
+def _sure_splits(folders: Iterable[str]) -> dict[str, str]:
+    """The splits among folders of other kinds: by their names alone, and where names differ in the split's word alone.
+
+    >>> _sure_splits(["seg_train", "seg_test", "seg_pred", "train station"])
+    {'seg_train': 'train', 'seg_test': 'test'}
+    """
+    alike: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        match, split = SPLIT_FOLDER.fullmatch(folder), _split_of(folder)
+        if match and split:
+            alike.setdefault(f"{folder[: match.start(1)]}/{folder[match.end(1) :]}", {})[folder] = split
+    several = [splits for splits in alike.values() if len(set(splits.values())) > 1]
+    sure = {folder: split for folder in folders if (split := _split_of(folder, SURE_SPLIT_FOLDER))}
+    return sure | {folder: split for splits in several for folder, split in splits.items()}
 
 
 def _require_train(root: Path, folders: Mapping[str, int], splits: Mapping[str, str]) -> list[str]:
@@ -267,9 +283,17 @@ def _is_drawn(name: str, place: int | None) -> bool:
     return len(parts) <= place + 1 or _split_of(parts[place]) == "train"
 
 
-def _without_split(name: str, place: int | None) -> str:
-    parts = name.split("/")
-    return name if place is None else "/".join([*parts[:place], *parts[place + 1 :]])
+def _without_splits(names: Sequence[str], place: int | None) -> dict[str, str]:
+    """Each path without its split's folder; an archive's split may hold a folder of its own name alone."""
+    inside = {name: name if place is None else "/".join(_but(name.split("/"), place)) for name in names}
+    is_doubled = place == 0 and all(
+        "/" in rest and rest.split("/")[0] == name.split("/")[0] for name, rest in inside.items()
+    )
+    return {name: rest.partition("/")[2] for name, rest in inside.items()} if is_doubled else inside
+
+
+def _but(parts: Sequence[str], place: int) -> list[str]:
+    return [*parts[:place], *parts[place + 1 :]]
 
 
 def _label_from_place(name: str) -> str:

@@ -101,7 +101,11 @@ def _header(path: Path, cells: Sequence[str]) -> list[str]:
     if twice:
         raise ValueError(f"{path}: its header names {printable(twice)} more than once; name every column once")
     for separator, words in SEPARATORS.items():
-        if len(header) == 1 and FILE_COLUMN in (column.strip() for column in header[0].split(separator)):
+        if (
+            len(header) == 1
+            and separator in header[0]
+            and FILE_COLUMN in (column.strip() for column in header[0].split(separator))
+        ):
             raise ValueError(f"{path}: its columns are parted by {words}, wanted commas; save it with commas")
     _require_columns(f"{path}, header", header, "name them so in the first line")
     return header
