@@ -13,19 +13,9 @@ from pathlib import Path
 
 from utils.metadata import METADATA_NAMES, read_metadata
 from utils.plain_text import normalized, printable
+from utils.split_folders import count_of, is_drawn, place_of_splits, split_of, without_splits
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-# The words by which ImageFolder knows a split's folder, alone or with more beside them after a number, dot or dash.
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_WORD = "|".join(word for words in SPLIT_WORDS.values() for word in words)
-SPLIT_FOLDER = re.compile(rf"(?:.*[-._ 0-9])?({_WORD})(?:[-._ 0-9].*)?", re.IGNORECASE)
-# What is a split's folder also beside others: "train station" names a class.
-_FILLER = "(?:images?|imgs?|data|dataset|set|split)"
-SURE_SPLIT_FOLDER = re.compile(rf"(?:{_FILLER}[-._ ])?({_WORD})[-._ ]?{_FILLER}?[-._ 0-9]*", re.IGNORECASE)
 METADATA_ENDINGS = frozenset({".csv", ".jsonl", ".json", ".ndjson", ".tsv", ".txt", ".parquet", ".arrow", ".xlsx"})
 # A literal such as <|image_pad|> stays what it is, for the check of labels to find.
 WORD_BREAKS = re.compile(r"(<\|?/?\w+\|?>)|[_\-\s]+")
@@ -93,17 +83,17 @@ def list_folder(data_root: str | Path) -> ImageFolder:
     notes = _notes_of_others(found.others)
     if notes and not found.images and not found.metadata:
         raise ValueError(f"data folder {root} has no image that is read ({notes[0]}); pass a folder of images")
-    place, left_out = _place_of_splits(root, found)
+    place, left_out = place_of_splits(root, found.images, found.metadata)
     notes += left_out
-    images = [name for name in found.images if _is_drawn(name, place)]
-    metadata = [name for name in found.metadata if _is_drawn(name, place)]
+    images = [name for name in found.images if is_drawn(name, place)]
+    metadata = [name for name in found.metadata if is_drawn(name, place)]
     if metadata:
         listed = _labels_by_metadata(root, metadata, images)
-        labels = {name: label for name, label in listed.items() if _is_drawn(name, place)}
+        labels = {name: label for name, label in listed.items() if is_drawn(name, place)}
         if unlisted := sum(name not in labels for name in images):
-            notes.append(f"passed over {_count(unlisted, 'image')} that no metadata lists")
+            notes.append(f"passed over {count_of(unlisted, 'image')} that no metadata lists")
     else:
-        labels = {name: _label_from_place(inside) for name, inside in _without_splits(images, place).items()}
+        labels = {name: _label_from_place(inside) for name, inside in without_splits(images, place).items()}
         _require_words_of_pictures(root, labels)
     # as paths are sorted, by their parts
     order = sorted(labels, key=lambda name: name.replace("/", "\0"))
@@ -186,114 +176,7 @@ def _notes_of_others(others: Mapping[str, int]) -> list[str]:
     ]
     remedy = f"; to have their images drawn from: {'; '.join(remedies)}" if remedies else ""
     number = sum(others.values())
-    return [f"passed over {_count(number, 'file')} not read as images: {counted}{more}{remedy}"]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def _split_of(folder: str, pattern: re.Pattern[str] = SPLIT_FOLDER) -> str | None:
-    """The split that a folder's name stands for."""
-    match = pattern.fullmatch(folder)
-    return next((split for split, words in SPLIT_WORDS.items() if match and match[1].lower() in words), None)
-
-
-def _place_of_splits(root: Path, found: _Found) -> tuple[int | None, list[str]]:
-    """(at which place of a path its split's folder stands, a line on what is left out); (None, no line) without splits.
-
-    They stand first, or below the classes' folders. Raises ValueError where folders could be splits or classes, and
-    where none is the one to train on.
-    """
-    is_listed = any("/" not in name for name in found.metadata)
-    names = found.images if is_listed else [*found.images, *found.metadata]
-    for place in (0, 1):
-        folders = Counter(parts[place] if len(parts := name.split("/")) > place + 1 else "" for name in names)
-        splits = {folder: split for folder in folders if (split := _split_of(folder))}
-        if len(splits) < len(folders):
-            # metadata of the whole folder says itself what is drawn from
-            if not is_listed:
-                _require_classes(root, folders, names, place)
-        elif splits:
-            if place == 1 and len({name.split("/")[0] for name in names}) == 1:
-                inner = root / names[0].split("/")[0]
-                raise ValueError(f"data folder {root} has its splits below {inner}; pass --data_root {inner}")
-            return place, _require_train(root, folders, splits)
-    return None, []
-
-
-def _require_classes(root: Path, folders: Mapping[str, int], names: Sequence[str], place: int) -> None:
-    """Raises ValueError if some of these folders are surely splits, unless it is "train" among classes, as a car.
-
-    folders: those at one place of all paths, "" for no folder there.
-    """
-    splits = _sure_splits(folders)
-    rest = sorted(folders.keys() - splits.keys())
-    if place > 0 and len(set(splits.values())) < 2:
-        # a class's images are in folders of whatever names
-        return
-    has_files_alone = all(name.count("/") == 1 for name in names if name.split("/")[0] in splits)
-    is_vehicle = all(folder.lower() == "train" for folder in splits) and has_files_alone
-    if not splits or (is_vehicle and len(rest) > 1 and "" not in rest):
-        return
-    beside = ", ".join(f"{folder}/" if folder else "files" for folder in rest[:MAX_NAMED])
-    raise ValueError(
-        f"data folder {root} has {_shown(splits)} beside {printable(beside)}: if those are splits, pass a folder that "
-        "holds the one to draw from alone as --data_root; if they are classes, rename them or write a metadata.csv"
-    )
-
-
-def _sure_splits(folders: Iterable[str]) -> dict[str, str]:
-    """The splits among folders of other kinds: by their names alone, and where names differ in the split's word alone.
-
-    >>> _sure_splits(["seg_train", "seg_test", "seg_pred", "train station"])
-    {'seg_train': 'train', 'seg_test': 'test'}
-    """
-    alike: dict[str, dict[str, str]] = {}
-    for folder in folders:
-        match, split = SPLIT_FOLDER.fullmatch(folder), _split_of(folder)
-        if match and split:
-            alike.setdefault(f"{folder[: match.start(1)]}/{folder[match.end(1) :]}", {})[folder] = split
-    several = [splits for splits in alike.values() if len(set(splits.values())) > 1]
-    sure = {folder: split for folder in folders if (split := _split_of(folder, SURE_SPLIT_FOLDER))}
-    return sure | {folder: split for splits in several for folder, split in splits.items()}
-
-
-def _require_train(root: Path, folders: Mapping[str, int], splits: Mapping[str, str]) -> list[str]:
-    """A line on what is left out, if anything is. Raises ValueError without a split to train on."""
-    if "train" not in splits.values():
-        raise ValueError(
-            f"data folder {root} has {_shown(splits)} and no train/; pass the split to draw from, as "
-            f"--data_root {root / min(splits)}"
-        )
-    left_out = [folder for folder in sorted(splits) if splits[folder] != "train"]
-    counted = ", ".join(f"{printable(folder)}/ ({_count(folders[folder], 'file')})" for folder in left_out)
-    return [f"left out, as the split train is drawn from: {counted}"] if counted else []
-
-
-def _shown(splits: Mapping[str, str]) -> str:
-    return ", ".join(f"{printable(folder)}/" for folder in sorted(splits)[:MAX_NAMED])
-
-
-def _is_drawn(name: str, place: int | None) -> bool:
-    """Whether a path is no split's, or the split's that is trained on."""
-    if place is None:
-        return True
-    parts = name.split("/")
-    return len(parts) <= place + 1 or _split_of(parts[place]) == "train"
-
-
-def _without_splits(names: Sequence[str], place: int | None) -> dict[str, str]:
-    """Each path without its split's folder; an archive's split may hold a folder of its own name alone."""
-    inside = {name: name if place is None else "/".join(_but(name.split("/"), place)) for name in names}
-    is_doubled = place == 0 and all(
-        "/" in rest and rest.split("/")[0] == name.split("/")[0] for name, rest in inside.items()
-    )
-    return {name: rest.partition("/")[2] for name, rest in inside.items()} if is_doubled else inside
-
-
-def _but(parts: Sequence[str], place: int) -> list[str]:
-    return [*parts[:place], *parts[place + 1 :]]
+    return [f"passed over {count_of(number, 'file')} not read as images: {counted}{more}{remedy}"]
 
 
 def _label_from_place(name: str) -> str:
@@ -305,7 +188,7 @@ def _label_from_place(name: str) -> str:
 
 def _require_words_of_pictures(root: Path, labels: Mapping[str, str]) -> None:
     """Raises ValueError for files that are named after their splits, as train_0.png, and not after what they show."""
-    splits = {_split_of(label) for label in set(labels.values())}
+    splits = {split_of(label) for label in set(labels.values())}
     if None not in splits and len(splits) > 1:
         raise ValueError(
             f"data folder {root} has files named after splits, as {printable(min(labels))}; move those of each split "
@@ -335,7 +218,7 @@ def _labels_by_metadata(root: Path, metadata: Sequence[str], images: Sequence[st
             labels[path] = label
     if outside := [name for name in images if not name.startswith(prefixes)]:
         raise ValueError(
-            f"{root / metadata[0]} says what images show, but {_count(len(outside), 'image')} elsewhere are in none, "
+            f"{root / metadata[0]} says what images show, but {count_of(len(outside), 'image')} elsewhere are in none, "
             f"{printable(outside[0])} first; write one {METADATA_NAMES[0]} in {root} that lists all of them"
         )
     return labels

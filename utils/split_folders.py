@@ -1,0 +1,132 @@
+"""Folders of splits: which of a folder's names stand for train, validation and test, and what is drawn from then.
+
+Owns the words, those of ImageFolder in Hugging Face's datasets, and the refusal of what could be splits or classes. Paths
+are texts, from the data folder on; a place is where among a path's parts its split's folder stands.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from utils.plain_text import printable
+
+# The words by which ImageFolder knows a split's folder, alone or with more beside them after a number, dot or dash.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_WORD = "|".join(word for words in SPLIT_WORDS.values() for word in words)
+SPLIT_FOLDER = re.compile(rf"(?:.*[-._ 0-9])?({_WORD})(?:[-._ 0-9].*)?", re.IGNORECASE)
+# What is a split's folder also beside others: "train station" names a class.
+_FILLER = "(?:images?|imgs?|data|dataset|set|split)"
+SURE_SPLIT_FOLDER = re.compile(rf"(?:{_FILLER}[-._ ])?({_WORD})[-._ ]?{_FILLER}?[-._ 0-9]*", re.IGNORECASE)
+MAX_NAMED = 5
+
+
+def place_of_splits(root: Path, images: Sequence[str], metadata: Sequence[str]) -> tuple[int | None, list[str]]:
+    """(at which place of a path its split's folder stands, a line on what is left out); (None, no line) without splits.
+
+    They stand first, or below the classes' folders. Raises ValueError where folders could be splits or classes, and
+    where none is the one to train on.
+    """
+    is_listed = any("/" not in name for name in metadata)
+    names = images if is_listed else [*images, *metadata]
+    for place in (0, 1):
+        folders = Counter(parts[place] if len(parts := name.split("/")) > place + 1 else "" for name in names)
+        splits = {folder: split for folder in folders if (split := split_of(folder))}
+        if len(splits) < len(folders):
+            # metadata of the whole folder says itself what is drawn from
+            if not is_listed:
+                _require_classes(root, folders, names, place)
+        elif splits:
+            if place == 1 and len({name.split("/")[0] for name in names}) == 1:
+                inner = root / names[0].split("/")[0]
+                raise ValueError(f"data folder {root} has its splits below {inner}; pass --data_root {inner}")
+            return place, _require_train(root, folders, splits)
+    return None, []
+
+
+def is_drawn(name: str, place: int | None) -> bool:
+    """Whether a path is no split's, or the split's that is trained on."""
+    if place is None:
+        return True
+    parts = name.split("/")
+    return len(parts) <= place + 1 or split_of(parts[place]) == "train"
+
+
+def without_splits(names: Sequence[str], place: int | None) -> dict[str, str]:
+    """Each path without its split's folder; an archive's split may hold a folder of its own name alone."""
+    inside = {name: name if place is None else "/".join(_but(name.split("/"), place)) for name in names}
+    is_doubled = place == 0 and all(
+        "/" in rest and rest.split("/")[0] == name.split("/")[0] for name, rest in inside.items()
+    )
+    return {name: rest.partition("/")[2] for name, rest in inside.items()} if is_doubled else inside
+
+
+def split_of(folder: str, pattern: re.Pattern[str] = SPLIT_FOLDER) -> str | None:
+    """The split that a folder's name stands for."""
+    match = pattern.fullmatch(folder)
+    return next((split for split, words in SPLIT_WORDS.items() if match and match[1].lower() in words), None)
+
+
+def _require_classes(root: Path, folders: Mapping[str, int], names: Sequence[str], place: int) -> None:
+    """Raises ValueError if some of these folders are surely splits, unless it is "train" among classes, as a car.
+
+    folders: those at one place of all paths, "" for no folder there.
+    """
+    splits = _sure_splits(folders)
+    rest = sorted(folders.keys() - splits.keys())
+    if place > 0 and len(set(splits.values())) < 2:
+        # a class's images are in folders of whatever names
+        return
+    has_files_alone = all(name.count("/") == 1 for name in names if name.split("/")[0] in splits)
+    is_vehicle = all(folder.lower() == "train" for folder in splits) and has_files_alone
+    if not splits or (is_vehicle and len(rest) > 1 and "" not in rest):
+        return
+    beside = ", ".join(f"{folder}/" if folder else "files" for folder in rest[:MAX_NAMED])
+    raise ValueError(
+        f"data folder {root} has {_shown(splits)} beside {printable(beside)}: if those are splits, pass a folder that "
+        "holds the one to draw from alone as --data_root; if they are classes, rename them or write a metadata.csv"
+    )
+
+
+def _sure_splits(folders: Iterable[str]) -> dict[str, str]:
+    """The splits among folders of other kinds: by their names alone, and where names differ in the split's word alone.
+
+    >>> _sure_splits(["seg_train", "seg_test", "seg_pred", "train station"])
+    {'seg_train': 'train', 'seg_test': 'test'}
+    """
+    alike: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        match, split = SPLIT_FOLDER.fullmatch(folder), split_of(folder)
+        if match and split:
+            alike.setdefault(f"{folder[: match.start(1)]}/{folder[match.end(1) :]}", {})[folder] = split
+    several = [splits for splits in alike.values() if len(set(splits.values())) > 1]
+    sure = {folder: split for folder in folders if (split := split_of(folder, SURE_SPLIT_FOLDER))}
+    return sure | {folder: split for splits in several for folder, split in splits.items()}
+
+
+def _require_train(root: Path, folders: Mapping[str, int], splits: Mapping[str, str]) -> list[str]:
+    """A line on what is left out, if anything is. Raises ValueError without a split to train on."""
+    if "train" not in splits.values():
+        raise ValueError(
+            f"data folder {root} has {_shown(splits)} and no train/; pass the split to draw from, as "
+            f"--data_root {root / min(splits)}"
+        )
+    left_out = [folder for folder in sorted(splits) if splits[folder] != "train"]
+    counted = ", ".join(f"{printable(folder)}/ ({count_of(folders[folder], 'file')})" for folder in left_out)
+    return [f"left out, as the split train is drawn from: {counted}"] if counted else []
+
+
+def _shown(splits: Mapping[str, str]) -> str:
+    return ", ".join(f"{printable(folder)}/" for folder in sorted(splits)[:MAX_NAMED])
+
+
+def _but(parts: Sequence[str], place: int) -> list[str]:
+    return [*parts[:place], *parts[place + 1 :]]
+
+
+def count_of(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
