@@ -17,6 +17,7 @@ from evaluate_options import EvaluateOptions, parse_evaluate_options, resolve_ev
 from flags import TOY_MODEL_ID, UsageError, add_switch, as_flag_value, make_parser, parse_flags
 from preflight import require_model
 from utils.images import list_labelled_images
+from utils.plain_text import printable, printable_lines
 
 MAX_IMAGES = 32
 # of the flags that evaluate.py has too; those that are not given are the run's
@@ -42,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_setup.problem_of_models(options.model_id, revision=options.revision)
     model_setup.say_what_the_toy_has_not_seen(options, question.images)
     text = model_setup.answer_once(options, as_episode(options, question), temperature)
-    print("\n".join(f"{index}: {path}" for index, path in enumerate(question.images)))
-    print(f"{question.instruction}\n{text}\n{describe_answer(options, question, text)}")
+    print("\n".join(f"{index}: {printable(path)}" for index, path in enumerate(question.images)))
+    print(f"{printable(question.instruction)}\n{printable_lines(text)}\n{describe_answer(options, question, text)}")
 
 
 def build_ask_parser() -> argparse.ArgumentParser:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.plain_text import printable
+
 LINES_PER_COUNT = 10
 FIGURES = (
     ("reward", "reward {:.2f}"),
@@ -89,7 +91,7 @@ class _CountLines:
         if LINES_PER_COUNT * self._done // self.total > tenths_before:
             left_s = (time.monotonic() - self._start_s) / self._done * (self.total - self._done)
             print(
-                f"{self.title}: {self._done:,} of {self.total:,} {self.unit}s, {duration(left_s)} left",
+                f"{printable(self.title)}: {self._done:,} of {self.total:,} {self.unit}s, {duration(left_s)} left",
                 file=sys.stderr,
                 flush=True,
             )

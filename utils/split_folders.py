@@ -1,7 +1,7 @@
 """Folders of splits: which of a folder's names stand for train, validation and test, and what is drawn from then.
 
-Owns the words, those of ImageFolder in Hugging Face's datasets, and the refusal of what could be splits or classes. Paths
-are texts, from the data folder on; a place is where among a path's parts its split's folder stands.
+Owns the words, those of Hugging Face's ImageFolder, and the refusal of what could be splits or classes. Paths are
+texts, from the data folder on; a place is where among a path's parts its split's folder stands.
 """
 
 import re
