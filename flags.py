@@ -267,16 +267,20 @@ def _index_or_none(text: str) -> int | None:
 
 
 def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    for word in argv:
-        if len(word) > MAX_VALUE_LENGTH:
-            raise UsageError(
-                f"{word[:20]}... has {len(word):,} characters, but wanted at most {MAX_VALUE_LENGTH:,}; shorten it"
-            )
+    _refuse_long_words(argv)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UsageError(f"unknown flag {flag}{_nearest(flag, [f'--{name}' for name in vars(namespace)])}; see --help")
     return namespace
+
+
+def _refuse_long_words(argv: Sequence[str]) -> None:
+    for word in argv:
+        if len(word) > MAX_VALUE_LENGTH:
+            raise UsageError(
+                f"{word[:20]}... has {len(word):,} characters, but wanted at most {MAX_VALUE_LENGTH:,}; shorten it"
+            )
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -310,6 +314,7 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         if value is not None or key == "fixed_correct_index":
             flags.append(f"--{key}={as_flag_value(value)}")
     try:
+        _refuse_long_words(flags)
         parser.parse_args(flags)
     except UsageError as error:
         raise UsageError(f"config file {path}: {error}") from error
