@@ -29,7 +29,13 @@ from evaluation import EvaluationPlan, with_baseline
 from flags import UsageError
 from held_out import make_plan
 from image_check import Findings, RunData, find_bad_images, images_of
-from preflight import make_environment, require_consistent_launch, require_model, require_packages
+from preflight import (
+    make_environment,
+    require_consistent_launch,
+    require_model,
+    require_packages,
+    try_own_environment,
+)
 
 logger = logging.getLogger("fleet")
 
@@ -75,7 +81,9 @@ def check_before_loading(options: EvaluateOptions) -> Findings:
     if options.baseline is not None:
         require_model(options.baseline, "baseline")
     require_output(options)
-    return find_bad_images(make_environment(options, seed=options.eval_seed), options, os.environ)
+    findings = find_bad_images(make_environment(options, seed=options.eval_seed), options, os.environ)
+    try_own_environment(options, findings.env, options.eval_seed)
+    return findings
 
 
 def plan_evaluation(options: EvaluateOptions, data: RunData) -> EvaluationPlan:

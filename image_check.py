@@ -146,12 +146,18 @@ def without_images(env: EpisodeSource, names: Collection[str], options: SharedOp
             "the environment without them, or replace the images"
         )
     try:
-        return narrow(paths)
+        narrowed = narrow(paths)
     except ValueError as error:
         raise UsageError(str(error)) from error
     except Exception as error:
         # an environment file is the user's code and may raise anything
         raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
+    if not callable(getattr(narrowed, "episode", None)):
+        raise UsageError(
+            f"env={options.env}: its method without_images(paths) returned a {type(narrowed).__name__}, but wanted the "
+            "environment without them; return a copy"
+        )
+    return narrowed
 
 
 def image_name(path: str | Path, data_root: str | Path) -> str:

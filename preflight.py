@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
+from episodes import BrokenEpisode, checked_episode
 from flags import TOY_MODEL_ID, UsageError
 from idle_flags import idle_flags
 from image_check import Findings, RunData, find_bad_images, without_images
 from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_whole_folder
 from options import Options, SharedOptions
+from own_environment import accepted_arguments, require_methods, require_pure, require_usable
 from reward_function import load_reward_function
 from run_files import CONFIG_NAME, FINAL_NAME
+from utils.images import BadImage
 
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -50,7 +53,9 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_adapter_flags(options)
     require_output_dir(options)
     own_reward_function(options)
-    return find_bad_images(make_environment(options), options, launch_variables)
+    findings = find_bad_images(make_environment(options), options, launch_variables)
+    try_own_environment(options, findings.env, options.seed)
+    return findings
 
 
 def require_packages(options: SharedOptions) -> None:
@@ -286,23 +291,53 @@ def make_environment(
     seed: of its episodes; by default the options' own. prompts_reasoning: whether its prompts ask for reasoning before
     the call; by default as the answers are judged. skipped_images: the names of those that it must do without.
     """
-    try:
-        env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
-        env = env_class(
-            data_root=options.data_root,
-            candidates_per_episode=options.candidates_per_episode,
-            fixed_correct_index=options.fixed_correct_index,
-            seed=options.seed if seed is None else seed,
-            allow_reasoning=options.allow_reasoning if prompts_reasoning is None else prompts_reasoning,
-        )
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-    except Exception as error:
-        # an environment file is the user's code and may raise anything
-        raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
+    seed = options.seed if seed is None else seed
+    reasons = options.allow_reasoning if prompts_reasoning is None else prompts_reasoning
+    env = _construct_environment(options, seed, reasons)
     if options.env:
         require_sound_episode(env, options.env)
     return without_images(env, skipped_images, options)
+
+
+def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning: bool) -> EpisodeSource:
+    named = f"env={options.env}"
+    arguments = {
+        "data_root": options.data_root,
+        "candidates_per_episode": options.candidates_per_episode,
+        "fixed_correct_index": options.fixed_correct_index,
+        "seed": seed,
+        "allow_reasoning": prompts_reasoning,
+    }
+    try:
+        env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        return env_class(**accepted_arguments(env_class, arguments))
+    except (ValueError, OSError) as error:
+        words = " ".join(str(error).split())
+        raise UsageError(f"{named}: {words}" if options.env else words) from error
+    # an environment file is the user's code, may raise anything, and may leave by sys.exit
+    except (Exception, SystemExit) as error:
+        words = " ".join(str(error).split())
+        raise UsageError(f"{named} failed with {type(error).__name__}: {words}; correct it") from error
+
+
+def try_own_environment(options: SharedOptions, env: EpisodeSource, seed: int) -> None:
+    """Raises UsageError unless a user's environment gives the same sound episodes however it is asked.
+
+    seed: with which it was made. Does nothing for PickImageEnv itself.
+    """
+    if options.env is None:
+        return
+    try:
+        require_pure(env, _construct_environment(options, seed, options.allow_reasoning))
+        require_usable(env, options.image_max_pixels)
+    except BrokenEpisode as error:
+        raise UsageError(f"env={options.env}: {error}") from error
+    except (BadImage, OSError) as error:
+        if options.bad_images == "stop":
+            raise UsageError(f"env={options.env}: {error}") from error
 
 
 def own_reward_function(options: Options) -> Callable[..., Any] | None:
@@ -316,15 +351,11 @@ def own_reward_function(options: Options) -> Callable[..., Any] | None:
 
 
 def require_sound_episode(env: EpisodeSource, spec: str) -> None:
-    """Raises UsageError unless the environment of a user draws an episode whose messages place each image once."""
+    """Raises UsageError unless the environment of a user has the two methods and draws an episode that is sound."""
     try:
-        episode = env.episode(0)
-        parts = [part for message in env.prompt_messages(episode) for part in message["content"]]
-        num_placeholders = sum(part["type"] == "image" for part in parts)
-    except Exception as error:
+        require_methods(env)
+        checked_episode(env, 0)
+    except BrokenEpisode as error:
+        raise UsageError(f"env={spec}: {error}") from error
+    except (BadImage, OSError) as error:
         raise UsageError(f"env={spec}: episode 0 failed with {type(error).__name__}: {error}; correct it") from error
-    if num_placeholders != len(episode.images):
-        raise UsageError(
-            f"env={spec}: episode 0 has {len(episode.images)} images and {num_placeholders} image placeholders in its "
-            "messages; give each image one"
-        )
