@@ -153,7 +153,7 @@ def _settle(episode: Episode) -> Episode:
 def _items(value: Any, field: str) -> Iterable[Any]:
     """The entries of a list, a tuple, an array or a generator."""
     if isinstance(value, (str, bytes, Mapping, Image.Image)) or not isinstance(value, Iterable):
-        raise BrokenEpisode(f"{field} is {_shown(value)}, but wanted a tuple; write ({field}, ...)")
+        raise BrokenEpisode(f"{field} is {_shown(value)}, but wanted a list or a tuple; put its entries into one")
     return value
 
 
@@ -205,7 +205,9 @@ def _image(image: Any, place: int) -> ImageSource:
 
 
 def _sound_messages(messages: Any, num_images: int) -> tuple[Message, ...]:
-    sound = tuple(_message(message, place) for place, message in enumerate(_items(messages, "what it returned")))
+    sound = tuple(
+        _message(message, place) for place, message in enumerate(_items(messages, "what prompt_messages() returned"))
+    )
     num_placeholders = sum(part["type"] == "image" for message in sound for part in message["content"])
     if num_placeholders != num_images:
         raise BrokenEpisode(

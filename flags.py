@@ -6,6 +6,7 @@ evaluation asks in evaluate_options.py; options.py resolves and checks what was 
 
 import argparse
 import difflib
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ TOY_MODEL_ID = "toy"
 MAX_VALUE_LENGTH = 4096  # Linux takes no longer path
 MAX_HELP_WIDTH = 110
 MAX_REASON_LENGTH = 300
+# Flags that name a file or a folder of the user's own.
+PATH_FLAGS = ("data_root", "env", "reward")
 
 
 class UsageError(ValueError):
@@ -217,6 +220,15 @@ def add_switch(add: Callable[..., Any], flag: str, default: bool, meaning: str) 
     """A flag that is true or false, and true if given without a value."""
     text = f"{meaning} (default: {str(default).lower()})"
     add(flag, type=true_or_false, nargs="?", const=True, default=default, metavar="true|false", help=text)
+
+
+def as_seen_from(directory: str, value: str) -> str:
+    """The absolute path of a flag that names a file or folder from `directory`, with any `:name` behind it.
+
+    >>> as_seen_from("/work", "mine/my_env.py:MyEnv")
+    '/work/mine/my_env.py:MyEnv'
+    """
+    return os.path.normpath(os.path.join(directory, value))
 
 
 def true_or_false(text: str) -> bool:

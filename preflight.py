@@ -15,7 +15,7 @@ from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from episodes import BrokenEpisode, checked_episode
-from flags import TOY_MODEL_ID, UsageError
+from flags import PATH_FLAGS, TOY_MODEL_ID, UsageError, as_seen_from
 from idle_flags import idle_flags
 from image_check import Findings, RunData, find_bad_images, without_images
 from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_whole_folder
@@ -247,7 +247,7 @@ def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, 
     changed = [
         f"{name} (was {before[name]}, now {now[name]})"
         for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
-        if before[name] != now[name]
+        if before[name] != now[name] and not _is_same_path(name, before[name], now[name], recorded.get("directory"))
     ]
     if changed:
         raise UsageError(
@@ -265,6 +265,13 @@ def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, 
             f"resume: the run in {folder} had {num_before} processes, and now there are {num_now}, which would deal "
             f"its episodes differently; start {num_before}"
         )
+
+
+def _is_same_path(name: str, before: Any, now: Any, directory: str | None) -> bool:
+    """Whether two values of a flag name one file, `before` from the directory that the run was started in."""
+    if name not in PATH_FLAGS or directory is None or not isinstance(before, str) or not isinstance(now, str):
+        return False
+    return as_seen_from(directory, before) == as_seen_from(os.getcwd(), now)
 
 
 def require_same_images(recorded: Mapping[str, Any], data: RunData) -> None:
@@ -316,7 +323,9 @@ def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning:
         return env_class(**accepted_arguments(env_class, arguments))
     except (ValueError, OSError) as error:
         words = " ".join(str(error).split())
-        raise UsageError(f"{named}: {words}" if options.env else words) from error
+        raise UsageError(
+            f"{named}: {words} (its constructor's {type(error).__name__})" if options.env else words
+        ) from error
     # an environment file is the user's code, may raise anything, and may leave by sys.exit
     except (Exception, SystemExit) as error:
         words = " ".join(str(error).split())

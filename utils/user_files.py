@@ -22,6 +22,8 @@ logger = logging.getLogger("fleet")
 FLEET_ROOT = Path(__file__).resolve().parent.parent
 
 _said: set[str] = set()
+# files whose module gave its name to one beside another user file
+_set_aside: set[Path] = set()
 
 
 class _Beside:
@@ -92,14 +94,19 @@ def import_remedy(error: BaseException, path: Path) -> str | None:
     return None if beside is None else f"{name} is {_origin_in_words(name)}, not {beside}; rename that one"
 
 
-def files_beside(spec: str) -> dict[str, Path]:
-    """The files beside the one in `spec` that this process has imported: absolute paths by their place in the folder.
+def folder_of(spec: str) -> Path:
+    """The absolute folder of the file in `spec`."""
+    return Path(spec.rpartition(":")[0]).resolve().parent
+
+
+def files_beside(spec: str) -> list[str]:
+    """The files beside the one in `spec` that this process has imported, by their places in its folder.
 
     A file in Fleet's own folder has none, as config.json names the commit of what lies there.
     """
-    folder = Path(spec.rpartition(":")[0]).resolve().parent
-    files = {} if folder == FLEET_ROOT else _imported_from(folder)
-    return {file.relative_to(folder).as_posix(): file for file in files.values()}
+    folder = folder_of(spec)
+    files = set() if folder == FLEET_ROOT else {*_imported_from(folder).values(), *_set_aside}
+    return sorted(file.relative_to(folder).as_posix() for file in files if file.is_relative_to(folder))
 
 
 def _imported_from(folder: Path) -> dict[str, Path]:
@@ -119,8 +126,9 @@ def _look_beside(folder: Path) -> None:
         return
     others = [other for other in _beside.folders if other != folder]
     # a name that two such folders have stands for the file in the folder of whoever imports it
-    for name in [name for other in others for name in _imported_from(other)]:
+    for name, file in [item for other in others for item in _imported_from(other).items()]:
         if _file_beside(name.partition(".")[0], folder):
+            _set_aside.add(file)
             sys.modules.pop(name, None)
     _beside.folders = [folder, *others]
     if _beside not in sys.meta_path:
