@@ -25,6 +25,7 @@ Item = TypeVar("Item")
 __all__ = [
     "Episode", "EpisodeSource", "ImageSource", "Judgement", "Message", "Outcome", "ParseStatus", "PickImageEnv",
     "judge", "load_environment_class", "sample_distinct",
+    "system_text",
 ]  # fmt: skip
 
 TOOL_NAME = "pick_image"
@@ -209,7 +210,7 @@ def pick_image_messages(num_images: int, instruction: str, *, allow_reasoning: b
         content += [{"type": "text", "text": f"Image {index}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
     content.append({"type": "text", "text": f"{instruction} The index is from 0 to {num_images - 1}."})
     return [
-        {"role": "system", "content": [{"type": "text", "text": _system_text(allow_reasoning)}]},
+        {"role": "system", "content": [{"type": "text", "text": system_text(allow_reasoning)}]},
         {"role": "user", "content": content},
     ]
 
@@ -232,7 +233,11 @@ def load_environment_class(spec: str) -> type:
 
 
 @lru_cache
-def _system_text(allow_reasoning: bool) -> str:
+def system_text(allow_reasoning: bool = False) -> str:
+    """What a system message says of the tool: its schema, and the form of a call.
+
+    allow_reasoning: whether text before the call is asked for, as --allow_reasoning then accepts it.
+    """
     if allow_reasoning:
         rule = "Think first if it helps, then end your reply with exactly one call, in this form:"
     else:

@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, filled = resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     models = [model for model in (options.model_id, options.baseline) if model is not None]
     problem = problem or model_setup.problem_of_models(*models, revision=options.revision)
+    problem = problem or model_setup.problem_of_prompts(options, findings)
     accelerator = evaluate_setup.start(options, problem)
     assert findings is not None, "a process that has found nothing has a problem, which start() raises"
     data = model_setup.agree_on_data(options, findings)

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_same_run_on_resume(options)
     logger.info(run_setup.describe_run(options, filled))
     problem = problem or model_setup.problem_of_models(options.model_id, revision=options.revision)
+    problem = problem or model_setup.problem_of_prompts(options, findings)
     args = run_setup.start_distributed(options, problem)
     assert findings is not None, "a process that has found nothing has a problem, which start_distributed raises"
     data = model_setup.agree_on_data(options, findings)
