@@ -38,12 +38,12 @@ class MostDotsEnv:
         )
 
     def prompt_messages(self, episode: Episode) -> list[dict]:
-        """What the model reads: the tool, one placeholder a picture, and the question."""
-        pictures = [{"type": "image"} for _ in episode.images]
-        return [
-            {"role": "system", "content": system_text()},
-            {"role": "user", "content": [*pictures, {"type": "text", "text": "Pick the picture with the most dots."}]},
-        ]
+        """What the model reads: the tool, one placeholder a picture behind its number, and the question."""
+        content: list[str | dict] = []
+        for place in range(len(episode.images)):
+            content += [f"Image {place}: ", {"type": "image"}, "\n"]
+        content.append(f"Pick the image with the most dots. The index is from 0 to {len(episode.images) - 1}.")
+        return [{"role": "system", "content": system_text()}, {"role": "user", "content": content}]
 
 
 def draw_dots(count: int, rng: random.Random) -> Image.Image:

@@ -9,6 +9,7 @@ modules, the standard library and installed packages win over a file of the same
 import ast
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -113,9 +114,9 @@ def _imported_from(folder: Path) -> dict[str, Path]:
     """The files of the modules that were imported from a folder, by the modules' names."""
     files = {}
     for name, module in sorted(sys.modules.items()):
-        origin = getattr(module, "__file__", None)
-        stem = folder.joinpath(*name.split("."))
-        if origin is not None and Path(origin) in (stem.parent / f"{stem.name}.py", stem / "__init__.py"):
+        origin = getattr(module, "__file__", None) or ""
+        stem = os.path.join(folder, *name.split("."))
+        if origin in (f"{stem}.py", os.path.join(stem, "__init__.py")):
             files[name] = Path(origin)
     return files
 
