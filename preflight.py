@@ -323,9 +323,8 @@ def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning:
         return env_class(**accepted_arguments(env_class, arguments))
     except (ValueError, OSError) as error:
         words = " ".join(str(error).split())
-        raise UsageError(
-            f"{named}: {words} (its constructor's {type(error).__name__})" if options.env else words
-        ) from error
+        own = f"{named}: {words} (its constructor raised {type(error).__name__})"
+        raise UsageError(own if options.env else words) from error
     # an environment file is the user's code, may raise anything, and may leave by sys.exit
     except (Exception, SystemExit) as error:
         words = " ".join(str(error).split())
