@@ -4,9 +4,13 @@ Owns what a class given by --env must be besides what its episodes must be (epis
 and that it is pure. Raises BrokenEpisode; preflight.py names the file and makes a UsageError of it. Imports no torch.
 """
 
+import hashlib
 import inspect
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any
@@ -14,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from controls import with_order_permuted
-from environment import Outcome
+from environment import Outcome, load_environment_class
 from episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode
 from flags import RunStopped
 from rollouts import make_records
@@ -24,6 +28,7 @@ from utils.tool_calls import make_tool_call_str
 
 # The episodes that are tried, and the order in which they are asked for again.
 TRIED, ASKED_AGAIN = (0, 1), (1, 0, 0, 1)
+PROCESS_TIMEOUT_S = 120
 FIELDS = ("images", "correct_index", "labels", "target", "seed", "messages")
 
 
@@ -74,6 +79,43 @@ def require_pure(env: EpisodeSource, another: EpisodeSource) -> None:
     for asked, how in ((env, "asked for again"), (another, "asked of another instance, built alike")):
         for index in ASKED_AGAIN:
             _require_same(index, first[index], checked_episode(asked, index), how)
+
+
+def require_same_in_another_process(env: EpisodeSource, spec: str, arguments: Mapping[str, Any]) -> None:
+    """Raises BrokenEpisode, with the field, if another process with other hashes of text draws other first episodes.
+
+    spec, arguments: with which `env` was made. A process that fails or takes two minutes, as where the environment
+    holds something that one process alone can have, shows nothing and is passed over.
+    """
+    other_hashes = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    try:
+        said = subprocess.run(
+            [sys.executable, __file__, json.dumps([spec, dict(arguments)])],
+            env={**os.environ, "PYTHONHASHSEED": other_hashes},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=PROCESS_TIMEOUT_S,
+        ).stdout
+        digests = json.loads(said.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return
+    for name, digest in _first_digests(env).items():
+        if digests.get(name) != digest:
+            raise BrokenEpisode(
+                f"{name} is another one in another process; derive all randomness from the seed and the index, as "
+                'random.Random(f"{seed}/{index}"), and depend on no hash() of a text and no order of a set'
+            )
+
+
+def _first_digests(env: EpisodeSource) -> dict[str, str]:
+    """A digest of each field of the first episodes, by the words that name it in an error."""
+    episodes = {index: checked_episode(env, index) for index in TRIED}
+    return {
+        f"{field} of episode {index}": hashlib.sha256(repr(_comparable(getattr(episode, field))).encode()).hexdigest()
+        for index, episode in episodes.items()
+        for field in FIELDS
+    }
 
 
 def _require_same(index: int, first: Episode, now: Episode, how: str) -> None:
@@ -127,3 +169,14 @@ def _require_verdicts(index: int, episode: Episode) -> None:
             f"{verdicts[0]} and {verdicts[1]}; leave num_candidates of Episode as it is"
         )
     json.dumps(list(chain(group_lines(records, len(answers), 0), episode.messages)))
+
+
+def main() -> None:
+    """Prints the digests of the first episodes for the process that started this one."""
+    spec, arguments = json.loads(sys.argv[1])
+    env_class = load_environment_class(spec)
+    print(f"\n{json.dumps(_first_digests(env_class(**accepted_arguments(env_class, arguments))))}")
+
+
+if __name__ == "__main__":
+    main()

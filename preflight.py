@@ -20,7 +20,13 @@ from idle_flags import idle_flags
 from image_check import Findings, RunData, find_bad_images, without_images
 from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_whole_folder
 from options import Options, SharedOptions
-from own_environment import accepted_arguments, require_methods, require_pure, require_usable
+from own_environment import (
+    accepted_arguments,
+    require_methods,
+    require_pure,
+    require_same_in_another_process,
+    require_usable,
+)
 from reward_function import load_reward_function
 from run_files import CONFIG_NAME, FINAL_NAME
 from utils.images import BadImage
@@ -306,15 +312,19 @@ def make_environment(
     return without_images(env, skipped_images, options)
 
 
-def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning: bool) -> EpisodeSource:
-    named = f"env={options.env}"
-    arguments = {
+def _environment_arguments(options: SharedOptions, seed: int, prompts_reasoning: bool) -> dict[str, Any]:
+    return {
         "data_root": options.data_root,
         "candidates_per_episode": options.candidates_per_episode,
         "fixed_correct_index": options.fixed_correct_index,
         "seed": seed,
         "allow_reasoning": prompts_reasoning,
     }
+
+
+def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning: bool) -> EpisodeSource:
+    named = f"env={options.env}"
+    arguments = _environment_arguments(options, seed, prompts_reasoning)
     try:
         env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
     except ValueError as error:
@@ -341,6 +351,10 @@ def try_own_environment(options: SharedOptions, env: EpisodeSource, seed: int) -
     try:
         require_pure(env, _construct_environment(options, seed, options.allow_reasoning))
         require_usable(env, options.image_max_pixels)
+        # one process a machine is enough
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            arguments = _environment_arguments(options, seed, options.allow_reasoning)
+            require_same_in_another_process(env, options.env, arguments)
     except BrokenEpisode as error:
         raise UsageError(f"env={options.env}: {error}") from error
     except (BadImage, OSError) as error:

@@ -123,6 +123,9 @@ IMPURE = {
         "    def change(self, index): return {'target': self.kept.setdefault(index, str(self.rng.random()))}",
         ELSEWHERE, "target",
     ),
+    "the beginning of the file": (
+        "START = random.random()\n    def change(self, index): return {'target': str(self.START)}", ELSEWHERE, "target",
+    ),
     "the instance": ("def change(self, index): return {'seed': id(self)}", ELSEWHERE, "seed"),
 }  # fmt: skip
 
@@ -133,6 +136,20 @@ def test_an_episode_that_is_another_one_is_refused_with_its_field(
 ) -> None:
     message = refusal(write_env(tmp_path, body))
     assert f"{how}: its {field} had " in message and "derive all randomness from the seed and the index" in message
+
+
+ELSEWHERE_IN_PROCESSES = {
+    "a hash of text": ("def change(self, index): return {'target': str(hash('a'))}", "target of episode 0"),
+    "the order of a set": (
+        "def change(self, index): return {'labels': list(set('abcdefghijklm'))[:3]}",
+        "labels of episode 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "field"), ELSEWHERE_IN_PROCESSES.values(), ids=ELSEWHERE_IN_PROCESSES.keys())
+def test_an_episode_that_is_another_one_in_another_process_is_refused(body: str, field: str, tmp_path: Path) -> None:
+    assert f"{field} is another one in another process; derive all" in refusal(write_env(tmp_path, body))
 
 
 def test_seeded_randomness_is_pure(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs on an environment of a user's own: one that breaks on the way, one in two files, one that is unreadable."""
+"""Whole runs on environments of a user's own: one that breaks on the way, one in two files, one that is unreadable."""
 
 import json
 from pathlib import Path
