@@ -83,8 +83,7 @@ def check_before_loading(options: EvaluateOptions) -> Findings:
         require_model(options.baseline, "baseline")
     require_output(options)
     findings = find_bad_images(make_environment(options, seed=options.eval_seed), options, os.environ)
-    try_own_environment(options, findings.env, options.eval_seed)
-    return findings
+    return replace(findings, episode_digests=try_own_environment(options, findings.env, options.eval_seed))
 
 
 def plan_evaluation(options: EvaluateOptions, data: RunData) -> EvaluationPlan:

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ class Findings:
     """What one process knows before it hears of others: the environment, and its share of the images.
 
     share: None for an environment that keeps no list of `images` as PickImageEnv does, so that there is none to check.
-    data: what the run draws from, if this is its only process.
+    data: what the run draws from, if this is its only process. episode_digests: of a user's environment, of the fields
+    of its first episodes; empty where one cannot be shown.
     """
 
     env: EpisodeSource
     share: ImageShare | None
     data: "RunData | None" = None
+    episode_digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from command_line import result_or_problem
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import Episode
-from episodes import EpisodeSource
+from episodes import BrokenEpisode, EpisodeSource
 from evaluate_options import run_options
 from flags import TOY_MODEL_ID, AgreedUsageError, UsageError
 from hub_models import require_qwen_on_hub
@@ -28,7 +28,7 @@ from image_check import Findings, RunData, first_difference, listing_of, settle
 from model_files import base_of
 from model_utils import generate_tool_call, load_processor, load_qwen25_vl, require_loadable
 from options import SharedOptions, starts_sighted
-from own_environment import TRIED
+from own_environment import TRIED, require_same_digests
 from toy_model import PLAIN, SIGHTED, build_in_own_process, default_cache_root, folder_name, is_whole
 from toy_pictures import untaught
 from utils.images import BadImage
@@ -79,10 +79,16 @@ def require_agreement(options: SharedOptions, problem: str | None) -> None:
 def agree_on_data(options: SharedOptions, findings: Findings) -> RunData:
     """What the run draws from, the same on every process. Every process takes part.
 
-    Raises UsageError on every process if images are bad and stop the run, or if machines hold different folders.
+    Raises UsageError on every process if images are bad and stop the run, if machines hold different folders, or if the
+    processes draw different episodes.
     """
     if findings.data is not None:
         return findings.data
+    digests = [found for found in gather_object([dict(findings.episode_digests)]) if found]
+    try:
+        require_same_digests(digests)
+    except BrokenEpisode as error:
+        raise AgreedUsageError(f"env={options.env}: {error}") from error
     found = gather_object([findings.share])
     if len({None if share is None else share.names_digest for share in found}) > 1:
         listings = gather_object([listing_of(findings.env, options.data_root)])

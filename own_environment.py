@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -100,22 +101,34 @@ def require_same_in_another_process(env: EpisodeSource, spec: str, arguments: Ma
         digests = json.loads(said.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return
-    for name, digest in _first_digests(env).items():
-        if digests.get(name) != digest:
-            raise BrokenEpisode(
-                f"{name} is another one in another process; derive all randomness from the seed and the index, as "
-                'random.Random(f"{seed}/{index}"), and depend on no hash() of a text and no order of a set'
-            )
+    require_same_digests([first_digests(env), digests])
 
 
-def _first_digests(env: EpisodeSource) -> dict[str, str]:
-    """A digest of each field of the first episodes, by the words that name it in an error."""
-    episodes = {index: checked_episode(env, index) for index in TRIED}
-    return {
-        f"{field} of episode {index}": hashlib.sha256(repr(_comparable(getattr(episode, field))).encode()).hexdigest()
-        for index, episode in episodes.items()
-        for field in FIELDS
-    }
+def require_same_digests(of_processes: Sequence[Mapping[str, str]]) -> None:
+    """Raises BrokenEpisode, with the field, if two processes drew other first episodes."""
+    for digests in of_processes[1:]:
+        for name, digest in of_processes[0].items():
+            if digests.get(name) != digest:
+                raise BrokenEpisode(
+                    f"the {name} is another one in another process; derive all randomness from the seed and the index, "
+                    'as random.Random(f"{seed}/{index}"), and depend on no rank, no hash() of a text, no order of a set'
+                )
+
+
+def first_digests(env: EpisodeSource) -> dict[str, str]:
+    """A digest of each field of the first episodes, by the words that name it in an error.
+
+    A file counts by its name: machines may keep it in different folders.
+    """
+    digests = {}
+    for index in TRIED:
+        episode = checked_episode(env, index)
+        for field in FIELDS:
+            entries = [
+                entry.name if isinstance(entry, Path) else entry for entry in _comparable(getattr(episode, field))
+            ]
+            digests[f"{field} of episode {index}"] = hashlib.sha256(repr(entries).encode()).hexdigest()
+    return digests
 
 
 def _require_same(index: int, first: Episode, now: Episode, how: str) -> None:
@@ -175,7 +188,7 @@ def main() -> None:
     """Prints the digests of the first episodes for the process that started this one."""
     spec, arguments = json.loads(sys.argv[1])
     env_class = load_environment_class(spec)
-    print(f"\n{json.dumps(_first_digests(env_class(**accepted_arguments(env_class, arguments))))}")
+    print(f"\n{json.dumps(first_digests(env_class(**accepted_arguments(env_class, arguments))))}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, req
 from options import Options, SharedOptions
 from own_environment import (
     accepted_arguments,
+    first_digests,
     require_methods,
     require_pure,
     require_same_in_another_process,
@@ -60,8 +61,7 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_output_dir(options)
     own_reward_function(options)
     findings = find_bad_images(make_environment(options), options, launch_variables)
-    try_own_environment(options, findings.env, options.seed)
-    return findings
+    return replace(findings, episode_digests=try_own_environment(options, findings.env, options.seed))
 
 
 def require_packages(options: SharedOptions) -> None:
@@ -341,13 +341,14 @@ def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning:
         raise UsageError(f"{named} failed with {type(error).__name__}: {words}; correct it") from error
 
 
-def try_own_environment(options: SharedOptions, env: EpisodeSource, seed: int) -> None:
-    """Raises UsageError unless a user's environment gives the same sound episodes however it is asked.
+def try_own_environment(options: SharedOptions, env: EpisodeSource, seed: int) -> dict[str, str]:
+    """The digests of its first episodes, once a user's environment gives the same sound ones however it is asked.
 
-    seed: with which it was made. Does nothing for PickImageEnv itself.
+    seed: with which it was made. Empty for PickImageEnv itself, and where an image is bad and skipped. Raises
+    UsageError.
     """
     if options.env is None:
-        return
+        return {}
     try:
         require_pure(env, _construct_environment(options, seed, options.allow_reasoning))
         require_usable(env, options.image_max_pixels)
@@ -355,11 +356,13 @@ def try_own_environment(options: SharedOptions, env: EpisodeSource, seed: int) -
         if os.environ.get("LOCAL_RANK", "0") == "0":
             arguments = _environment_arguments(options, seed, options.allow_reasoning)
             require_same_in_another_process(env, options.env, arguments)
+        return first_digests(env)
     except BrokenEpisode as error:
         raise UsageError(f"env={options.env}: {error}") from error
     except (BadImage, OSError) as error:
         if options.bad_images == "stop":
             raise UsageError(f"env={options.env}: {error}") from error
+        return {}
 
 
 def own_reward_function(options: Options) -> Callable[..., Any] | None:

@@ -149,7 +149,7 @@ ELSEWHERE_IN_PROCESSES = {
 
 @pytest.mark.parametrize(("body", "field"), ELSEWHERE_IN_PROCESSES.values(), ids=ELSEWHERE_IN_PROCESSES.keys())
 def test_an_episode_that_is_another_one_in_another_process_is_refused(body: str, field: str, tmp_path: Path) -> None:
-    assert f"{field} is another one in another process; derive all" in refusal(write_env(tmp_path, body))
+    assert f"the {field} is another one in another process; derive all" in refusal(write_env(tmp_path, body))
 
 
 def test_seeded_randomness_is_pure(tmp_path: Path) -> None:

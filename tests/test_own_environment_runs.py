@@ -12,6 +12,7 @@ from flags import RunStopped, UsageError
 from run_files import read_jsonl
 from tests.helpers import toy_path
 from tests.helpers_env import write_env
+from tests.processes import start_ranks
 
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--save_steps", "1"]
 BREAKS = """
@@ -83,3 +84,37 @@ def test_prompts_that_the_model_cannot_read_are_refused_before_a_weight_loads(
     with pytest.raises(UsageError) as refusal:
         training.main(["--env", env, "--dry_run"])
     assert str(refusal.value).startswith(f"env={env}: ") and "\n" not in str(refusal.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        # of the second step's episodes 4 to 7, the second process has 5 and 7 or 6 and 7
+        ("def change(self, index): return {} if index != 7 else {'labels': None}", 1, "episode 7: labels is None"),
+        (
+            "def change(self, index):\n        import os\n        return {'seed': int(os.environ['RANK'])}",
+            2,
+            "the seed of episode 0 is another one in another process",
+        ),
+    ],
+    ids=["one breaks", "they differ"],
+)
+def test_two_processes_stop_together_for_what_one_of_them_draws(
+    body: str, code: int, words: str, tmp_path: Path
+) -> None:
+    arguments = [
+        *QUICK,
+        "--env",
+        write_env(tmp_path, body),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--train_steps",
+        "3",
+    ]
+    ranks = start_ranks(tmp_path, arguments, 2)
+    assert [rank.wait() for rank in ranks] == [code, code]
+    said = "".join(rank.output for rank in ranks)
+    assert said.count(words) == 1 and "Traceback" not in said
+    assert (tmp_path / "run" / "checkpoint-1").exists() == (code == 1)
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
