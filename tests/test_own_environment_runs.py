@@ -17,7 +17,7 @@ from tests.processes import start_ranks
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--save_steps", "1"]
 BREAKS = """
     def change(self, index):
-        return {} if index < 3 else {"correct_index": 1.5}
+        return {} if index != 2 else {"correct_index": 1.5}
 """
 
 
@@ -26,7 +26,7 @@ def toy() -> None:
     toy_path()
 
 
-@pytest.mark.parametrize("num_workers", ["0", "1"])
+@pytest.mark.parametrize("num_workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_an_episode_that_breaks_on_the_way_stops_the_run_with_all_before_it_kept(
     num_workers: str, tmp_path: Path
 ) -> None:
@@ -35,7 +35,7 @@ def test_an_episode_that_breaks_on_the_way_stops_the_run_with_all_before_it_kept
     with pytest.raises(RunStopped) as stop:
         training.main([*run, "--dataloader_num_workers", num_workers])
     assert str(stop.value) == (
-        "process 0: the environment is broken: episode 3: correct_index is 1.5 (float), but wanted a whole number; "
+        "process 0: the environment is broken: episode 2: correct_index is 1.5 (float), but wanted a whole number; "
         "give an int; the last checkpoint is whole: correct the file of --env and pass --resume"
     )
     assert stop.value.is_of_all and stop.value.exit_code == 1
@@ -46,6 +46,13 @@ def test_an_episode_that_breaks_on_the_way_stops_the_run_with_all_before_it_kept
         write_env(tmp_path, "# mended")
         training.main([*run, "--resume"])
         assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_run_that_draws_more_episodes_than_there_are_is_refused(tmp_path: Path) -> None:
+    env = write_env(tmp_path, "def change(self, index): return {'seed': range(5)[index]}")
+    training.main([*QUICK, "--env", env, "--train_steps", "2", "--dry_run"])
+    with pytest.raises(UsageError, match="of which the run draws 6 episodes: episode 5 failed with IndexError: range"):
+        training.main([*QUICK, "--env", env, "--train_steps", "3", "--dry_run"])
 
 
 @pytest.mark.slow
@@ -90,7 +97,7 @@ def test_prompts_that_the_model_cannot_read_are_refused_before_a_weight_loads(
 @pytest.mark.parametrize(
     ("body", "code", "words"),
     [
-        # of the second step's episodes 4 to 7, the second process has 5 and 7 or 6 and 7
+        # one of the second process's in the second step
         ("def change(self, index): return {} if index != 7 else {'labels': None}", 1, "episode 7: labels is None"),
         (
             "def change(self, index):\n        import os\n        return {'seed': int(os.environ['RANK'])}",
