@@ -50,16 +50,18 @@ def test_a_late_import_is_found_too(tmp_path: Path) -> None:
     assert word_of(main)() == "late"
 
 
-def test_two_folders_with_a_file_of_the_same_name_each_find_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", ["common", "common/one", "common/two/one"])
+def test_two_folders_with_a_file_of_the_same_name_each_find_their_own(beside: str, tmp_path: Path) -> None:
+    module = beside.replace("/", ".")
     mains = {
-        folder: write(tmp_path / folder, {"main": "from common import WORD", "common": f"WORD = {folder!r}"})
+        folder: write(tmp_path / folder, {"main": f"from {module} import WORD", beside: f"WORD = {folder!r}"})
         for folder in ("first", "second")
     }
     assert word_of(mains["first"]) == "first"
     assert word_of(mains["second"], "reward") == "second"
     assert word_of(mains["first"]) == "first"
     for main in mains.values():
-        assert files_beside(f"{main}:WORD") == ["common.py"]
+        assert files_beside(f"{main}:WORD") == [f"{beside}.py"]
 
 
 TAKEN = {

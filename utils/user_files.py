@@ -38,9 +38,13 @@ class _Beside:
         for folder in self.folders if path is None else ():
             spec = PathFinder.find_spec(name, [str(folder)])
             # a folder of data, or of a tracker's runs, is no package
-            if spec is not None and (spec.origin is not None or any((folder / name).glob("*.py"))):
+            if spec is not None and (spec.origin is not None or _holds_code(folder / name)):
                 return spec
         return None
+
+
+def _holds_code(folder: Path) -> bool:
+    return any(file for pattern in ("*.py", "*/*.py") for file in folder.glob(pattern))
 
 
 _beside = _Beside()
@@ -106,18 +110,20 @@ def files_beside(spec: str) -> list[str]:
     A file in Fleet's own folder has none, as config.json names the commit of what lies there.
     """
     folder = folder_of(spec)
-    files = set() if folder == FLEET_ROOT else {*_imported_from(folder).values(), *_set_aside}
+    files = set() if folder == FLEET_ROOT else {*_imported_from([folder]).values(), *_set_aside}
     return sorted(file.relative_to(folder).as_posix() for file in files if file.is_relative_to(folder))
 
 
-def _imported_from(folder: Path) -> dict[str, Path]:
-    """The files of the modules that were imported from a folder, by the modules' names."""
+def _imported_from(folders: Sequence[Path]) -> dict[str, Path]:
+    """The files of the modules that were imported from these folders, by the modules' names."""
+    wanted = {str(folder) for folder in folders}
     files = {}
-    for name, module in sorted(sys.modules.items()):
+    for name, module in list(sys.modules.items()):
         origin = getattr(module, "__file__", None) or ""
-        stem = os.path.join(folder, *name.split("."))
-        if origin in (f"{stem}.py", os.path.join(stem, "__init__.py")):
-            files[name] = Path(origin)
+        place = os.sep + name.replace(".", os.sep)
+        for ending in (f"{place}.py", os.path.join(place, "__init__.py")):
+            if origin.endswith(ending) and origin.removesuffix(ending) in wanted:
+                files[name] = Path(origin)
     return files
 
 
@@ -127,10 +133,13 @@ def _look_beside(folder: Path) -> None:
         return
     others = [other for other in _beside.folders if other != folder]
     # a name that two such folders have stands for the file in the folder of whoever imports it
-    for name, file in [item for other in others for item in _imported_from(other).items()]:
-        if _file_beside(name.partition(".")[0], folder):
+    for name, file in _imported_from(others).items():
+        root = name.partition(".")[0]
+        if _file_beside(root, folder) or (folder / root).is_dir():
             _set_aside.add(file)
-            sys.modules.pop(name, None)
+            # a folder without __init__.py is a module without a file, and knows where it was found
+            for parts in range(1 + name.count("."), 0, -1):
+                sys.modules.pop(".".join(name.split(".")[:parts]), None)
     _beside.folders = [folder, *others]
     if _beside not in sys.meta_path:
         sys.meta_path.append(_beside)
