@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from PIL import Image, ImageEnhance
 
-from environment import Episode, EpisodeSource
-from utils.images import open_image
+from episodes import BrokenEpisode, Episode, EpisodeSource, checked_messages
+from flags import RunStopped
+from utils.images import BadImage, open_image
 
 # of each control: what its figure counts, and which figure is good
 CONTROL_MEANINGS = {
@@ -54,7 +55,8 @@ def with_picture_swapped(episode: Episode, index: int, rng: random.Random) -> tu
 def with_order_permuted(env: EpisodeSource, episode: Episode, index: int, rng: random.Random) -> Episode | None:
     """The episode with its candidates in another order, in which `index` shows another picture; messages made anew.
 
-    A policy with a habit stays at `index`, one that looks does not. None if all pictures are the same.
+    A policy with a habit stays at `index`, one that looks does not. None if all pictures are the same. Raises
+    RunStopped if the environment makes no messages of it, as every process does the same.
     """
     others = _different(episode, index)
     if not others:
@@ -64,7 +66,11 @@ def with_order_permuted(env: EpisodeSource, episode: Episode, index: int, rng: r
     rng.shuffle(rest)
     order = [*rest[:index], newcomer, *rest[index:]]
     permuted = _reordered(episode, order)
-    return replace(permuted, messages=tuple(env.prompt_messages(permuted)))
+    try:
+        messages = checked_messages(env, permuted, "an episode in another order")
+    except (BrokenEpisode, BadImage, OSError) as error:
+        raise RunStopped(f"the environment is broken: {error}; correct the file of --env") from error
+    return replace(permuted, messages=messages)
 
 
 def redrawn(picture: Image.Image, rng: random.Random) -> Image.Image:

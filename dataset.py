@@ -11,7 +11,7 @@ import datasets
 import torch
 from PIL import Image
 
-from environment import Episode, EpisodeSource, Message
+from episodes import BrokenEpisode, Episode, EpisodeSource, Message, checked_episode
 from flags import ProcessStopped, RunStopped
 from utils.images import BadImage, image_digest, open_image
 from utils.plain_text import NotPlainText, require_plain_messages
@@ -22,6 +22,7 @@ Row = dict[str, Any]
 # repeats itself gives another one.
 REPLACEMENT_STRIDE = 1_000_000_007
 MAX_REPLACEMENTS = 100
+STAND_IN_SIDE_PX = 56
 
 
 class EpisodeBatch(TypedDict):
@@ -39,6 +40,7 @@ class EpisodeBatch(TypedDict):
     image_digests: list[bytes]  # I, equal for equal pictures
     episodes: list[Episode]  # P
     faults: list[str | None]  # P; why an episode's number shows another one's, None where it does not
+    broken: list[str | None]  # P; why there is no such episode, so that the run stops, None where there is
     images: list[list[Image.Image]]  # P lists of RGB pictures, for vLLM and for reports
     prompts: list[list[Message]]  # P conversations
     group_size: int  # G
@@ -49,6 +51,8 @@ class RepeatableEpisodeDataset:
 
     An episode of which an image has gone bad since it was checked is replaced by number i + k * 1,000,000,007 for the
     first k that is sound, the same one every time; its row says so in `fault`, and `count_faults` decides what follows.
+    Where the environment gives something that is no episode, the row says so in `broken`, and the run stops as it comes
+    to it: until then a worker that reads ahead must not end it, nor one process alone.
     """
 
     def __init__(self, env: EpisodeSource, max_pixels: int | None = None):
@@ -68,12 +72,14 @@ class RepeatableEpisodeDataset:
         fault = None
         for number in range(index, index + (1 + MAX_REPLACEMENTS) * REPLACEMENT_STRIDE, REPLACEMENT_STRIDE):
             try:
-                episode = self.env.episode(number)
+                episode = checked_episode(self.env, number)
                 pictures = [open_image(image, self.max_pixels) for image in episode.images]
             except (BadImage, OSError) as error:
                 fault = fault or f"episode {index}: {error}"
+            except BrokenEpisode as error:
+                return broken_row(index, str(error) if fault is None else f"{fault}; in its place, {error}")
             else:
-                return episode_row(episode, index, self.env.prompt_messages(episode), pictures, fault)
+                return episode_row(episode, index, episode.messages, pictures, fault)
         raise ProcessStopped(
             f"{fault}; {MAX_REPLACEMENTS} other episodes cannot be shown either: is the data folder gone?"
         )
@@ -110,12 +116,13 @@ def episode_row(
     messages: Sequence[Message],
     pictures: list[Image.Image],
     fault: str | None = None,
+    broken: str | None = None,
 ) -> Row:
     """An episode as a row of the data set.
 
     Its columns: `episode_index`; `prompt` (chat messages) and `images` (RGB pictures), which TRL's own trainer reads
     too; `correct_index` and `num_candidates`, which the reward reads; `episode`; `fault`, why it is not the episode of
-    that index, or None.
+    that index, or None; `broken`, why there is none and a stand-in is shown, or None.
     """
     return {
         "episode_index": index,
@@ -125,7 +132,30 @@ def episode_row(
         "num_candidates": episode.num_candidates,
         "episode": episode,
         "fault": fault,
+        "broken": broken,
     }
+
+
+def broken_row(index: int, reason: str) -> Row:
+    """A row in the place of an episode that does not exist; the run stops before anything is generated for it."""
+    picture = Image.new("RGB", (STAND_IN_SIDE_PX, STAND_IN_SIDE_PX))
+    messages: list[Message] = [{"role": "user", "content": [{"type": "image"}]}]
+    episode = Episode((picture,), tuple(messages), 0, ("",), None, 0)
+    return episode_row(episode, index, messages, [picture], broken=reason)
+
+
+def require_episodes(broken_by_rank: Sequence[Sequence[str | None]]) -> None:
+    """Raises RunStopped, the same on every rank, if the environment gave something that is no episode to any.
+
+    broken_by_rank: of each rank's episodes, the reason where one is broken.
+    """
+    for rank, reasons in enumerate(broken_by_rank):
+        for reason in reasons:
+            if reason is not None:
+                raise RunStopped(
+                    f"process {rank}: the environment is broken: {reason}; the last checkpoint is whole: correct the "
+                    "file of --env and pass --resume"
+                )
 
 
 def count_faults(faults_of_ranks: Sequence[Sequence[str | None]], *, skips_bad_images: bool) -> int:
@@ -197,6 +227,7 @@ class VLMDataCollator:
             image_digests=[image_digest(picture) for pictures in images for picture in pictures],
             episodes=[row["episode"] for row in firsts],
             faults=[row["fault"] for row in firsts],
+            broken=[row["broken"] for row in firsts],
             images=images,
             prompts=[row["prompt"] for row in firsts],
             group_size=self.num_rollouts,

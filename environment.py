@@ -1,7 +1,7 @@
 """PickImageEnv: what is asked, and what counts as right.
 
-Owns the episode (images, instruction, correct index) and the judgement of an answer. It turns no answer into a
-training reward (reward.py does), and touches no tensor.
+Owns the draw of an episode and the judgement of an answer; what an Episode may hold is in episodes.py. It turns no
+answer into a training reward (reward.py does), and touches no tensor.
 """
 
 import json
@@ -12,17 +12,21 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from PIL import Image
-
+from episodes import Episode, EpisodeSource, ImageSource, Message
 from utils.image_folders import LabelledImage, list_folder, require_distinct_labels
 from utils.tool_calls import CALL_CLOSE, CALL_OPEN, ParseStatus, parse_tool_call_str
 from utils.user_files import load_user_file
 
-ImageSource = Path | Image.Image
-Message = dict[str, Any]
 Item = TypeVar("Item")
+
+# what a task is made of, for those who write one
+__all__ = [
+    "Episode", "EpisodeSource", "ImageSource", "Judgement", "Message", "Outcome", "ParseStatus", "PickImageEnv",
+    "judge", "load_environment_class", "sample_distinct",
+    "system_text",
+]  # fmt: skip
 
 TOOL_NAME = "pick_image"
 TOOL_SCHEMA = {
@@ -30,34 +34,6 @@ TOOL_SCHEMA = {
     "description": "Pick one of the images shown.",
     "parameters": {"type": "object", "properties": {"index": {"type": "integer"}}, "required": ["index"]},
 }
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One prompt: N candidate images, the chat messages that ask for one of them, and the right answer.
-
-    images: N paths or PIL images, in the order of the image placeholders in `messages`. labels: what each image
-    shows. target: the label asked for, or None if the instruction names none. seed: of the draw, for the record.
-    """
-
-    images: tuple[ImageSource, ...]
-    messages: tuple[Message, ...]
-    correct_index: int
-    labels: tuple[str, ...]
-    target: str | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.correct_index < len(self.images):
-            raise ValueError(
-                f"correct_index={self.correct_index}, but the episode has {len(self.images)} images, numbered from 0; "
-                "correct the environment's episode()"
-            )
-
-    @property
-    def num_candidates(self) -> int:
-        """N, the number of images an index may pick."""
-        return len(self.images)
 
 
 class Outcome(StrEnum):
@@ -94,18 +70,6 @@ def judge(text: str, correct_index: int, num_candidates: int, *, allow_reasoning
     else:
         outcome = Outcome.CORRECT if parsed.index == correct_index else Outcome.WRONG_INDEX
     return Judgement(outcome, parsed.status, parsed.index)
-
-
-class EpisodeSource(Protocol):
-    """What training needs of an environment; PickImageEnv and any class given by `--env` have it."""
-
-    def episode(self, index: int) -> Episode:
-        """Episode `index` (0 or greater): a pure function of the environment's seed and `index`."""
-        ...
-
-    def prompt_messages(self, episode: Episode) -> list[Message]:
-        """The episode's chat messages, with one `{"type": "image"}` placeholder per image."""
-        ...
 
 
 class PickImageEnv:
@@ -250,7 +214,7 @@ def pick_image_messages(num_images: int, instruction: str, *, allow_reasoning: b
         content += [{"type": "text", "text": f"Image {index}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
     content.append({"type": "text", "text": f"{instruction} The index is from 0 to {num_images - 1}."})
     return [
-        {"role": "system", "content": [{"type": "text", "text": _system_text(allow_reasoning)}]},
+        {"role": "system", "content": [{"type": "text", "text": system_text(allow_reasoning)}]},
         {"role": "user", "content": content},
     ]
 
@@ -273,7 +237,11 @@ def load_environment_class(spec: str) -> type:
 
 
 @lru_cache
-def _system_text(allow_reasoning: bool) -> str:
+def system_text(allow_reasoning: bool = False) -> str:
+    """What a system message says of the tool: its schema, and the form of a call.
+
+    allow_reasoning: whether text before the call is asked for, as --allow_reasoning then accepts it.
+    """
     if allow_reasoning:
         rule = "Think first if it helps, then end your reply with exactly one call, in this form:"
     else:

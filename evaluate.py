@@ -29,7 +29,13 @@ from evaluation import EvaluationPlan, with_baseline
 from flags import UsageError
 from held_out import make_plan
 from image_check import Findings, RunData, find_bad_images, images_of
-from preflight import make_environment, require_consistent_launch, require_model, require_packages
+from preflight import (
+    make_environment,
+    require_consistent_launch,
+    require_model,
+    require_packages,
+    try_own_environment,
+)
 
 logger = logging.getLogger("fleet")
 
@@ -48,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, filled = resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     models = [model for model in (options.model_id, options.baseline) if model is not None]
     problem = problem or model_setup.problem_of_models(*models, revision=options.revision)
+    problem = problem or model_setup.problem_of_prompts(options, findings)
     accelerator = evaluate_setup.start(options, problem)
     assert findings is not None, "a process that has found nothing has a problem, which start() raises"
     data = model_setup.agree_on_data(options, findings)
@@ -75,7 +82,8 @@ def check_before_loading(options: EvaluateOptions) -> Findings:
     if options.baseline is not None:
         require_model(options.baseline, "baseline")
     require_output(options)
-    return find_bad_images(make_environment(options, seed=options.eval_seed), options, os.environ)
+    findings = find_bad_images(make_environment(options, seed=options.eval_seed), options, os.environ)
+    return replace(findings, episode_digests=try_own_environment(options, findings.env, options.eval_seed))
 
 
 def plan_evaluation(options: EvaluateOptions, data: RunData) -> EvaluationPlan:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flags import (
+    PATH_FLAGS,
     TOY_MODEL_ID,
     UsageError,
     add_held_out_flags,
@@ -19,6 +20,7 @@ from flags import (
     add_switch,
     add_task_flags,
     as_flag_value,
+    as_seen_from,
     make_parser,
     parse_flags,
     user_path,
@@ -152,9 +154,22 @@ def run_config(model_id: str) -> dict[str, Any]:
 
 
 def run_options(model_id: str) -> dict[str, Any]:
-    """The resolved flags of the run that left this folder; empty for any other model."""
+    """The resolved flags of the run that left this folder; empty for any other model.
+
+    A path that leads nowhere from the folder we are in is taken from the one in which the run was started.
+    """
     known = {field.name for field in fields(Options)}
-    return {name: value for name, value in run_config(model_id).get("options", {}).items() if name in known}
+    config = run_config(model_id)
+    options = {name: value for name, value in config.get("options", {}).items() if name in known}
+    for name in PATH_FLAGS:
+        path = options.get(name)
+        if isinstance(path, str) and "directory" in config and not Path(_without_name(name, path)).exists():
+            options[name] = as_seen_from(config["directory"], path)
+    return options
+
+
+def _without_name(flag: str, path: str) -> str:
+    return path if flag == "data_root" else path.rpartition(":")[0]
 
 
 def require_output(options: EvaluateOptions) -> None:

@@ -19,6 +19,8 @@ TOY_MODEL_ID = "toy"
 MAX_VALUE_LENGTH = 4096  # Linux takes no longer path
 MAX_HELP_WIDTH = 110
 MAX_REASON_LENGTH = 300
+# Flags that name a file or a folder of the user's own.
+PATH_FLAGS = ("data_root", "env", "reward")
 
 
 class UsageError(ValueError):
@@ -242,6 +244,15 @@ def add_switch(add: Callable[..., Any], flag: str, default: bool, meaning: str) 
 def user_path(text: str) -> str:
     """A path, or what may be one, with `~` as the shell would have it: files of settings know no shell."""
     return os.path.expanduser(text)
+
+
+def as_seen_from(directory: str, value: str) -> str:
+    """The absolute path of a flag that names a file or folder from `directory`, with any `:name` behind it.
+
+    >>> as_seen_from("/work", "mine/my_env.py:MyEnv")
+    '/work/mine/my_env.py:MyEnv'
+    """
+    return os.path.normpath(os.path.join(directory, value))
 
 
 def true_or_false(text: str) -> bool:

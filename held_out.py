@@ -7,18 +7,17 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 from itertools import chain
 
 from PIL import Image
 
-from environment import Episode, EpisodeSource
+from episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode, checked_fields
 from evaluation import EvaluationPlan
 from flags import UsageError
 from options import Options, SharedOptions
 from preflight import make_environment
 from step_counts import num_episodes_of_run
-from utils.images import image_digest
+from utils.images import BadImage, image_digest
 
 # Draws per held-out episode before a folder counts as too small to hold anything out.
 MAX_DRAWS_PER_EPISODE = 20
@@ -51,16 +50,17 @@ def make_plan(
         options, seed=options.eval_seed, prompts_reasoning=prompts_reasoning, skipped_images=skipped_images
     )
     drawn = chain.from_iterable(
-        (run_env.episode(index) for index in range(min(num_episodes, MAX_COMPARED_EPISODES)))
+        (checked_fields(run_env, index) for index in range(min(num_episodes, MAX_COMPARED_EPISODES)))
         for run_env, num_episodes in runs
     )
     try:
         episodes, num_passed_over = draw_held_out(env, options.eval_episodes, drawn)
     except TooFewEpisodes as error:
         raise UsageError(f"eval_episodes={options.eval_episodes}: {error}") from error
-    except Exception as error:
-        # an environment file is the user's code and may raise anything
-        raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
+    except BrokenEpisode as error:
+        raise UsageError(f"env={options.env}: {error}") from error
+    except (BadImage, OSError) as error:
+        raise UsageError(f"env={options.env}: a held-out episode cannot be drawn ({error})") from error
     return EvaluationPlan(
         env=env,
         episodes=tuple(episodes),
@@ -102,8 +102,7 @@ def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode
                 f"{num_draws} draws gave {len(held_out)} different episodes that training does not draw ({num_drawn} "
                 f"that it does), and {num_episodes} are wanted; add images, or evaluate on fewer episodes"
             )
-        episode = env.episode(num_draws)
-        episode = replace(episode, messages=tuple(env.prompt_messages(episode)))
+        episode = checked_episode(env, num_draws)
         num_draws += 1
         # each once: an episode that came twice would count as two trials
         if (digest := fingerprint(episode)) not in seen:

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,14 @@ class Findings:
     """What one process knows before it hears of others: the environment, and its share of the images.
 
     share: None for an environment that keeps no list of `images` as PickImageEnv does, so that there is none to check.
-    data: what the run draws from, if this is its only process.
+    data: what the run draws from, if this is its only process. episode_digests: of a user's environment, of the fields
+    of its first episodes; empty where one cannot be shown.
     """
 
     env: EpisodeSource
     share: ImageShare | None
     data: "RunData | None" = None
+    episode_digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,18 @@ def without_images(env: EpisodeSource, names: Collection[str], options: SharedOp
             "the environment without them, or replace the images"
         )
     try:
-        return narrow(paths)
+        narrowed = narrow(paths)
     except ValueError as error:
         raise UsageError(str(error)) from error
     except Exception as error:
         # an environment file is the user's code and may raise anything
         raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
+    if not callable(getattr(narrowed, "episode", None)):
+        raise UsageError(
+            f"env={options.env}: its method without_images(paths) returned a {type(narrowed).__name__}, but wanted the "
+            "environment without them; return a copy"
+        )
+    return narrowed
 
 
 def image_name(path: str | Path, data_root: str | Path) -> str:

@@ -18,15 +18,18 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from command_line import result_or_problem
+from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import Episode
+from episodes import BrokenEpisode, EpisodeSource
 from evaluate_options import run_options
 from flags import TOY_MODEL_ID, AgreedUsageError, UsageError
 from hub_models import require_qwen_on_hub
 from image_check import Findings, RunData, first_difference, listing_of, settle
 from model_files import base_of
-from model_utils import generate_tool_call, load_qwen25_vl, require_loadable
+from model_utils import generate_tool_call, load_processor, load_qwen25_vl, require_loadable
 from options import SharedOptions, starts_sighted
-from toy_model import PLAIN, SIGHTED, build_in_own_process
+from own_environment import TRIED, require_same_digests
+from toy_model import PLAIN, SIGHTED, build_in_own_process, default_cache_root, folder_name, is_whole
 from toy_pictures import untaught
 from utils.images import BadImage
 
@@ -76,10 +79,16 @@ def require_agreement(options: SharedOptions, problem: str | None) -> None:
 def agree_on_data(options: SharedOptions, findings: Findings) -> RunData:
     """What the run draws from, the same on every process. Every process takes part.
 
-    Raises UsageError on every process if images are bad and stop the run, or if machines hold different folders.
+    Raises UsageError on every process if images are bad and stop the run, if machines hold different folders, or if the
+    processes draw different episodes.
     """
     if findings.data is not None:
         return findings.data
+    digests = [found for found in gather_object([dict(findings.episode_digests)]) if found]
+    try:
+        require_same_digests(digests)
+    except BrokenEpisode as error:
+        raise AgreedUsageError(f"env={options.env}: {error}") from error
     found = gather_object([findings.share])
     if len({None if share is None else share.names_digest for share in found}) > 1:
         listings = gather_object([listing_of(findings.env, options.data_root)])
@@ -161,6 +170,46 @@ def answer_once(options: SharedOptions, episode: Episode, temperature: float = 0
         )
     except BadImage as error:
         raise UsageError(str(error)) from error
+
+
+def problem_of_prompts(options: SharedOptions, findings: Findings | None) -> str | None:
+    """Why the first prompts of a user's environment cannot be encoded for the model; None if they can.
+
+    None too where the model's processor is not on this machine yet. Started alone, a process raises UsageError itself.
+    """
+    folder = _processor_folder(options.model_id)
+    if options.env is None or findings is None or folder is None:
+        return None
+    return result_or_problem(lambda: _require_encodable(options, findings.env, folder))[1]
+
+
+def _processor_folder(model_id: str) -> str | None:
+    if model_id == TOY_MODEL_ID:
+        path = default_cache_root() / folder_name(PLAIN)
+        return str(path) if is_whole(path) else None
+    return base_of(model_id) if Path(base_of(model_id)).is_dir() else None
+
+
+def _require_encodable(options: SharedOptions, env: EpisodeSource, folder: str) -> None:
+    with naming_the_model(options.model_id):
+        processor = load_processor(folder)
+    dataset = RepeatableEpisodeDataset(env, options.image_max_pixels)
+    try:
+        batch = VLMDataCollator(processor, 1)([dataset[index] for index in TRIED])
+    # what a processor raises depends on where it meets what it does not expect
+    except Exception as error:
+        words = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"env={options.env}: the prompts of episodes {TRIED[0]} to {TRIED[-1]} cannot be encoded for "
+            f"{options.model_id} ({type(error).__name__}: {words}); correct prompt_messages()"
+        ) from error
+    num_tokens = int((batch["mm_token_type_ids"] == 1).sum())
+    num_wanted = int(batch["image_grid_thw"].prod(dim=1).sum()) // processor.image_processor.merge_size**2
+    if num_tokens != num_wanted:
+        raise UsageError(
+            f"env={options.env}: the prompts of episodes {TRIED[0]} to {TRIED[-1]} have {num_tokens} image tokens for "
+            f"{num_wanted} of their pictures; correct prompt_messages()"
+        )
 
 
 @contextmanager

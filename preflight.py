@@ -14,13 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
-from flags import TOY_MODEL_ID, UsageError
+from episodes import BrokenEpisode, checked_episode
+from flags import PATH_FLAGS, TOY_MODEL_ID, UsageError, as_seen_from
 from idle_flags import idle_flags
 from image_check import Findings, RunData, find_bad_images, without_images
 from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_whole_folder
 from options import Options, SharedOptions
+from own_environment import (
+    accepted_arguments,
+    first_digests,
+    require_methods,
+    require_pure,
+    require_same_in_another_process,
+    require_usable,
+)
 from reward_function import load_reward_function
 from run_files import CONFIG_NAME, FINAL_NAME
+from utils.images import BadImage
 
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -50,7 +60,8 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_adapter_flags(options)
     require_output_dir(options)
     own_reward_function(options)
-    return find_bad_images(make_environment(options), options, launch_variables)
+    findings = find_bad_images(make_environment(options), options, launch_variables)
+    return replace(findings, episode_digests=try_own_environment(options, findings.env, options.seed))
 
 
 def require_packages(options: SharedOptions) -> None:
@@ -242,7 +253,7 @@ def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, 
     changed = [
         f"{name} (was {before[name]}, now {now[name]})"
         for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
-        if before[name] != now[name]
+        if before[name] != now[name] and not _is_same_path(name, before[name], now[name], recorded.get("directory"))
     ]
     if changed:
         raise UsageError(
@@ -260,6 +271,13 @@ def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, 
             f"resume: the run in {folder} had {num_before} processes, and now there are {num_now}, which would deal "
             f"its episodes differently; start {num_before}"
         )
+
+
+def _is_same_path(name: str, before: Any, now: Any, directory: str | None) -> bool:
+    """Whether two values of a flag name one file, `before` from the directory that the run was started in."""
+    if name not in PATH_FLAGS or directory is None or not isinstance(before, str) or not isinstance(now, str):
+        return False
+    return as_seen_from(directory, before) == as_seen_from(os.getcwd(), now)
 
 
 def require_same_images(recorded: Mapping[str, Any], data: RunData) -> None:
@@ -286,23 +304,65 @@ def make_environment(
     seed: of its episodes; by default the options' own. prompts_reasoning: whether its prompts ask for reasoning before
     the call; by default as the answers are judged. skipped_images: the names of those that it must do without.
     """
-    try:
-        env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
-        env = env_class(
-            data_root=options.data_root,
-            candidates_per_episode=options.candidates_per_episode,
-            fixed_correct_index=options.fixed_correct_index,
-            seed=options.seed if seed is None else seed,
-            allow_reasoning=options.allow_reasoning if prompts_reasoning is None else prompts_reasoning,
-        )
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-    except Exception as error:
-        # an environment file is the user's code and may raise anything
-        raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
+    seed = options.seed if seed is None else seed
+    reasons = options.allow_reasoning if prompts_reasoning is None else prompts_reasoning
+    env = _construct_environment(options, seed, reasons)
     if options.env:
         require_sound_episode(env, options.env)
     return without_images(env, skipped_images, options)
+
+
+def _environment_arguments(options: SharedOptions, seed: int, prompts_reasoning: bool) -> dict[str, Any]:
+    return {
+        "data_root": options.data_root,
+        "candidates_per_episode": options.candidates_per_episode,
+        "fixed_correct_index": options.fixed_correct_index,
+        "seed": seed,
+        "allow_reasoning": prompts_reasoning,
+    }
+
+
+def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning: bool) -> EpisodeSource:
+    named = f"env={options.env}"
+    arguments = _environment_arguments(options, seed, prompts_reasoning)
+    try:
+        env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        return env_class(**accepted_arguments(env_class, arguments))
+    except (ValueError, OSError) as error:
+        words = " ".join(str(error).split())
+        own = f"{named}: {words} (its constructor raised {type(error).__name__})"
+        raise UsageError(own if options.env else words) from error
+    # an environment file is the user's code, may raise anything, and may leave by sys.exit
+    except (Exception, SystemExit) as error:
+        words = " ".join(str(error).split())
+        raise UsageError(f"{named} failed with {type(error).__name__}: {words}; correct it") from error
+
+
+def try_own_environment(options: SharedOptions, env: EpisodeSource, seed: int) -> dict[str, str]:
+    """The digests of its first episodes, once a user's environment gives the same sound ones however it is asked.
+
+    seed: with which it was made. Empty for PickImageEnv itself, and where an image is bad and skipped. Raises
+    UsageError.
+    """
+    if options.env is None:
+        return {}
+    try:
+        require_pure(env, _construct_environment(options, seed, options.allow_reasoning))
+        require_usable(env, options.image_max_pixels)
+        # one process a machine is enough
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            arguments = _environment_arguments(options, seed, options.allow_reasoning)
+            require_same_in_another_process(env, options.env, arguments)
+        return first_digests(env)
+    except BrokenEpisode as error:
+        raise UsageError(f"env={options.env}: {error}") from error
+    except (BadImage, OSError) as error:
+        if options.bad_images == "stop":
+            raise UsageError(f"env={options.env}: {error}") from error
+        return {}
 
 
 def own_reward_function(options: Options) -> Callable[..., Any] | None:
@@ -316,15 +376,11 @@ def own_reward_function(options: Options) -> Callable[..., Any] | None:
 
 
 def require_sound_episode(env: EpisodeSource, spec: str) -> None:
-    """Raises UsageError unless the environment of a user draws an episode whose messages place each image once."""
+    """Raises UsageError unless the environment of a user has the two methods and draws an episode that is sound."""
     try:
-        episode = env.episode(0)
-        parts = [part for message in env.prompt_messages(episode) for part in message["content"]]
-        num_placeholders = sum(part["type"] == "image" for part in parts)
-    except Exception as error:
+        require_methods(env)
+        checked_episode(env, 0)
+    except BrokenEpisode as error:
+        raise UsageError(f"env={spec}: {error}") from error
+    except (BadImage, OSError) as error:
         raise UsageError(f"env={spec}: episode 0 failed with {type(error).__name__}: {error}; correct it") from error
-    if num_placeholders != len(episode.images):
-        raise UsageError(
-            f"env={spec}: episode 0 has {len(episode.images)} images and {num_placeholders} image placeholders in its "
-            "messages; give each image one"
-        )

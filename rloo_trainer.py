@@ -33,6 +33,7 @@ from dataset import (
     count_faults,
     prompts_of_rollouts,
     repeat_episodes,
+    require_episodes,
 )
 from evaluation import EvaluationPlan, evaluate, headline_figures
 from flags import RunStopped
@@ -191,7 +192,9 @@ class FleetRLOOTrainer(ResumableTrainer):
     def _roll_out(self, batch: EpisodeBatch) -> Rollouts:
         """Samples G completions of each episode and rewards them. Every rank takes part."""
         self.on_activity("generation")
-        num_replaced = count_faults(gather_object([batch["faults"]]), skips_bad_images=self.skips_bad_images)
+        found = gather_object([(batch["broken"], batch["faults"])])
+        require_episodes([broken for broken, _ in found])
+        num_replaced = count_faults([faults for _, faults in found], skips_bad_images=self.skips_bad_images)
         if self.skips_bad_images:
             self._metrics["train"]["images/episodes_replaced"].append(float(num_replaced))
         features = self._image_features(batch)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from image_check import RunData
 from options import Options, ResolvedDefault
 from rollouts import RolloutRecord
 from utils.plain_text import printable
+from utils.user_files import files_beside, folder_of
 
 RECORDED_PACKAGES = (
     "torch", "torchvision", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "pillow",
@@ -117,8 +119,10 @@ def config_text(options: Options, data: RunData, num_episodes: int, num_processe
         "data_digest": data.data_digest,
         "skipped_images": list(data.skipped_images),
         "user_files": sha256_of_user_files(options),
+        "imported_files": sha256_of_imported_files(options),
         "model_files": sizes_of_model_files(options.model_id),
         "command": sys.argv,
+        "directory": os.getcwd(),
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
@@ -127,12 +131,28 @@ def config_text(options: Options, data: RunData, num_episodes: int, num_processe
 
 def sha256_of_user_files(options: Options) -> dict[str, str]:
     """Of the files that --env and --reward name, by their flag."""
-    named = {"env": options.env, "reward": options.reward}
     return {
         flag: hashlib.sha256(Path(spec.rpartition(":")[0]).read_bytes()).hexdigest()
-        for flag, spec in named.items()
-        if spec is not None
+        for flag, spec in user_specs(options).items()
     }
+
+
+def sha256_of_imported_files(options: Options) -> dict[str, dict[str, str | None]]:
+    """Of the files beside those of --env and --reward that they have imported, by the flag and their place there."""
+    return {
+        flag: {place: sha256_of(folder_of(spec) / place) for place in files_beside(spec)}
+        for flag, spec in user_specs(options).items()
+    }
+
+
+def user_specs(options: Options) -> dict[str, str]:
+    """What --env and --reward name, by their flag, as far as they are given."""
+    return {flag: spec for flag, spec in (("env", options.env), ("reward", options.reward)) if spec is not None}
+
+
+def sha256_of(path: Path) -> str | None:
+    """Hex of a file's SHA-256; None where there is no such file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def what_changed_since(recorded: Mapping[str, Any], options: Options) -> list[str]:
@@ -145,6 +165,14 @@ def what_changed_since(recorded: Mapping[str, Any], options: Options) -> list[st
     ]
     files_before, files_now = recorded.get("user_files", {}), sha256_of_user_files(options)
     changed += [f"the file of --{flag}" for flag, digest in files_now.items() if files_before.get(flag) != digest]
+    specs = user_specs(options)
+    changed += [
+        f"{place} beside the file of --{flag}"
+        for flag, digests in recorded.get("imported_files", {}).items()
+        for place, digest in digests.items()
+        # a file that is imported late is not yet imported now
+        if flag in specs and sha256_of(folder_of(specs[flag]) / place) != digest
+    ]
     model_before, model_now = recorded.get("model_files"), sizes_of_model_files(options.model_id)
     return changed + ([f"the files in --model_id {options.model_id}"] if model_before not in (None, model_now) else [])
 

@@ -22,7 +22,7 @@ from answering import AnswerSettings
 from checkpointing import ProcessPlace, choose_checkpoint, remove_unfinished
 from command_line import result_or_problem
 from dataset import RepeatableEpisodeDataset
-from environment import EpisodeSource
+from episodes import BrokenEpisode, EpisodeSource, checked_episode
 from evaluation import EvaluationPlan
 from flags import Preempted, RunEnded, RunRefused, UsageError
 from held_out import make_plan, num_episodes_drawn
@@ -40,6 +40,7 @@ from run_commands import resume_command
 from run_files import CONFIG_NAME, write_atomically
 from run_recorder import RunRecorder
 from run_records import config_text, resolved_table, what_changed_since
+from utils.images import BadImage
 from utils.plain_text import printable
 from vision_cache import vision_is_frozen
 from watchdog import Watchdog
@@ -321,6 +322,25 @@ def server_problems_said(options: Options) -> Iterator[None]:
             f"no vLLM server can be used at {options.vllm_server_host}:{options.vllm_server_port} "
             f"({' '.join(str(error).split())}); start one as README.md says under vLLM, or pass --vllm_mode colocate"
         ) from error
+
+
+def require_last_episode(options: Options, data: RunData) -> None:
+    """Raises UsageError on every process if a user's environment has not as many episodes as the run draws."""
+    if options.env is None:
+        return
+    num_episodes = num_episodes_drawn(options, int(os.environ.get("WORLD_SIZE", "1")))
+
+    def draw_last() -> None:
+        try:
+            checked_episode(data.env, num_episodes - 1)
+        except BrokenEpisode as error:
+            raise UsageError(f"env={options.env}, of which the run draws {num_episodes} episodes: {error}") from error
+        except (BadImage, OSError):
+            # the episode is there, and its picture is a matter of --bad_images
+            pass
+
+    _, problem = result_or_problem(draw_last)
+    require_agreement(options, problem)
 
 
 def plan_evaluation(options: Options, data: RunData) -> EvaluationPlan | None:

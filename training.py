@@ -35,10 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_same_run_on_resume(options)
     logger.info(run_setup.describe_run(options, filled), extra=command_line.COLOURED)
     problem = problem or model_setup.problem_of_models(options.model_id, revision=options.revision)
+    problem = problem or model_setup.problem_of_prompts(options, findings)
     args = run_setup.start_distributed(options, problem)
     assert findings is not None, "a process that has found nothing has a problem, which start_distributed raises"
     data = model_setup.agree_on_data(options, findings)
     model_setup.say_what_the_toy_has_not_seen(options, [image.path for image in images_of(data.env) or ()])
+    run_setup.require_last_episode(options, data)
     plan = run_setup.plan_evaluation(options, data)
     if options.dry_run:
         logger.info("dry run: everything checked is sound; no weight was loaded")

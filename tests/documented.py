@@ -109,6 +109,11 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         leaves=TRAINED,
     ),
     Runs(
+        "accelerate launch training.py --env examples/most_dots.py:MostDotsEnv",
+        added="--train_steps 2",
+        leaves=TRAINED,
+    ),
+    Runs(
         "accelerate launch training.py --output_dir runs/long --resume auto",
         added="--train_steps 2",
         leaves=("runs/long/checkpoint-2/manifest.json", *TRAINED),

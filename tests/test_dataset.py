@@ -252,8 +252,9 @@ def test_a_mistake_in_an_environment_is_no_bad_image(pictures: Path) -> None:
         def episode(self, index: int) -> Episode:
             raise KeyError("a mistake")
 
-    with pytest.raises(KeyError, match="a mistake"):
-        RepeatableEpisodeDataset(Failing(pictures))[0]
+    row = RepeatableEpisodeDataset(Failing(pictures))[7]
+    assert row["fault"] is None and row["episode_index"] == 7
+    assert row["broken"].startswith("episode 7 failed with KeyError: 'a mistake' (in episode(): ")
 
 
 def test_faults_are_counted_or_stop_every_rank_with_the_same_words() -> None:

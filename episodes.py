@@ -1,0 +1,255 @@
+"""Episode: one prompt with its pictures and its right answer, and the rule of what an environment may give for it.
+
+Owns the border between a user's environment and Fleet: every consumer takes its episodes from `checked_episode` and
+its messages from `checked_messages`. A value whose meaning is plain is converted (numpy's integers, lists, arrays of
+pixels, messages of plain text); any other is a BrokenEpisode that names it. Imports no torch and no numpy.
+"""
+
+import operator
+import os
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from PIL import Image
+
+from utils.images import BadImage
+
+ImageSource = Path | Image.Image
+Message = dict[str, Any]
+Value = TypeVar("Value")
+
+ROLES = ("system", "user", "assistant", "tool")
+CHANNELS = (1, 3, 4)  # of an array of pixels: grey, RGB, RGBA
+
+
+class BrokenEpisode(ValueError):
+    """An environment gave something that is no episode. One line: the episode, what it gave, and what is wanted."""
+
+
+class EpisodeSource(Protocol):
+    """The two methods that training calls on an environment; PickImageEnv and any class given by `--env` have them."""
+
+    def episode(self, index: int) -> "Episode":
+        """Episode `index` (0 or greater): a pure function of the environment's seed and `index`."""
+        ...
+
+    def prompt_messages(self, episode: "Episode") -> list[Message]:
+        """The episode's chat messages, with one `{"type": "image"}` placeholder per image."""
+        ...
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One prompt: N candidate images, the chat messages that ask for one of them, and the right answer.
+
+    images: N paths or PIL images, in the order of the image placeholders in `messages`. labels: N texts, one for what
+    each image shows. target: the label asked for, or None if the instruction names none. seed: of the draw, for the
+    record. messages: () where `prompt_messages` alone makes them.
+
+    Takes what means the same: paths as text, arrays of uint8 pixels (height, width, 3), any integer that is no bool,
+    any iterable for a tuple. Raises BrokenEpisode, a ValueError, for anything else.
+
+    >>> Episode(["a.png", "b.png"], (), 1, ["cat", "dog"], "dog", 0).images
+    (PosixPath('a.png'), PosixPath('b.png'))
+    """
+
+    images: tuple[ImageSource, ...]
+    messages: tuple[Message, ...]
+    correct_index: int
+    labels: tuple[str, ...]
+    target: str | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        _settle(self)
+
+    @property
+    def num_candidates(self) -> int:
+        """N, the number of images an index may pick."""
+        return len(self.images)
+
+
+def checked_episode(env: EpisodeSource, index: int) -> Episode:
+    """Episode `index` of an environment, its messages made by `prompt_messages`, and all of it sound.
+
+    Raises BrokenEpisode, which names the episode and the field. An OSError or BadImage that the environment raises
+    passes: the picture is at fault, and --bad_images decides.
+    """
+    episode = checked_fields(env, index)
+    return replace(episode, messages=checked_messages(env, episode, f"episode {index}"))
+
+
+def checked_fields(env: EpisodeSource, index: int) -> Episode:
+    """Episode `index` as `checked_episode` gives it, but with the messages that the environment put into it."""
+    name = f"episode {index}"
+    episode: object = _asked(lambda: env.episode(index), name, "episode")
+    if not isinstance(episode, Episode):
+        raise BrokenEpisode(
+            f"{name}: episode() returned {_shown(episode)}, but wanted an Episode; return environment.Episode(images, "
+            "messages, correct_index, labels, target, seed)"
+        )
+    return _asked(lambda: _settle(episode), name, "episode")
+
+
+def checked_messages(env: EpisodeSource, episode: Episode, name: str) -> tuple[Message, ...]:
+    """The messages that `prompt_messages` makes of a sound episode: a role and a list of parts each.
+
+    name: of the episode, for errors, as "episode 7". Raises as `checked_episode` does.
+    """
+    given = _asked(lambda: env.prompt_messages(episode), name, "prompt_messages")
+    return _asked(lambda: _sound_messages(given, episode.num_candidates), name, "prompt_messages")
+
+
+def _asked(ask: Callable[[], Value], name: str, method: str) -> Value:
+    """What `ask` returns. Raises BrokenEpisode that names the episode for whatever the user's code raises."""
+    try:
+        return ask()
+    except (BadImage, OSError):
+        raise
+    except BrokenEpisode as error:
+        raise BrokenEpisode(f"{name}: {error}") from error
+    # the user's code may also leave by sys.exit
+    except (Exception, SystemExit) as error:
+        words = " ".join(str(error).split())[:300]
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise BrokenEpisode(
+            f"{name} failed with {type(error).__name__}{f': {words}' if words else ''} "
+            f"(in {method}(): {place.filename}, line {place.lineno}); correct it"
+        ) from error
+
+
+def _settle(episode: Episode) -> Episode:
+    """The same episode, its fields converted to their types. Raises BrokenEpisode for one that cannot be."""
+    images = tuple(_image(image, place) for place, image in enumerate(_items(episode.images, "images")))
+    if not images:
+        raise BrokenEpisode("images is empty, but an episode shows at least one; give it images")
+    correct_index = _integer(episode.correct_index, "correct_index")
+    if not 0 <= correct_index < len(images):
+        raise BrokenEpisode(
+            f"correct_index={correct_index}, but the episode has {len(images)} images, numbered from 0; "
+            "correct the environment's episode()"
+        )
+    labels = tuple(
+        sound_text(label, f"labels[{place}]") for place, label in enumerate(_items(episode.labels, "labels"))
+    )
+    if len(labels) != len(images):
+        raise BrokenEpisode(f"{len(labels)} labels for {len(images)} images; give each image one, in the same order")
+    settled = {
+        "images": images,
+        "messages": tuple(_items(episode.messages, "messages")),
+        "correct_index": correct_index,
+        "labels": labels,
+        "target": None if episode.target is None else sound_text(episode.target, "target"),
+        "seed": _integer(episode.seed, "seed"),
+    }
+    for field, value in settled.items():
+        object.__setattr__(episode, field, value)
+    return episode
+
+
+def _items(value: Any, field: str) -> Iterable[Any]:
+    """The entries of a list, a tuple, an array or a generator."""
+    if isinstance(value, (str, bytes, Mapping, Image.Image)) or not isinstance(value, Iterable):
+        raise BrokenEpisode(f"{field} is {_shown(value)}, but wanted a list or a tuple; put its entries into one")
+    return value
+
+
+def _integer(value: Any, field: str) -> int:
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+    try:
+        if not is_bool:
+            return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        # numpy's and torch's numbers that are not whole, and their arrays
+        pass
+    raise BrokenEpisode(f"{field} is {_shown(value)}, but wanted a whole number; give an int")
+
+
+def sound_text(value: Any, what: str) -> str:
+    """A label, a target or the text of a message as a plain str. what: its name, for errors.
+
+    Every text that an environment gives goes through here before a tokenizer or a record sees it.
+    """
+    if not isinstance(value, str):
+        raise BrokenEpisode(f"{what} is {_shown(value)}, but wanted text; give a str")
+    text = str.__str__(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BrokenEpisode(f"{what} is {ascii(text)[:80]}, which is no UTF-8 text; replace its surrogates") from error
+    return text
+
+
+def _image(image: Any, place: int) -> ImageSource:
+    if isinstance(image, (Path, Image.Image)):
+        return image
+    if isinstance(image, (str, os.PathLike)) and isinstance(os.fspath(image), str):
+        return Path(str.__str__(os.fspath(image)))
+    shape, dtype = getattr(image, "shape", None), str(getattr(image, "dtype", "")).removeprefix("torch.")
+    if shape is None:
+        raise BrokenEpisode(
+            f"images[{place}] is {_shown(image)}, but wanted a path, a PIL image or an array of uint8 pixels"
+        )
+    is_picture = len(shape) == 2 or (len(shape) == 3 and shape[2] in CHANNELS)
+    if dtype != "uint8" or not is_picture or 0 in shape:
+        raise BrokenEpisode(
+            f"images[{place}] is an array of {dtype} of shape {tuple(shape)}, but wanted uint8 of shape (height, "
+            "width, 3) with values from 0 to 255; convert it, or give a path or a PIL image"
+        )
+    # a torch tensor has no array interface of its own
+    pixels = image.cpu().numpy() if hasattr(image, "cpu") else image
+    return Image.fromarray(pixels.reshape(shape[:2]) if len(shape) == 3 and shape[2] == 1 else pixels)
+
+
+def _sound_messages(messages: Any, num_images: int) -> tuple[Message, ...]:
+    sound = tuple(
+        _message(message, place) for place, message in enumerate(_items(messages, "what prompt_messages() returned"))
+    )
+    num_placeholders = sum(part["type"] == "image" for message in sound for part in message["content"])
+    if num_placeholders != num_images:
+        raise BrokenEpisode(
+            f"{num_images} images and {num_placeholders} image placeholders in its messages; give each image one"
+        )
+    return sound
+
+
+def _message(message: Any, place: int) -> Message:
+    what = f"message {place}"
+    if not isinstance(message, Mapping):
+        raise BrokenEpisode(f'{what} is {_shown(message)}, but wanted {{"role": "user", "content": [...]}}')
+    if set(message) != {"role", "content"}:
+        raise BrokenEpisode(f"{what} has the keys {_keys(message)}, but wanted role and content; correct it")
+    role = sound_text(message["role"], f"{what}: role")
+    if role not in ROLES:
+        raise BrokenEpisode(f"{what} has role {role!r}, but wanted one of {', '.join(ROLES)}; correct it")
+    content = message["content"]
+    parts: Sequence[Any] = [content] if isinstance(content, str) else list(_items(content, f"{what}: content"))
+    return {"role": role, "content": [_part(part, f"{what}, part {number}") for number, part in enumerate(parts)]}
+
+
+def _part(part: Any, what: str) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": sound_text(part, what)}
+    # rows of a data set have every key, None where a part has no such thing
+    given = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+    if given.keys() == {"type", "text"} and given["type"] == "text":
+        return {"type": "text", "text": sound_text(given["text"], f"{what}: text")}
+    if given.keys() == {"type"} and given["type"] == "image":
+        return {"type": "image"}
+    raise BrokenEpisode(
+        f"{what} is {_shown(part)}, but wanted "
+        '{"type": "text", "text": ...} or {"type": "image"}, whose picture is in the episode\'s images'
+    )
+
+
+def _keys(mapping: Mapping[Any, Any]) -> str:
+    return ", ".join(sorted(str(key) for key in mapping)) or "none"
+
+
+def _shown(value: Any) -> str:
+    """A value for an error: its type, and its beginning where that is a line."""
+    text = " ".join(repr(value).split())
+    return f"{text[:60]}{'…' if len(text) > 60 else ''} ({type(value).__name__})"
