@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from flags import RunStopped
-from reward_function import MAX_REWARD, BoundedReward
+from reward_function import MAX_REWARD, Reward
 
 logger = logging.getLogger("fleet")
 
@@ -33,7 +33,7 @@ def without_gradient_if_not_finite(loss: Tensor) -> Tensor:
 class RewardGuard:
     """A reward function over all processes: broken on one, it stops all; a value that is no number drops its row."""
 
-    def __init__(self, reward: BoundedReward):
+    def __init__(self, reward: Reward):
         self.reward, self._has_told = reward, False
 
     def __call__(self, completions: Sequence[str], step: int, **columns: Any) -> list[float]:

@@ -6,7 +6,7 @@ Raises UsageError; imports no torch.
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from idle_flags import idle_flags
 from image_check import Findings, RunData, find_bad_images, without_images
 from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_whole_folder
 from options import Options, SharedOptions
-from reward_function import load_reward_function
+from reward_process import RewardProcess, start_reward
 from run_files import CONFIG_NAME, FINAL_NAME
 
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
@@ -49,7 +49,7 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_model(options.model_id)
     require_adapter_flags(options)
     require_output_dir(options)
-    own_reward_function(options)
+    own_reward(options)
     return find_bad_images(make_environment(options), options, launch_variables)
 
 
@@ -305,12 +305,15 @@ def make_environment(
     return without_images(env, skipped_images, options)
 
 
-def own_reward_function(options: Options) -> Callable[..., Any] | None:
-    """The user's reward function that --reward names, or None for Fleet's own. Raises UsageError."""
+def own_reward(options: Options) -> RewardProcess | None:
+    """The user's reward function that --reward names, its file run in its own process; None for Fleet's own.
+
+    Raises UsageError.
+    """
     if options.reward is None:
         return None
     try:
-        return load_reward_function(options.reward)
+        return start_reward(options.reward, options.reward_timeout_s)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -51,7 +51,8 @@ from guards import RewardGuard, StepGuard, without_gradient_if_not_finite
 from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
 from resumable_trainer import ResumableTrainer
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
-from reward_function import BoundedReward
+from reward_function import BoundedReward, Reward
+from reward_process import RewardProcess
 from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_args, refuse_split_groups
 from rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
 from shared_prefix import pack_groups, unpack
@@ -103,7 +104,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         reward_weights: RewardWeights = DEFAULT_WEIGHTS,
         skips_bad_images: bool = False,
         allow_reasoning: bool = False,
-        reward_function: Callable[..., Any] | None = None,
+        reward_function: RewardProcess | Callable[..., Any] | None = None,
         reward_timeout_s: float = 60.0,
         max_skipped_steps: int = 5,
         peft_config: PeftConfig | None = None,
@@ -116,8 +117,9 @@ class FleetRLOOTrainer(ResumableTrainer):
 
         skips_bad_images: go on where an image has gone bad, on the episode that replaces its own, and log
         `images/episodes_replaced` (of a generation, over all devices); else the run stops, on all devices together.
-        reward_function: the user's own in place of `reward_weights`, called with reward_function.KEYWORDS; bounded by
-        `reward_timeout_s`. max_skipped_steps: in a row, for gradients that are not finite, after which training ends.
+        reward_function: the user's own in place of `reward_weights`, called with reward_function.KEYWORDS, in its own
+        process or bounded by `reward_timeout_s` in a thread of this one.
+        max_skipped_steps: in a row, for gradients that are not finite, after which training ends.
         shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
         vision_cache_bytes: host memory for the features of images, where the vision tower is frozen; 0 keeps none.
         vllm_max_logprob_gap: see VLLMSampler, where args.use_vllm.
@@ -128,8 +130,14 @@ class FleetRLOOTrainer(ResumableTrainer):
         media_ids = media_token_ids(model.config)
         banned = sampling_kwargs(media_ids, end_token_ids(model)) if args.use_vllm else {"suppress_tokens": media_ids}
         args.generation_kwargs = banned | (args.generation_kwargs or {})
-        own_reward = make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning)
-        reward = BoundedReward(reward_function or own_reward, reward_timeout_s)
+        reward: Reward
+        if isinstance(reward_function, RewardProcess):
+            reward = reward_function
+        elif reward_function is not None:
+            reward = BoundedReward(reward_function, reward_timeout_s)
+        else:
+            fleets = make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning)
+            reward = BoundedReward(fleets, reward_timeout_s, gives_copies=False)
         super().__init__(
             model=model,
             reward_funcs=reward,

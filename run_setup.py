@@ -32,7 +32,7 @@ from model_setup import has_gpu, load_model, require_agreement
 from model_utils import count_parameters, make_lora_config, read_adapter_config
 from options import Options, ResolvedDefault
 from preemption import Preemption
-from preflight import own_reward_function, require_output_dir, require_same_images
+from preflight import own_reward, require_output_dir, require_same_images
 from resumable_trainer import require_plain_pickles
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
@@ -290,7 +290,7 @@ def build_trainer(
             reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
             skips_bad_images=options.bad_images == "skip",
             allow_reasoning=options.allow_reasoning,
-            reward_function=own_reward_function(options),
+            reward_function=own_reward(options),
             reward_timeout_s=options.reward_timeout_s,
             max_skipped_steps=options.max_skipped_steps,
             peft_config=lora,

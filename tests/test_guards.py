@@ -112,7 +112,10 @@ def test_numbers_of_torch_count() -> None:
     assert math.isnan(checked_value(torch.tensor([0.5, 0.5])))
     assert BoundedReward(lambda **columns: torch.tensor([1.0, 2.0]))(["a", "b"]).values == [1.0, 2.0]
     problem = BoundedReward(lambda **columns: torch.tensor(1.0))(["a"]).problem
-    assert problem is not None and "returned a Tensor, but wanted a sequence of 1 numbers" in problem
+    assert problem is not None and "returned a Tensor of shape (), but wanted a sequence of 1 numbers" in problem
+    column = torch.tensor([[1.0], [2.0]])
+    for values in (column, list(column), list(column.flatten()), column.numpy(), column.double().requires_grad_()):
+        assert BoundedReward(lambda values=values, **columns: values)(["a", "b"]).values == [1.0, 2.0]
 
 
 def wrong_length(**columns: Any) -> list[float]:
