@@ -119,7 +119,8 @@ class FleetRLOOTrainer(ResumableTrainer):
         `images/episodes_replaced` (of a generation, over all devices); else the run stops, on all devices together.
         reward_function: the user's own in place of `reward_weights`, called with reward_function.KEYWORDS, in its own
         process or bounded by `reward_timeout_s` in a thread of this one.
-        max_skipped_steps: in a row, for gradients that are not finite, after which training ends.
+        max_skipped_steps: in a row, for gradients that are not finite or rollouts that were all dropped, after which
+        training ends.
         shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
         vision_cache_bytes: host memory for the features of images, where the vision tower is frozen; 0 keeps none.
         vllm_max_logprob_gap: see VLLMSampler, where args.use_vllm.
@@ -406,6 +407,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             episode=episodes,
             trainer_state=self.state,
         )
+        self.step_guard.begin_generation(self.reward.latest_dropped)
         rewards = torch.tensor(values, device=self.accelerator.device) * self.reward_weights[0].item()
         of_all = self.accelerator.gather(rewards)
         mean, deviation = of_all.nanmean().item(), nanstd(of_all).item()
@@ -452,7 +454,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         return norm
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains. Raises RunStopped, once a checkpoint is saved, after too many skipped steps in a row."""
+        """Trains. Raises RunStopped, once a checkpoint is saved, after too many steps in a row that taught nothing."""
         self._last_log_time_s = time.perf_counter()
         output = super().train(*args, **kwargs)
         if self.step_guard.stop_reason is not None:
@@ -477,6 +479,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             shaped_B = shaped_B - self.beta * kl_BT.sum(dim=1)
         # a token that the reference gives no chance has no finite KL
         shaped_all = self.accelerator.gather(shaped_B.where(shaped_B.isfinite(), torch.nan))
+        self.step_guard.note_scores(shaped_all)
         self._metrics["train"]["rewards/dropped"].append(shaped_all.isnan().float().mean().item())
         is_tied_P = nanstd(shaped_all.view(-1, self.num_generations), dim=1) < 1e-8
         self._metrics["train"]["frac_reward_zero_std"].append(is_tied_P.float().mean().item())
