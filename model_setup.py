@@ -29,6 +29,7 @@ from options import SharedOptions, starts_sighted
 from toy_model import PLAIN, SIGHTED, build_in_own_process
 from toy_pictures import untaught
 from utils.images import BadImage
+from weights_check import first_weight_not_finite
 
 logger = logging.getLogger("fleet")
 
@@ -181,10 +182,13 @@ def load_model(
     trains_adapter: bool = False,
     freeze_vision: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, processor). Raises UsageError if the model cannot be found or opened."""
+    """(model, processor). Every process takes part.
+
+    Raises UsageError if the model cannot be found or opened; on all processes if a weight on any of them is not finite.
+    """
     transformers_logging.disable_progress_bar()
     with naming_the_model(options.model_id):
-        return load_qwen25_vl(
+        model, processor = load_qwen25_vl(
             model_path,
             use_lora=trains_adapter,
             freeze_vision=freeze_vision,
@@ -192,4 +196,17 @@ def load_model(
             dtype=dtype,
             attn_implementation=options.attn_implementation,
             revision=options.revision,
+        )
+    # under ZeRO-3 a process sees its own shards alone
+    require_finite(options.model_id, gather_object([first_weight_not_finite(model)]))
+    return model, processor
+
+
+def require_finite(model_id: str, found_by_rank: Sequence[str | None]) -> None:
+    """Raises UsageError, the same on all processes, if one found a weight that is not finite. found_by_rank: names."""
+    found = next((name for name in found_by_rank if name is not None), None)
+    if found is not None:
+        raise AgreedUsageError(
+            f"model {model_id} has weights that are not finite numbers, {found} the first of them, but wanted a model "
+            "that can answer; pass another, or a checkpoint from before its training failed"
         )
