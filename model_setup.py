@@ -6,6 +6,7 @@ Imports no TRL, whose import alone takes as long as a small evaluation.
 import logging
 import os
 import subprocess
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from command_line import result_or_problem
 from environment import Episode
 from evaluate_options import run_options
-from flags import TOY_MODEL_ID, AgreedUsageError, UsageError
+from flags import TOY_MODEL_ID, AgreedUsageError, RunStopped, UsageError
 from hub_models import require_qwen_on_hub
 from image_check import Findings, RunData, first_difference, listing_of, settle
 from model_files import base_of
@@ -29,6 +30,7 @@ from options import SharedOptions, starts_sighted
 from toy_model import PLAIN, SIGHTED, build_in_own_process
 from toy_pictures import untaught
 from utils.images import BadImage
+from watchdog import is_of_collective
 from weights_check import first_weight_not_finite
 
 logger = logging.getLogger("fleet")
@@ -166,11 +168,19 @@ def answer_once(options: SharedOptions, episode: Episode, temperature: float = 0
 
 @contextmanager
 def naming_the_model(model_id: str) -> Iterator[None]:
-    """Within it, what the libraries and model_utils say of files that do not open becomes a UsageError."""
+    """Within it, what the libraries and model_utils say of files that do not open becomes a UsageError.
+
+    Raises RunStopped where another process was lost, with which the model's files have nothing to do.
+    """
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
+        if is_of_collective(traceback.extract_tb(error.__traceback__)):
+            message = f"process {os.environ.get('RANK', '0')} lost another one while model {model_id} loaded ({reason})"
+            raise RunStopped(
+                f"{message}; look at the others' last lines, and start the run again", is_of_all=False
+            ) from error
         raise UsageError(f"model {model_id} cannot be loaded ({reason}); correct it or pass another") from error
 
 

@@ -7,7 +7,6 @@ are frames on the socket; what the code prints goes to the parent's own output. 
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import io
 import json
@@ -23,8 +22,8 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 from reward_function import CheckedRewards, broken, checked_call, describe_error, load_reward_function, name_of
+from utils.child_process import end_with_parent
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 FRAME_HEAD = struct.Struct("!Q")
 
 
@@ -44,13 +43,6 @@ def receive_frame(read: Callable[[int], bytes]) -> bytes:
     if len(content) < length:
         raise EOFError
     return content
-
-
-def end_with_parent(parent_pid: int) -> None:
-    """Has the system end this process when its parent ends, however that ends and whatever this process does then."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        sys.exit(0)
 
 
 def outlive_signals(numbers: tuple[int, ...]) -> None:
