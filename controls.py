@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance
 
 from environment import Episode, EpisodeSource
 from utils.images import open_image
+from utils.user_files import folder_kept
 
 # of each control: what its figure counts, and which figure is good
 CONTROL_MEANINGS = {
@@ -64,7 +65,8 @@ def with_order_permuted(env: EpisodeSource, episode: Episode, index: int, rng: r
     rng.shuffle(rest)
     order = [*rest[:index], newcomer, *rest[index:]]
     permuted = _reordered(episode, order)
-    return replace(permuted, messages=tuple(env.prompt_messages(permuted)))
+    with folder_kept():
+        return replace(permuted, messages=tuple(env.prompt_messages(permuted)))
 
 
 def redrawn(picture: Image.Image, rng: random.Random) -> Image.Image:

@@ -14,6 +14,7 @@ from PIL import Image
 from environment import Episode, EpisodeSource, Message
 from flags import RunStopped
 from utils.images import BadImage, image_digest, open_image
+from utils.user_files import folder_kept
 
 Row = dict[str, Any]
 
@@ -67,12 +68,14 @@ class RepeatableEpisodeDataset:
         fault = None
         for number in range(index, index + (1 + MAX_REPLACEMENTS) * REPLACEMENT_STRIDE, REPLACEMENT_STRIDE):
             try:
-                episode = self.env.episode(number)
+                with folder_kept():
+                    episode = self.env.episode(number)
+                    messages = self.env.prompt_messages(episode)
                 pictures = [open_image(image, self.max_pixels) for image in episode.images]
             except (BadImage, OSError) as error:
                 fault = fault or f"episode {index}: {error}"
             else:
-                return episode_row(episode, index, self.env.prompt_messages(episode), pictures, fault)
+                return episode_row(episode, index, messages, pictures, fault)
         raise RunStopped(
             f"{fault}; {MAX_REPLACEMENTS} other episodes cannot be shown either: is the data folder gone?",
             is_of_all=False,

@@ -19,6 +19,7 @@ from options import Options, SharedOptions
 from preflight import make_environment
 from step_counts import num_episodes_of_run
 from utils.images import image_digest
+from utils.user_files import folder_kept
 
 # Draws per held-out episode before a folder counts as too small to hold anything out.
 MAX_DRAWS_PER_EPISODE = 20
@@ -51,7 +52,7 @@ def make_plan(
         options, seed=options.eval_seed, prompts_reasoning=prompts_reasoning, skipped_images=skipped_images
     )
     drawn = chain.from_iterable(
-        (run_env.episode(index) for index in range(min(num_episodes, MAX_COMPARED_EPISODES)))
+        (_episode_of(run_env, index) for index in range(min(num_episodes, MAX_COMPARED_EPISODES)))
         for run_env, num_episodes in runs
     )
     try:
@@ -102,14 +103,21 @@ def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode
                 f"{num_draws} draws gave {len(held_out)} different episodes that training does not draw ({num_drawn} "
                 f"that it does), and {num_episodes} are wanted; add images, or evaluate on fewer episodes"
             )
-        episode = env.episode(num_draws)
-        episode = replace(episode, messages=tuple(env.prompt_messages(episode)))
+        episode = _episode_of(env, num_draws)
+        with folder_kept():
+            episode = replace(episode, messages=tuple(env.prompt_messages(episode)))
         num_draws += 1
         # each once: an episode that came twice would count as two trials
         if (digest := fingerprint(episode)) not in seen:
             seen.add(digest)
             held_out.append(episode)
     return held_out, num_draws - num_episodes
+
+
+def _episode_of(env: EpisodeSource, index: int) -> Episode:
+    # a fingerprint takes relative paths from the run's folder
+    with folder_kept():
+        return env.episode(index)
 
 
 def fingerprint(episode: Episode) -> bytes:

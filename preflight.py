@@ -21,6 +21,7 @@ from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, req
 from options import Options, SharedOptions
 from reward_process import RewardProcess, start_reward
 from run_files import CONFIG_NAME, FINAL_NAME
+from utils.user_files import folder_kept
 
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -287,14 +288,15 @@ def make_environment(
     the call; by default as the answers are judged. skipped_images: the names of those that it must do without.
     """
     try:
-        env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
-        env = env_class(
-            data_root=options.data_root,
-            candidates_per_episode=options.candidates_per_episode,
-            fixed_correct_index=options.fixed_correct_index,
-            seed=options.seed if seed is None else seed,
-            allow_reasoning=options.allow_reasoning if prompts_reasoning is None else prompts_reasoning,
-        )
+        with folder_kept():
+            env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
+            env = env_class(
+                data_root=options.data_root,
+                candidates_per_episode=options.candidates_per_episode,
+                fixed_correct_index=options.fixed_correct_index,
+                seed=options.seed if seed is None else seed,
+                allow_reasoning=options.allow_reasoning if prompts_reasoning is None else prompts_reasoning,
+            )
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     except Exception as error:
@@ -321,8 +323,9 @@ def own_reward(options: Options) -> RewardProcess | None:
 def require_sound_episode(env: EpisodeSource, spec: str) -> None:
     """Raises UsageError unless the environment of a user draws an episode whose messages place each image once."""
     try:
-        episode = env.episode(0)
-        parts = [part for message in env.prompt_messages(episode) for part in message["content"]]
+        with folder_kept():
+            episode = env.episode(0)
+            parts = [part for message in env.prompt_messages(episode) for part in message["content"]]
         num_placeholders = sum(part["type"] == "image" for part in parts)
     except Exception as error:
         raise UsageError(f"env={spec}: episode 0 failed with {type(error).__name__}: {error}; correct it") from error

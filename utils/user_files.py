@@ -3,10 +3,27 @@
 Owns running such a file. What the name has to be is the caller's affair.
 """
 
+import contextlib
 import importlib.util
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+
+@contextlib.contextmanager
+def folder_kept() -> Iterator[None]:
+    """Within it the user's code may change the working directory; afterwards the run is in its own again.
+
+    Paths that a run was given may be relative, and are read and written until its end.
+    """
+    before = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
 
 
 def load_user_file(spec: str, flag: str, form: str) -> tuple[ModuleType, str]:
