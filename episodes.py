@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from PIL import Image
 
 from utils.images import BadImage
+from utils.user_files import folder_kept
 
 ImageSource = Path | Image.Image
 Message = dict[str, Any]
@@ -106,7 +107,8 @@ def checked_messages(env: EpisodeSource, episode: Episode, name: str) -> tuple[M
 def _asked(ask: Callable[[], Value], name: str, method: str) -> Value:
     """What `ask` returns. Raises BrokenEpisode that names the episode for whatever the user's code raises."""
     try:
-        return ask()
+        with folder_kept():
+            return ask()
     except (BadImage, OSError):
         raise
     except BrokenEpisode as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from flags import RunStopped
-from reward_function import MAX_REWARD, BoundedReward
+from reward_function import MAX_REWARD, Reward
 
 logger = logging.getLogger("fleet")
 
@@ -33,8 +33,10 @@ def without_gradient_if_not_finite(loss: Tensor) -> Tensor:
 class RewardGuard:
     """A reward function over all processes: broken on one, it stops all; a value that is no number drops its row."""
 
-    def __init__(self, reward: BoundedReward):
+    def __init__(self, reward: Reward):
         self.reward, self._has_told = reward, False
+        # the first bad value of the latest call, over all processes
+        self.latest_dropped: str | None = None
 
     def __call__(self, completions: Sequence[str], step: int, **columns: Any) -> list[float]:
         """This process's values for its B completions, NaN where a row is dropped. Every process takes part.
@@ -48,11 +50,12 @@ class RewardGuard:
         for process, (problem, _) in enumerate(of_processes):
             if problem is not None:
                 raise RunStopped(f"process {process}: {problem}" if len(of_processes) > 1 else problem)
-        dropped = [value for _, value in of_processes if value is not None]
+        dropped = [f"{self.reward.__name__} gave {value}" for _, value in of_processes if value is not None]
+        self.latest_dropped = dropped[0] if dropped else None
         if dropped and not self._has_told:
             self._has_told = True
             logger.warning(
-                f"step {step}: reward function {self.reward.__name__} gave {dropped[0]}; rollouts without a finite "
+                f"step {step}: reward function {dropped[0]}; rollouts without a finite "
                 f"number within {MAX_REWARD:g} of 0 are dropped, and counted in rewards/dropped (said once)"
             )
         return checked.values
@@ -62,14 +65,17 @@ class StepGuard(TrainerCallback, ExportableState):
     """Keeps the optimizer from steps whose gradient is not finite, counts them, and ends a run of nothing else.
 
     A skipped step changes no weight, no moment of the optimizer and no learning rate. `num_skipped` is of the whole
-    run, kept in its checkpoints. Once `max_in_a_row` steps in a row were skipped, training ends with a checkpoint and
-    `stop_reason` says why.
+    run, kept in its checkpoints. Once `max_in_a_row` steps in a row were skipped, or had no rollout with a reward that
+    counts, training ends with a checkpoint and `stop_reason` says why; so it does at the end of a run of nothing else.
     """
 
     def __init__(self, accelerator: Accelerator, max_in_a_row: int, may_save: Callable[[], bool]):
         """may_save: whether a checkpoint can be saved after the step just taken."""
         self.accelerator, self.max_in_a_row, self.may_save = accelerator, max_in_a_row, may_save
-        self.num_skipped = self.num_in_a_row = 0
+        self.num_skipped = self.num_in_a_row = self.num_unscored_in_a_row = 0
+        # of the generation that the step uses, over all processes
+        self.has_scores = True
+        self.first_dropped: str | None = None
         self.stop_reason: str | None = None
         # of the step to come, before clipping
         self.gradient_norm = 0.0
@@ -82,6 +88,15 @@ class StepGuard(TrainerCallback, ExportableState):
         """Goes on counting where the checkpoint left off."""
         kept = state.stateful_callbacks.get(type(self).__name__, self.state())
         self.num_skipped, self.num_in_a_row, self.stop_reason = kept["attributes"]["num_skipped"], 0, None
+        self.num_unscored_in_a_row = 0
+
+    def begin_generation(self, first_dropped: str | None) -> None:
+        """Notes that new rollouts have rewards. first_dropped: the first value that counts for none, in words."""
+        self.has_scores, self.first_dropped = False, first_dropped
+
+    def note_scores(self, shaped_rewards: Tensor) -> None:
+        """Takes in some of a generation's rewards, of all processes; NaN where a rollout has none."""
+        self.has_scores |= not bool(shaped_rewards.isnan().all())
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
@@ -116,13 +131,26 @@ class StepGuard(TrainerCallback, ExportableState):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks for a checkpoint and the end once too many steps in a row were skipped."""
-        if self.num_in_a_row < self.max_in_a_row or not self.may_save():
+        """Asks for a checkpoint and the end once too many steps in a row taught nothing."""
+        self.num_unscored_in_a_row = 0 if self.has_scores else self.num_unscored_in_a_row + 1
+        num_in_a_row = max(self.num_in_a_row, self.num_unscored_in_a_row)
+        # a run shorter than the limit must not end as if it had learnt
+        is_whole_run = num_in_a_row == state.global_step == state.max_steps
+        if not is_whole_run and (num_in_a_row < self.max_in_a_row or not self.may_save()):
             return
-        self.stop_reason = (
-            f"{self.num_in_a_row} optimizer steps in a row were skipped, as the gradient's norm was last "
-            f"{self.gradient_norm}; the weights are those of step {state.global_step - self.num_in_a_row}, and the "
-            f"last checkpoint in {args.output_dir} is sound; look for the cause in the model, the dtype and the "
-            "reward, then pass --resume"
-        )
+        kept = f"the last checkpoint in {args.output_dir} is sound"
+        go_on = "begin another run" if is_whole_run else "pass --resume"
+        if self.num_in_a_row == num_in_a_row:
+            self.stop_reason = (
+                f"{num_in_a_row} optimizer steps in a row were skipped, as the gradient's norm was last "
+                f"{self.gradient_norm}; the weights are those of step {state.global_step - num_in_a_row}, and {kept}; "
+                f"look for the cause in the model, the dtype and the reward, then {go_on}"
+            )
+        else:
+            wanted = f"reward function {self.first_dropped}, but wanted a finite number within {MAX_REWARD:g} of 0"
+            why = "the KL to the reference is not finite" if self.first_dropped is None else wanted
+            self.stop_reason = (
+                f"{num_in_a_row} optimizer steps in a row taught nothing, as every rollout was dropped: {why}; {kept}; "
+                f"correct that, then {go_on}"
+            )
         control.should_save = control.should_training_stop = True

@@ -21,6 +21,7 @@ from options import SharedOptions
 from utils.image_folders import LabelledImage
 from utils.images import BadImage, checked_sha256
 from utils.plain_text import QWEN_ADDED_TOKENS, added_token_literals, printable, problem_of_label
+from utils.user_files import folder_kept
 
 logger = logging.getLogger("fleet")
 
@@ -167,7 +168,8 @@ def without_images(env: EpisodeSource, names: Collection[str], options: SharedOp
             "the environment without them, or replace the images"
         )
     try:
-        narrowed = narrow(paths)
+        with folder_kept():
+            narrowed = narrow(paths)
     except ValueError as error:
         raise UsageError(str(error)) from error
     except Exception as error:

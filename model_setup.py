@@ -6,6 +6,7 @@ Imports no TRL, whose import alone takes as long as a small evaluation.
 import logging
 import os
 import subprocess
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import Episode
 from episodes import BrokenEpisode, EpisodeSource
 from evaluate_options import run_options
-from flags import TOY_MODEL_ID, AgreedUsageError, UsageError
+from flags import TOY_MODEL_ID, AgreedUsageError, RunStopped, UsageError
 from hub_models import require_qwen_on_hub
 from image_check import Findings, RunData, first_difference, listing_of, settle
 from model_files import base_of
@@ -32,6 +33,8 @@ from own_environment import TRIED, require_same_digests
 from toy_model import PLAIN, SIGHTED, build_in_own_process, default_cache_root, folder_name, is_whole
 from toy_pictures import untaught
 from utils.images import BadImage
+from watchdog import is_of_collective
+from weights_check import first_weight_not_finite
 
 logger = logging.getLogger("fleet")
 
@@ -214,11 +217,19 @@ def _require_encodable(options: SharedOptions, env: EpisodeSource, folder: str) 
 
 @contextmanager
 def naming_the_model(model_id: str) -> Iterator[None]:
-    """Within it, what the libraries and model_utils say of files that do not open becomes a UsageError."""
+    """Within it, what the libraries and model_utils say of files that do not open becomes a UsageError.
+
+    Raises RunStopped where another process was lost, with which the model's files have nothing to do.
+    """
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
+        if is_of_collective(traceback.extract_tb(error.__traceback__)):
+            message = f"process {os.environ.get('RANK', '0')} lost another one while model {model_id} loaded ({reason})"
+            raise RunStopped(
+                f"{message}; look at the others' last lines, and start the run again", is_of_all=False
+            ) from error
         raise UsageError(f"model {model_id} cannot be loaded ({reason}); correct it or pass another") from error
 
 
@@ -230,10 +241,13 @@ def load_model(
     trains_adapter: bool = False,
     freeze_vision: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, processor). Raises UsageError if the model cannot be found or opened."""
+    """(model, processor). Every process takes part.
+
+    Raises UsageError if the model cannot be found or opened; on all processes if a weight on any of them is not finite.
+    """
     transformers_logging.disable_progress_bar()
     with naming_the_model(options.model_id):
-        return load_qwen25_vl(
+        model, processor = load_qwen25_vl(
             model_path,
             use_lora=trains_adapter,
             freeze_vision=freeze_vision,
@@ -241,4 +255,17 @@ def load_model(
             dtype=dtype,
             attn_implementation=options.attn_implementation,
             revision=options.revision,
+        )
+    # under ZeRO-3 a process sees its own shards alone
+    require_finite(options.model_id, gather_object([first_weight_not_finite(model)]))
+    return model, processor
+
+
+def require_finite(model_id: str, found_by_rank: Sequence[str | None]) -> None:
+    """Raises UsageError, the same on all processes, if one found a weight that is not finite. found_by_rank: names."""
+    found = next((name for name in found_by_rank if name is not None), None)
+    if found is not None:
+        raise AgreedUsageError(
+            f"model {model_id} has weights that are not finite numbers, {found} the first of them, but wanted a model "
+            "that can answer; pass another, or a checkpoint from before its training failed"
         )

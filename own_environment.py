@@ -11,7 +11,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from flags import RunStopped
 from rollouts import make_records
 from run_records import group_lines
 from utils.images import image_digest, open_image
+from utils.plain_text import require_plain_messages
 from utils.tool_calls import make_tool_call_str
 
 # The episodes that are tried, and the order in which they are asked for again.
@@ -147,6 +148,12 @@ def _comparable(value: Any) -> Sequence[Any]:
     """A field as entries that are equal for equal pictures, paths and texts."""
     entries = value if isinstance(value, tuple) else (value,)
     return [image_digest(entry).hex() if isinstance(entry, Image.Image) else entry for entry in entries]
+
+
+def require_plain_prompts(env: EpisodeSource, literals: Collection[str]) -> None:
+    """Raises NotPlainText if the first episodes' messages hold a literal that is a token to the model."""
+    for index in TRIED:
+        require_plain_messages(checked_episode(env, index).messages, f"episode {index}", literals)
 
 
 def require_usable(env: EpisodeSource, max_pixels: int | None) -> None:

@@ -6,7 +6,7 @@ Raises UsageError; imports no torch.
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -24,13 +24,16 @@ from own_environment import (
     accepted_arguments,
     first_digests,
     require_methods,
+    require_plain_prompts,
     require_pure,
     require_same_in_another_process,
     require_usable,
 )
-from reward_function import load_reward_function
+from reward_process import RewardProcess, start_reward
 from run_files import CONFIG_NAME, FINAL_NAME
 from utils.images import BadImage
+from utils.plain_text import NotPlainText, added_token_literals
+from utils.user_files import folder_kept
 
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -59,7 +62,7 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_model(options.model_id)
     require_adapter_flags(options)
     require_output_dir(options)
-    own_reward_function(options)
+    own_reward(options)
     findings = find_bad_images(make_environment(options), options, launch_variables)
     return replace(findings, episode_digests=try_own_environment(options, findings.env, options.seed))
 
@@ -326,11 +329,13 @@ def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning:
     named = f"env={options.env}"
     arguments = _environment_arguments(options, seed, prompts_reasoning)
     try:
-        env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
+        with folder_kept():
+            env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
     except ValueError as error:
         raise UsageError(str(error)) from error
     try:
-        return env_class(**accepted_arguments(env_class, arguments))
+        with folder_kept():
+            return env_class(**accepted_arguments(env_class, arguments))
     except (ValueError, OSError) as error:
         words = " ".join(str(error).split())
         own = f"{named}: {words} (its constructor raised {type(error).__name__})"
@@ -352,12 +357,13 @@ def try_own_environment(options: SharedOptions, env: EpisodeSource, seed: int) -
     try:
         require_pure(env, _construct_environment(options, seed, options.allow_reasoning))
         require_usable(env, options.image_max_pixels)
+        require_plain_prompts(env, added_token_literals(base_of(options.model_id)))
         # one process a machine is enough
         if os.environ.get("LOCAL_RANK", "0") == "0":
             arguments = _environment_arguments(options, seed, options.allow_reasoning)
             require_same_in_another_process(env, options.env, arguments)
         return first_digests(env)
-    except BrokenEpisode as error:
+    except (BrokenEpisode, NotPlainText) as error:
         raise UsageError(f"env={options.env}: {error}") from error
     except (BadImage, OSError) as error:
         if options.bad_images == "stop":
@@ -365,12 +371,15 @@ def try_own_environment(options: SharedOptions, env: EpisodeSource, seed: int) -
         return {}
 
 
-def own_reward_function(options: Options) -> Callable[..., Any] | None:
-    """The user's reward function that --reward names, or None for Fleet's own. Raises UsageError."""
+def own_reward(options: Options) -> RewardProcess | None:
+    """The user's reward function that --reward names, its file run in its own process; None for Fleet's own.
+
+    Raises UsageError.
+    """
     if options.reward is None:
         return None
     try:
-        return load_reward_function(options.reward)
+        return start_reward(options.reward, options.reward_timeout_s)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -1,18 +1,19 @@
 """A reward function that may be the user's own: loaded from its file, bounded in time, every value of it checked.
 
 Owns what a bad value is (its rollout is dropped) and what a broken function is (the run stops). It imports no torch,
-so a file that cannot be is refused at once. What a dropped rollout does to its siblings is rloo.py's affair.
+because the process of a user's function imports it. What a dropped rollout does to its siblings is decided in rloo.py.
 """
 
+import copy
 import inspect
 import math
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from decimal import Decimal
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 from utils.user_files import load_user_file
 
@@ -23,6 +24,10 @@ MAX_REWARD = 1e6
 KEYWORDS = (
     "prompts", "completions", "completion_ids", "correct_index", "num_candidates", "episode", "trainer_state",
 )  # fmt: skip
+
+
+# those of them that a function could change for others
+COPIED = ("prompts", "completion_ids", "episode")
 
 
 @dataclass(frozen=True)
@@ -38,14 +43,39 @@ class CheckedRewards:
     dropped: str | None = None
 
 
-class BoundedReward:
-    """A reward function that always answers in time, with numbers that are finite or NaN."""
+class Reward(Protocol):
+    """What training calls: BoundedReward, or the RewardProcess of a file that the user named."""
 
-    def __init__(self, function: Callable[..., Any], timeout_s: float = 60.0, name: str | None = None):
-        """timeout_s: that one call may take. name: of the function in metrics and messages; by default its own."""
-        self.function, self.timeout_s = function, timeout_s
+    __name__: str
+    timeout_s: float
+
+    def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
+        """The values of B completions. Never raises."""
+        ...
+
+
+class BoundedReward:
+    """A Python function as a reward that always answers in time, with numbers that are finite or NaN.
+
+    The function runs in a thread of this process. One that a user's file holds has a process of its own instead
+    (reward_process.py), because code may insist on a main thread, and can be ended there.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        timeout_s: float = 60.0,
+        name: str | None = None,
+        *,
+        gives_copies: bool = True,
+    ):
+        """timeout_s: that one call may take. name: of the function in metrics and messages; by default its own.
+
+        gives_copies: whether the function, which may change what it is given, gets each prompt and episode as a copy.
+        """
+        self.function, self.timeout_s, self.gives_copies = function, timeout_s, gives_copies
         # under this name TRL logs a reward function
-        self.__name__ = name or getattr(function, "__name__", type(function).__name__)
+        self.__name__ = name or name_of(function)
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
         """The function's values for B completions. Never raises, and takes `timeout_s` at most.
@@ -59,50 +89,72 @@ class BoundedReward:
         )
         thread.start()
         thread.join(self.timeout_s)
-        if found:
-            return found[0]
-        reason = f"did not return within {self.timeout_s:g} s; mend it, or raise --reward_timeout_s"
-        return self._broken(len(completions), reason)
+        return found[0] if found else broken(self.__name__, len(completions), late(self.timeout_s))
 
     def _call(self, completions: Sequence[str], columns: dict[str, Any]) -> CheckedRewards:
-        try:
-            # a copy, as the function may change what it is given
-            returned = self.function(completions=list(completions), **columns)
-            values = returned.tolist() if hasattr(returned, "tolist") else returned
-            is_sequence = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
-            if is_sequence and len(values) == len(completions):
-                return _checked(values)
-            kind = f"{len(values)} values" if is_sequence else f"a {type(returned).__name__}"
-        # a thread that dies without a word would pass for a hang, so SystemExit and its like count too
-        except BaseException as error:
-            return self._broken(len(completions), f"raised {_in_one_line(error)}; correct it")
-        reason = f"returned {kind}, but wanted a sequence of {len(completions)} numbers, one a completion; correct it"
-        return self._broken(len(completions), reason)
+        given = columns
+        if self.gives_copies:
+            # an entry at a time, as siblings share one prompt
+            copied = {key: [copy.deepcopy(entry) for entry in columns[key]] for key in COPIED if key in columns}
+            given = columns | copied
+        return checked_call(self.function, self.__name__, list(completions), given)
 
-    def _broken(self, num_completions: int, reason: str) -> CheckedRewards:
-        return CheckedRewards([math.nan] * num_completions, f"reward function {self.__name__} {reason}")
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The name under which a reward function is logged."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def checked_call(
+    function: Callable[..., Any], name: str, completions: list[str], columns: dict[str, Any]
+) -> CheckedRewards:
+    """The function's values for B completions. Never raises, whatever the function does or returns.
+
+    A sequence of B numbers is taken, and B sequences of one number each, which is shape (B, 1).
+    """
+    num_completions = len(completions)
+    try:
+        returned = function(completions=completions, **columns)
+        values = _as_list(returned)
+        if values is not None and len(values) == num_completions and not _is_table(values):
+            return _checked(values)
+        kind = _kind(returned, values)
+    # what ends without a word would pass for a hang, so SystemExit and its like count too
+    except BaseException as error:
+        return broken(name, num_completions, f"raised {describe_error(error)}; correct it")
+    wanted = f"a sequence of {num_completions} numbers, one a completion"
+    return broken(name, num_completions, f"returned {kind}, but wanted {wanted}; correct it")
+
+
+def broken(name: str, num_completions: int, reason: str) -> CheckedRewards:
+    """What a call of a function that is broken came to. reason: a verb and what follows."""
+    return CheckedRewards([math.nan] * num_completions, f"reward function {name} {reason}")
+
+
+def late(timeout_s: float) -> str:
+    """The reason for a function that takes too long."""
+    return f"did not return within {timeout_s:g} s; mend it, or raise --reward_timeout_s"
 
 
 def checked_value(value: Any) -> float:
     """A reward as a finite float, or NaN if it is none: not a real number, not finite, or beyond MAX_REWARD.
 
-    Numbers of numpy and torch count, and True and False are 1 and 0.
+    Decimals and numbers of numpy and torch count, and True and False are 1 and 0.
 
     >>> [checked_value(value) for value in (1, True, 0.5, None, "1", float("inf"), 1e38)]
     [1.0, 1.0, 0.5, nan, nan, nan, nan]
     """
     try:
         number = value.item() if hasattr(value, "item") else value
-        reward = float(number) if isinstance(number, Real) else math.nan
-    # a tensor of several numbers has no item; a whole number may be too large for a float
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        reward = float(number) if isinstance(number, Real | Decimal) else math.nan
+    # a tensor of several numbers has no item, a whole number may be too large, and a user's class may raise anything
+    except Exception:
         return math.nan
     return reward if abs(reward) <= MAX_REWARD else math.nan
 
 
-@lru_cache
 def load_reward_function(spec: str) -> Callable[..., Any]:
-    """The function that `path/to/file.py:function` names, whose file is run once a process.
+    """The function that `path/to/file.py:function` names, whose file is run.
 
     Raises ValueError if the spec has another form, the file or the function is missing, or the function cannot be
     called with KEYWORDS.
@@ -124,15 +176,64 @@ def load_reward_function(spec: str) -> Callable[..., Any]:
     return function
 
 
+def _as_list(returned: Any) -> list[Any] | None:
+    """The entries of what a function returned; None if it is no sequence."""
+    # tensors and arrays have the first; tables and columns of other libraries the second
+    for method in ("tolist", "to_numpy"):
+        if hasattr(returned, method):
+            found = getattr(returned, method)()
+            returned = found.tolist() if method == "to_numpy" else found
+            break
+    is_sequence = isinstance(returned, Sequence) and not isinstance(returned, str | bytes)
+    entries = list(returned) if is_sequence else None
+    if entries and all(_length(entry) == 1 for entry in entries):
+        return [_as_list(entry)[0] for entry in entries]  # type: ignore[index]
+    return entries
+
+
+def _is_table(values: list[Any]) -> bool:
+    """Whether every entry is itself a sequence: several numbers a completion."""
+    return bool(values) and all(_length(value) is not None for value in values)
+
+
+def _length(entry: Any) -> int | None:
+    """The number of entries of a sequence, of arrays and tensors too; None for what is none."""
+    if isinstance(entry, Sequence) and not isinstance(entry, str | bytes):
+        return len(entry)
+    shape = getattr(entry, "shape", None)
+    return int(shape[0]) if isinstance(shape, Sequence) and len(shape) == 1 and hasattr(entry, "tolist") else None
+
+
+def _kind(returned: Any, values: list[Any] | None) -> str:
+    """What was returned, in words."""
+    shape = getattr(returned, "shape", None)
+    if isinstance(shape, Sequence) and len(shape) != 1:
+        return f"a {type(returned).__name__} of shape {tuple(shape)}"
+    if values is None:
+        return f"a {type(returned).__name__}"
+    return f"{len(values)} {'sequences' if _is_table(values) else 'values'}"
+
+
 def _checked(values: Sequence[Any]) -> CheckedRewards:
     rewards = [checked_value(value) for value in values]
     bad = next((place for place, reward in enumerate(rewards) if math.isnan(reward)), None)
-    dropped = None if bad is None else f"{repr(values[bad])[:80]} ({type(values[bad]).__name__})"
+    dropped = None if bad is None else f"{_words(repr, values[bad], 80)} ({type(values[bad]).__name__})"
     return CheckedRewards(rewards, dropped=dropped)
 
 
-def _in_one_line(error: BaseException) -> str:
-    """Kind, words and place of an exception."""
-    words = " ".join(str(error).split())[:300]
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}{f': {words}' if words else ''} ({place.filename}, line {place.lineno})"
+def describe_error(error: BaseException) -> str:
+    """Kind, words and place of an exception, in one line."""
+    words = _words(str, error, 300)
+    calls = traceback.extract_tb(error.__traceback__)
+    place = f" ({calls[-1].filename}, line {calls[-1].lineno})" if calls else ""
+    return f"{type(error).__name__}{f': {words}' if words else ''}{place}"
+
+
+def _words(say: Callable[[Any], str], what: Any, max_chars: int) -> str:
+    """What `say` makes of it, on one line, without control characters and not longer than max_chars."""
+    try:
+        text = say(what)
+    except BaseException as error:
+        return f"(its words cannot be made: {type(error).__name__})"
+    flat = " ".join(text[: 20 * max_chars].split())
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in flat)[:max_chars]

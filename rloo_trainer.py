@@ -52,7 +52,8 @@ from guards import RewardGuard, StepGuard, without_gradient_if_not_finite
 from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
 from resumable_trainer import ResumableTrainer
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
-from reward_function import BoundedReward
+from reward_function import BoundedReward, Reward
+from reward_process import RewardProcess
 from rloo import leave_one_out_advantages, needs_old_logps, num_episodes_of_args, refuse_split_groups
 from rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
 from shared_prefix import pack_groups, unpack
@@ -104,7 +105,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         reward_weights: RewardWeights = DEFAULT_WEIGHTS,
         skips_bad_images: bool = False,
         allow_reasoning: bool = False,
-        reward_function: Callable[..., Any] | None = None,
+        reward_function: RewardProcess | Callable[..., Any] | None = None,
         reward_timeout_s: float = 60.0,
         max_skipped_steps: int = 5,
         peft_config: PeftConfig | None = None,
@@ -117,8 +118,10 @@ class FleetRLOOTrainer(ResumableTrainer):
 
         skips_bad_images: go on where an image has gone bad, on the episode that replaces its own, and log
         `images/episodes_replaced` (of a generation, over all devices); else the run stops, on all devices together.
-        reward_function: the user's own in place of `reward_weights`, called with reward_function.KEYWORDS; bounded by
-        `reward_timeout_s`. max_skipped_steps: in a row, for gradients that are not finite, after which training ends.
+        reward_function: the user's own in place of `reward_weights`, called with reward_function.KEYWORDS, in its own
+        process or bounded by `reward_timeout_s` in a thread of this one.
+        max_skipped_steps: in a row, for gradients that are not finite or rollouts that were all dropped, after which
+        training ends.
         shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
         vision_cache_bytes: host memory for the features of images, where the vision tower is frozen; 0 keeps none.
         vllm_max_logprob_gap: see VLLMSampler, where args.use_vllm.
@@ -129,8 +132,14 @@ class FleetRLOOTrainer(ResumableTrainer):
         media_ids = media_token_ids(model.config)
         banned = sampling_kwargs(media_ids, end_token_ids(model)) if args.use_vllm else {"suppress_tokens": media_ids}
         args.generation_kwargs = banned | (args.generation_kwargs or {})
-        own_reward = make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning)
-        reward = BoundedReward(reward_function or own_reward, reward_timeout_s)
+        reward: Reward
+        if isinstance(reward_function, RewardProcess):
+            reward = reward_function
+        elif reward_function is not None:
+            reward = BoundedReward(reward_function, reward_timeout_s)
+        else:
+            fleets = make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning)
+            reward = BoundedReward(fleets, reward_timeout_s, gives_copies=False)
         super().__init__(
             model=model,
             reward_funcs=reward,
@@ -401,6 +410,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             episode=episodes,
             trainer_state=self.state,
         )
+        self.step_guard.begin_generation(self.reward.latest_dropped)
         rewards = torch.tensor(values, device=self.accelerator.device) * self.reward_weights[0].item()
         of_all = self.accelerator.gather(rewards)
         mean, deviation = of_all.nanmean().item(), nanstd(of_all).item()
@@ -447,7 +457,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         return norm
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains. Raises RunStopped, once a checkpoint is saved, after too many skipped steps in a row."""
+        """Trains. Raises RunStopped, once a checkpoint is saved, after too many steps in a row that taught nothing."""
         self._last_log_time_s = time.perf_counter()
         output = super().train(*args, **kwargs)
         if self.step_guard.stop_reason is not None:
@@ -472,6 +482,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             shaped_B = shaped_B - self.beta * kl_BT.sum(dim=1)
         # a token that the reference gives no chance has no finite KL
         shaped_all = self.accelerator.gather(shaped_B.where(shaped_B.isfinite(), torch.nan))
+        self.step_guard.note_scores(shaped_all)
         self._metrics["train"]["rewards/dropped"].append(shaped_all.isnan().float().mean().item())
         is_tied_P = nanstd(shaped_all.view(-1, self.num_generations), dim=1) < 1e-8
         self._metrics["train"]["frac_reward_zero_std"].append(is_tied_P.float().mean().item())

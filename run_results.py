@@ -4,7 +4,6 @@ Owns what a run leaves at its end. Every process takes part in saving weights; t
 """
 
 import logging
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -75,13 +74,13 @@ def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
         name: [_mean([line[name] for line in part]) for part in (lines[:window], lines[-window:])]
         for name in ("reward", "accuracy")
     }
-    figures = ", ".join(f"mean {name} {first:.2f} -> {last:.2f}" for name, (first, last) in means.items())
+    figures = ", ".join(f"mean {name} {first} -> {last}" for name, (first, last) in means.items())
     seconds = training_seconds(lines)
     steps = f"{window} logged steps" if window > 1 else "logged step"
     return f"\n{figures} (first and last {steps}), {seconds:.0f} s of training\n{left}"
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    """The mean of those that there are, NaN if there are none: a step's rollouts may all have been dropped."""
+def _mean(values: Sequence[float | None]) -> str:
+    """The mean of those that there are; "none" where a step's rollouts may all have been dropped."""
     found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found else math.nan
+    return f"{sum(found) / len(found):.2f}" if found else "none"

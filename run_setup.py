@@ -31,8 +31,9 @@ from model_files import read_json
 from model_setup import has_gpu, load_model, require_agreement
 from model_utils import count_parameters, make_lora_config, read_adapter_config
 from options import Options, ResolvedDefault
+from peers import connect
 from preemption import Preemption
-from preflight import own_reward_function, require_output_dir, require_same_images
+from preflight import own_reward, require_output_dir, require_same_images
 from resumable_trainer import require_plain_pickles
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
@@ -112,14 +113,16 @@ def describe_run(options: Options, filled: Sequence[ResolvedDefault]) -> str:
     return f"{headline}\n\n{resolved_table(filled)}"
 
 
-def start_distributed(options: Options, problem: str | None = None) -> RLOOConfig:
+def start_distributed(options: Options, watchdog: Watchdog, problem: str | None = None) -> RLOOConfig:
     """TRL's arguments, whose making starts the process group.
 
-    problem: what the checks found on this process. Raises UsageError on all processes if any has a problem, or if
-    their flags differ.
+    watchdog: hears from the other processes from then on. problem: what the checks found on this process. Raises
+    UsageError on all processes if any has a problem, or if their flags differ.
     """
     args = make_rloo_config(options)
     require_agreement(options, problem or result_or_problem(lambda: require_launchers_deepspeed(args))[1])
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    watchdog.peers = connect(args.process_index, args.world_size, host, gather_object)
     return args
 
 
@@ -293,7 +296,7 @@ def build_trainer(
             reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
             skips_bad_images=options.bad_images == "skip",
             allow_reasoning=options.allow_reasoning,
-            reward_function=own_reward_function(options),
+            reward_function=own_reward(options),
             reward_timeout_s=options.reward_timeout_s,
             max_skipped_steps=options.max_skipped_steps,
             peft_config=lora,
@@ -367,14 +370,17 @@ def answer_settings(options: Options) -> AnswerSettings:
 
 
 @contextlib.contextmanager
-def watched(options: Options, trainer: FleetRLOOTrainer) -> Iterator[None]:
-    """Within it, a trainer that makes no progress for --step_timeout_s ends its process and says why."""
-    watchdog = Watchdog(options.step_timeout_s, trainer.args.process_index)
-    trainer.on_activity = watchdog.beat
+def watched(options: Options) -> Iterator[Watchdog]:
+    """Within it, a run that makes no progress for --step_timeout_s ends its process and says why."""
+    watchdog = Watchdog(options.step_timeout_s, int(os.environ.get("RANK", "0")))
+    watchdog.start_with("the start of all processes")
     try:
-        yield
-    finally:
-        watchdog.stop()
+        yield watchdog
+    except BaseException:
+        # the others hear of it if they do not end for the same reason
+        watchdog.stop(is_at_end=False)
+        raise
+    watchdog.stop()
 
 
 @contextlib.contextmanager

@@ -36,23 +36,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info(run_setup.describe_run(options, filled), extra=command_line.COLOURED)
     problem = problem or model_setup.problem_of_models(options.model_id, revision=options.revision)
     problem = problem or model_setup.problem_of_prompts(options, findings)
-    args = run_setup.start_distributed(options, problem)
-    assert findings is not None, "a process that has found nothing has a problem, which start_distributed raises"
-    data = model_setup.agree_on_data(options, findings)
-    model_setup.say_what_the_toy_has_not_seen(options, [image.path for image in images_of(data.env) or ()])
-    run_setup.require_last_episode(options, data)
-    plan = run_setup.plan_evaluation(options, data)
-    if options.dry_run:
-        logger.info("dry run: everything checked is sound; no weight was loaded")
-        return
-    model_path = model_setup.local_model_path(options)
-    options = run_setup.name_output_dir(options, args)
-    checkpoint = run_setup.find_checkpoint(options, args, data)
-    trainer = run_setup.build_trainer(options, args, data.env, plan, model_path)
-    run_setup.take_output_dir(options, trainer, data)
-    with run_setup.watched(options, trainer), run_setup.telling_how_to_go_on(options):
-        run_setup.train(options, trainer, checkpoint)
-        run_results.save_results(options, trainer)
+    with run_setup.watched(options) as watchdog:
+        args = run_setup.start_distributed(options, watchdog, problem)
+        assert findings is not None, "a process that has found nothing has a problem, which start_distributed raises"
+        watchdog.start_with("the comparison of images and the plan of evaluation")
+        data = model_setup.agree_on_data(options, findings)
+        model_setup.say_what_the_toy_has_not_seen(options, [image.path for image in images_of(data.env) or ()])
+        run_setup.require_last_episode(options, data)
+        plan = run_setup.plan_evaluation(options, data)
+        if options.dry_run:
+            logger.info("dry run: everything checked is sound; no weight was loaded")
+            return
+        watchdog.start_with("the making of the toy model, or the reading of a checkpoint")
+        model_path = model_setup.local_model_path(options)
+        options = run_setup.name_output_dir(options, args)
+        checkpoint = run_setup.find_checkpoint(options, args, data)
+        watchdog.start_with("the loading of the model")
+        trainer = run_setup.build_trainer(options, args, data.env, plan, model_path)
+        run_setup.take_output_dir(options, trainer, data)
+        watchdog.start_with("the preparation of training")
+        trainer.on_activity = watchdog.beat
+        with run_setup.telling_how_to_go_on(options):
+            run_setup.train(options, trainer, checkpoint)
+            run_results.save_results(options, trainer)
     logger.info(run_results.describe_results(options, trainer))
 
 

@@ -1,6 +1,7 @@
-"""The weights in a model's files are those that the model takes: names and shapes compared, no weight read.
+"""The weights in a model's files are those that the model takes, and once loaded they are finite numbers.
 
 The libraries start a missing weight at random and pass over an unknown one, with a warning. Here either stops the run.
+Names and shapes are compared without reading a weight; what the weights hold is looked at where they were loaded to.
 """
 
 import copy
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -57,6 +59,51 @@ def require_fitting_adapter(folder: str, adapter: LoraConfig, base_config: PreTr
         ) from error
     else:
         _refuse(f"adapter {folder}: its files", own & set(result.missing_keys), result.unexpected_keys)
+
+
+@torch.no_grad()
+def first_weight_not_finite(model: nn.Module) -> str | None:
+    """The name of the model's first weight that holds an infinity or NaN; None if there is none.
+
+    Costs one pass over the weights where they are, without a copy of any. Under ZeRO-3 it looks at this process's
+    shards alone, of 4-bit weights at their scales.
+    """
+    named = [
+        (name, numbers)
+        for name, parameter in model.named_parameters()
+        for numbers in _numbers_of(parameter)
+        if numbers.is_floating_point() and numbers.numel() and not numbers.is_meta
+    ]
+    # the least and the greatest number are NaN where any is; stacked by device, they are read once
+    extremes: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, numbers in named:
+        pair = torch.stack(torch.aminmax(numbers)).float()
+        extremes.setdefault(pair.device, []).append((name, pair))
+    not_finite = {
+        name
+        for pairs in extremes.values()
+        for (name, _), is_finite in zip(
+            pairs, torch.stack([pair for _, pair in pairs]).isfinite().all(dim=1).tolist(), strict=True
+        )
+        if not is_finite
+    }
+    return next((name for name, _ in named if name in not_finite), None)
+
+
+def _numbers_of(parameter: nn.Parameter) -> list[Tensor]:
+    """The tensors on this process that a weight is made of."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is not None:
+        size = int(shard.ds_numel)
+        first = size * torch.distributed.get_rank(parameter.ds_process_group)
+        # behind the weight's own numbers the last shard is filled up with whatever memory held; one that was moved to
+        # a disk is not here
+        return [shard.view(-1)[: max(0, min(size, parameter.ds_numel - first))]] if shard.numel() == size else []
+    scales = getattr(parameter, "quant_state", None)
+    if scales is not None:
+        held = (scales.absmax, scales.offset, getattr(scales.state2, "absmax", None))
+        return [tensor for tensor in held if isinstance(tensor, Tensor)]
+    return [parameter.detach()]
 
 
 def _refuse(whose: str, missing: Collection[str], unknown: Collection[str]) -> None:

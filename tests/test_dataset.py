@@ -1,6 +1,7 @@
 """Rows and batches: random access, the plain processor as oracle, and each episode encoded once."""
 
 import os
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -12,9 +13,13 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from controls import with_order_permuted
 from dataset import RepeatableEpisodeDataset, VLMDataCollator, count_faults
 from environment import Episode, PickImageEnv
 from flags import RunStopped
+from held_out import make_plan
+from options import parse_options
+from preflight import make_environment
 from tests.conftest import save_picture
 from tests.helpers import toy_dataset, toy_processor
 from toy_model import TOY_DATA_ROOT
@@ -271,3 +276,45 @@ def test_faults_are_counted_or_stop_every_rank_with_the_same_words() -> None:
         "process 1: episode 5: image a.png is empty; replace it; or pass --bad_images skip to have the episode "
         "replaced, with --resume"
     )
+
+
+MOVING_ENV = """
+import os
+from environment import PickImageEnv
+
+os.chdir("/")
+
+class Env(PickImageEnv):
+    def __init__(self, **settings):
+        os.chdir("..")
+        super().__init__(**settings)
+        os.chdir("/")
+
+    def draw_episode(self, seed, index):
+        os.chdir("/")
+        return super().draw_episode(seed, index)
+
+    def prompt_messages(self, episode):
+        os.chdir("/")
+        return super().prompt_messages(episode)
+"""
+
+
+def test_an_environment_that_changes_the_working_directory_does_not_move_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "env.py").write_text(MOVING_ENV)
+    for place, color in enumerate(("red", "blue", "green", "black", "white")):
+        save_picture(tmp_path / f"pictures/{place}.png", color)
+    monkeypatch.chdir(tmp_path / "work")
+    data_root = str(tmp_path / "pictures")
+    options = parse_options(
+        ["--env", "../env.py:Env", "--data_root", data_root, "--eval_episodes", "2", "--eval_steps", "1"]
+    )
+    env = make_environment(options)
+    row = RepeatableEpisodeDataset(env)[0]
+    assert len(row["images"]) == 4
+    assert len(make_plan(options, [(env, 3)]).episodes) == 2
+    assert with_order_permuted(env, row["episode"], 0, random.Random(0)) is not None
+    assert Path.cwd() == tmp_path / "work"

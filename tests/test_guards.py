@@ -112,7 +112,10 @@ def test_numbers_of_torch_count() -> None:
     assert math.isnan(checked_value(torch.tensor([0.5, 0.5])))
     assert BoundedReward(lambda **columns: torch.tensor([1.0, 2.0]))(["a", "b"]).values == [1.0, 2.0]
     problem = BoundedReward(lambda **columns: torch.tensor(1.0))(["a"]).problem
-    assert problem is not None and "returned a Tensor, but wanted a sequence of 1 numbers" in problem
+    assert problem is not None and "returned a Tensor of shape (), but wanted a sequence of 1 numbers" in problem
+    column = torch.tensor([[1.0], [2.0]])
+    for values in (column, list(column), list(column.flatten()), column.numpy(), column.double().requires_grad_()):
+        assert BoundedReward(lambda values=values, **columns: values)(["a", "b"]).values == [1.0, 2.0]
 
 
 def wrong_length(**columns: Any) -> list[float]:
@@ -147,6 +150,68 @@ def test_a_broken_reward_function_stops_the_run(function: Any, timeout_s: float,
     with pytest.raises(RunStopped, match=f"^{words}"):
         trainer.train()
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer.model).items())
+
+
+def scores_until(step: int) -> Any:
+    """A reward whose values all count before that step, and none from it on."""
+
+    def reward(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+        is_sound = trainer_state.global_step + 1 < step
+        return [float(len(text) % 3) if is_sound else NAN for text in completions]
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"beta": 0.05, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}]
+)
+def test_steps_in_a_row_without_any_reward_save_and_stop(settings: dict[str, Any], tmp_path: Path) -> None:
+    def trainer_of(step: int) -> Any:
+        args = rloo_config(tmp_path, max_steps=6, **settings)
+        reward = scores_until(step)
+        return fleet_trainer(args, ScriptedFleetTrainer, model=toy_model(), reward_function=reward, max_skipped_steps=2)
+
+    trainer = trainer_of(3)
+    with pytest.raises(RunStopped) as stop:
+        trainer.train()
+    assert str(stop.value) == (
+        "2 optimizer steps in a row taught nothing, as every rollout was dropped: reward function reward gave nan "
+        f"(float), but wanted a finite number within 1e+06 of 0; the last checkpoint in {tmp_path} is sound; correct "
+        "that, then pass --resume"
+    )
+    assert trainer.state.global_step == 4
+    assert load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    resumed = trainer_of(99)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.state.global_step == 6
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("reward", "2 optimizer steps in a row taught nothing, as every rollout was dropped: "),
+        ("gradient", "2 optimizer steps in a row were skipped, as the gradient's norm was last nan; "),
+    ],
+)
+def test_a_run_that_is_shorter_than_the_limit_and_learns_nothing_stops(fault: str, words: str, tmp_path: Path) -> None:
+    settings = {"reward_function": scores_until(1)} if fault == "reward" else {}
+    trainer = fleet_trainer(rloo_config(tmp_path), ScriptedFleetTrainer, **settings)
+    if fault == "gradient":
+        spoil(trainer, {1: ("gradient", NAN), 2: ("gradient", NAN)})
+    with pytest.raises(RunStopped) as stop:
+        trainer.train()
+    assert str(stop.value).startswith(words) and str(stop.value).endswith(", then begin another run")
+
+
+def test_a_run_of_which_one_rollout_counts_at_times_goes_on(tmp_path: Path) -> None:
+    def reward(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
+        return [1.0 if trainer_state.global_step == 1 else NAN, *[NAN] * 7]
+
+    trainer = fleet_trainer(
+        rloo_config(tmp_path, max_steps=3), ScriptedFleetTrainer, reward_function=reward, max_skipped_steps=2
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
 
 
 # --- losses and gradients ---------------------------------------------------------------------------------------------

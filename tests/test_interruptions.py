@@ -184,3 +184,38 @@ def test_when_a_rank_raises_dies_or_stalls_all_end_and_say_which(fault: str, wor
     blamed = [line for line in said_last.splitlines() if "has stalled in" in line]
     assert blamed == [line for line in blamed if line.startswith(words)], "nobody else is blamed"
     assert [find_damage(path) for path in list_checkpoints(run)] == [None] * newest_step(run)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("1:stop", "error: process 0 ends during the loading of the model, as process 1 has given no sign for"),
+        ("1:kill", "error: process 0"),
+        pytest.param("0:kill", "error: process 1", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_rank_that_is_lost_before_the_first_generation_ends_the_others(
+    fault: str, words: str, tmp_path: Path
+) -> None:
+    limits = ["--step_timeout_s", "10", "--reward_timeout_s", "5"]
+    flags = [*QUICK, "--output_dir", str(tmp_path / "run"), "--train_steps", "1", *limits, fault]
+    ranks = start_ranks(tmp_path, flags, 2, zero3=True, target="tests.early_fault")
+    lost, other = ranks if fault.startswith("0") else ranks[::-1]
+    wait_until(partial(said, lost, "[loading]"), ranks)
+    try:
+        assert other.wait() in (1, 70), other.output[-3000:]
+    finally:
+        lost.process.kill()
+    assert [line for line in other.output.splitlines() if line.startswith(words)], other.output[-3000:]
+
+
+def test_a_process_that_was_stopped_for_long_goes_on_when_it_is_continued(tmp_path: Path) -> None:
+    limits = ["--step_timeout_s", "20", "--reward_timeout_s", "10"]
+    flags = [*QUICK, "--output_dir", str(tmp_path / "run"), "--train_steps", "12", *limits]
+    (rank,) = start_ranks(tmp_path, flags, target="tests.speaking_training")
+    wait_until(lambda: rank.output.count("[rewards]") >= 2, [rank])
+    os.kill(rank.pid, signal.SIGSTOP)
+    # longer than a step may take
+    time.sleep(22)
+    os.kill(rank.pid, signal.SIGCONT)
+    assert rank.wait() == 0, rank.output[-3000:]

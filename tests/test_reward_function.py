@@ -1,5 +1,6 @@
 """A user's reward function: what of it is loaded, which of its values count, and how a broken one is told."""
 
+import contextlib
 import math
 import re
 import sys
@@ -17,7 +18,7 @@ import pytest
 import command_line
 from flags import RunStopped, UsageError
 from options import parse_options
-from preflight import own_reward_function, what_the_run_reads
+from preflight import own_reward, what_the_run_reads
 from reward_function import KEYWORDS, BoundedReward, checked_value, load_reward_function
 from tests.conftest import call_text
 
@@ -28,6 +29,7 @@ NUMBERS = {
     "a whole number": (-3, -3.0),
     "a fraction": (0.25, 0.25),
     "a ratio": (Fraction(1, 4), 0.25),
+    "a decimal": (Decimal("0.5"), 0.5),
     "true": (True, 1.0),
     "false": (False, 0.0),
     "numpy's float32": (np.float32(0.5), 0.5),
@@ -51,7 +53,7 @@ NO_NUMBERS = {
     "bytes": b"1",
     "complex": 1 + 0j,
     "numpy's complex": np.complex64(1),
-    "a decimal": Decimal("0.5"),
+    "a decimal that is none": Decimal("sNaN"),
     "a list": [1.0],
     "an array of two": np.array([0.5, 0.5]),
     "a function": len,
@@ -72,12 +74,25 @@ def test_what_is_no_number_drops_its_rollout_alone(value: Any) -> None:
     assert checked.dropped is not None and checked.dropped.endswith(f"({type(value).__name__})")
 
 
+class Column:
+    """Values as libraries of tables have them: no sequence, and an array on demand."""
+
+    def __init__(self, values: np.ndarray):
+        self.shape, self.to_numpy = values.shape, lambda: values
+
+
 SEQUENCES = {
     "tuple": (0.0, 1.0, 2.0),
     "array": np.arange(3, dtype=np.float32),
     "array of objects": np.array([0, 1.0, True + 1], dtype=object),
     "range": range(3),
     "deque": deque([0, 1, 2]),
+    "array of shape (3, 1)": np.arange(3).reshape(3, 1),
+    "lists of one": [[0.0], [1.0], [2.0]],
+    "arrays of one": [np.array([0.0]), np.array([1.0]), np.array([2.0])],
+    "arrays of no axis": [np.array(0.0), np.array(1.0), np.array(2.0)],
+    "a column of a table": Column(np.arange(3)),
+    "a table of one column": Column(np.arange(3).reshape(3, 1)),
 }
 
 
@@ -90,6 +105,11 @@ def raises(error: BaseException) -> NoReturn:
     raise error
 
 
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
 WANTED = "but wanted a sequence of 3 numbers, one a completion; correct it"
 BROKEN = {
     "too few": (lambda **columns: [1.0, 1.0], f"returned 2 values, {WANTED}"),
@@ -97,14 +117,29 @@ BROKEN = {
     "none": (lambda **columns: [], f"returned 0 values, {WANTED}"),
     "nothing": (lambda **columns: None, f"returned a NoneType, {WANTED}"),
     "one number": (lambda **columns: 1.0, f"returned a float, {WANTED}"),
-    "one number of numpy's": (lambda **columns: np.array(1.0), f"returned a ndarray, {WANTED}"),
+    "one number of numpy's": (lambda **columns: np.array(1.0), f"returned a ndarray of shape (), {WANTED}"),
     "a text as long": (lambda **columns: "123", f"returned a str, {WANTED}"),
     "bytes as long": (lambda **columns: b"123", f"returned a bytes, {WANTED}"),
     "a generator": (lambda **columns: (1.0 for _ in range(3)), f"returned a generator, {WANTED}"),
     "a mapping": (lambda **columns: {0: 1.0, 1: 1.0, 2: 1.0}, f"returned a dict, {WANTED}"),
+    "two numbers a completion": (lambda **columns: [[1.0, 0.0]] * 3, f"returned 3 sequences, {WANTED}"),
+    "shape (3, 2)": (lambda **columns: np.zeros((3, 2)), f"returned a ndarray of shape (3, 2), {WANTED}"),
+    "shape (1, 3)": (lambda **columns: np.zeros((1, 3)), f"returned a ndarray of shape (1, 3), {WANTED}"),
     "a set": (lambda **columns: {0.0, 1.0, 2.0}, f"returned a set, {WANTED}"),
     "an exception": (lambda **columns: raises(KeyError("right")), "raised KeyError: 'right' ("),
     "an exception of many lines": (lambda **columns: raises(ValueError("a\n b")), "raised ValueError: a b ("),
+    "an exception of one long line": (
+        lambda **columns: raises(ValueError("x" * 10**6)),
+        f"raised ValueError: {'x' * 300} (",
+    ),
+    "an exception with control characters": (
+        lambda **columns: raises(ValueError("a\x1b[2J\0")),
+        "raised ValueError: a\\x1b[2J\\x00 (",
+    ),
+    "an exception without words": (
+        lambda **columns: raises(Wordless()),
+        "raised Wordless: (its words cannot be made: RuntimeError) (",
+    ),
     "an exit": (lambda **columns: sys.exit(3), "raised SystemExit: 3 ("),
     "an interrupt": (lambda **columns: raises(KeyboardInterrupt()), "raised KeyboardInterrupt ("),
     "a missing keyword": (lambda completions: [1.0] * 3, "raised TypeError: "),
@@ -142,14 +177,20 @@ def test_a_function_that_hangs_is_not_waited_for(pause_s: float) -> None:
     )
 
 
-def test_a_function_gets_copies() -> None:
-    def greedy(completions: list[str], **columns: Any) -> list[float]:
-        completions.clear()
-        return [0.0]
+def test_a_function_gets_copies_and_so_do_siblings() -> None:
+    seen: list[Any] = []
 
-    texts = ["a"]
-    assert BoundedReward(greedy)(texts).values == [0.0]
-    assert texts == ["a"]
+    def greedy(completions: list[str], prompts: list[Any], **columns: Any) -> list[float]:
+        completions.clear()
+        for prompt in prompts:
+            prompt.append("more")
+        seen.extend(prompts)
+        return [0.0, 0.0]
+
+    texts, prompt = ["a", "b"], [{"role": "user"}]
+    assert BoundedReward(greedy)(texts, prompts=[prompt, prompt]).values == [0.0, 0.0]
+    assert seen == [[{"role": "user"}, "more"]] * 2
+    assert (texts, prompt) == (["a", "b"], [{"role": "user"}])
 
 
 REWARD_FILE = """
@@ -184,13 +225,13 @@ def reward_file(tmp_path: Path) -> Path:
 
 
 def test_a_function_is_loaded_from_its_file_which_runs_once(reward_file: Path) -> None:
-    spec = f"{reward_file}:score"
-    function = own_reward_function(parse_options(["--reward", spec]))
-    assert function is not None
-    columns = dict.fromkeys(KEYWORDS) | {"completions": ["a", "abc"]}
-    assert function(**columns) == [1.0, 3.0]
-    reward_file.write_text("1 / 0")
-    assert load_reward_function(spec) is function
+    options = parse_options(["--reward", f"{reward_file}:score"])
+    reward = own_reward(options)
+    assert reward is not None
+    with contextlib.closing(reward):
+        assert reward(["a", "abc"], correct_index=[0, 0]).values == [1.0, 3.0]
+        reward_file.write_text("1 / 0")
+        assert own_reward(options) is reward
 
 
 def test_an_object_that_can_be_called_is_a_function(reward_file: Path) -> None:
@@ -200,7 +241,7 @@ def test_an_object_that_can_be_called_is_a_function(reward_file: Path) -> None:
 
 
 def test_without_the_flag_there_is_none() -> None:
-    assert own_reward_function(parse_options([])) is None
+    assert own_reward(parse_options([])) is None
 
 
 UNUSABLE = {
@@ -230,7 +271,7 @@ def test_what_is_no_reward_function_is_refused_before_a_weight_loads(
     for name, text in (("broken.py", "1 / 0"), ("leaves.py", "import sys; sys.exit(4)"), ("no python.py", "score =")):
         Path(name).write_text(text)
     with pytest.raises(UsageError, match=words):
-        own_reward_function(parse_options(["--reward", spec]))
+        own_reward(parse_options(["--reward", spec]))
 
 
 def test_the_file_survives_an_overwrite(reward_file: Path) -> None:

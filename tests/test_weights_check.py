@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from model_utils import load_qwen25_vl, require_loadable
 from run_results import merge_adapter
 from tests.helpers import toy_model, toy_path
 from tests.processes import start_ranks
+from weights_check import first_weight_not_finite
 
 Weights = dict[str, torch.Tensor]
 WEIGHTS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
@@ -213,3 +215,93 @@ def test_all_processes_hear_of_an_adapter_that_one_of_them_finds_unfit(adapter: 
         assert [rank.wait() for rank in ranks] == [2, 2]
         (line,) = [line for rank in ranks for line in rank.output.splitlines() if line.startswith("error: ")]
         assert f"error: process 0: model {unfit} cannot be loaded (adapter {unfit}: its files lack 12" in line
+
+
+def with_number(part: str, place: int, number: float) -> Callable[[Weights], Weights]:
+    """Sets one number of the first weight whose name has the part."""
+
+    def change(weights: Weights) -> Weights:
+        name = next(name for name in sorted(weights) if part in name)
+        weights[name].view(-1)[place] = number
+        return weights
+
+    return change
+
+
+NOT_FINITE = {
+    "NaN in a vision layer": (
+        "visual.blocks.1.attn.qkv.weight",
+        0,
+        float("nan"),
+        "model.visual.blocks.1.attn.qkv.weight",
+    ),
+    "inf as the last number": ("model.norm.weight", -1, float("inf"), "model.language_model.norm.weight"),
+    "-inf in the output layer": (
+        "embed_tokens.weight",
+        5000,
+        float("-inf"),
+        "model.language_model.embed_tokens.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("part", "place", "number", "name"), NOT_FINITE.values(), ids=NOT_FINITE.keys())
+def test_a_weight_that_is_not_finite_is_named_before_anything_is_scored_or_trained(
+    part: str, place: int, number: float, name: str, tmp_path: Path
+) -> None:
+    unfit = rewritten(Path(toy_path()), tmp_path / "unfit", with_number(part, place, number))
+    commands = [
+        lambda: evaluate.main(["--model_id", str(unfit), "--eval_episodes", "4"]),
+        lambda: training.main(["--model_id", str(unfit), "--train_steps", "1", "--output_dir", str(tmp_path / "run")]),
+    ]
+    for command in commands:
+        with pytest.raises(UsageError) as refusal:
+            command()
+        assert str(refusal.value) == (
+            f"model {unfit} has weights that are not finite numbers, {name} the first of them, but wanted a model that "
+            "can answer; pass another, or a checkpoint from before its training failed"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_in_each_dtype_is_looked_at(dtype: torch.dtype) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 0), torch.nn.Linear(3, 3)).to(dtype)
+    assert first_weight_not_finite(model) is None
+    with torch.no_grad():
+        model[2].bias[1] = float("nan")
+        assert first_weight_not_finite(model) == "2.bias"
+        model[0].weight[2, 2] = float("-inf")
+        assert first_weight_not_finite(model) == "0.weight"
+
+
+def test_the_scales_of_4_bit_weights_are_looked_at() -> None:
+    model = torch.nn.Linear(4, 4, bias=False)
+    model.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    inner = SimpleNamespace(absmax=torch.ones(1))
+    model.weight.quant_state = SimpleNamespace(
+        absmax=torch.zeros(1, dtype=torch.uint8), offset=torch.tensor(0.0), state2=inner
+    )
+    assert first_weight_not_finite(model) is None
+    inner.absmax[0] = float("nan")
+    assert first_weight_not_finite(model) == "weight"
+
+
+def test_an_adapters_weight_that_is_not_finite_is_named(adapter: Path, tmp_path: Path) -> None:
+    unfit = rewritten(adapter, tmp_path / "unfit", with_number("layers.1.self_attn.v_proj.lora_B", 3, float("nan")))
+    with pytest.raises(
+        UsageError, match=r"has weights that are not finite numbers, \S+layers.1.self_attn.v_proj.lora_B"
+    ):
+        evaluate.main(["--model_id", str(unfit), "--eval_episodes", "4"])
+
+
+@pytest.mark.slow
+def test_all_processes_hear_of_a_weight_that_one_of_them_has_a_shard_of(tmp_path: Path) -> None:
+    # the second process has the shard with the last number
+    change = with_number("visual.blocks.1.attn.qkv.weight", -1, float("nan"))
+    unfit = rewritten(Path(toy_path()), tmp_path / "unfit", change)
+    for target, flags in (("training", ["--train_steps", "1"]), ("evaluate", ["--eval_episodes", "4"])):
+        ranks = start_ranks(tmp_path, ["--model_id", str(unfit), *flags], 2, zero3=True, target=target)
+        assert [rank.wait() for rank in ranks] == [2, 2]
+        (line,) = [line for rank in ranks for line in rank.output.splitlines() if line.startswith("error: ")]
+        assert "model.visual.blocks.1.attn.qkv.weight the first of them" in line

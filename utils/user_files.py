@@ -7,11 +7,12 @@ modules, the standard library and installed packages win over a file of the same
 """
 
 import ast
+import contextlib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
@@ -48,6 +49,20 @@ def _holds_code(folder: Path) -> bool:
 
 
 _beside = _Beside()
+
+
+@contextlib.contextmanager
+def folder_kept() -> Iterator[None]:
+    """Within it the user's code may change the working directory; afterwards the run is in its own again.
+
+    Paths that a run was given may be relative, and are read and written until its end.
+    """
+    before = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
 
 
 def load_user_file(spec: str, flag: str, form: str) -> tuple[ModuleType, str]:

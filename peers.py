@@ -1,0 +1,115 @@
+"""Peers: the processes of a run hear from each other that they are there, whatever their main threads do.
+
+A collective that waits for a process that was killed or stopped may wait for half an hour, most of all before the
+first generation. Here every process is connected to the first one, both send a byte a tick, and an end without a
+goodbye or a long silence is a loss. Imports no torch.
+"""
+
+import contextlib
+import secrets
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Gather = Callable[[list[Any]], list[Any]]
+
+CONNECT_S = 60.0
+HELLO = struct.Struct("!16sI")  # the run's token, the rank
+SIGN, GOODBYE = b".", b"E"
+
+
+class Peer:
+    """Another process of the run, and the connection to it."""
+
+    def __init__(self, rank: int, connection: socket.socket):
+        self.rank, self.connection = rank, connection
+        self.silent_s = self.closed_s = 0.0
+        self.is_closed = self.has_said_goodbye = False
+        connection.setblocking(False)
+
+    def tick(self, tick_s: float) -> None:
+        """Sends a sign and reads what has come."""
+        self.silent_s += tick_s
+        if self.is_closed:
+            self.closed_s += tick_s
+            return
+        try:
+            # first, as a goodbye may lie before an end that a sending would run into
+            content = self.connection.recv(4096)
+            self.silent_s = 0.0
+            self.is_closed = not content
+            self.has_said_goodbye |= GOODBYE in content
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.is_closed = True
+        with contextlib.suppress(OSError):
+            self.connection.send(SIGN)
+
+
+class Peers:
+    """The other processes that this one hears from: the first hears from all, all others from the first."""
+
+    def __init__(self, peers: Sequence[Peer]):
+        self.peers = tuple(peers)
+
+    def first_lost(self, tick_s: float, silence_s: float, closed_s: float) -> str | None:
+        """The first process that is lost, in words; None if there is none. Must be called every `tick_s` seconds.
+
+        silence_s: without a sign, after which one is lost. closed_s: after its connection closed without a goodbye.
+        """
+        for peer in self.peers:
+            peer.tick(tick_s)
+            if peer.has_said_goodbye:
+                continue
+            if peer.closed_s > closed_s:
+                return f"process {peer.rank} has ended"
+            if not peer.is_closed and peer.silent_s > silence_s:
+                return f"process {peer.rank} has given no sign for {peer.silent_s:.0f} s: it is stopped or lost"
+        return None
+
+    def say_goodbye(self) -> None:
+        """Tells the others that this process may end now."""
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                peer.connection.send(GOODBYE)
+
+
+def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers | None:
+    """The connected peers of this process; None for a run of one. Every process takes part.
+
+    host: of the first process, as the others reach it. A machine that cannot be reached there is not heard from.
+    """
+    if num_processes == 1:
+        return None
+    server = socket.create_server(("", 0), backlog=num_processes) if rank == 0 else None
+    own = None if server is None else (server.getsockname()[1], secrets.token_bytes(16))
+    port, token = gather([own])[0]
+    if server is not None:
+        with server:
+            return Peers(_accept(server, token, num_processes - 1))
+    try:
+        connection = socket.create_connection((host, port), CONNECT_S)
+        connection.sendall(HELLO.pack(token, rank))
+    except OSError:
+        return None
+    return Peers([Peer(0, connection)])
+
+
+def _accept(server: socket.socket, token: bytes, num_others: int) -> list[Peer]:
+    """The others, as far as they come in time."""
+    peers: list[Peer] = []
+    server.settimeout(CONNECT_S)
+    while len(peers) < num_others:
+        try:
+            connection, _ = server.accept()
+            connection.settimeout(CONNECT_S)
+            hello = connection.recv(HELLO.size, socket.MSG_WAITALL)
+        except OSError:
+            return peers
+        if len(hello) == HELLO.size and HELLO.unpack(hello)[0] == token:
+            peers.append(Peer(HELLO.unpack(hello)[1], connection))
+        else:
+            connection.close()
+    return peers
