@@ -20,15 +20,23 @@ from typing import Any
 
 from flags import AgreedUsageError, RunStopped
 from run_files import UNFINISHED_NAME, flush_folder, write_atomically
+from utils.file_kinds import kind_of
 
 logger = logging.getLogger("fleet")
 
 MANIFEST_NAME = "manifest.json"
 PART_NAME = "manifest.part-{rank}.json"
 MAX_WAIT_FOR_PARTS_S = 1800
+# of the system, also in the words of other libraries: ENOSPC and EDQUOT
+FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
+DISPLACED_REMEDY = "this run writes there no more: let the other one go on, or stop it"
 
 # What accelerate.utils.gather_object does: every process's list, joined in their order.
 Gather = Callable[[list[Any]], list[Any]]
+
+
+class Displaced(Exception):
+    """Another run has taken over the folder."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ def checkpoint_step(path: Path) -> int:
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, damaged ones included, the newest first."""
-    found = [path for path in run_folder.glob("checkpoint-*") if checkpoint_step(path) >= 0 and path.is_dir()]
+    """What is named like a checkpoint of a run, damaged ones and what is no folder included, the newest first."""
+    found = [path for path in run_folder.glob("checkpoint-*") if checkpoint_step(path) >= 0]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
@@ -58,13 +66,18 @@ def find_damage(checkpoint: Path, place: ProcessPlace = ProcessPlace(), *, reads
     reads_content: False leaves the hashes out. Hidden files are passed over.
     """
     try:
-        listed = json.loads((checkpoint / MANIFEST_NAME).read_bytes())["files"]
-        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
-    except FileNotFoundError:
-        return f"it has no {MANIFEST_NAME}"
+        if (kind := kind_of(checkpoint)) != "a folder":
+            return f"it is {kind or 'gone'}"
+        if (kind := kind_of(checkpoint / MANIFEST_NAME)) != "a file":
+            return f"it has no {MANIFEST_NAME}" if kind is None else f"its {MANIFEST_NAME} is {kind}"
+        manifest = json.loads((checkpoint / MANIFEST_NAME).read_bytes())
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        step = int(manifest["step"])
     except Exception as error:
         # whatever a damaged file makes of JSON; one process must not raise where the others gather
         return f"its {MANIFEST_NAME} cannot be read ({type(error).__name__})"
+    if step != checkpoint_step(checkpoint):
+        return f"it is step {step}'s under another name"
     try:
         return _compare(checkpoint, listed, place, reads_content=reads_content)
     except OSError as error:
@@ -108,13 +121,16 @@ class CheckpointFolder:
         gather: Gather,
         keep: int,
         on_waiting: Callable[[], object] = lambda: None,
+        displaced_by: Callable[[], str | None] = lambda: None,
     ):
         """keep: whole checkpoints to keep, at least 1. on_waiting: called every second while a commit is waited for.
+
+        displaced_by: who has taken over the folder, if anybody; process 0 asks before it changes anything there.
 
         Deletes nothing before the first `begin`.
         """
         self.run_folder, self.place, self.keep = run_folder, place, keep
-        self._gather, self._on_waiting = gather, on_waiting
+        self._gather, self._on_waiting, self._displaced_by = gather, on_waiting, displaced_by
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._has_failed_elsewhere = threading.Event()
@@ -129,9 +145,11 @@ class CheckpointFolder:
         self.wait()
         if self.place.rank == 0:
             try:
+                self.run_folder.mkdir(parents=True, exist_ok=True)
+                self._require_not_displaced()
                 remove_unfinished(self.run_folder)
-                self.staging.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
+                self.staging.mkdir(exist_ok=True)
+            except (OSError, Displaced) as error:
                 self._failure = error
         self._raise_together(self._gather([self._own_failure()]))
 
@@ -165,16 +183,22 @@ class CheckpointFolder:
         self._thread = None
 
     def _own_failure(self) -> str | None:
-        return None if self._failure is None else str(self._failure)
+        error = self._failure
+        if error is None:
+            return None
+        # one that is not the disk's says nothing without its kind
+        reason = str(error) if isinstance(error, (OSError, Displaced)) else f"{type(error).__name__}: {error}"
+        return f"{reason}; those before it are whole; {remedy_of(error, self.run_folder)}, and pass --resume"
+
+    def _require_not_displaced(self) -> None:
+        if displaced_by := self._displaced_by():
+            raise Displaced(f"{self.run_folder} was taken over by {displaced_by}")
 
     def _raise_together(self, failures: list[str | None]) -> None:
         self._failure = None
         for rank, failure in enumerate(failures):
             if failure is not None:
-                raise RunStopped(
-                    f"process {rank} could not save a checkpoint ({failure}); those before it are whole. Make room "
-                    f"or restore {self.run_folder}, and pass --resume"
-                )
+                raise RunStopped(f"process {rank} could not save a checkpoint: {failure}")
 
     def _commit(self, step: int, kept_best: int | None) -> None:
         staged = self.staging / f"checkpoint-{step}"
@@ -211,8 +235,9 @@ class CheckpointFolder:
         manifest = {"step": step, "num_processes": self.place.num_processes, "files": dict(sorted(files.items()))}
         write_atomically(staged / MANIFEST_NAME, json.dumps(manifest, indent=1))
         final = self.run_folder / staged.name
-        if final.exists():
-            # damaged, or it would have been resumed from
+        self._require_not_displaced()
+        if os.path.lexists(final):
+            # damaged or another run's, or it would have been resumed from
             os.replace(final, self.staging / f"replaced-{final.name}")
         os.replace(staged, final)
         flush_folder(self.run_folder)
@@ -223,6 +248,18 @@ def describe_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def remedy_of(error: Exception, folder: Path) -> str:
+    """What is to be done about a failure to write into a folder: only a full disk or quota is told to be one."""
+    if isinstance(error, Displaced):
+        return DISPLACED_REMEDY
+    if any(words in str(error) for words in FULL_DISK_WORDS):
+        return f"make room ({free_space(folder)})"
+    if isinstance(error, OSError):
+        return f"restore {folder}"
+    # torch and safetensors pass on no more than that they could not write
+    return f"make room ({free_space(folder)}) or restore {folder}"
 
 
 def free_space(folder: Path) -> str:
@@ -254,6 +291,10 @@ def remove_old_checkpoints(run_folder: Path, keep: int, newest: int, kept_best: 
 def remove_unfinished(run_folder: Path) -> None:
     """Deletes what a save that was cut off left behind. Raises OSError if a visible file of it stays."""
     folder = run_folder / UNFINISHED_NAME
+    if folder.is_symlink() or not folder.is_dir():
+        # not Fleet's own, and nothing could be written there
+        folder.unlink(missing_ok=True)
+        return
     # a file that another process still reads stays on NFS, under a hidden name
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists() and (left := _file_names(folder)):
@@ -269,6 +310,8 @@ def _compare(
     if unknown := sorted(there - listed.keys()):
         return f"{unknown[0]} is no file of it"
     for name, (size, _) in listed.items():
+        if (kind := kind_of(checkpoint / name)) != "a file":
+            return f"{name} is {kind or 'gone'}"
         if (actual := (checkpoint / name).stat().st_size) != size:
             return f"{name} has {actual:,} bytes instead of {size:,}"
     if not reads_content:

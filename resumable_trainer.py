@@ -23,7 +23,7 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
 
-from checkpointing import CheckpointFolder, Gather, ProcessPlace, free_space
+from checkpointing import CheckpointFolder, Gather, ProcessPlace, remedy_of
 from flags import AgreedUsageError, RunEnded, RunStopped, UsageError
 from run_files import CONFIG_NAME, write_atomically
 from step_counts import optimizer_steps_per_generation
@@ -52,7 +52,8 @@ class ResumableTrainer(RLOOTrainer):
 
     `run_config` is the text of the run's configuration, which goes into each checkpoint. `num_kept_checkpoints` are
     kept, the best among them. `trusts_checkpoint` unpickles what a checkpoint holds, whatever it is. `on_activity` is
-    told what the trainer is at, each time that it gets there.
+    told what the trainer is at, each time that it gets there. `displaced_by` says why this process may write into the
+    run's folder no longer, and None while it may.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -63,6 +64,7 @@ class ResumableTrainer(RLOOTrainer):
         # Trainer's own limit stays unset: at its end it deletes checkpoints, whole or not, by that
         self.num_kept_checkpoints = 10**9
         self.on_activity: Callable[[str], None] = lambda activity: None
+        self.displaced_by: Callable[[], str | None] = lambda: None
         self._checkpoints: CheckpointFolder | None = None
         self._is_saving = False
         self.is_save_due = False
@@ -90,6 +92,7 @@ class ResumableTrainer(RLOOTrainer):
                 gather_object,
                 self.num_kept_checkpoints,
                 on_waiting=lambda: self.on_activity("the commit of a save"),
+                displaced_by=lambda: self.displaced_by(),
             )
         return self._checkpoints
 
@@ -120,8 +123,8 @@ class ResumableTrainer(RLOOTrainer):
                 raise
             raise RunStopped(
                 f"process {self.args.process_index} could not save step {self.state.global_step} "
-                f"({' '.join(str(error).split())}; {free_space(Path(self.args.output_dir))}); the checkpoints before "
-                f"it are whole. Make room or restore {self.args.output_dir}, and pass --resume",
+                f"({' '.join(str(error).split())}); the checkpoints before it are whole; "
+                f"{remedy_of(error, Path(self.args.output_dir))}, and pass --resume",
                 is_of_all=False,
             ) from error
         finally:

@@ -45,7 +45,7 @@ def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
 
 def replace_folder(new: Path, old: Path) -> None:
     """Puts a folder in another's place; a kill leaves the old one, the new one or none, never half of one."""
-    if old.exists():
+    if os.path.lexists(old):
         os.replace(old, new.with_name(f"replaced-{old.name}"))
     os.replace(new, old)
     shutil.rmtree(new.parent)

@@ -11,6 +11,7 @@ import pytest
 from flags import UsageError
 from image_check import RunData
 from options import parse_options, resolve_options
+from run_lock import RunLock
 from run_setup import take_output_dir
 from tests.helpers import toy_dataset
 
@@ -47,7 +48,8 @@ def take(folder: Path, *flags: str) -> None:
     trainer: Any = SimpleNamespace(
         args=SimpleNamespace(world_size=1, process_index=0), accelerator=SimpleNamespace(wait_for_everyone=lambda: None)
     )
-    take_output_dir(options, trainer, RunData(toy_dataset().env, "digest", ()))
+    with RunLock(folder) as lock:
+        take_output_dir(options, trainer, RunData(toy_dataset().env, "digest", ()), lock)
 
 
 @pytest.mark.parametrize("before", [missing, empty, killed_as_it_began, run_of_before])

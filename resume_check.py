@@ -1,0 +1,82 @@
+"""A run that is resumed is the run that was begun: flags, processes and images are compared with what it recorded.
+
+Imports no torch.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from flags import UsageError
+from idle_flags import idle_flags
+from image_check import RunData
+from model_files import read_json
+from options import Options
+from run_files import CONFIG_NAME
+from run_folder import is_run_folder
+
+# What a resumed run may change; every other flag must be as it was, or it would be another run.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
+     "sample_steps", "bad_images", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run",
+     "merge_lora", "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
+     "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "trust_checkpoint", "step_timeout_s", "reward_timeout_s",
+     "max_skipped_steps"}
+)  # fmt: skip
+
+# Learning rates that do not depend on how many steps there will be.
+ENDLESS_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
+
+
+def settle_resume(options: Options) -> Options:
+    """The options with --resume auto decided: true if output_dir holds a run, else false."""
+    if options.resume != "auto":
+        return options
+    return replace(options, resume=is_run_folder(Path(str(options.output_dir))))
+
+
+def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, str] = os.environ) -> None:
+    """Raises UsageError if a resumed run's resolved flags or processes are not those it began with."""
+    if not options.resume:
+        return
+    folder = Path(str(options.output_dir))
+    recorded = read_json(folder / CONFIG_NAME)
+    before = recorded.get("options", {})
+    now = asdict(options)
+    # what decides whether a flag has a part in the run is compared itself
+    had_no_part = {*recorded.get("idle_flags", ()), *idle_flags(options, launch_variables)}
+    changed = [
+        f"{name} (was {before[name]}, now {now[name]})"
+        for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
+        if before[name] != now[name]
+    ]
+    if changed:
+        raise UsageError(
+            f"resume: the run in {folder} had other flags: {', '.join(changed)}; pass the same ones, or start a new run"
+        )
+    if options.lr_scheduler_type not in ENDLESS_SCHEDULES and before.get("train_steps") != options.train_steps:
+        raise UsageError(
+            f"resume: train_steps was {before.get('train_steps')} and is now {options.train_steps}, but the schedule "
+            f"{options.lr_scheduler_type} is drawn over all steps, so the learning rate would jump; pass the same "
+            "--train_steps, or start a new run"
+        )
+    num_before, num_now = recorded.get("num_processes"), int(launch_variables.get("WORLD_SIZE", "1"))
+    if num_before not in (None, num_now):
+        raise UsageError(
+            f"resume: the run in {folder} had {num_before} processes, and now there are {num_now}, which would deal "
+            f"its episodes differently; start {num_before}"
+        )
+
+
+def require_same_images(recorded: Mapping[str, Any], data: RunData) -> None:
+    """Raises UsageError if a resumed run would draw from other images than its config.json has recorded."""
+    if recorded.get("data_digest") in (None, data.data_digest):
+        return
+    skipped = set(data.skipped_images) ^ set(recorded.get("skipped_images", ()))
+    what = f"left out now or then: {', '.join(sorted(skipped)[:5])}" if skipped else "a file was added, lost or changed"
+    raise UsageError(
+        f"resume: the images are not those that the run began with ({what}), so its episodes would be others; restore "
+        "them, or start a new run"
+    )
