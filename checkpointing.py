@@ -33,6 +33,8 @@ DISPLACED_REMEDY = "this run writes there no more: let the other one go on, or s
 
 # What accelerate.utils.gather_object does: every process's list, joined in their order.
 Gather = Callable[[list[Any]], list[Any]]
+# Why a checkpoint is another run's than the folder's, in words; None if it is the folder's own.
+WhyForeign = Callable[[Path], str | None]
 
 
 class Displaced(Exception):
@@ -84,8 +86,12 @@ def find_damage(checkpoint: Path, place: ProcessPlace = ProcessPlace(), *, reads
         return f"it cannot be read ({error.strerror}: {error.filename})"
 
 
-def choose_checkpoint(run_folder: Path, place: ProcessPlace, gather: Gather) -> Path | None:
+def choose_checkpoint(
+    run_folder: Path, place: ProcessPlace, gather: Gather, why_foreign: WhyForeign = lambda checkpoint: None
+) -> Path | None:
     """The newest checkpoint of a run that is sound, the same on all processes; None where there is no checkpoint.
+
+    why_foreign: why a whole checkpoint is another run's, so that it is passed over like a damaged one.
 
     Every process reads a share of the files, and damage that one finds counts for all. Says which checkpoints are
     passed over and why. Raises UsageError if there are checkpoints and all are damaged.
@@ -94,7 +100,11 @@ def choose_checkpoint(run_folder: Path, place: ProcessPlace, gather: Gather) -> 
     candidates = gather([list_checkpoints(run_folder)])[0]
     found: list[str] = []
     for checkpoint in candidates:
-        damages = [damage for damage in gather([find_damage(checkpoint, place)]) if damage is not None]
+        damages = [
+            damage
+            for damage in gather([find_damage(checkpoint, place) or why_foreign(checkpoint)])
+            if damage is not None
+        ]
         if not damages:
             if found:
                 logger.warning(f"resume: passed over {'; '.join(found)}; going on from {checkpoint}")
@@ -102,8 +112,8 @@ def choose_checkpoint(run_folder: Path, place: ProcessPlace, gather: Gather) -> 
         found.append(f"{checkpoint.name}: {damages[0]}")
     if found:
         raise AgreedUsageError(
-            f"resume: no checkpoint in {run_folder} is whole ({'; '.join(found)}); restore one of them, or begin "
-            "another run in another --output_dir"
+            f"resume: no checkpoint in {run_folder} is whole and of this run ({'; '.join(found)}); restore one, or "
+            "begin another run in another --output_dir"
         )
     return None
 
@@ -122,15 +132,18 @@ class CheckpointFolder:
         keep: int,
         on_waiting: Callable[[], object] = lambda: None,
         displaced_by: Callable[[], str | None] = lambda: None,
+        why_foreign: WhyForeign = lambda checkpoint: None,
     ):
         """keep: whole checkpoints to keep, at least 1. on_waiting: called every second while a commit is waited for.
 
         displaced_by: who has taken over the folder, if anybody; process 0 asks before it changes anything there.
+        why_foreign: why a whole checkpoint is another run's; such ones do not count and are left alone.
 
         Deletes nothing before the first `begin`.
         """
         self.run_folder, self.place, self.keep = run_folder, place, keep
-        self._gather, self._on_waiting, self._displaced_by = gather, on_waiting, displaced_by
+        self._gather, self._on_waiting = gather, on_waiting
+        self._displaced_by, self._why_foreign = displaced_by, why_foreign
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._has_failed_elsewhere = threading.Event()
@@ -217,7 +230,7 @@ class CheckpointFolder:
 
     def _tidy_up(self, step: int, kept_best: int | None) -> None:
         try:
-            remove_old_checkpoints(self.run_folder, self.keep, step, kept_best)
+            remove_old_checkpoints(self.run_folder, self.keep, step, kept_best, self._why_foreign)
             remove_unfinished(self.run_folder)
         except OSError as error:
             # the new checkpoint is whole; what could not be deleted costs room alone
@@ -258,8 +271,10 @@ def remedy_of(error: Exception, folder: Path) -> str:
         return f"make room ({free_space(folder)})"
     if isinstance(error, OSError):
         return f"restore {folder}"
-    # torch and safetensors pass on no more than that they could not write
-    return f"make room ({free_space(folder)}) or restore {folder}"
+    if type(error).__name__ in ("RuntimeError", "SafetensorError"):
+        # torch and safetensors pass on no more than that they could not write
+        return f"make room ({free_space(folder)}) or restore {folder}"
+    return "correct it"
 
 
 def free_space(folder: Path) -> str:
@@ -270,14 +285,20 @@ def free_space(folder: Path) -> str:
         return "its folder is gone"
 
 
-def remove_old_checkpoints(run_folder: Path, keep: int, newest: int, kept_best: int | None = None) -> None:
+def remove_old_checkpoints(
+    run_folder: Path,
+    keep: int,
+    newest: int,
+    kept_best: int | None = None,
+    why_foreign: WhyForeign = lambda checkpoint: None,
+) -> None:
     """Deletes whole checkpoints up to step `newest`, but the last `keep` of them and the best.
 
-    Damaged ones are left alone and do not count, and neither do later ones: a run that has just saved `newest` has
-    passed them over as it was resumed, for damage that only reading them shows.
+    Damaged ones and other runs' are left alone and do not count, and neither do later ones: a run that has just saved
+    `newest` has passed them over as it was resumed, for damage that only reading them shows.
     """
     candidates = [path for path in list_checkpoints(run_folder) if checkpoint_step(path) <= newest]
-    whole = [path for path in candidates if find_damage(path, reads_content=False) is None]
+    whole = [path for path in candidates if not (find_damage(path, reads_content=False) or why_foreign(path))]
     others = [path for path in whole if checkpoint_step(path) != kept_best]
     num_kept = keep if len(others) == len(whole) else max(1, keep - 1)
     for path in others[num_kept:]:

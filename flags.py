@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from utils.file_kinds import kind_of
+
 TOY_MODEL_ID = "toy"
 
 
@@ -245,13 +247,19 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """The file's settings as command-line flags, so that they meet the same checks."""
-    if not path.is_file():
-        raise UsageError(f"config file {path} does not exist; correct --config")
     try:
+        kind = kind_of(path)
+        if kind is None:
+            raise UsageError(f"config file {path} does not exist; correct --config")
+        if kind != "a file":
+            # every process and every restart reads it, and a pipe gives its content once
+            raise UsageError(f"config file {path} is {kind}; pass a file that can be read more than once")
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderOfUniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"config file {path} is not YAML: {reason}") from error
+    except OSError as error:
+        raise UsageError(f"config file {path} cannot be read ({error.strerror}); correct --config") from error
     if not isinstance(settings, dict):
         raise UsageError(f"config file {path} holds a {type(settings).__name__}, wanted lines of 'flag: value'")
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]

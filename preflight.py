@@ -15,7 +15,7 @@ from typing import Any
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from flags import TOY_MODEL_ID, UsageError
 from image_check import Findings, find_bad_images, without_images
-from model_files import ADAPTER_CONFIG_NAME, is_adapter, read_json, require_whole_folder
+from model_files import ADAPTER_CONFIG_NAME, is_adapter, read_json, require_regular_files, require_whole_folder
 from options import Options, SharedOptions
 from reward_function import load_reward_function
 from run_folder import require_output_dir
@@ -127,6 +127,7 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
                 "Qwen/Qwen2.5-VL-3B-Instruct, or toy"
             )
         return
+    require_regular_files(folder)
     if is_adapter(model_id):
         base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
         if not isinstance(base, str) or not base or is_adapter(base):

@@ -6,9 +6,11 @@ are loaded strictly by name; and no file is unpickled into anything but tensors 
 """
 
 import contextlib
+import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ from trl import RLOOTrainer
 
 from checkpointing import CheckpointFolder, Gather, ProcessPlace, remedy_of
 from flags import AgreedUsageError, RunEnded, RunStopped, UsageError
-from run_files import CONFIG_NAME, write_atomically
+from resume_check import why_of_another_run
+from run_files import CONFIG_NAME, RUN_CONFIG_NAME, write_atomically
 from step_counts import optimizer_steps_per_generation
 
-RUN_CONFIG_NAME = "run_config.json"  # a checkpoint's own config.json is the model's
 # Classes besides torch's own that Trainer and DeepSpeed write into what they pickle. They hold plain values.
 KNOWN_CLASSES = frozenset(
     {
@@ -93,6 +95,7 @@ class ResumableTrainer(RLOOTrainer):
                 self.num_kept_checkpoints,
                 on_waiting=lambda: self.on_activity("the commit of a save"),
                 displaced_by=lambda: self.displaced_by(),
+                why_foreign=partial(why_of_another_run, json.loads(self.run_config)),
             )
         return self._checkpoints
 

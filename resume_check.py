@@ -14,7 +14,7 @@ from idle_flags import idle_flags
 from image_check import RunData
 from model_files import read_json
 from options import Options
-from run_files import CONFIG_NAME
+from run_files import CONFIG_NAME, RUN_CONFIG_NAME
 from run_folder import is_run_folder
 
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
@@ -68,6 +68,41 @@ def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, 
             f"resume: the run in {folder} had {num_before} processes, and now there are {num_now}, which would deal "
             f"its episodes differently; start {num_before}"
         )
+
+
+def why_of_another_run(recorded: Mapping[str, Any], checkpoint: Path) -> str | None:
+    """Why a checkpoint in a run's folder is not that run's, in words; None if it is, or if nothing tells.
+
+    recorded: the run's config.json. A run begun before runs had an id is told by its flags, images and processes.
+    """
+    if not (checkpoint / RUN_CONFIG_NAME).is_file():
+        return None
+    try:
+        theirs = read_json(checkpoint / RUN_CONFIG_NAME)
+    except UsageError as error:
+        return str(error)
+    ids = recorded.get("run_id"), theirs.get("run_id")
+    if None not in ids and ids[0] == ids[1]:
+        return None
+    differences = _differences(recorded, theirs)
+    if None in ids and not differences:
+        return None
+    return f"it is another run's ({', '.join(differences) or 'with the same flags'})"
+
+
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """What two runs differ in that no resume may change."""
+    ours, theirs = here.get("options", {}), there.get("options", {})
+    had_no_part = {*here.get("idle_flags", ()), *there.get("idle_flags", ())}
+    found = [
+        f"{name} is {theirs[name]} there and {ours[name]} here"
+        for name in sorted(ours.keys() & theirs.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
+        if ours[name] != theirs[name]
+    ]
+    for name, words in (("data_digest", "other images"), ("num_processes", "another number of processes")):
+        if here.get(name) is not None and there.get(name) not in (None, here[name]):
+            found.append(words)
+    return found
 
 
 def require_same_images(recorded: Mapping[str, Any], data: RunData) -> None:

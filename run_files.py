@@ -14,6 +14,7 @@ from typing import Any
 logger = logging.getLogger("fleet")
 
 CONFIG_NAME = "config.json"
+RUN_CONFIG_NAME = "run_config.json"  # the same in a checkpoint, whose own config.json is the model's
 METRICS_NAME = "metrics.jsonl"
 ROLLOUTS_NAME = "rollouts.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"

@@ -7,8 +7,10 @@ one writes.
 import contextlib
 import logging
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +34,7 @@ from options import Options, ResolvedDefault
 from preemption import Preemption
 from preflight import own_reward_function
 from resumable_trainer import require_plain_pickles
-from resume_check import require_same_images
+from resume_check import require_same_images, why_of_another_run
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
 from run_files import CONFIG_NAME, write_atomically
@@ -134,7 +136,7 @@ def find_checkpoint(options: Options, args: RLOOConfig, data: RunData) -> Path |
         )
     place = ProcessPlace(args.process_index, args.world_size)
     folder = Path(str(options.output_dir))
-    checkpoint = choose_checkpoint(folder, place, gather_object)
+    checkpoint = choose_checkpoint(folder, place, gather_object, partial(why_of_another_run, recorded))
     if checkpoint is None:
         logger.warning(f"resume: {folder} has no checkpoint yet, so the run begins at step 0\n")
     elif not options.trust_checkpoint:
@@ -150,7 +152,10 @@ def take_output_dir(options: Options, trainer: FleetRLOOTrainer, data: RunData, 
     """
     folder = Path(str(options.output_dir))
     num_processes = trainer.args.world_size
-    trainer.run_config = config_text(options, data, num_episodes_drawn(options, num_processes), num_processes)
+    run_id = read_json(folder / CONFIG_NAME).get("run_id") if options.resume else None
+    trainer.run_config = config_text(
+        options, data, num_episodes_drawn(options, num_processes), num_processes, str(run_id or uuid.uuid4().hex)
+    )
     problem = None
     if lock is not None:
         trainer.displaced_by = lock.displaced_by

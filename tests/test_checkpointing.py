@@ -281,6 +281,22 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_another_runs_are_passed_over_do_not_count_and_are_left_alone(tmp_path, caplog):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+
+    def why_foreign(checkpoint: Path) -> str | None:
+        return "it is another run's" if checkpoint.name in ("checkpoint-2", "checkpoint-4") else None
+
+    assert choose_checkpoint(tmp_path, ProcessPlace(), alone, why_foreign) == tmp_path / "checkpoint-3"
+    assert "passed over checkpoint-4: it is another run's; going on from" in caplog.text
+    remove_old_checkpoints(tmp_path, keep=1, newest=4, why_foreign=why_foreign)
+    assert steps_of(tmp_path) == [4, 3, 2]
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    with pytest.raises(UsageError, match="no checkpoint in .* is whole and of this run .checkpoint-4: it is another"):
+        choose_checkpoint(tmp_path, ProcessPlace(), alone, why_foreign)
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 

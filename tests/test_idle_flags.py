@@ -163,7 +163,7 @@ def resolved(line: str) -> Options:
 def recorded(line: str) -> dict[str, Any]:
     """The config.json of a run with these flags."""
     no_environment: Any = None
-    return json.loads(config_text(resolved(line), RunData(no_environment), 8, 1))
+    return json.loads(config_text(resolved(line), RunData(no_environment), 8, 1, "id"))
 
 
 def test_config_json_has_null_for_what_had_no_part() -> None:
