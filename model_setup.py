@@ -4,7 +4,6 @@ Imports no TRL, whose import alone takes as long as a small evaluation.
 """
 
 import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +21,8 @@ from image_check import Findings, RunData, first_difference, listing_of, settle
 from model_files import base_of
 from model_utils import load_qwen25_vl, require_loadable
 from options import SharedOptions, starts_sighted
-from toy_model import PLAIN, SIGHTED, build_in_own_process
+from toy_model import PLAIN, SIGHTED, CacheError
+from toy_process import BuildError, build_in_own_process
 
 
 def has_gpu() -> bool:
@@ -82,16 +82,26 @@ def agree_on_data(options: SharedOptions, findings: Findings) -> RunData:
 
 
 def local_model_path(options: SharedOptions) -> str:
-    """What `from_pretrained` is to open; builds the toy model if need be.
+    """What `from_pretrained` is to open; builds the toy model if need be. Every process takes part.
 
-    Raises UsageError if the toy model's cache cannot be written.
+    Raises UsageError on every process if the toy model cannot be built or kept on any.
     """
     if options.model_id != TOY_MODEL_ID:
         return options.model_id
+    path, problem = result_or_problem(lambda: _built_toy(SIGHTED if starts_sighted(options) else PLAIN))
+    require_agreement(options, problem)
+    return str(path)
+
+
+def _built_toy(kind: str) -> Path:
     try:
-        return str(build_in_own_process(SIGHTED if starts_sighted(options) else PLAIN))
-    except (OSError, subprocess.CalledProcessError) as error:
+        return build_in_own_process(kind)
+    except CacheError as error:
         raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
+    except BuildError as error:
+        raise UsageError(
+            f"the toy model could not be built ({error}); mend that, or pass another --model_id"
+        ) from error
 
 
 def problem_of_models(*model_ids: str) -> str | None:

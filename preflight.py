@@ -35,9 +35,9 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_consistent_launch(launch_variables)
     require_model(options.model_id)
     require_adapter_flags(options)
-    require_output_dir(options)
     if options.output_dir is not None:
         require_free(Path(options.output_dir))
+    require_output_dir(options)
     own_reward_function(options)
     return find_bad_images(make_environment(options), options, launch_variables)
 

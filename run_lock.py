@@ -37,7 +37,11 @@ def is_lock(path: Path) -> bool:
 
 def require_free(folder: Path) -> None:
     """Raises UsageError if a process of this machine holds the folder; waits for nothing and writes nothing."""
-    path = _newest_lock(folder)
+    try:
+        path = _newest_lock(folder)
+    except (OSError, ValueError):
+        # it is no name of a folder, which others say
+        return
     if path is not None and _lives(holder := _read_holder(path), path):
         raise _in_use(folder, path, holder)
 
