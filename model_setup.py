@@ -78,7 +78,7 @@ def agree_on_data(options: SharedOptions, findings: Findings) -> RunData:
         raise AgreedUsageError(
             f"the machines hold different images: {first_difference(listings)}; give every machine the same data folder"
         )
-    return settle(options, findings.env, found)
+    return settle(options, findings.env, found, findings.beginning)
 
 
 def local_model_path(options: SharedOptions) -> str:

@@ -17,6 +17,7 @@ from flags import TOY_MODEL_ID, UsageError
 from image_check import Findings, find_bad_images, without_images
 from model_files import ADAPTER_CONFIG_NAME, is_adapter, read_json, require_regular_files, require_whole_folder
 from options import Options, SharedOptions
+from resume_check import images_of_beginning
 from reward_function import load_reward_function
 from run_folder import require_output_dir
 from run_lock import require_free
@@ -39,7 +40,7 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
         require_free(Path(options.output_dir))
     require_output_dir(options)
     own_reward_function(options)
-    return find_bad_images(make_environment(options), options, launch_variables)
+    return find_bad_images(make_environment(options), options, launch_variables, images_of_beginning(options))
 
 
 def require_packages(options: SharedOptions) -> None:

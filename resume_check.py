@@ -4,18 +4,20 @@ Imports no torch.
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from flags import UsageError
 from idle_flags import idle_flags
-from image_check import RunData
+from image_check import MAX_NAMED, RunData
 from model_files import read_json
 from options import Options
-from run_files import CONFIG_NAME, RUN_CONFIG_NAME
+from run_files import CONFIG_NAME, IMAGES_NAME, RUN_CONFIG_NAME
 from run_folder import is_run_folder
+from utils.images import printable
 
 # What a resumed run may change; every other flag must be as it was, or it would be another run.
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -105,13 +107,41 @@ def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]
     return found
 
 
-def require_same_images(recorded: Mapping[str, Any], data: RunData) -> None:
-    """Raises UsageError if a resumed run would draw from other images than its config.json has recorded."""
+def images_of_beginning(options: Options) -> dict[str, str]:
+    """The SHA-256 in hex of each image that a resumed run drew from as it began, by its name; nothing if not known."""
+    path = Path(str(options.output_dir)) / IMAGES_NAME
+    if not options.resume or not path.is_file():
+        return {}
+    sha256s = read_json(path)
+    if not all(isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in sha256s.values()):
+        raise UsageError(f"{path} holds more than the SHA-256 of images; restore it")
+    return sha256s
+
+
+def require_same_images(recorded: Mapping[str, Any], data: RunData, beginning: Mapping[str, str]) -> None:
+    """Raises UsageError if a resumed run would draw from other images than its config.json has recorded.
+
+    beginning: the SHA-256 of each as it was, by its name, as far as known.
+    """
     if recorded.get("data_digest") in (None, data.data_digest):
         return
-    skipped = set(data.skipped_images) ^ set(recorded.get("skipped_images", ()))
-    what = f"left out now or then: {', '.join(sorted(skipped)[:5])}" if skipped else "a file was added, lost or changed"
+    what = _changed_images(beginning, data.sha256s)
+    if skipped := set(data.skipped_images) ^ set(recorded.get("skipped_images", ())):
+        what.append(f"left out now or then: {_first(skipped)}")
     raise UsageError(
-        f"resume: the images are not those that the run began with ({what}), so its episodes would be others; restore "
-        "them, or start a new run"
+        f"resume: the images are not those that the run began with ({'; '.join(what) or 'a label or the order changed'}"
+        "), so its episodes would be others; restore them, or start a new run"
     )
+
+
+def _changed_images(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    if not before:
+        return ["a file was added, lost or changed"]
+    changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
+    found = (("added", now.keys() - before.keys()), ("lost", before.keys() - now.keys()), ("changed", changed))
+    return [f"{word}: {_first(names)}" for word, names in found if names]
+
+
+def _first(names: Collection[str]) -> str:
+    shown = ", ".join(printable(name) for name in sorted(names)[:MAX_NAMED])
+    return shown if len(names) <= MAX_NAMED else f"{shown} and {len(names) - MAX_NAMED} more"

@@ -15,6 +15,7 @@ logger = logging.getLogger("fleet")
 
 CONFIG_NAME = "config.json"
 RUN_CONFIG_NAME = "run_config.json"  # the same in a checkpoint, whose own config.json is the model's
+IMAGES_NAME = "images.json"  # the SHA-256 of each image that the run draws from, as it began
 METRICS_NAME = "metrics.jsonl"
 ROLLOUTS_NAME = "rollouts.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
@@ -27,11 +28,11 @@ MERGED_NAME = "final_merged"
 TENSORBOARD_NAME = "tensorboard"
 EVALUATION_SCHEMA_VERSION = 1
 UNFINISHED_NAME = "unfinished"  # what is being written; nothing in it is ever read
-# what a run writes in place or reads again, by the kind of thing that it must be
-KINDS_BY_NAME = {
-    **dict.fromkeys((CONFIG_NAME, METRICS_NAME, ROLLOUTS_NAME, EVALUATIONS_NAME, CURVE_NAME, REPORT_NAME), "a file"),
-    **dict.fromkeys((UNFINISHED_NAME, THUMBNAILS_NAME, FINAL_NAME, MERGED_NAME, TENSORBOARD_NAME), "a folder"),
-}
+# what a run writes in place or reads again
+FILE_NAMES = (
+    CONFIG_NAME, IMAGES_NAME, METRICS_NAME, ROLLOUTS_NAME, EVALUATIONS_NAME, CURVE_NAME, REPORT_NAME,
+)  # fmt: skip
+FOLDER_NAMES = (UNFINISHED_NAME, THUMBNAILS_NAME, FINAL_NAME, MERGED_NAME, TENSORBOARD_NAME)
 
 
 def write_atomically(path: Path, text: str) -> None:

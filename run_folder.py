@@ -13,7 +13,7 @@ from pathlib import Path
 from flags import UsageError
 from model_files import base_of, is_adapter, read_json
 from options import Options
-from run_files import CONFIG_NAME, KINDS_BY_NAME
+from run_files import CONFIG_NAME, FILE_NAMES, FOLDER_NAMES
 from run_lock import is_lock
 from utils.file_kinds import kind_of
 
@@ -58,7 +58,7 @@ def require_can_be_made(folder: Path, words: str) -> None:
 
 def require_right_kinds(folder: Path) -> None:
     """Raises UsageError if what a run's files and folders are called is something else, on which the run would wait."""
-    for name, wanted in KINDS_BY_NAME.items():
+    for name, wanted in (dict.fromkeys(FILE_NAMES, "a file") | dict.fromkeys(FOLDER_NAMES, "a folder")).items():
         try:
             kind = kind_of(folder / name)
         except OSError as error:

@@ -5,6 +5,7 @@ one writes.
 """
 
 import contextlib
+import json
 import logging
 import os
 import uuid
@@ -34,10 +35,10 @@ from options import Options, ResolvedDefault
 from preemption import Preemption
 from preflight import own_reward_function
 from resumable_trainer import require_plain_pickles
-from resume_check import require_same_images, why_of_another_run
+from resume_check import images_of_beginning, require_same_images, why_of_another_run
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
-from run_files import CONFIG_NAME, write_atomically
+from run_files import CONFIG_NAME, IMAGES_NAME, write_atomically
 from run_folder import empty_run_folder, make_new_output_dir, require_output_dir
 from run_lock import RunLock
 from run_recorder import RunRecorder
@@ -129,7 +130,7 @@ def find_checkpoint(options: Options, args: RLOOConfig, data: RunData) -> Path |
     if not options.resume:
         return None
     recorded = read_json(Path(str(options.output_dir)) / CONFIG_NAME)
-    require_same_images(recorded, data)
+    require_same_images(recorded, data, images_of_beginning(options))
     if changed := what_changed_since(recorded, options):
         logger.warning(
             f"resume: since the run began, changed: {', '.join(changed)}; its bits may differ from here on\n"
@@ -159,11 +160,11 @@ def take_output_dir(options: Options, trainer: FleetRLOOTrainer, data: RunData, 
     problem = None
     if lock is not None:
         trainer.displaced_by = lock.displaced_by
-        _, problem = result_or_problem(lambda: _begin_folder(folder, options, trainer.run_config))
+        _, problem = result_or_problem(lambda: _begin_folder(folder, options, trainer.run_config, data))
     require_agreement(options, problem)
 
 
-def _begin_folder(folder: Path, options: Options, run_config: str) -> None:
+def _begin_folder(folder: Path, options: Options, run_config: str, data: RunData) -> None:
     # loading the model took its time, and what was not there then must not be deleted or mixed with now
     require_output_dir(options)
     try:
@@ -172,6 +173,8 @@ def _begin_folder(folder: Path, options: Options, run_config: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
         write_atomically(folder / CONFIG_NAME, run_config)
+        if data.sha256s and not (folder / IMAGES_NAME).exists():
+            write_atomically(folder / IMAGES_NAME, json.dumps(data.sha256s, indent=0) + "\n")
     except OSError as error:
         raise UsageError(
             f"output_dir={folder} cannot be written to ({error}); {remedy_of(error, folder)}, and start again"
