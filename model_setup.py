@@ -132,6 +132,12 @@ def naming_the_model(model_id: str) -> Iterator[None]:
     """Within it, what the libraries and model_utils say of files that do not open becomes a UsageError."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"model {model_id} does not fit into the GPU's memory ({reason}); pass a smaller one, or take more GPUs under "
+            "ZeRO-3"
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"model {model_id} cannot be loaded ({reason}); correct it or pass another") from error

@@ -249,6 +249,8 @@ def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather)
     for path in paths[place.rank :: place.num_processes]:
         try:
             unknown = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - KNOWN_CLASSES)
+        except OSError as error:
+            problems.append(f"resume: {path} cannot be read ({error.strerror or error}); restore it")
         except Exception as error:
             # whatever a file that torch.save did not write makes of it
             problems.append(_refusal_of_pickle(path, str(error).split("\n")[0]))

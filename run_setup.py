@@ -292,6 +292,9 @@ def server_problems_said(options: Options) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if not (options.use_vllm and options.vllm_mode == "server"):
             raise
+        # memory and files of this machine are no fault of the server's
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "filename", None) is not None:
+            raise
         raise UsageError(
             f"no vLLM server can be used at {options.vllm_server_host}:{options.vllm_server_port} "
             f"({' '.join(str(error).split())}); start one as README.md says under vLLM, or pass --vllm_mode colocate"
