@@ -135,7 +135,7 @@ def naming_the_model(model_id: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"model {model_id} does not fit into the GPU's memory ({reason}); pass a smaller one, or take more GPUs under "
+            f"model {model_id} does not fit into the GPU's memory ({reason}); pass a smaller one, or more GPUs under "
             "ZeRO-3"
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -46,12 +46,15 @@ def require_can_be_made(folder: Path, words: str) -> None:
     """Raises UsageError unless there is a folder to write to, or one can be made. words: what is wrong of it."""
     try:
         kind = kind_of(folder)
+        astray = next((path for path in folder.parents if kind_of(path) == "a link to nothing"), None)
         nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     except (OSError, ValueError, RuntimeError) as error:
         # a name that is too long, a link in a circle, a zero byte
         raise UsageError(f"{words} cannot be a folder ({_reason(error)}); pass another --output_dir") from error
     if kind not in (None, "a folder"):
         raise UsageError(f"{words} is {kind}; pass a folder as --output_dir")
+    if astray is not None:
+        raise UsageError(f"{words} lies in {astray}, a link to nothing; mount it, or pass another --output_dir")
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UsageError(f"{words} cannot be made in {nearest}; pass a folder to write to as --output_dir")
 

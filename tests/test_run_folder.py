@@ -111,6 +111,12 @@ def test_what_is_no_folder_takes_no_run_named_or_not(
             make_new_output_dir(options)
 
 
+def test_a_folder_below_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scratch").symlink_to("/scratch-not-mounted")
+    with pytest.raises(UsageError, match=f"lies in {tmp_path}/scratch, a link to nothing; mount it, or pass another"):
+        require_output_dir(options_of("--output_dir", str(tmp_path / "scratch" / "runs" / "a")))
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "circle", "circle/run", "mine\0"])
 def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to("circle")
