@@ -20,15 +20,25 @@ from typing import Any
 
 from flags import AgreedUsageError, RunStopped
 from run_files import UNFINISHED_NAME, flush_folder, write_atomically
+from utils.file_kinds import kind_of
 
 logger = logging.getLogger("fleet")
 
 MANIFEST_NAME = "manifest.json"
 PART_NAME = "manifest.part-{rank}.json"
 MAX_WAIT_FOR_PARTS_S = 1800
+# of the system, also in the words of other libraries: ENOSPC and EDQUOT
+FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
+DISPLACED_REMEDY = "this run writes there no more: let the other one go on, or stop it"
 
 # What accelerate.utils.gather_object does: every process's list, joined in their order.
 Gather = Callable[[list[Any]], list[Any]]
+# Why a checkpoint is another run's than the folder's, in words; None if it is the folder's own.
+WhyForeign = Callable[[Path], str | None]
+
+
+class Displaced(Exception):
+    """Another run has taken over the folder."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,8 @@ def checkpoint_step(path: Path) -> int:
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, damaged ones included, the newest first."""
-    found = [path for path in run_folder.glob("checkpoint-*") if checkpoint_step(path) >= 0 and path.is_dir()]
+    """What is named like a checkpoint of a run, damaged ones and what is no folder included, the newest first."""
+    found = [path for path in run_folder.glob("checkpoint-*") if checkpoint_step(path) >= 0]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
@@ -58,21 +68,30 @@ def find_damage(checkpoint: Path, place: ProcessPlace = ProcessPlace(), *, reads
     reads_content: False leaves the hashes out. Hidden files are passed over.
     """
     try:
-        listed = json.loads((checkpoint / MANIFEST_NAME).read_bytes())["files"]
-        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
-    except FileNotFoundError:
-        return f"it has no {MANIFEST_NAME}"
+        if (kind := kind_of(checkpoint)) != "a folder":
+            return f"it is {kind or 'gone'}"
+        if (kind := kind_of(checkpoint / MANIFEST_NAME)) != "a file":
+            return f"it has no {MANIFEST_NAME}" if kind is None else f"its {MANIFEST_NAME} is {kind}"
+        manifest = json.loads((checkpoint / MANIFEST_NAME).read_bytes())
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        step = int(manifest["step"])
     except Exception as error:
         # whatever a damaged file makes of JSON; one process must not raise where the others gather
         return f"its {MANIFEST_NAME} cannot be read ({type(error).__name__})"
+    if step != checkpoint_step(checkpoint):
+        return f"it is step {step}'s under another name"
     try:
         return _compare(checkpoint, listed, place, reads_content=reads_content)
     except OSError as error:
         return f"it cannot be read ({error.strerror}: {error.filename})"
 
 
-def choose_checkpoint(run_folder: Path, place: ProcessPlace, gather: Gather) -> Path | None:
+def choose_checkpoint(
+    run_folder: Path, place: ProcessPlace, gather: Gather, why_foreign: WhyForeign = lambda checkpoint: None
+) -> Path | None:
     """The newest checkpoint of a run that is sound, the same on all processes; None where there is no checkpoint.
+
+    why_foreign: why a whole checkpoint is another run's, so that it is passed over like a damaged one.
 
     Every process reads a share of the files, and damage that one finds counts for all. Says which checkpoints are
     passed over and why. Raises UsageError if there are checkpoints and all are damaged.
@@ -81,7 +100,11 @@ def choose_checkpoint(run_folder: Path, place: ProcessPlace, gather: Gather) -> 
     candidates = gather([list_checkpoints(run_folder)])[0]
     found: list[str] = []
     for checkpoint in candidates:
-        damages = [damage for damage in gather([find_damage(checkpoint, place)]) if damage is not None]
+        damages = [
+            damage
+            for damage in gather([find_damage(checkpoint, place) or why_foreign(checkpoint)])
+            if damage is not None
+        ]
         if not damages:
             if found:
                 logger.warning(f"resume: passed over {'; '.join(found)}; going on from {checkpoint}")
@@ -89,8 +112,8 @@ def choose_checkpoint(run_folder: Path, place: ProcessPlace, gather: Gather) -> 
         found.append(f"{checkpoint.name}: {damages[0]}")
     if found:
         raise AgreedUsageError(
-            f"resume: no checkpoint in {run_folder} is whole ({'; '.join(found)}); restore one of them, or begin "
-            "another run in another --output_dir"
+            f"resume: no checkpoint in {run_folder} is whole and of this run ({'; '.join(found)}); restore one, or "
+            "begin another run in another --output_dir"
         )
     return None
 
@@ -108,13 +131,19 @@ class CheckpointFolder:
         gather: Gather,
         keep: int,
         on_waiting: Callable[[], object] = lambda: None,
+        displaced_by: Callable[[], str | None] = lambda: None,
+        why_foreign: WhyForeign = lambda checkpoint: None,
     ):
         """keep: whole checkpoints to keep, at least 1. on_waiting: called every second while a commit is waited for.
+
+        displaced_by: who has taken over the folder, if anybody; process 0 asks before it changes anything there.
+        why_foreign: why a whole checkpoint is another run's; such ones do not count and are left alone.
 
         Deletes nothing before the first `begin`.
         """
         self.run_folder, self.place, self.keep = run_folder, place, keep
         self._gather, self._on_waiting = gather, on_waiting
+        self._displaced_by, self._why_foreign = displaced_by, why_foreign
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._has_failed_elsewhere = threading.Event()
@@ -129,9 +158,11 @@ class CheckpointFolder:
         self.wait()
         if self.place.rank == 0:
             try:
+                self.run_folder.mkdir(parents=True, exist_ok=True)
+                self._require_not_displaced()
                 remove_unfinished(self.run_folder)
-                self.staging.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
+                self.staging.mkdir(exist_ok=True)
+            except (OSError, Displaced) as error:
                 self._failure = error
         self._raise_together(self._gather([self._own_failure()]))
 
@@ -165,16 +196,22 @@ class CheckpointFolder:
         self._thread = None
 
     def _own_failure(self) -> str | None:
-        return None if self._failure is None else str(self._failure)
+        error = self._failure
+        if error is None:
+            return None
+        # one that is not the disk's says nothing without its kind
+        reason = str(error) if isinstance(error, (OSError, Displaced)) else f"{type(error).__name__}: {error}"
+        return f"{reason}; those before it are whole; {remedy_of(error, self.run_folder)}, and pass --resume"
+
+    def _require_not_displaced(self) -> None:
+        if displaced_by := self._displaced_by():
+            raise Displaced(f"{self.run_folder} was taken over by {displaced_by}")
 
     def _raise_together(self, failures: list[str | None]) -> None:
         self._failure = None
         for rank, failure in enumerate(failures):
             if failure is not None:
-                raise RunStopped(
-                    f"process {rank} could not save a checkpoint ({failure}); those before it are whole. Make room "
-                    f"or restore {self.run_folder}, and pass --resume"
-                )
+                raise RunStopped(f"process {rank} could not save a checkpoint: {failure}")
 
     def _commit(self, step: int, kept_best: int | None) -> None:
         staged = self.staging / f"checkpoint-{step}"
@@ -193,7 +230,7 @@ class CheckpointFolder:
 
     def _tidy_up(self, step: int, kept_best: int | None) -> None:
         try:
-            remove_old_checkpoints(self.run_folder, self.keep, step, kept_best)
+            remove_old_checkpoints(self.run_folder, self.keep, step, kept_best, self._why_foreign)
             remove_unfinished(self.run_folder)
         except OSError as error:
             # the new checkpoint is whole; what could not be deleted costs room alone
@@ -211,8 +248,9 @@ class CheckpointFolder:
         manifest = {"step": step, "num_processes": self.place.num_processes, "files": dict(sorted(files.items()))}
         write_atomically(staged / MANIFEST_NAME, json.dumps(manifest, indent=1))
         final = self.run_folder / staged.name
-        if final.exists():
-            # damaged, or it would have been resumed from
+        self._require_not_displaced()
+        if os.path.lexists(final):
+            # damaged or another run's, or it would have been resumed from
             os.replace(final, self.staging / f"replaced-{final.name}")
         os.replace(staged, final)
         flush_folder(self.run_folder)
@@ -225,6 +263,20 @@ def describe_file(path: Path) -> dict[str, Any]:
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def remedy_of(error: Exception, folder: Path) -> str:
+    """What is to be done about a failure to write into a folder: only a full disk or quota is told to be one."""
+    if isinstance(error, Displaced):
+        return DISPLACED_REMEDY
+    if any(words in str(error) for words in FULL_DISK_WORDS):
+        return f"make room ({free_space(folder)})"
+    if isinstance(error, OSError):
+        return f"restore {folder}"
+    if type(error).__name__ in ("RuntimeError", "SafetensorError"):
+        # torch and safetensors pass on no more than that they could not write
+        return f"make room ({free_space(folder)}) or restore {folder}"
+    return "correct it"
+
+
 def free_space(folder: Path) -> str:
     """How much room a folder's disk has, in words."""
     try:
@@ -233,14 +285,20 @@ def free_space(folder: Path) -> str:
         return "its folder is gone"
 
 
-def remove_old_checkpoints(run_folder: Path, keep: int, newest: int, kept_best: int | None = None) -> None:
+def remove_old_checkpoints(
+    run_folder: Path,
+    keep: int,
+    newest: int,
+    kept_best: int | None = None,
+    why_foreign: WhyForeign = lambda checkpoint: None,
+) -> None:
     """Deletes whole checkpoints up to step `newest`, but the last `keep` of them and the best.
 
-    Damaged ones are left alone and do not count, and neither do later ones: a run that has just saved `newest` has
-    passed them over as it was resumed, for damage that only reading them shows.
+    Damaged ones and other runs' are left alone and do not count, and neither do later ones: a run that has just saved
+    `newest` has passed them over as it was resumed, for damage that only reading them shows.
     """
     candidates = [path for path in list_checkpoints(run_folder) if checkpoint_step(path) <= newest]
-    whole = [path for path in candidates if find_damage(path, reads_content=False) is None]
+    whole = [path for path in candidates if not (find_damage(path, reads_content=False) or why_foreign(path))]
     others = [path for path in whole if checkpoint_step(path) != kept_best]
     num_kept = keep if len(others) == len(whole) else max(1, keep - 1)
     for path in others[num_kept:]:
@@ -254,6 +312,10 @@ def remove_old_checkpoints(run_folder: Path, keep: int, newest: int, kept_best: 
 def remove_unfinished(run_folder: Path) -> None:
     """Deletes what a save that was cut off left behind. Raises OSError if a visible file of it stays."""
     folder = run_folder / UNFINISHED_NAME
+    if folder.is_symlink() or not folder.is_dir():
+        # not Fleet's own, and nothing could be written there
+        folder.unlink(missing_ok=True)
+        return
     # a file that another process still reads stays on NFS, under a hidden name
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists() and (left := _file_names(folder)):
@@ -269,6 +331,8 @@ def _compare(
     if unknown := sorted(there - listed.keys()):
         return f"{unknown[0]} is no file of it"
     for name, (size, _) in listed.items():
+        if (kind := kind_of(checkpoint / name)) != "a file":
+            return f"{name} is {kind or 'gone'}"
         if (actual := (checkpoint / name).stat().st_size) != size:
             return f"{name} has {actual:,} bytes instead of {size:,}"
     if not reads_content:

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from utils.file_kinds import kind_of
+
 TOY_MODEL_ID = "toy"
 MAX_VALUE_LENGTH = 4096  # Linux takes no longer path
 MAX_HELP_WIDTH = 110
@@ -301,9 +303,13 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """The file's settings as command-line flags, so that they meet the same checks."""
-    if not path.is_file():
-        raise UsageError(f"config file {path} does not exist; correct --config")
     try:
+        kind = kind_of(path)
+        if kind is None:
+            raise UsageError(f"config file {path} does not exist; correct --config")
+        if kind != "a file":
+            # every process and every restart reads it, and a pipe gives its content once
+            raise UsageError(f"config file {path} is {kind}; pass a file that can be read more than once")
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderOfUniqueKeys)
     except OSError as error:
         raise UsageError(f"config file {path} cannot be read ({error.strerror}); correct --config") from error

@@ -51,13 +51,14 @@ class Findings:
 
     share: None for an environment that keeps no list of `images` as PickImageEnv does, so that there is none to check.
     data: what the run draws from, if this is its only process. episode_digests: of a user's environment, of the fields
-    of its first episodes; empty where one cannot be shown.
+    of its first episodes; empty where one cannot be shown. beginning: as settle's.
     """
 
     env: EpisodeSource
     share: ImageShare | None
     data: "RunData | None" = None
     episode_digests: Mapping[str, str] = field(default_factory=dict)
+    beginning: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,27 @@ class RunData:
 
     data_digest: hex, of the name, label and bytes of every image that is drawn from, in order; None where the
     environment has no list of images. skipped_images: the names (relative to data_root) of those that are left out.
+    sha256s: hex, of the bytes of each image that is drawn from, by its name; of one that has gone bad, as it was.
     """
 
     env: EpisodeSource
     data_digest: str | None = None
     skipped_images: tuple[str, ...] = ()
+    sha256s: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_bad_images(env: EpisodeSource, options: SharedOptions, launch_variables: Mapping[str, str]) -> Findings:
+def find_bad_images(
+    env: EpisodeSource,
+    options: SharedOptions,
+    launch_variables: Mapping[str, str],
+    beginning: Mapping[str, str] | None = None,
+) -> Findings:
     """What is found in this process's share of the environment's images: every L-th of them on a machine of L.
 
-    launch_variables: what the launcher put into the process environment, known to be consistent. Raises UsageError,
-    as settle does, in a run of one process.
+    launch_variables: what the launcher put into the process environment, known to be consistent. beginning: as
+    settle's. Raises UsageError, as settle does, in a run of one process.
     """
+    beginning = beginning or {}
     images = images_of(env)
     for note in getattr(env, "folder_notes", ()):
         logger.info(f"{options.data_root}: {note}")
@@ -89,7 +98,7 @@ def find_bad_images(env: EpisodeSource, options: SharedOptions, launch_variables
         stride = 1 if is_alone else int(launch_variables.get("LOCAL_WORLD_SIZE", "1"))
         literals = added_token_literals(options.model_id) | added_token_literals(base_of(options.model_id))
         share = check_share(images, options.data_root, first, stride, literals)
-    return Findings(env, share, settle(options, env, [share]) if is_alone else None)
+    return Findings(env, share, settle(options, env, [share], beginning) if is_alone else None, beginning=beginning)
 
 
 def images_of(env: EpisodeSource) -> tuple[LabelledImage, ...] | None:
@@ -130,11 +139,18 @@ def check_share(
     return ImageShare(first, stride, _digest_of_names(images, data_root), b"".join(sha256s), problems)
 
 
-def settle(options: SharedOptions, env: EpisodeSource, found: Sequence[ImageShare | None]) -> RunData:
+def settle(
+    options: SharedOptions,
+    env: EpisodeSource,
+    found: Sequence[ImageShare | None],
+    beginning: Mapping[str, str] | None = None,
+) -> RunData:
     """What the run draws from, once the shares of all processes are known: the same on each of them.
 
-    found: by rank, of equal names_digest; None where the environment has no list of images. Raises UsageError if an
-    image is bad on any machine and bad ones stop the run, if too little is left, or if machines hold different files.
+    found: by rank, of equal names_digest; None where the environment has no list of images. beginning: the sha256s
+    of a run that is resumed: an image that has gone bad since is still drawn and its episode replaced, as it would be
+    in a run that goes on, if bad ones are skipped. Raises UsageError if an image is bad on any machine and bad ones
+    stop the run, if too little is left, or if machines hold different files.
     """
     images, shares = images_of(env), [share for share in found if share is not None]
     if images is None or not shares:
@@ -142,6 +158,12 @@ def settle(options: SharedOptions, env: EpisodeSource, found: Sequence[ImageShar
     names = [image_name(image.path, options.data_root) for image in images]
     problems = {place: problem for share in shares for place, problem in share.problems.items()}
     sha256s = _sha256s(names, shares, problems)
+    if beginning and options.bad_images == "skip":
+        gone_bad = {place: problems.pop(place) for place in sorted(problems) if names[place] in beginning}
+        for place in gone_bad:
+            sha256s[place] = bytes.fromhex(beginning[names[place]])
+        if gone_bad:
+            logger.info(f"replaced since the run began: {describe_problems(options, names, gone_bad)}\n")
     description = describe_problems(options, names, problems)
     if problems and options.bad_images == "stop":
         raise UsageError(f"{description}; replace or remove what is bad, or pass --bad_images skip to leave it out")
@@ -152,7 +174,8 @@ def settle(options: SharedOptions, env: EpisodeSource, found: Sequence[ImageShar
         raise UsageError(f"{description}; left out, {error}") from error
     if problems:
         logger.info(f"left out: {description}\n")
-    return RunData(narrowed, _data_digest(images, names, sha256s, problems), skipped)
+    drawn_from = {name: sha256s[place].hex() for place, name in enumerate(names) if place not in problems}
+    return RunData(narrowed, _data_digest(images, names, sha256s, problems), skipped, drawn_from)
 
 
 def without_images(env: EpisodeSource, names: Collection[str], options: SharedOptions) -> EpisodeSource:

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from flags import UsageError
+from utils.file_kinds import kind_of
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 SHARDS_INDEX_NAME = "model.safetensors.index.json"
+MODEL_FILE_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".jinja"})  # what transformers and PEFT open
 
 
 def is_adapter(model_id: str) -> bool:
@@ -43,10 +45,21 @@ def require_whole_folder(folder: Path) -> None:
         )
 
 
+def require_regular_files(folder: Path) -> None:
+    """Raises UsageError if what is named like a model's file is a pipe, a device or a link to nothing."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in MODEL_FILE_SUFFIXES and (kind := kind_of(path)) not in ("a file", "a folder"):
+            raise UsageError(f"model folder {folder}: {path.name} is {kind}; put the original model's file there")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UsageError if there is none."""
     try:
+        if (kind := kind_of(path)) not in (None, "a file"):
+            raise UsageError(f"{path} is {kind}, wanted a file; restore it")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except UsageError:
+        raise
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); restore it") from error
     if not isinstance(content, dict):

@@ -5,7 +5,6 @@ Imports no TRL, whose import alone takes as long as a small evaluation.
 
 import logging
 import os
-import subprocess
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +29,9 @@ from model_files import base_of
 from model_utils import generate_tool_call, load_processor, load_qwen25_vl, require_loadable
 from options import SharedOptions, starts_sighted
 from own_environment import TRIED, require_same_digests
-from toy_model import PLAIN, SIGHTED, build_in_own_process, default_cache_root, folder_name, is_whole
+from toy_model import PLAIN, SIGHTED, CacheError, default_cache_root, folder_name, is_whole
 from toy_pictures import untaught
+from toy_process import BuildError, build_in_own_process
 from utils.images import BadImage
 from watchdog import is_of_collective
 from weights_check import first_weight_not_finite
@@ -98,20 +98,30 @@ def agree_on_data(options: SharedOptions, findings: Findings) -> RunData:
         raise AgreedUsageError(
             f"the machines hold different images: {first_difference(listings)}; give every machine the same data folder"
         )
-    return settle(options, findings.env, found)
+    return settle(options, findings.env, found, findings.beginning)
 
 
 def local_model_path(options: SharedOptions) -> str:
-    """What `from_pretrained` is to open; builds the toy model if need be.
+    """What `from_pretrained` is to open; builds the toy model if need be. Every process takes part.
 
-    Raises UsageError if the toy model's cache cannot be written.
+    Raises UsageError on every process if the toy model cannot be built or kept on any.
     """
     if options.model_id != TOY_MODEL_ID:
         return options.model_id
+    path, problem = result_or_problem(lambda: _built_toy(SIGHTED if starts_sighted(options) else PLAIN))
+    require_agreement(options, problem)
+    return str(path)
+
+
+def _built_toy(kind: str) -> Path:
     try:
-        return str(build_in_own_process(SIGHTED if starts_sighted(options) else PLAIN))
-    except (OSError, subprocess.CalledProcessError) as error:
+        return build_in_own_process(kind)
+    except CacheError as error:
         raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
+    except BuildError as error:
+        raise UsageError(
+            f"the toy model could not be built ({error}); mend that, or pass another --model_id"
+        ) from error
 
 
 def problem_of_models(*model_ids: str, revision: str | None = None) -> str | None:
@@ -223,6 +233,12 @@ def naming_the_model(model_id: str) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"model {model_id} does not fit into the GPU's memory ({reason}); pass a smaller one, or more GPUs under "
+            "ZeRO-3"
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if is_of_collective(traceback.extract_tb(error.__traceback__)):

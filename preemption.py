@@ -1,4 +1,6 @@
-"""What SIGTERM and SIGINT do to a run: it finishes the step it is in, saves on all processes, and exits with a code.
+"""What ends a run between two steps: SIGTERM and SIGINT, or another run that has taken over its folder.
+
+Signalled, it finishes the step it is in, saves on all processes, and exits with a code.
 
 A scheduler that takes a machine back sends SIGTERM, and may send it to one process or to all. A second signal exits at
 once. Signals before the first step and after the last one do what they always do.
@@ -13,6 +15,9 @@ from typing import Any
 
 import torch
 from transformers.trainer_callback import TrainerCallback
+
+from checkpointing import DISPLACED_REMEDY
+from flags import RunStopped
 
 logger = logging.getLogger("fleet")
 
@@ -61,8 +66,12 @@ class Preemption(TrainerCallback):
         return control
 
     def _agree(self) -> None:
-        flag = torch.tensor([float(self._signal is not None)], device=self.trainer.accelerator.device)
-        is_any = bool(self.trainer.accelerator.reduce(flag, reduction="sum").item())
+        displaced_by = self.trainer.displaced_by()
+        own = [float(self._signal is not None), float(displaced_by is not None)]
+        flags = torch.tensor(own, device=self.trainer.accelerator.device)
+        is_any, is_displaced = (bool(flag) for flag in self.trainer.accelerator.reduce(flags, reduction="sum").tolist())
+        if is_displaced:
+            raise RunStopped(f"{self.trainer.args.output_dir} was taken over by {displaced_by}; {DISPLACED_REMEDY}")
         if is_any and not self.is_stopping:
             logger.warning("told to stop: this step is finished and saved first; a second signal stops at once")
         self.is_stopping = is_any

@@ -7,7 +7,7 @@ Raises UsageError; imports no torch.
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +15,9 @@ from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from episodes import BrokenEpisode, checked_episode
-from flags import PATH_FLAGS, TOY_MODEL_ID, UsageError, as_seen_from
-from idle_flags import idle_flags
-from image_check import Findings, RunData, find_bad_images, without_images
-from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_whole_folder
+from flags import TOY_MODEL_ID, UsageError
+from image_check import Findings, find_bad_images, without_images
+from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_regular_files, require_whole_folder
 from options import Options, SharedOptions
 from own_environment import (
     accepted_arguments,
@@ -29,26 +28,17 @@ from own_environment import (
     require_same_in_another_process,
     require_usable,
 )
+from resume_check import images_of_beginning
 from reward_process import RewardProcess, start_reward
-from run_files import CONFIG_NAME, FINAL_NAME
+from run_files import FINAL_NAME
+from run_folder import is_run_folder, require_output_dir
+from run_lock import require_free
 from utils.images import BadImage
 from utils.plain_text import NotPlainText, added_token_literals
 from utils.user_files import folder_kept
 
-# What a resumed run may change; every other flag must be as it was, or it would be another run.
-MAY_CHANGE_ON_RESUME = frozenset(
-    {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
-     "sample_steps", "bad_images", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run",
-     "merge_lora", "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
-     "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "trust_checkpoint", "step_timeout_s", "reward_timeout_s",
-     "max_skipped_steps"}
-)  # fmt: skip
-
 # The vLLM releases that TRL 1.16 talks to.
 MIN_VLLM, MAX_VLLM = (0, 22), (0, 31)
-
-# Learning rates that do not depend on how many steps there will be.
-ENDLESS_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
 
 
 def check_before_loading(options: Options, launch_variables: Mapping[str, str] = os.environ) -> Findings:
@@ -61,9 +51,11 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_consistent_launch(launch_variables)
     require_model(options.model_id)
     require_adapter_flags(options)
+    if options.output_dir is not None:
+        require_free(Path(options.output_dir))
     require_output_dir(options)
     own_reward(options)
-    findings = find_bad_images(make_environment(options), options, launch_variables)
+    findings = find_bad_images(make_environment(options), options, launch_variables, images_of_beginning(options))
     return replace(findings, episode_digests=try_own_environment(options, findings.env, options.seed))
 
 
@@ -152,6 +144,7 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
                 "Qwen/Qwen2.5-VL-3B-Instruct, or toy"
             )
         return
+    require_regular_files(folder)
     if is_adapter(model_id):
         base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
         if not isinstance(base, str) or not base or is_adapter(base):
@@ -166,9 +159,9 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
         raise UsageError(
             f"{flag}={model_id} is a run's folder; pass the model in it, {folder / FINAL_NAME}, or a checkpoint"
         )
-    if not (folder / CONFIG_NAME).is_file():
+    if not (folder / "config.json").is_file():
         raise UsageError(f"model folder {folder} has no config.json; pass a folder written by save_pretrained")
-    model_type = read_json(folder / CONFIG_NAME).get("model_type")
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type != "qwen2_5_vl":
         raise UsageError(f"model folder {folder} holds a {model_type}, but Fleet trains qwen2_5_vl; pass a Qwen2.5-VL")
     for pattern, what in (("*.safetensors", "weights"), ("preprocessor_config.json|processor_config.json", "processor"),
@@ -182,117 +175,6 @@ def require_adapter_flags(options: Options) -> None:
     """Raises UsageError if an adapter is to be trained without being told so: nothing else of it would train."""
     if is_adapter(options.model_id) and not options.use_lora:
         raise UsageError(f"model_id={options.model_id} is an adapter, whose base stays frozen; add --use_lora true")
-
-
-def settle_resume(options: Options) -> Options:
-    """The options with --resume auto decided: true if output_dir holds a run, else false."""
-    if options.resume != "auto":
-        return options
-    return replace(options, resume=is_run_folder(Path(str(options.output_dir))))
-
-
-def require_output_dir(options: Options) -> None:
-    """Raises UsageError if the run would mix with another one's files, or resumes what it cannot."""
-    if options.output_dir is None:
-        return
-    folder = Path(options.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir={folder} is a file; pass a folder")
-    nearest = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UsageError(f"output_dir={folder} cannot be made in {nearest}; pass a folder to write to")
-    if options.resume:
-        if not is_run_folder(folder):
-            raise UsageError(
-                f"resume: {folder} has no {CONFIG_NAME} of a run; pass the output_dir of one, or --resume auto to "
-                "begin one where there is none"
-            )
-    # a run killed as it began may have left no more than an unfinished file
-    elif folder.is_dir() and any(path.suffix != ".unfinished" for path in folder.iterdir()):
-        if not options.overwrite:
-            raise UsageError(
-                f"output_dir={folder} is not empty; pass --resume to continue the run in it, --overwrite to delete it, "
-                "or another folder"
-            )
-        if not is_run_folder(folder):
-            raise UsageError(
-                f"overwrite: output_dir={folder} holds no Fleet run, so nothing in it is deleted; pass another folder"
-            )
-        if folder.is_symlink():
-            raise UsageError(f"overwrite: output_dir={folder} is a symbolic link; pass the folder itself")
-        for name, used in what_the_run_reads(options):
-            if Path(used).resolve().is_relative_to(folder.resolve()):
-                raise UsageError(
-                    f"overwrite: {name}={used} lies in output_dir={folder}, which would be deleted before it is read; "
-                    "pass another output_dir"
-                )
-
-
-def what_the_run_reads(options: Options) -> list[tuple[str, str]]:
-    """Every path that must survive `--overwrite`, with the flag that named it."""
-    base = base_of(options.model_id) if is_adapter(options.model_id) else None
-    specs = {"env": options.env, "reward": options.reward}
-    of_user = [(name, spec.rpartition(":")[0]) for name, spec in specs.items() if spec]
-    named = [("model_id", options.model_id), ("data_root", options.data_root), *of_user, ("base model", base)]
-    return [(name, str(used)) for name, used in named if used]
-
-
-def is_run_folder(folder: Path) -> bool:
-    """Whether a run of Fleet's left its configuration in `folder`."""
-    path = folder / CONFIG_NAME
-    return path.is_file() and "options" in read_json(path)
-
-
-def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, str] = os.environ) -> None:
-    """Raises UsageError if a resumed run's resolved flags or processes are not those it began with."""
-    if not options.resume:
-        return
-    folder = Path(str(options.output_dir))
-    recorded = read_json(folder / CONFIG_NAME)
-    before = recorded.get("options", {})
-    now = asdict(options)
-    # what decides whether a flag has a part in the run is compared itself
-    had_no_part = {*recorded.get("idle_flags", ()), *idle_flags(options, launch_variables)}
-    changed = [
-        f"{name} (was {before[name]}, now {now[name]})"
-        for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
-        if before[name] != now[name] and not _is_same_path(name, before[name], now[name], recorded.get("directory"))
-    ]
-    if changed:
-        raise UsageError(
-            f"resume: the run in {folder} had other flags: {', '.join(changed)}; pass the same ones, or start a new run"
-        )
-    if options.lr_scheduler_type not in ENDLESS_SCHEDULES and before.get("train_steps") != options.train_steps:
-        raise UsageError(
-            f"resume: train_steps was {before.get('train_steps')} and is now {options.train_steps}, but the schedule "
-            f"{options.lr_scheduler_type} is drawn over all steps, so the learning rate would jump; pass the same "
-            "--train_steps, or start a new run"
-        )
-    num_before, num_now = recorded.get("num_processes"), int(launch_variables.get("WORLD_SIZE", "1"))
-    if num_before not in (None, num_now):
-        raise UsageError(
-            f"resume: the run in {folder} had {num_before} processes, and now there are {num_now}, which would deal "
-            f"its episodes differently; start {num_before}"
-        )
-
-
-def _is_same_path(name: str, before: Any, now: Any, directory: str | None) -> bool:
-    """Whether two values of a flag name one file, `before` from the directory that the run was started in."""
-    if name not in PATH_FLAGS or directory is None or not isinstance(before, str) or not isinstance(now, str):
-        return False
-    return as_seen_from(directory, before) == as_seen_from(os.getcwd(), now)
-
-
-def require_same_images(recorded: Mapping[str, Any], data: RunData) -> None:
-    """Raises UsageError if a resumed run would draw from other images than its config.json has recorded."""
-    if recorded.get("data_digest") in (None, data.data_digest):
-        return
-    skipped = set(data.skipped_images) ^ set(recorded.get("skipped_images", ()))
-    what = f"left out now or then: {', '.join(sorted(skipped)[:5])}" if skipped else "a file was added, lost or changed"
-    raise UsageError(
-        f"resume: the images are not those that the run began with ({what}), so its episodes would be others; restore "
-        "them, or start a new run"
-    )
 
 
 def make_environment(

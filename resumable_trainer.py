@@ -6,9 +6,11 @@ are loaded strictly by name; and no file is unpickled into anything but tensors 
 """
 
 import contextlib
+import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
 
-from checkpointing import CheckpointFolder, Gather, ProcessPlace, free_space
+from checkpointing import CheckpointFolder, Gather, ProcessPlace, remedy_of
 from flags import AgreedUsageError, RunEnded, RunStopped, UsageError
-from run_files import CONFIG_NAME, write_atomically
+from resume_check import why_of_another_run
+from run_files import CONFIG_NAME, RUN_CONFIG_NAME, write_atomically
 from step_counts import optimizer_steps_per_generation
 
-RUN_CONFIG_NAME = "run_config.json"  # a checkpoint's own config.json is the model's
 # Classes besides torch's own that Trainer and DeepSpeed write into what they pickle. They hold plain values.
 KNOWN_CLASSES = frozenset(
     {
@@ -52,7 +54,8 @@ class ResumableTrainer(RLOOTrainer):
 
     `run_config` is the text of the run's configuration, which goes into each checkpoint. `num_kept_checkpoints` are
     kept, the best among them. `trusts_checkpoint` unpickles what a checkpoint holds, whatever it is. `on_activity` is
-    told what the trainer is at, each time that it gets there.
+    told what the trainer is at, each time that it gets there. `displaced_by` says why this process may write into the
+    run's folder no longer, and None while it may.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -63,6 +66,7 @@ class ResumableTrainer(RLOOTrainer):
         # Trainer's own limit stays unset: at its end it deletes checkpoints, whole or not, by that
         self.num_kept_checkpoints = 10**9
         self.on_activity: Callable[[str], None] = lambda activity: None
+        self.displaced_by: Callable[[], str | None] = lambda: None
         self._checkpoints: CheckpointFolder | None = None
         self._is_saving = False
         self.is_save_due = False
@@ -90,6 +94,8 @@ class ResumableTrainer(RLOOTrainer):
                 gather_object,
                 self.num_kept_checkpoints,
                 on_waiting=lambda: self.on_activity("the commit of a save"),
+                displaced_by=lambda: self.displaced_by(),
+                why_foreign=partial(why_of_another_run, json.loads(self.run_config)),
             )
         return self._checkpoints
 
@@ -120,8 +126,8 @@ class ResumableTrainer(RLOOTrainer):
                 raise
             raise RunStopped(
                 f"process {self.args.process_index} could not save step {self.state.global_step} "
-                f"({' '.join(str(error).split())}; {free_space(Path(self.args.output_dir))}); the checkpoints before "
-                f"it are whole. Make room or restore {self.args.output_dir}, and pass --resume",
+                f"({' '.join(str(error).split())}); the checkpoints before it are whole; "
+                f"{remedy_of(error, Path(self.args.output_dir))}, and pass --resume",
                 is_of_all=False,
             ) from error
         finally:
@@ -243,6 +249,8 @@ def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather)
     for path in paths[place.rank :: place.num_processes]:
         try:
             unknown = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - KNOWN_CLASSES)
+        except OSError as error:
+            problems.append(f"resume: {path} cannot be read ({error.strerror or error}); restore it")
         except Exception as error:
             # whatever a file that torch.save did not write makes of it
             problems.append(_refusal_of_pickle(path, str(error).split("\n")[0]))

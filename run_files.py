@@ -14,6 +14,8 @@ from typing import Any
 logger = logging.getLogger("fleet")
 
 CONFIG_NAME = "config.json"
+RUN_CONFIG_NAME = "run_config.json"  # the same in a checkpoint, whose own config.json is the model's
+IMAGES_NAME = "images.json"  # the SHA-256 of each image that the run draws from, as it began
 METRICS_NAME = "metrics.jsonl"
 ROLLOUTS_NAME = "rollouts.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
@@ -22,19 +24,37 @@ THUMBNAILS_NAME = "thumbnails"
 CURVE_NAME = "curve.png"
 REPORT_NAME = "report.html"
 FINAL_NAME = "final"
+MERGED_NAME = "final_merged"
+TENSORBOARD_NAME = "tensorboard"
 EVALUATION_SCHEMA_VERSION = 1
 UNFINISHED_NAME = "unfinished"  # what is being written; nothing in it is ever read
+# what a run writes in place or reads again
+FILE_NAMES = (
+    CONFIG_NAME, IMAGES_NAME, METRICS_NAME, ROLLOUTS_NAME, EVALUATIONS_NAME, CURVE_NAME, REPORT_NAME,
+)  # fmt: skip
+FOLDER_NAMES = (UNFINISHED_NAME, THUMBNAILS_NAME, FINAL_NAME, MERGED_NAME, TENSORBOARD_NAME)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file of UTF-8 text as a whole: after a kill or a power cut it has its old content or the new one."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Writes a file as a whole, as write_atomically does. Raises OSError, which names the file."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    flush_folder(path.parent)
+    try:
+        # what is there may be a pipe or a link to nothing
+        unfinished.unlink(missing_ok=True)
+        with unfinished.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        flush_folder(path.parent)
+    except OSError as error:
+        # a full disk is found by calls that know no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def flush_folder(folder: Path) -> None:
@@ -63,7 +83,7 @@ class LineFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # unbuffered, as a buffer's rest would be written on closing, behind the truncation
-            with self.path.open("ab", buffering=0) as file:
+            with open(self.path, "ab", buffering=0, opener=_without_waiting) as file:
                 length, rest = file.tell(), "".join(self._waiting).encode()
                 try:
                     while rest:
@@ -86,8 +106,16 @@ class LineFile:
         if not self.path.exists():
             return []
         kept = [line for line in read_jsonl(self.path) if line["step"] <= step]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        # a disk that is full has room for what is there already
+        if text.encode() != self.path.read_bytes():
+            write_atomically(self.path, text)
         return kept
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """An opener that does not wait for whoever reads from a pipe: without a reader there is an OSError."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,9 @@ from typing import Any
 from PIL import Image, ImageOps
 from transformers.trainer_callback import TrainerCallback
 
+from checkpointing import remedy_of
 from diagnostics import Diagnostics
+from flags import RunStopped
 from options import Options
 from progress import StepProgress
 from rollouts import RolloutRecord
@@ -50,9 +52,19 @@ class RunRecorder(TrainerCallback):
         self._progress = StepProgress(state.global_step, state.max_steps)
         # a run that begins anew evaluates its start again
         last_step = state.global_step if state.global_step > 0 else -1
-        self._rollouts.drop_after(last_step)
-        self._evaluations.drop_after(last_step)
-        for line in self._metrics.drop_after(last_step):
+        try:
+            self._rollouts.drop_after(last_step)
+            self._evaluations.drop_after(last_step)
+            kept = self._metrics.drop_after(last_step)
+        except ValueError as error:
+            raise RunStopped(f"resume: {error}, and pass --resume", is_of_all=False) from error
+        except OSError as error:
+            raise RunStopped(
+                f"the records of the run could not be cut to step {max(last_step, 0)} ({error}); "
+                f"{remedy_of(error, self.output_dir)}, and pass --resume",
+                is_of_all=False,
+            ) from error
+        for line in kept:
             self.diagnostics.observe(line)
         # a run that is resumed at its end logs nothing, and its page is drawn from this file
         self._metrics.append([])

@@ -25,6 +25,7 @@ from idle_flags import idle_flags, options_in_force
 from image_check import RunData
 from options import Options, ResolvedDefault
 from rollouts import RolloutRecord
+from run_files import write_bytes_atomically
 from utils.plain_text import printable
 from utils.user_files import files_beside, folder_of
 
@@ -106,12 +107,14 @@ def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
     return _rendered(table)
 
 
-def config_text(options: Options, data: RunData, num_episodes: int, num_processes: int) -> str:
+def config_text(options: Options, data: RunData, num_episodes: int, num_processes: int, run_id: str) -> str:
     """What config.json holds: the resolved flags, what is drawn from, processes, command, commit and versions.
 
+    run_id: drawn as the run begins and kept when it is resumed, by which its checkpoints are told from other runs'.
     A flag that has no part in the run is null, and listed.
     """
     config = {
+        "run_id": run_id,
         "options": options_in_force(options),
         "idle_flags": idle_flags(options),
         "num_episodes": num_episodes,
@@ -229,8 +232,10 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     figure.tight_layout()
-    figure.savefig(path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
     pyplot.close(figure)
+    write_bytes_atomically(path, png.getvalue())
 
 
 def _cut(text: str, max_chars: int = 160) -> str:

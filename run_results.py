@@ -10,23 +10,49 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers.integrations import unset_hf_deepspeed_config
 
-from flags import UsageError
+from checkpointing import remedy_of
+from flags import RunStopped, UsageError
 from model_utils import open_base, read_adapter_config
 from options import Options
 from report import training_seconds, write_report
 from rloo_trainer import FleetRLOOTrainer
 from run_commands import next_commands
-from run_files import CURVE_NAME, FINAL_NAME, METRICS_NAME, UNFINISHED_NAME, read_jsonl
+from run_files import CURVE_NAME, FINAL_NAME, MERGED_NAME, METRICS_NAME, UNFINISHED_NAME, read_jsonl
 from run_records import draw_curve
 
 logger = logging.getLogger("fleet")
 
 
 def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
-    """Writes final/, final_merged/ if asked for, curve.png and report.html. Every process takes part."""
+    """Writes final/, final_merged/ if asked for, curve.png and report.html. Every process takes part.
+
+    Raises RunStopped if they cannot be written.
+    """
     folder = Path(str(options.output_dir))
+    try:
+        _write_results(folder, options, trainer)
+    except (OSError, SafetensorError) as error:
+        raise RunStopped(
+            f"the last step is saved, but the results could not be written to {folder} "
+            f"({' '.join(str(error).split())}); {remedy_of(error, folder)}, and pass --resume",
+            is_of_all=False,
+        ) from error
+    if options.merge_lora and trainer.is_world_process_zero():
+        trainer.on_activity("merging the adapter")
+        try:
+            merge_adapter(folder / FINAL_NAME, folder / MERGED_NAME, revision=options.revision)
+        except (OSError, SafetensorError) as error:
+            raise RunStopped(
+                f"{folder / FINAL_NAME} is written, but its adapter could not be merged "
+                f"({' '.join(str(error).split())}); correct that and pass --resume",
+                is_of_all=False,
+            ) from error
+
+
+def _write_results(folder: Path, options: Options, trainer: FleetRLOOTrainer) -> None:
     trainer.on_activity("writing the results")
     unfinished = folder / UNFINISHED_NAME / FINAL_NAME
     trainer.save_model(str(unfinished))
@@ -34,9 +60,6 @@ def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
     if trainer.is_world_process_zero():
         replace_folder(unfinished, folder / FINAL_NAME)
         draw_curve(read_jsonl(folder / METRICS_NAME), folder / CURVE_NAME, f"RLOO on {options.model_id}")
-        if options.merge_lora:
-            trainer.on_activity("merging the adapter")
-            merge_adapter(folder / FINAL_NAME, folder / "final_merged", revision=options.revision)
         try:
             write_report(folder)
         except UsageError as error:
@@ -45,7 +68,7 @@ def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
 
 def replace_folder(new: Path, old: Path) -> None:
     """Puts a folder in another's place; a kill leaves the old one, the new one or none, never half of one."""
-    if old.exists():
+    if os.path.lexists(old):
         os.replace(old, new.with_name(f"replaced-{old.name}"))
     os.replace(new, old)
     shutil.rmtree(new.parent)

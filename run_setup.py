@@ -5,12 +5,13 @@ one writes.
 """
 
 import contextlib
-import datetime
+import json
 import logging
 import os
-import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl import RLOOConfig
 
 from answering import AnswerSettings
-from checkpointing import ProcessPlace, choose_checkpoint, remove_unfinished
+from checkpointing import ProcessPlace, choose_checkpoint, remedy_of, remove_unfinished
 from command_line import result_or_problem
 from dataset import RepeatableEpisodeDataset
 from episodes import BrokenEpisode, EpisodeSource, checked_episode
@@ -33,12 +34,15 @@ from model_utils import count_parameters, make_lora_config, read_adapter_config
 from options import Options, ResolvedDefault
 from peers import connect
 from preemption import Preemption
-from preflight import own_reward, require_output_dir, require_same_images
+from preflight import own_reward
 from resumable_trainer import require_plain_pickles
+from resume_check import images_of_beginning, require_same_images, why_of_another_run
 from reward import RewardWeights
 from rloo_trainer import FleetRLOOTrainer
 from run_commands import resume_command
-from run_files import CONFIG_NAME, write_atomically
+from run_files import CONFIG_NAME, IMAGES_NAME, write_atomically
+from run_folder import empty_run_folder, make_new_output_dir, require_output_dir
+from run_lock import RunLock
 from run_recorder import RunRecorder
 from run_records import config_text, resolved_table, what_changed_since
 from utils.images import BadImage
@@ -131,26 +135,33 @@ def name_output_dir(options: Options, args: RLOOConfig) -> Options:
 
     Touches no folder, except for making a new one where none was named.
     """
-    agreed = [str(options.output_dir or make_new_output_dir(options))] if args.process_index == 0 else [""]
+    folder, problem = options.output_dir, None
+    if folder is None and args.process_index == 0:
+        folder, problem = result_or_problem(lambda: str(make_new_output_dir(options)))
+    require_agreement(options, problem)
+    agreed = [str(folder)]
     broadcast_object_list(agreed)
     args.output_dir = agreed[0]
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(agreed[0]) / "tensorboard")
     return replace(options, output_dir=agreed[0])
 
 
-def make_new_output_dir(options: Options) -> Path:
-    """A new folder of this run alone, also if another run starts in the same second."""
-    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{Path(options.model_id).name}"
-    number = 1
-    while True:
-        folder = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-            continue
-        logger.info(f"--output_dir {folder}: a new folder each time\n")
-        return folder
+@contextlib.contextmanager
+def held_output_dir(options: Options, args: RLOOConfig) -> Iterator[RunLock | None]:
+    """Within it, no other run writes into the run's folder. The main process holds the lock; others get None.
+
+    Raises UsageError on every process if another run holds it.
+    """
+    lock, problem = None, None
+    if args.process_index == 0:
+        lock = RunLock(Path(str(options.output_dir)))
+        _, problem = result_or_problem(lock.take)
+    try:
+        require_agreement(options, problem)
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def find_checkpoint(options: Options, args: RLOOConfig, data: RunData) -> Path | None:
@@ -161,14 +172,14 @@ def find_checkpoint(options: Options, args: RLOOConfig, data: RunData) -> Path |
     if not options.resume:
         return None
     recorded = read_json(Path(str(options.output_dir)) / CONFIG_NAME)
-    require_same_images(recorded, data)
+    require_same_images(recorded, data, images_of_beginning(options))
     if changed := what_changed_since(recorded, options):
         logger.warning(
             f"resume: since the run began, changed: {', '.join(changed)}; its bits may differ from here on\n"
         )
     place = ProcessPlace(args.process_index, args.world_size)
     folder = Path(str(options.output_dir))
-    checkpoint = choose_checkpoint(folder, place, gather_object)
+    checkpoint = choose_checkpoint(folder, place, gather_object, partial(why_of_another_run, recorded))
     if checkpoint is None:
         logger.warning(f"resume: {folder} has no checkpoint yet, so the run begins at step 0\n")
     elif not options.trust_checkpoint:
@@ -176,38 +187,40 @@ def find_checkpoint(options: Options, args: RLOOConfig, data: RunData) -> Path |
     return checkpoint
 
 
-def take_output_dir(options: Options, trainer: FleetRLOOTrainer, data: RunData) -> None:
+def take_output_dir(options: Options, trainer: FleetRLOOTrainer, data: RunData, lock: RunLock | None) -> None:
     """Called after all checks pass: makes or empties the run's folder and writes config.json.
 
-    Raises UsageError on all processes if somebody has put files there since the checks.
+    lock: which the main process holds. Raises UsageError on all processes if somebody has put files there since the
+    checks, or the folder cannot be written to.
     """
     folder = Path(str(options.output_dir))
     num_processes = trainer.args.world_size
-    trainer.run_config = config_text(options, data, num_episodes_drawn(options, num_processes), num_processes)
-    is_main = trainer.args.process_index == 0
-    # loading the model took its time, and what was not there then must not be deleted or mixed with now
-    _, problem = result_or_problem(lambda: require_output_dir(options)) if is_main else (None, None)
+    run_id = read_json(folder / CONFIG_NAME).get("run_id") if options.resume else None
+    trainer.run_config = config_text(
+        options, data, num_episodes_drawn(options, num_processes), num_processes, str(run_id or uuid.uuid4().hex)
+    )
+    problem = None
+    if lock is not None:
+        trainer.displaced_by = lock.displaced_by
+        _, problem = result_or_problem(lambda: _begin_folder(folder, options, trainer.run_config, data))
     require_agreement(options, problem)
-    if is_main:
+
+
+def _begin_folder(folder: Path, options: Options, run_config: str, data: RunData) -> None:
+    # loading the model took its time, and what was not there then must not be deleted or mixed with now
+    require_output_dir(options)
+    try:
         if options.overwrite and folder.is_dir():
             empty_run_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
-        write_atomically(folder / CONFIG_NAME, trainer.run_config)
-    trainer.accelerator.wait_for_everyone()
-
-
-def empty_run_folder(folder: Path) -> None:
-    """Deletes what a run left; its config.json last, so that a kill leaves what can be overwritten again.
-
-    A folder that is new, or holds no more than an unfinished file, has no config.json.
-    """
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != CONFIG_NAME:
-            path.unlink()
-    (folder / CONFIG_NAME).unlink(missing_ok=True)
+        write_atomically(folder / CONFIG_NAME, run_config)
+        if data.sha256s and not (folder / IMAGES_NAME).exists():
+            write_atomically(folder / IMAGES_NAME, json.dumps(data.sha256s, indent=0) + "\n")
+    except OSError as error:
+        raise UsageError(
+            f"output_dir={folder} cannot be written to ({error}); {remedy_of(error, folder)}, and start again"
+        ) from error
 
 
 def make_rloo_config(options: Options) -> RLOOConfig:
@@ -320,6 +333,9 @@ def server_problems_said(options: Options) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         if not (options.use_vllm and options.vllm_mode == "server"):
+            raise
+        # memory and files of this machine are no fault of the server's
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "filename", None) is not None:
             raise
         raise UsageError(
             f"no vLLM server can be used at {options.vllm_server_host}:{options.vllm_server_port} "

@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, pre_tokenizers, trainers
 from transformers import (
@@ -116,46 +114,29 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+class CacheError(Exception):
+    """The folder of built toys cannot be written; the message names what and why."""
+
+
 def toy_model_path(kind: str = PLAIN, cache_root: Path | None = None) -> Path:
     """The folder of a built toy; builds it if the cache has none for this recipe and these versions.
 
     kind: PLAIN or SIGHTED. cache_root: where it is kept; default `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else
     `~/.cache/fleet`. One process builds while others wait, and the folder appears whole or not at all. In a process
-    that a launcher started, use build_in_own_process, because transformers saves on the first rank alone.
+    that a launcher started, use toy_process.py, because transformers saves on the first rank alone.
     """
     root = cache_root or default_cache_root()
     path = root / folder_name(kind)
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / "toy.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with _blaming(root):
+            root.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((root / "toy.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_whole(path):
-            shutil.rmtree(path, ignore_errors=True)
-            unfinished = root / f"{path.name}.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            build_toy_model(unfinished, kind)
-            os.replace(unfinished, path)
+            model, processor = build_toy_model(kind)
+            with _blaming(root):
+                _save_whole(model, processor, path)
     return path
-
-
-def build_in_own_process(kind: str) -> Path:
-    """`toy_model_path` run by a process that knows nothing of launcher, ranks and GPUs.
-
-    Raises OSError if the cache cannot be written, subprocess.CalledProcessError if the build fails.
-    """
-    path = default_cache_root() / folder_name(kind)
-    if is_whole(path):
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    of_launcher = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launcher)}
-    done = subprocess.run(
-        [sys.executable, __file__, kind],
-        env=environment | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return Path(done.stdout.splitlines()[-1])
 
 
 def is_whole(path: Path) -> bool:
@@ -182,8 +163,10 @@ def recipe_digest(kind: str) -> str:
     return _digest([SIZES, RECIPES[kind], _training_texts(kind)])
 
 
-def build_toy_model(path: Path, kind: str = PLAIN, *, may_be_shipped: bool = True) -> None:
-    """Builds a toy into `path`, a new folder that `from_pretrained` opens. Shows a progress bar.
+def build_toy_model(
+    kind: str = PLAIN, *, may_be_shipped: bool = True
+) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
+    """Builds a toy and its processor. Shows a progress bar.
 
     may_be_shipped: take the weights that lie beside this file, if they were made by the recipe as it is.
     """
@@ -197,15 +180,35 @@ def build_toy_model(path: Path, kind: str = PLAIN, *, may_be_shipped: bool = Tru
             teach_sight(model, processor, env, recipe, TOY_IMAGE_PIXELS)
         else:
             teach_calls(model, processor, TOY_DATA_ROOT, recipe, TOY_IMAGE_PIXELS)
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
+    return model, processor
+
+
+def _save_whole(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, path: Path) -> None:
+    """Writes a toy into `path`, a folder that `from_pretrained` opens and that appears whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    for folder in (path, unfinished):
+        shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def _blaming(root: Path) -> Iterator[None]:
+    """Within it, a failure to write is the cache's."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise CacheError(f"{getattr(error, 'filename', None) or root}: {reason}") from error
 
 
 def ship_sighted_toy() -> None:
     """Builds the sighted toy from its recipe, whatever lies there, and puts its weights beside this file."""
+    model, processor = build_toy_model(SIGHTED, may_be_shipped=False)
     with tempfile.TemporaryDirectory() as folder:
-        build_toy_model(Path(folder), SIGHTED, may_be_shipped=False)
-        weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).state_dict()
+        _save_whole(model, processor, Path(folder) / "toy")
+        weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(Path(folder) / "toy").state_dict()
     save_file(weights, SHIPPED_WEIGHTS, metadata={"format": "pt", "recipe": recipe_digest(SIGHTED)})
 
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import command_line
 from image_check import images_of
 from options import parse_options, resolve_options
-from preflight import check_before_loading, require_same_run_on_resume, settle_resume
+from preflight import check_before_loading
+from resume_check import require_same_run_on_resume, settle_resume
 
 logger = logging.getLogger("fleet")
 
@@ -50,15 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         watchdog.start_with("the making of the toy model, or the reading of a checkpoint")
         model_path = model_setup.local_model_path(options)
         options = run_setup.name_output_dir(options, args)
-        checkpoint = run_setup.find_checkpoint(options, args, data)
-        watchdog.start_with("the loading of the model")
-        trainer = run_setup.build_trainer(options, args, data.env, plan, model_path)
-        run_setup.take_output_dir(options, trainer, data)
-        watchdog.start_with("the preparation of training")
-        trainer.on_activity = watchdog.beat
-        with run_setup.telling_how_to_go_on(options):
-            run_setup.train(options, trainer, checkpoint)
-            run_results.save_results(options, trainer)
+        with run_setup.held_output_dir(options, args) as lock:
+            checkpoint = run_setup.find_checkpoint(options, args, data)
+            watchdog.start_with("the loading of the model")
+            trainer = run_setup.build_trainer(options, args, data.env, plan, model_path)
+            run_setup.take_output_dir(options, trainer, data, lock)
+            watchdog.start_with("the preparation of training")
+            trainer.on_activity = watchdog.beat
+            with run_setup.telling_how_to_go_on(options):
+                run_setup.train(options, trainer, checkpoint)
+                run_results.save_results(options, trainer)
     logger.info(run_results.describe_results(options, trainer))
 
 

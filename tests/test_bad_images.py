@@ -18,6 +18,7 @@ from options import parse_options
 from run_files import read_jsonl
 from tests.conftest import save_truncated
 from tests.helpers import toy_path
+from tests.test_resume import entire
 from toy_model import TOY_DATA_ROOT
 
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--train_steps", "2"]
@@ -130,6 +131,35 @@ def test_a_run_goes_on_without_an_image_that_vanishes_the_same_each_time(
     shown = [label for line in read_jsonl(tmp_path / "one" / "rollouts.jsonl") if line["step"] == 2
              for label in line["labels"]]  # fmt: skip
     assert len(shown) == 8 and not any(label.startswith("red") for label in shown)
+
+
+BREAKING_ENV = VANISHING_ENV.replace("image.path.unlink(missing_ok=True)", "image.path.write_bytes(b'torn')")
+
+
+def test_resumed_after_an_image_broke_a_run_ends_in_the_same_bits(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "breaking.py").write_text(BREAKING_ENV)
+    flags = ["--env", f"{tmp_path / 'breaking.py'}:VanishingEnv", "--save_steps", "1", "--eval_steps", "2",
+             "--eval_episodes", "8", "--train_steps"]  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(whole, data, "--bad_images", "skip", *flags, "3")
+    shutil.copytree(whole, cut)
+    for step in (2, 3):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    # red pictures are broken since the second of these steps
+    with pytest.raises(UsageError, match="images in .* cannot be used: red_.*or pass --bad_images skip"):
+        run(cut, data, "--resume", *flags, "3")
+    run(cut, data, "--resume", "--bad_images", "skip", *flags, "3")
+    assert "replaced since the run began: " in capfd.readouterr().err
+    assert entire(cut / "checkpoint-3") == entire(whole / "checkpoint-3")
+    for name in ("rollouts.jsonl", "images.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    # what can be read is another picture, though, and one that is not there is none
+    shutil.copyfile(data / "blue_square.png", data / "black_cross.png")
+    (data / "blue_square.png").unlink()
+    with pytest.raises(UsageError, match="began with .lost: blue_square.png; changed: black_cross.png., so its"):
+        run(cut, data, "--resume", "--bad_images", "skip", *flags, "4")
 
 
 def test_an_image_that_vanishes_is_no_longer_evaluated_on(data: Path, caplog: pytest.LogCaptureFixture) -> None:

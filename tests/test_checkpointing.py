@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -182,8 +183,58 @@ def test_steps_are_numbers_and_other_names_are_passed_over(tmp_path):
         save(tmp_path, step)
     for name in ("checkpoint-best", "checkpoint-12.tmp", "checkpoint-"):
         (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-500").touch()
     assert steps_of(tmp_path) == [100, 10, 9]
+
+
+def make_socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # a socket's path must be short
+    try:
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+NOT_REGULAR: dict[str, Callable[[Path], object]] = {
+    "a link to nothing": lambda path: path.symlink_to("/scratch-not-mounted/x"),
+    "a pipe": os.mkfifo,
+    "a socket": make_socket,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize(("kind", "make"), [*NOT_REGULAR.items(), ("a file", Path.touch)])
+def test_what_is_no_folder_is_passed_over_by_name_and_gives_way_to_a_save(kind, make, tmp_path, caplog):
+    save(tmp_path, 5)
+    make(tmp_path / "checkpoint-10")
+    assert choose_checkpoint(tmp_path, ProcessPlace(), alone) == tmp_path / "checkpoint-5"
+    assert f"passed over checkpoint-10: it is {kind}; going on from {tmp_path / 'checkpoint-5'}" in caplog.text
+    assert find_damage(save(tmp_path, 10)) is None
+
+
+@pytest.mark.parametrize(("kind", "make"), NOT_REGULAR.items())
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "optimizer.pt", "global_step1/zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+)
+def test_a_part_that_never_ends_is_found_without_opening_it(name, kind, make, tmp_path):
+    checkpoint = save(tmp_path, 5)
+    (checkpoint / name).unlink()
+    make(checkpoint / name)
+    damage = find_damage(checkpoint)
+    assert damage in (f"{name} is {kind}", f"its {name} is {kind}")
+
+
+@pytest.mark.parametrize(("kind", "make"), [*NOT_REGULAR.items(), ("a file", Path.touch)])
+def test_what_is_called_unfinished_gives_way_to_a_save(kind, make, tmp_path):
+    make(tmp_path / "unfinished")
+    assert find_damage(save(tmp_path, 1)) is None
+
+
+def test_a_renamed_checkpoint_is_passed_over(tmp_path, caplog):
+    first, second = save(tmp_path, 5), save(tmp_path, 10)
+    second.rename(tmp_path / "checkpoint-15")
+    assert choose_checkpoint(tmp_path, ProcessPlace(), alone) == first
+    assert "passed over checkpoint-15: it is step 10's under another name; going on from" in caplog.text
 
 
 # --- what is deleted --------------------------------------------------------------------------------------------------
@@ -228,6 +279,22 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path):
     (save(tmp_path, 2) / "left_over").touch()
     assert find_damage(save(tmp_path, 2)) is None
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_another_runs_are_passed_over_do_not_count_and_are_left_alone(tmp_path, caplog):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+
+    def why_foreign(checkpoint: Path) -> str | None:
+        return "it is another run's" if checkpoint.name in ("checkpoint-2", "checkpoint-4") else None
+
+    assert choose_checkpoint(tmp_path, ProcessPlace(), alone, why_foreign) == tmp_path / "checkpoint-3"
+    assert "passed over checkpoint-4: it is another run's; going on from" in caplog.text
+    remove_old_checkpoints(tmp_path, keep=1, newest=4, why_foreign=why_foreign)
+    assert steps_of(tmp_path) == [4, 3, 2]
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    with pytest.raises(UsageError, match="no checkpoint in .* is whole and of this run .checkpoint-4: it is another"):
+        choose_checkpoint(tmp_path, ProcessPlace(), alone, why_foreign)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -285,7 +352,7 @@ def test_the_reason_of_another_process_is_told_at_once(tmp_path):
         path.write_bytes(b"x") if rank == 0 else path.symlink_to("nowhere")
 
     said = in_two_threads(tmp_path, write)
-    assert said[0] == said[1] and said[0].startswith("process 1 could not save a checkpoint ([Errno 2] No such file")
+    assert said[0] == said[1] and said[0].startswith("process 1 could not save a checkpoint: [Errno 2] No such file")
     assert list_checkpoints(tmp_path) == []
 
 
@@ -294,7 +361,7 @@ def test_a_commit_that_fails_on_one_process_is_raised_on_all(tmp_path):
         return [*own, "No space left on device"]
 
     folder = CheckpointFolder(tmp_path, ProcessPlace(0, 2), gather, 2)
-    with pytest.raises(RunStopped, match="process 1 could not save a checkpoint .No space left on device"):
+    with pytest.raises(RunStopped, match="process 1 could not save a checkpoint: No space left on device"):
         folder.begin()
 
 
@@ -307,7 +374,7 @@ def test_a_folder_that_cannot_be_written_stops_with_the_reason_and_keeps_what_is
     # a file where the new checkpoint is to go: no rights or free space are needed for it to fail
     (folder.staging / "checkpoint-2" / "manifest.json.unfinished").mkdir()
     folder.commit(2)
-    with pytest.raises(RunStopped, match="process 0 could not save a checkpoint .*; those before it are whole"):
+    with pytest.raises(RunStopped, match="process 0 could not save a checkpoint: .*; those before it are whole"):
         folder.wait()
     assert choose_checkpoint(run, ProcessPlace(), alone) == run / "checkpoint-1"
     assert content_of(run / "checkpoint-1") == before

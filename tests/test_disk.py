@@ -82,10 +82,17 @@ def test_a_full_disk_stops_the_run_with_the_reason_and_it_goes_on_when_there_is_
     assert rank.wait() == 1
     last = rank.output.strip().splitlines()[-1]
     assert last.startswith("error: process 0 could not save ") and "the checkpoints before it are whole" in last
-    assert " 0 MiB free there" in last or " 1 MiB free there" in last
+    assert "make room (0 MiB free there)" in last or "make room (1 MiB free there)" in last
     assert "pass --resume" in last and "Traceback" not in rank.output
     names = [path.name for path in list_checkpoints(run)]
     assert names == ["checkpoint-2", "checkpoint-1"]
+    assert [find_damage(path) for path in list_checkpoints(run)] == [None, None]
+    with (small_disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError):
+        while True:
+            filler.write(bytes(4096))
+    (rank,) = start_ranks(tmp_path, [*arguments, "4", "--resume"])
+    assert rank.wait() == 2
+    assert f"error: output_dir={run} cannot be written to (No space left on device); make it" in rank.output
     assert [find_damage(path) for path in list_checkpoints(run)] == [None, None]
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     run_ranks(tmp_path, [*arguments, "4", "--resume"])

@@ -12,7 +12,7 @@ from flags import UsageError
 from idle_flags import IDLE_IN_EVALUATION, IDLE_IN_TRAINING, idle_flags, is_zero3, options_in_force
 from image_check import RunData
 from options import Options, parse_options, resolve_options
-from preflight import require_same_run_on_resume
+from resume_check import require_same_run_on_resume
 from run_records import config_text
 
 pytestmark = pytest.mark.fast
@@ -163,7 +163,7 @@ def resolved(line: str) -> Options:
 def recorded(line: str) -> dict[str, Any]:
     """The config.json of a run with these flags."""
     no_environment: Any = None
-    return json.loads(config_text(resolved(line), RunData(no_environment), 8, 1))
+    return json.loads(config_text(resolved(line), RunData(no_environment), 8, 1, "id"))
 
 
 def test_config_json_has_null_for_what_had_no_part() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from checkpointing import find_damage, list_checkpoints
 from preemption import SAME_SIGNAL_S
+from run_files import read_jsonl
 from tests import HANG_S
 from tests.processes import ZERO3, Rank, run_ranks, start, start_ranks
 from tests.test_resume import QUICK, entire
@@ -219,3 +220,50 @@ def test_a_process_that_was_stopped_for_long_goes_on_when_it_is_continued(tmp_pa
     time.sleep(22)
     os.kill(rank.pid, signal.SIGCONT)
     assert rank.wait() == 0, rank.output[-3000:]
+
+
+ONE_OR_TWO = [(1, False), pytest.param(2, True, marks=pytest.mark.exhaustive)]
+
+
+@pytest.mark.parametrize(("num_processes", "zero3"), ONE_OR_TWO)
+def test_a_second_run_in_a_folder_is_refused_and_goes_on_once_the_first_is_killed(
+    num_processes: int, zero3: bool, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [*QUICK, "--output_dir", str(run), "--train_steps", "999"]
+    first = start_ranks(tmp_path, arguments, num_processes, zero3=zero3)
+    try:
+        wait_until(lambda: newest_step(run) >= 1, first)
+        (second,) = start_ranks(tmp_path, [*arguments, "--resume", "auto"])
+        assert second.wait() == 2
+        last = second.output.strip().splitlines()[-1]
+        assert f"output_dir={run} is in use: process {first[0].pid} on " in last and "trains in it" in last
+    finally:
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for rank in first:
+                os.kill(rank.pid, number)
+    third = start_ranks(tmp_path, [*arguments, "--resume", "auto"], num_processes, zero3=zero3)
+    steps = newest_step(run)
+    wait_until(lambda: newest_step(run) > steps, third)
+    os.kill(third[-1].pid, signal.SIGTERM)
+    assert [rank.wait() for rank in third] == [75] * num_processes, third[0].output[-3000:]
+    assert f"process {first[0].pid} on " in third[0].output and "its lock is taken over" in third[0].output
+    assert not list(run.glob("*.lock"))
+    lines = [line["step"] for line in read_jsonl(run / "metrics.jsonl")]
+    assert lines == list(range(1, newest_step(run) + 1)), "each step once"
+
+
+@pytest.mark.parametrize(("num_processes", "zero3"), ONE_OR_TWO)
+def test_a_run_whose_folder_was_taken_over_stops_and_writes_there_no_more(
+    num_processes: int, zero3: bool, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [*QUICK, "--output_dir", str(run), "--train_steps", "999"]
+    ranks = start_ranks(tmp_path, arguments, num_processes, zero3=zero3)
+    wait_until(lambda: newest_step(run) >= 1, ranks)
+    (run / "run-2.lock").write_text('{"host": "node17", "pid": 4711, "since": "2026-11-26 09:00:00"}')
+    assert [rank.wait() for rank in ranks] == [1] * num_processes, ranks[0].output[-3000:]
+    last = ranks[0].output.strip().splitlines()[-1]
+    assert "was taken over by process 4711 on node17 (since 2026-11-26 09:00:00)" in last and last.startswith("error: ")
+    assert [find_damage(path) for path in list_checkpoints(run)] == [None] * len(list_checkpoints(run))
+    assert (run / "run-2.lock").exists()

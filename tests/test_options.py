@@ -10,7 +10,7 @@ from ask import build_ask_parser
 from evaluate_options import build_evaluate_parser
 from flags import UsageError
 from options import Options, parse_options, resolve_options
-from preflight import MAY_CHANGE_ON_RESUME
+from resume_check import MAY_CHANGE_ON_RESUME
 from training_flags import build_parser
 
 pytestmark = pytest.mark.fast

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import preflight
+import resume_check
+import run_folder
 from environment import PickImageEnv
 from flags import UsageError
 from options import Options, parse_options
@@ -269,22 +271,22 @@ def leave_run(folder: Path, options: Options | None = None, *, with_checkpoint: 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 def test_new_or_empty_output_folder_is_accepted(tmp_path, flags):
-    preflight.require_output_dir(options_of())
-    preflight.require_output_dir(options_of("--output_dir", tmp_path / "new", *flags))
-    preflight.require_output_dir(options_of("--output_dir", tmp_path, *flags))
+    run_folder.require_output_dir(options_of())
+    run_folder.require_output_dir(options_of("--output_dir", tmp_path / "new", *flags))
+    run_folder.require_output_dir(options_of("--output_dir", tmp_path, *flags))
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
 def test_file_for_an_output_folder_is_refused(tmp_path, flags):
     path = save_picture(tmp_path / "a.png")
-    message = refusal_of(preflight.require_output_dir, options_of("--output_dir", path, *flags))
+    message = refusal_of(run_folder.require_output_dir, options_of("--output_dir", path, *flags))
     assert f"output_dir={path} is a file; pass a folder" in message
 
 
 @pytest.mark.parametrize("name", ["a.png", ".hidden"])
 def test_non_empty_output_folder_is_refused(tmp_path, name):
     (tmp_path / name).touch()
-    message = refusal_of(preflight.require_output_dir, options_of("--output_dir", tmp_path))
+    message = refusal_of(run_folder.require_output_dir, options_of("--output_dir", tmp_path))
     assert f"output_dir={tmp_path} is not empty; pass --resume to continue the run in it, --overwrite" in message
 
 
@@ -292,30 +294,30 @@ def test_overwrite_is_for_a_run_of_fleets_only(tmp_path):
     run = leave_run(tmp_path / "run")
     model = tmp_path / "model"
     write_json(model / "config.json", {"model_type": "qwen2_5_vl"})
-    preflight.require_output_dir(options_of("--output_dir", run, "--overwrite"))
+    run_folder.require_output_dir(options_of("--output_dir", run, "--overwrite"))
     for folder in (model, tmp_path):
-        message = refusal_of(preflight.require_output_dir, options_of("--output_dir", folder, "--overwrite"))
+        message = refusal_of(run_folder.require_output_dir, options_of("--output_dir", folder, "--overwrite"))
         assert f"output_dir={folder} holds no Fleet run, so nothing in it is deleted" in message
     assert (model / "config.json").exists()
 
 
 def test_nothing_is_deleted_by_checking(tmp_path):
     run = leave_run(tmp_path / "run")
-    preflight.require_output_dir(options_of("--output_dir", run, "--overwrite"))
+    run_folder.require_output_dir(options_of("--output_dir", run, "--overwrite"))
     assert (run / "checkpoint-50" / "trainer_state.json").exists()
 
 
 def test_run_with_a_checkpoint_is_resumed(tmp_path):
-    preflight.require_output_dir(options_of("--output_dir", leave_run(tmp_path / "run"), "--resume"))
+    run_folder.require_output_dir(options_of("--output_dir", leave_run(tmp_path / "run"), "--resume"))
 
 
 def test_run_cut_off_before_its_first_checkpoint_may_begin_again(tmp_path):
     run = leave_run(tmp_path / "run", with_checkpoint=False)
-    preflight.require_output_dir(options_of("--output_dir", run, "--resume"))
+    run_folder.require_output_dir(options_of("--output_dir", run, "--resume"))
 
 
 def test_folder_without_a_run_is_not_resumed(tmp_path):
-    message = refusal_of(preflight.require_output_dir, options_of("--output_dir", tmp_path / "new", "--resume"))
+    message = refusal_of(run_folder.require_output_dir, options_of("--output_dir", tmp_path / "new", "--resume"))
     assert (
         f"resume: {tmp_path / 'new'} has no config.json of a run; pass the output_dir of one, or --resume auto"
         in message
@@ -324,7 +326,7 @@ def test_folder_without_a_run_is_not_resumed(tmp_path):
 
 def test_resume_auto_goes_by_whether_there_is_a_run(tmp_path):
     def settled(folder):
-        return preflight.settle_resume(options_of("--output_dir", folder, "--resume", "auto")).resume
+        return resume_check.settle_resume(options_of("--output_dir", folder, "--resume", "auto")).resume
 
     assert settled(leave_run(tmp_path / "run", with_checkpoint=False)) is True
     assert settled(tmp_path / "new") is False
@@ -332,12 +334,12 @@ def test_resume_auto_goes_by_whether_there_is_a_run(tmp_path):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json.unfinished").touch()
     assert settled(tmp_path / "begun") is False
-    preflight.require_output_dir(options_of("--output_dir", tmp_path / "begun"))
+    run_folder.require_output_dir(options_of("--output_dir", tmp_path / "begun"))
 
 
 def test_run_whose_flags_are_unknown_is_not_resumed(tmp_path):
     write_json(tmp_path / "checkpoint-50" / "trainer_state.json", {})
-    message = refusal_of(preflight.require_output_dir, options_of("--output_dir", tmp_path, "--resume"))
+    message = refusal_of(run_folder.require_output_dir, options_of("--output_dir", tmp_path, "--resume"))
     assert f"resume: {tmp_path} has no config.json of a run" in message
 
 
@@ -389,7 +391,7 @@ HAD_NO_PART = {
 
 def test_same_flags_may_resume(tmp_path):
     options = options_of("--output_dir", leave_run(tmp_path), "--resume")
-    preflight.require_same_run_on_resume(options)
+    resume_check.require_same_run_on_resume(options)
 
 
 def test_only_what_does_not_change_the_run_may_change(tmp_path):
@@ -398,7 +400,7 @@ def test_only_what_does_not_change_the_run_may_change(tmp_path):
     for name, value in dataclasses.asdict(options).items():
         write_json(tmp_path / "config.json", {"options": {**dataclasses.asdict(options), name: "another"}})
         try:
-            preflight.require_same_run_on_resume(options)
+            resume_check.require_same_run_on_resume(options)
             allowed.add(name)
         except UsageError as refusal:
             assert f"had other flags: {name} (was another, now {value}); pass the same ones" in str(refusal)
@@ -408,7 +410,7 @@ def test_only_what_does_not_change_the_run_may_change(tmp_path):
 def test_every_changed_flag_is_listed(tmp_path):
     leave_run(tmp_path, options_of("--output_dir", tmp_path, "--seed", 1, "--beta", 0.1, "--save_steps", 5))
     now = options_of("--output_dir", tmp_path, "--resume", "--num_rollouts", 8, "--train_steps", 99)
-    assert refusal_of(preflight.require_same_run_on_resume, now) == (
+    assert refusal_of(resume_check.require_same_run_on_resume, now) == (
         f"resume: the run in {tmp_path} had other flags: beta (was 0.1, now None), num_rollouts (was 4, now 8), "
         "seed (was 1, now 0); pass the same ones, or start a new run"
     )
@@ -418,22 +420,22 @@ def test_every_changed_flag_is_listed(tmp_path):
 def test_a_schedule_over_all_steps_cannot_be_made_longer(tmp_path, schedule):
     flags = ["--output_dir", tmp_path, "--lr_scheduler_type", schedule]
     leave_run(tmp_path, options_of(*flags, "--train_steps", 10))
-    preflight.require_same_run_on_resume(options_of(*flags, "--train_steps", 10, "--resume"))
-    message = refusal_of(preflight.require_same_run_on_resume, options_of(*flags, "--train_steps", 20, "--resume"))
+    resume_check.require_same_run_on_resume(options_of(*flags, "--train_steps", 10, "--resume"))
+    message = refusal_of(resume_check.require_same_run_on_resume, options_of(*flags, "--train_steps", 20, "--resume"))
     assert f"train_steps was 10 and is now 20, but the schedule {schedule} is drawn over all steps" in message
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
     options = options_of("--output_dir", tmp_path, "--resume")
     write_json(tmp_path / "config.json", {"options": dataclasses.asdict(options), "num_processes": 8})
-    preflight.require_same_run_on_resume(options, {"WORLD_SIZE": "8"})
-    message = refusal_of(preflight.require_same_run_on_resume, options, {"WORLD_SIZE": "4"})
+    resume_check.require_same_run_on_resume(options, {"WORLD_SIZE": "8"})
+    message = refusal_of(resume_check.require_same_run_on_resume, options, {"WORLD_SIZE": "4"})
     assert f"the run in {tmp_path} had 8 processes, and now there are 4" in message
 
 
 def test_flags_of_a_run_that_is_not_resumed_are_its_own(tmp_path):
     leave_run(tmp_path, options_of("--output_dir", tmp_path, "--seed", 1))
-    preflight.require_same_run_on_resume(options_of("--output_dir", tmp_path, "--overwrite"))
+    resume_check.require_same_run_on_resume(options_of("--output_dir", tmp_path, "--overwrite"))
 
 
 # --- the data and the environment -------------------------------------------------------------------------------------
@@ -554,7 +556,7 @@ def test_overwrite_never_deletes_what_the_run_reads(tmp_path, name):
     used = run / "final"
     used.mkdir()
     options = options_of("--output_dir", run, "--overwrite", f"--{name}", used)
-    assert "would be deleted before it is read" in refusal_of(preflight.require_output_dir, options)
+    assert "would be deleted before it is read" in refusal_of(run_folder.require_output_dir, options)
 
 
 def test_env_with_a_dataclass_and_late_annotations_loads(workplace):
@@ -594,7 +596,7 @@ def test_adapter_without_use_lora_is_refused(tmp_path):
 def test_output_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     assert "cannot be made" in refusal_of(
-        preflight.require_output_dir, options_of("--output_dir", tmp_path / "file" / "run")
+        run_folder.require_output_dir, options_of("--output_dir", tmp_path / "file" / "run")
     )
 
 
@@ -606,4 +608,4 @@ def test_overwrite_spares_an_adapters_base_and_the_environment_file(tmp_path):
     (run / "env.py").touch()
     for flags in (["--model_id", adapter], ["--env", f"{run / 'env.py'}:Mine"]):
         options = options_of("--output_dir", run, "--overwrite", *flags)
-        assert "would be deleted before it is read" in refusal_of(preflight.require_output_dir, options)
+        assert "would be deleted before it is read" in refusal_of(run_folder.require_output_dir, options)

@@ -174,5 +174,7 @@ def test_other_images_are_refused_and_other_code_is_told(tmp_path: Path, capfd: 
     assert "resume: since the run began, changed: the file of --env; its bits may differ" in capfd.readouterr().err
     changed = sorted(images.glob("*.png"))[0]
     shutil.copyfile(sorted(images.glob("*.png"))[1], changed)
-    with pytest.raises(UsageError, match="the images are not those that the run began with .a file was added, lost or"):
+    with pytest.raises(
+        UsageError, match=f"the images are not those that the run began with .changed: {changed.name}.,"
+    ):
         training.main([*arguments, "3", "--resume"])

@@ -18,8 +18,9 @@ import pytest
 import command_line
 from flags import RunStopped, UsageError
 from options import parse_options
-from preflight import own_reward, what_the_run_reads
+from preflight import own_reward
 from reward_function import KEYWORDS, BoundedReward, checked_value, load_reward_function
+from run_folder import what_the_run_reads
 from tests.conftest import call_text
 
 pytestmark = pytest.mark.fast
