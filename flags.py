@@ -36,15 +36,15 @@ class AgreedUsageError(UsageError):
 class RunEnded(Exception):
     """A run that had begun ends before its last step; the message says why, what is kept, and how to go on.
 
-    is_of_all: every process raises it, so that one of them says it.
+    is_of_all: every process raises it, so that one of them says it. can_resume: what is kept is worth going on from.
     """
 
     exit_code = 1
     label = "error"
 
-    def __init__(self, message: str, *, is_of_all: bool = True):
+    def __init__(self, message: str, *, is_of_all: bool = True, can_resume: bool = True):
         super().__init__(message)
-        self.is_of_all = is_of_all
+        self.is_of_all, self.can_resume = is_of_all, can_resume
 
 
 class RunStopped(RunEnded):
@@ -64,6 +64,9 @@ class RunRefused(RunEnded):
     """A run that cannot be as it was asked for, which its first generation shows; nothing was trained."""
 
     exit_code = 2
+
+    def __init__(self, message: str):
+        super().__init__(message, can_resume=False)
 
 
 class Preempted(RunEnded):

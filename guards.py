@@ -66,7 +66,8 @@ class StepGuard(TrainerCallback, ExportableState):
 
     A skipped step changes no weight, no moment of the optimizer and no learning rate. `num_skipped` is of the whole
     run, kept in its checkpoints. Once `max_in_a_row` steps in a row were skipped, or had no rollout with a reward that
-    counts, training ends with a checkpoint and `stop_reason` says why; so it does at the end of a run of nothing else.
+    counts, training ends with a checkpoint and `stop_reason` says why; so it does at the end of a run of nothing else,
+    of which `has_taught` is then False.
     """
 
     def __init__(self, accelerator: Accelerator, max_in_a_row: int, may_save: Callable[[], bool]):
@@ -77,6 +78,7 @@ class StepGuard(TrainerCallback, ExportableState):
         self.has_scores = True
         self.first_dropped: str | None = None
         self.stop_reason: str | None = None
+        self.has_taught = True
         # of the step to come, before clipping
         self.gradient_norm = 0.0
 
@@ -139,6 +141,7 @@ class StepGuard(TrainerCallback, ExportableState):
         if not is_whole_run and (num_in_a_row < self.max_in_a_row or not self.may_save()):
             return
         kept = f"the last checkpoint in {args.output_dir} is sound"
+        self.has_taught = not is_whole_run
         go_on = "begin another run" if is_whole_run else "pass --resume"
         if self.num_in_a_row == num_in_a_row:
             self.stop_reason = (

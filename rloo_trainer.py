@@ -461,7 +461,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         self._last_log_time_s = time.perf_counter()
         output = super().train(*args, **kwargs)
         if self.step_guard.stop_reason is not None:
-            raise RunStopped(self.step_guard.stop_reason)
+            raise RunStopped(self.step_guard.stop_reason, can_resume=self.step_guard.has_taught)
         return output
 
     @torch.no_grad()

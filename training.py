@@ -25,14 +25,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = settle_resume(parse_options(sys.argv[1:] if argv is None else argv))
     findings, problem = command_line.result_or_problem(lambda: check_before_loading(options))
     command_line.keep_libraries_quiet()
+    import launch_checks
     import model_setup
     import run_results
     import run_setup
 
     model_setup.use_every_core()
-    run_setup.require_one_gpu_or_a_launcher()
+    launch_checks.require_one_gpu_or_a_launcher()
     options, filled = resolve_options(options, has_bf16_gpu=model_setup.has_bfloat16())
-    run_setup.require_launchers_dtype(options)
+    launch_checks.require_launchers_dtype(options)
     require_same_run_on_resume(options)
     logger.info(run_setup.describe_run(options, filled), extra=command_line.COLOURED)
     problem = problem or model_setup.problem_of_models(options.model_id, revision=options.revision)

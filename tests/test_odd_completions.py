@@ -14,6 +14,8 @@ import answering
 import rloo_trainer
 import training
 from environment import Outcome
+from flags import RunStopped
+from report import write_report
 from rloo_trainer import FleetRLOOTrainer
 from tests.conftest import call_text
 from tests.helpers import StepKeeper, fleet_trainer, rloo_config, toy_processor
@@ -179,18 +181,19 @@ def test_a_whole_command_goes_through_and_leaves_files_that_can_be_read(
     assert all(weight.isfinite().all() for weight in weights)
 
 
-def test_a_reward_that_is_never_a_number_changes_nothing_and_is_reported(
+def test_a_reward_that_is_never_a_number_teaches_nothing_which_the_run_says(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "never.py").write_text("def score(completions, **columns):\n    return [None for _ in completions]\n")
     run = tmp_path / "run"
-    training.main([
-        "--per_device_batch_size", "2", "--train_steps", "3", "--sample_steps", "1", "--report_to", "none",
-        "--reward", f"{tmp_path}/never.py:score", "--output_dir", str(run),
-    ])  # fmt: skip
+    with pytest.raises(RunStopped, match="3 optimizer steps in a row taught nothing, as every rollout was dropped"):
+        training.main([
+            "--per_device_batch_size", "2", "--train_steps", "3", "--sample_steps", "1", "--report_to", "none",
+            "--reward", f"{tmp_path}/never.py:score", "--output_dir", str(run),
+        ])  # fmt: skip
     lines = [json.loads(line, parse_constant=refuse_constant) for line in (run / "metrics.jsonl").open()]
     assert [("reward" in line, line["rewards/dropped"], line["grad_norm"]) for line in lines] == [(False, 1, 0)] * 3
     groups = [json.loads(line, parse_constant=refuse_constant) for line in (run / "rollouts.jsonl").open()]
     kept = [(rollout["reward"], rollout["advantage"]) for group in groups for rollout in group["rollouts"]]
     assert kept == [(None, 0.0)] * 24
-    assert (run / "report.html").exists() and (run / "curve.png").exists()
+    assert write_report(run).exists()

@@ -131,7 +131,7 @@ def random_batch(rng: random.Random, group_size: int) -> Any:
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": words}]
         episode = Episode(tuple(pictures), ({"role": "user", "content": content},), 0, ("a",) * len(pictures), None, 0)
         line = {"episode_index": number, "prompt": list(episode.messages), "images": pictures, "episode": episode,
-                "fault": None}  # fmt: skip
+                "fault": None, "broken": None}  # fmt: skip
         lines += [line] * group_size
     return VLMDataCollator(processor, group_size)(lines)
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from flags import UsageError
+from launch_checks import require_launchers_deepspeed, require_launchers_dtype
 from options import parse_options, resolve_options
-from run_setup import require_launchers_deepspeed, require_launchers_dtype
 
 
 def arguments(deepspeed: dict[str, Any] | None) -> Any:
