@@ -136,6 +136,7 @@ def test_a_run_goes_on_without_an_image_that_vanishes_the_same_each_time(
 BREAKING_ENV = VANISHING_ENV.replace("image.path.unlink(missing_ok=True)", "image.path.write_bytes(b'torn')")
 
 
+@pytest.mark.slow
 def test_resumed_after_an_image_broke_a_run_ends_in_the_same_bits(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -263,7 +263,8 @@ def test_a_run_whose_folder_was_taken_over_stops_and_writes_there_no_more(
     wait_until(lambda: newest_step(run) >= 1, ranks)
     (run / "run-2.lock").write_text('{"host": "node17", "pid": 4711, "since": "2026-11-26 09:00:00"}')
     assert [rank.wait() for rank in ranks] == [1] * num_processes, ranks[0].output[-3000:]
-    last = ranks[0].output.strip().splitlines()[-1]
-    assert "was taken over by process 4711 on node17 (since 2026-11-26 09:00:00)" in last and last.startswith("error: ")
+    (said,) = [line for line in ranks[0].output.splitlines() if line.startswith("error: ")]
+    assert "was taken over by process 4711 on node17 (since 2026-11-26 09:00:00)" in said
+    assert "let the other one go on, or stop it" in said
     assert [find_damage(path) for path in list_checkpoints(run)] == [None] * len(list_checkpoints(run))
     assert (run / "run-2.lock").exists()
