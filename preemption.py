@@ -71,7 +71,9 @@ class Preemption(TrainerCallback):
         flags = torch.tensor(own, device=self.trainer.accelerator.device)
         is_any, is_displaced = (bool(flag) for flag in self.trainer.accelerator.reduce(flags, reduction="sum").tolist())
         if is_displaced:
-            raise RunStopped(f"{self.trainer.args.output_dir} was taken over by {displaced_by}; {DISPLACED_REMEDY}")
+            raise RunStopped(
+                f"{self.trainer.args.output_dir} was taken over by {displaced_by}; {DISPLACED_REMEDY}", can_resume=False
+            )
         if is_any and not self.is_stopping:
             logger.warning("told to stop: this step is finished and saved first; a second signal stops at once")
         self.is_stopping = is_any

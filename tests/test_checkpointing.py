@@ -178,6 +178,16 @@ def test_all_damaged_is_refused_and_none_at_all_begins_anew(tmp_path):
     assert "checkpoint-10" in str(refusal.value) and "checkpoint-5" in str(refusal.value)
 
 
+def test_the_newest_is_told_by_its_step_whatever_the_clock_said(tmp_path):
+    older, newer = save(tmp_path, 5), save(tmp_path, 10)
+    # the clock was set back by a day between the two saves
+    for path in (older, *older.iterdir()):
+        os.utime(path, (2e9, 2e9))
+    for path in (newer, *newer.iterdir()):
+        os.utime(path, (1e9, 1e9))
+    assert choose_checkpoint(tmp_path, ProcessPlace(), alone) == newer
+
+
 def test_steps_are_numbers_and_other_names_are_passed_over(tmp_path):
     for step in (9, 10, 100):
         save(tmp_path, step)

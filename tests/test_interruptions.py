@@ -57,7 +57,7 @@ def test_killed_at_random_instants_a_run_still_ends_in_the_same_bits(
         saved = newest_step(killed)
         ranks = start_ranks(tmp_path, [*arguments, "999", "--resume", "auto"], num_processes, zero3=zero3)
         # from the first step on, over the time of a few steps and their saves
-        wait_until(partial(said, ranks[0], "/999 ["), ranks)
+        wait_until(partial(said, ranks[0], "/999: "), ranks)
         time.sleep(instants.uniform(0, 1.5))
         # stopped first, so that none notices that another is gone and ends by itself
         for number in (signal.SIGSTOP, signal.SIGKILL):
@@ -121,6 +121,35 @@ def test_told_to_stop_in_the_middle_of_a_generation_its_steps_are_finished_first
     steps = newest_step(run)
     assert steps > 0 and steps % 4 == 0 and steps == num_steps(run)
     assert f"saved step {steps} of 999" in ranks[0].output
+
+
+def test_told_to_stop_during_an_evaluation_that_is_finished_and_the_next_step_saved(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*QUICK, "--output_dir", str(run), "--eval_steps", "1", "--eval_episodes", "8", "--train_steps", "999"]
+    ranks = start_ranks(tmp_path, arguments, target="tests.speaking_training")
+    signal_during("evaluation", ranks, [signal.SIGTERM], ranks)
+    assert ranks[0].wait() == 75, ranks[0].output[-3000:]
+    steps = newest_step(run)
+    assert f"saved step {steps} of 999" in ranks[0].output
+    evaluated = [document["step"] for document in read_jsonl(run / "evaluations.jsonl")]
+    assert evaluated in (list(range(steps)), list(range(steps + 1))), (
+        "each once, the last where it came before the stop"
+    )
+    assert find_damage(run / f"checkpoint-{steps}") is None
+
+
+def test_a_run_that_is_ended_while_it_writes_its_results_is_finished_by_a_resume(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*QUICK, "--output_dir", str(run), "--train_steps", "1"]
+    ranks = start_ranks(tmp_path, arguments, target="tests.speaking_training")
+    wait_until(partial(said, ranks[0], "[writing the results]"), ranks)
+    os.kill(ranks[0].pid, signal.SIGTERM)
+    # training is over, so the signal does what it always does, unless the results were written first
+    assert ranks[0].wait() in (-signal.SIGTERM, 0), ranks[0].output[-3000:]
+    assert find_damage(run / "checkpoint-1") is None
+    run_ranks(tmp_path, [*arguments, "--resume"], 1)
+    assert (run / "report.html").is_file() and (run / "final" / "model.safetensors").is_file()
+    assert not (run / "unfinished").exists() and not list(run.glob("*.lock"))
 
 
 def test_workers_that_load_pictures_outlive_a_signal_to_their_processs_group(

@@ -24,6 +24,7 @@ QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "
 KINDS = {
     "full": (1, False, []),
     "lora": (1, False, ["--use_lora"]),
+    "two-full": (2, False, []),
     "zero3-full": (2, True, []),
     "zero3-lora": (2, True, ["--use_lora"]),
 }
@@ -64,7 +65,13 @@ def seal(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["full", pytest.param("lora", marks=FURTHER), "zero3-full", pytest.param("zero3-lora", marks=FURTHER)],
+    [
+        "full",
+        pytest.param("lora", marks=FURTHER),
+        pytest.param("two-full", marks=FURTHER),
+        "zero3-full",
+        pytest.param("zero3-lora", marks=FURTHER),
+    ],
 )
 def test_a_resumed_run_ends_in_the_same_bits(kind: str, tmp_path: Path) -> None:
     num_processes, zero3, flags = KINDS[kind]
