@@ -308,11 +308,14 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """The file's settings as command-line flags, so that they meet the same checks."""
     try:
         kind = kind_of(path)
-        if kind is None:
-            raise UsageError(f"config file {path} does not exist; correct --config")
-        if kind != "a file":
-            # every process and every restart reads it, and a pipe gives its content once
-            raise UsageError(f"config file {path} is {kind}; pass a file that can be read more than once")
+    except OSError as error:
+        raise UsageError(f"config file {path} cannot be read ({error.strerror}); correct --config") from error
+    if kind is None:
+        raise UsageError(f"config file {path} does not exist; correct --config")
+    if kind != "a file":
+        # every process and every restart reads it, and a pipe gives its content once
+        raise UsageError(f"config file {path} is {kind}; pass a file that can be read more than once")
+    try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderOfUniqueKeys)
     except OSError as error:
         raise UsageError(f"config file {path} cannot be read ({error.strerror}); correct --config") from error

@@ -219,7 +219,11 @@ def test_when_a_rank_raises_dies_or_stalls_all_end_and_say_which(fault: str, wor
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("1:stop", "error: process 0 ends during the loading of the model, as process 1 has given no sign for"),
+        pytest.param(
+            "1:stop",
+            "error: process 0 ends during the loading of the model, as process 1 has given no sign for",
+            marks=pytest.mark.exhaustive,
+        ),
         ("1:kill", "error: process 0"),
         pytest.param("0:kill", "error: process 1", marks=pytest.mark.exhaustive),
     ],
@@ -239,6 +243,7 @@ def test_a_rank_that_is_lost_before_the_first_generation_ends_the_others(
     assert [line for line in other.output.splitlines() if line.startswith(words)], other.output[-3000:]
 
 
+@pytest.mark.exhaustive  # test_watchdog.py counts the time by a clock of its own
 def test_a_process_that_was_stopped_for_long_goes_on_when_it_is_continued(tmp_path: Path) -> None:
     limits = ["--step_timeout_s", "20", "--reward_timeout_s", "10"]
     flags = [*QUICK, "--output_dir", str(tmp_path / "run"), "--train_steps", "12", *limits]

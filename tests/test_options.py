@@ -408,6 +408,12 @@ def test_bad_config_file_is_refused_by_name(config, content, words):
     assert f"config file {arguments[1]}" in str(refusal.value)
 
 
+def test_a_config_file_that_is_a_folder_is_told_as_one(tmp_path):
+    with pytest.raises(UsageError) as refusal:
+        parse_all(["--config", str(tmp_path)])
+    assert str(refusal.value) == f"config file {tmp_path} is a folder; pass a file that can be read more than once"
+
+
 def test_impossible_number_in_a_config_file_is_refused(config):
     with pytest.raises(UsageError, match="num_rollouts=1, but leave-one-out"):
         parse_all(config("num_rollouts: 1"))
