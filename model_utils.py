@@ -108,6 +108,7 @@ def open_base(
     if adapter is not None:
         require_fitting_adapter(model_id, adapter, config)
     processor = load_processor(base_id, revision=revision)
+    _require_fitting_processor(processor, config, base_id)
     model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         base_id,
         output_loading_info=True,
@@ -146,6 +147,24 @@ def load_processor(model_id: str, *, revision: str | None = None) -> Any:
         )
     _require_chat_template(processor, model_id)
     return processor
+
+
+def _require_fitting_processor(processor: Any, config: PreTrainedConfig, model_id: str) -> None:
+    """Raises ValueError unless pictures are cut as the model takes them, and every token has its place in the model."""
+    images, vision = processor.image_processor, config.vision_config
+    tokenizer, num_embedded = processor.tokenizer, config.get_text_config().vocab_size
+    for what, found, wanted in (
+        ("patch_size", images.patch_size, vision.patch_size),
+        ("temporal_patch_size", images.temporal_patch_size, vision.temporal_patch_size),
+        ("merge_size", images.merge_size, vision.spatial_merge_size),
+        ("image token", tokenizer.convert_tokens_to_ids(processor.image_token), config.image_token_id),
+        ("number of tokens", max(len(tokenizer), num_embedded), num_embedded),
+    ):
+        if found != wanted:
+            raise ValueError(
+                f"model {model_id} has a processor whose {what} is {found}, but its config.json wants {wanted}; "
+                "restore the preprocessor_config.json and the tokenizer's files that the model came with"
+            )
 
 
 def _require_chat_template(processor: Any, model_id: str) -> None:

@@ -17,6 +17,7 @@ from model_utils import (
     generate_tool_call,
     load_processor,
     load_qwen25_vl,
+    require_loadable,
     vision_attention,
 )
 from tests.helpers import toy_dataset, toy_model, toy_path, toy_processor
@@ -124,6 +125,38 @@ def test_a_chat_template_that_does_not_fit_is_refused(template: str | None, word
     with pytest.raises(ValueError, match=re.escape(words)) as refusal:
         load_processor(str(folder))
     assert str(folder) in str(refusal.value) and "restore the chat_template.jinja" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"patch_size": 7}, "patch_size is 7, but its config.json wants 14"),
+        ({"temporal_patch_size": 1}, "temporal_patch_size is 1, but its config.json wants 2"),
+        ({"merge_size": 1}, "merge_size is 1, but its config.json wants 2"),
+    ],
+)
+def test_a_processor_that_cuts_pictures_for_another_model_is_refused(
+    changes: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(toy_path(), folder)
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["image_processor"] |= changes
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        require_loadable(str(folder))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(toy_path(), folder)
+    processor = load_processor(str(folder))
+    num_tokens = len(processor.tokenizer)
+    processor.tokenizer.add_tokens([f"<extra_{number}>" for number in range(5000)])
+    processor.save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"number of tokens is {num_tokens + 5000}, but its config.json wants"):
+        require_loadable(str(folder))
 
 
 def test_one_tool_call_from_an_episode_or_from_messages() -> None:
