@@ -126,7 +126,7 @@ def _pictures(named: Sequence[str] | None) -> tuple[Path, ...]:
         raise UsageError(f"images: {folders[0]} is a folder beside other paths; pass one folder, or files alone")
     if not 2 <= len(paths) <= MAX_IMAGES:
         raise UsageError(
-            f"images: {len(paths)} pictures in {' '.join(named[:3])}, but one prompt shows all of them, from 2 to "
+            f"images: got {len(paths)} from {' '.join(named[:3])}, but one prompt shows all of them, from 2 to "
             f"{MAX_IMAGES}; pass fewer files, or another folder"
         )
     return tuple(paths)

@@ -65,8 +65,8 @@ class StepGuard(TrainerCallback, ExportableState):
     """Keeps the optimizer from steps whose gradient is not finite, counts them, and ends a run of nothing else.
 
     A skipped step changes no weight, no moment of the optimizer and no learning rate. `num_skipped` is of the whole
-    run, kept in its checkpoints. Once `max_in_a_row` steps in a row were skipped, or had no rollout with a reward that
-    counts, training ends with a checkpoint and `stop_reason` says why; so it does at the end of a run of nothing else,
+    run, kept in its checkpoints. Once `max_in_a_row` steps in a row were skipped, or had no group of two rollouts that
+    count, training ends with a checkpoint and `stop_reason` says why; so it does at the end of a run of nothing else,
     of which `has_taught` is then False.
     """
 
@@ -96,9 +96,12 @@ class StepGuard(TrainerCallback, ExportableState):
         """Notes that new rollouts have rewards. first_dropped: the first value that counts for none, in words."""
         self.has_scores, self.first_dropped = False, first_dropped
 
-    def note_scores(self, shaped_rewards: Tensor) -> None:
-        """Takes in some of a generation's rewards, of all processes; NaN where a rollout has none."""
-        self.has_scores |= not bool(shaped_rewards.isnan().all())
+    def note_scores(self, shaped_rewards_PG: Tensor) -> None:
+        """Takes in some of a generation's groups, of all processes; NaN where a rollout has no reward.
+
+        A rollout without a sibling that has one teaches nothing.
+        """
+        self.has_scores |= bool(((~shaped_rewards_PG.isnan()).sum(dim=1) >= 2).any())
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
@@ -153,7 +156,7 @@ class StepGuard(TrainerCallback, ExportableState):
             wanted = f"reward function {self.first_dropped}, but wanted a finite number within {MAX_REWARD:g} of 0"
             why = "the KL to the reference is not finite" if self.first_dropped is None else wanted
             self.stop_reason = (
-                f"{num_in_a_row} optimizer steps in a row taught nothing, as every rollout was dropped: {why}; {kept}; "
-                f"correct that, then {go_on}"
+                f"{num_in_a_row} optimizer steps in a row taught nothing, as no group has two rollouts that count: "
+                f"{why}; {kept}; correct that, then {go_on}"
             )
         control.should_save = control.should_training_stop = True

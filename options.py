@@ -138,7 +138,7 @@ def resolve_shared(options: SharedOptions, *, has_bf16_gpu: bool) -> dict[str, t
     is_toy = options.model_id == TOY_MODEL_ID
     length = (512, "room to reason before the call") if options.allow_reasoning else (64, "a call has about 25 tokens")
     return {
-        "dtype": ("bfloat16", "the GPU computes in it") if has_bf16_gpu else ("float32", "no GPU with bfloat16"),
+        "dtype": ("bfloat16", "the GPU or accelerate says so") if has_bf16_gpu else ("float32", "no GPU with bfloat16"),
         "image_max_pixels": (56 * 56, "the toy model") if is_toy else (448 * 448, "256 tokens an image at most"),
         "max_completion_length": (32, "a toy call has 20 tokens") if is_toy else length,
     }

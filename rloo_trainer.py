@@ -482,7 +482,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             shaped_B = shaped_B - self.beta * kl_BT.sum(dim=1)
         # a token that the reference gives no chance has no finite KL
         shaped_all = self.accelerator.gather(shaped_B.where(shaped_B.isfinite(), torch.nan))
-        self.step_guard.note_scores(shaped_all)
+        self.step_guard.note_scores(shaped_all.view(-1, self.num_generations))
         self._metrics["train"]["rewards/dropped"].append(shaped_all.isnan().float().mean().item())
         is_tied_P = nanstd(shaped_all.view(-1, self.num_generations), dim=1) < 1e-8
         self._metrics["train"]["frac_reward_zero_std"].append(is_tied_P.float().mean().item())

@@ -6,8 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from environment import PickImageEnv
+from episodes import BrokenEpisode, EpisodeSource, checked_episode
 from options import Options
+from rollouts import instruction_of
 from run_files import FINAL_NAME, REPORT_NAME, SEPARATE_EVALUATION_NAME
+from utils.images import BadImage
 
 LAUNCHERS = ("accelerate", "torchrun", "deepspeed")
 
@@ -33,22 +37,37 @@ def launched_command(argv: Sequence[str] | None = None, parent_words: Sequence[s
     return [names[launcher], *parent[launcher + 1 :]]
 
 
-def next_commands(options: Options) -> str:
-    """What to do with a finished run: score it, look at it, use it; a command each."""
+def next_commands(options: Options, env: EpisodeSource) -> str:
+    """What to do with a finished run: score it, look at it, use it; a command each that runs as it stands.
+
+    env: of the run, whose first episode is what the model is asked. Without one of two or more files and an instruction
+    there is no last command.
+    """
     folder = Path(str(options.output_dir))
     model = str(folder / FINAL_NAME)
     score = ["python", "evaluate.py", "--model_id", model]
     if options.revision:
         score += ["--revision", options.revision]
-    use = ["python", "ask.py", *score[2:], "--images", options.data_root]
-    if options.fixed_correct_index is None and options.env is None:
-        use += ["--instruction", "Pick the ..."]
-    rows = (
+    rows = [
         ("score it", [*score, "--baseline", options.model_id, "--output", str(folder / SEPARATE_EVALUATION_NAME)]),
         (f"look at it ({REPORT_NAME}, with the scores)", ["python", "report.py", str(folder)]),
-        ("use it on a folder of pictures", use),
-    )
+    ]
+    if question := _first_question(env):
+        rows.append(("use it", ["python", "ask.py", *score[2:], *question]))
     return "\n".join(f"{what}:\n  {shlex.join(words)}" for what, words in rows)
+
+
+def _first_question(env: EpisodeSource) -> list[str]:
+    """The flags that ask what the first episode asks; none where it shows no files, or cannot be drawn."""
+    try:
+        episode = checked_episode(env, 0)
+    except (BrokenEpisode, BadImage, OSError):
+        return []
+    paths = [str(image) for image in episode.images if isinstance(image, str | Path)]
+    instruction = env.instruction(episode) if isinstance(env, PickImageEnv) else instruction_of(episode.messages)
+    if len(paths) < max(2, episode.num_candidates) or not instruction:
+        return []
+    return ["--images", *paths, "--instruction", instruction]
 
 
 def _without_flags(words: Sequence[str], flags: Sequence[str]) -> list[str]:

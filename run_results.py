@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers.integrations import unset_hf_deepspeed_config
 
 from checkpointing import remedy_of
+from episodes import EpisodeSource
 from flags import RunStopped, UsageError
 from model_utils import open_base, read_adapter_config
 from options import Options
@@ -85,11 +86,11 @@ def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None
     processor.save_pretrained(merged_path)
 
 
-def describe_results(options: Options, trainer: FleetRLOOTrainer) -> str:
-    """The end of the log: what was learnt, how long it took, and where everything is."""
+def describe_results(options: Options, trainer: FleetRLOOTrainer, env: EpisodeSource) -> str:
+    """The end of the log: what was learnt, how long it took, where everything is, and what to do with it."""
     lines = [line for line in trainer.state.log_history if "reward" in line]
     left = f"in {options.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
-    left = f"{left}\n\n{next_commands(options)}"
+    left = f"{left}\n\n{next_commands(options, env)}"
     if not lines:
         return f"\nresumed at step {trainer.state.global_step}, the last one; before it no step was logged\n{left}"
     window = max(1, min(3, len(lines) // 2))

@@ -57,10 +57,13 @@ logger = logging.getLogger("fleet")
 def describe_run(options: Options, filled: Sequence[ResolvedDefault]) -> str:
     """The start of the log: the run in a line, and the defaults that were chosen for it."""
     right = "drawn and named" if options.fixed_correct_index is None else f"always {options.fixed_correct_index}"
+    task = f"{options.candidates_per_episode} images, right index {right}"
+    if options.env is not None:
+        task = f"environment {printable(options.env)}"
     headline = (
         f"Fleet: RLOO on {printable(options.model_id)}, {options.train_steps} steps of "
         f"{options.per_device_batch_size} episodes x {options.num_rollouts} rollouts a device; "
-        f"{options.candidates_per_episode} images, right index {right}"
+        f"{task}"
     )
     return f"{headline}\n\n{resolved_table(filled)}"
 

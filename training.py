@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with run_setup.telling_how_to_go_on(options):
                 run_setup.train(options, trainer, checkpoint)
                 run_results.save_results(options, trainer)
-    logger.info(run_results.describe_results(options, trainer))
+    logger.info(run_results.describe_results(options, trainer, data.env))
 
 
 if __name__ == "__main__":

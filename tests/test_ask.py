@@ -50,8 +50,8 @@ def test_a_folder_is_shown_in_the_order_of_its_names() -> None:
     [
         ([], "images is missing; pass --images"),
         (["--images", "no-such-folder"], "no-such-folder does not exist"),
-        (["--images", PAIR[0]], "1 pictures in"),
-        (["--images", *PAIR * 17], "34 pictures in"),
+        (["--images", PAIR[0]], "got 1 from"),
+        (["--images", *PAIR * 17], "got 34 from"),
         (["--images", str(TOY_IMAGES), PAIR[0]], "is a folder beside other paths"),
         (["--images", *PAIR, "--temperature", "-1"], "temperature=-1.0, but it must be at least 0"),
         (["--images", *PAIR, "--model_id", "no/such/folder"], "model_id=no/such/folder is no folder"),

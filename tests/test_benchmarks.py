@@ -67,7 +67,9 @@ def test_a_row_that_the_table_does_not_have_is_refused() -> None:
     assert done.returncode == 2 and "invalid choice: 'g32'" in done.stderr
 
 
-@pytest.mark.parametrize("flags", ["--beta 0.05", "--freeze_vision --use_lora"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param("--beta 0.05", marks=pytest.mark.exhaustive), "--freeze_vision --use_lora"]
+)
 def test_the_ideal_is_what_pytorch_counts_in_both_trainers_steps(
     flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

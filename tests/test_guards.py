@@ -175,8 +175,8 @@ def test_steps_in_a_row_without_any_reward_save_and_stop(settings: dict[str, Any
     with pytest.raises(RunStopped) as stop:
         trainer.train()
     assert str(stop.value) == (
-        "2 optimizer steps in a row taught nothing, as every rollout was dropped: reward function reward gave nan "
-        f"(float), but wanted a finite number within 1e+06 of 0; the last checkpoint in {tmp_path} is sound; correct "
+        "2 optimizer steps in a row taught nothing, as no group has two rollouts that count: reward function reward gave "
+        f"nan (float), but wanted a finite number within 1e+06 of 0; the last checkpoint in {tmp_path} is sound; correct "
         "that, then pass --resume"
     )
     assert trainer.state.global_step == 4
@@ -189,7 +189,7 @@ def test_steps_in_a_row_without_any_reward_save_and_stop(settings: dict[str, Any
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("reward", "2 optimizer steps in a row taught nothing, as every rollout was dropped: "),
+        ("reward", "2 optimizer steps in a row taught nothing, as no group has two rollouts that count: "),
         ("gradient", "2 optimizer steps in a row were skipped, as the gradient's norm was last nan; "),
     ],
 )
@@ -203,9 +203,11 @@ def test_a_run_that_is_shorter_than_the_limit_and_learns_nothing_stops(fault: st
     assert str(stop.value).startswith(words) and str(stop.value).endswith(", then begin another run")
 
 
-def test_a_run_of_which_one_rollout_counts_at_times_goes_on(tmp_path: Path) -> None:
+def test_a_run_of_which_two_siblings_count_at_times_goes_on(tmp_path: Path) -> None:
     def reward(completions: list[str], trainer_state: Any, **columns: Any) -> list[float]:
-        return [1.0 if trainer_state.global_step == 1 else NAN, *[NAN] * 7]
+        counts = trainer_state.global_step == 1
+        # one alone, as at every other step, teaches nothing
+        return [1.0, 0.0 if counts else NAN, *[NAN] * 6]
 
     trainer = fleet_trainer(
         rloo_config(tmp_path, max_steps=3), ScriptedFleetTrainer, reward_function=reward, max_skipped_steps=2

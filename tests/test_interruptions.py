@@ -189,7 +189,9 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("1:rewards:raise", "error: process 1: ValueError: a fault of the test's"),
+        pytest.param(
+            "1:rewards:raise", "error: process 1: ValueError: a fault of the test's", marks=pytest.mark.exhaustive
+        ),
         pytest.param(
             "1:generation:hang", "error: process 1 has stalled in speaking_training.py", marks=pytest.mark.exhaustive
         ),

@@ -1,9 +1,13 @@
 """metadata.csv and metadata.jsonl: a row is read as it was meant, or refused by its number, its line and a remedy."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import save_picture
+from utils.image_folders import list_labelled_images
 from utils.metadata import read_metadata
 
 pytestmark = pytest.mark.fast
@@ -116,3 +120,14 @@ def test_rows_are_read_one_at_a_time(tmp_path: Path) -> None:
     assert len(listed) == 20_000 and listed["019999.png"] == f"thing {19_999 % 7}"
     # one text for each label, however many rows have it
     assert len({id(label) for label in listed.values()}) == 7
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe", "a folder"])
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_that_is_no_file_is_named_and_not_waited_for(
+    name: str, make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    save_picture(tmp_path / "red.png")
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a (pipe|folder), but metadata is read from a file"):
+        list_labelled_images(tmp_path)

@@ -186,7 +186,9 @@ def test_a_reward_that_is_never_a_number_teaches_nothing_which_the_run_says(
 ) -> None:
     (tmp_path / "never.py").write_text("def score(completions, **columns):\n    return [None for _ in completions]\n")
     run = tmp_path / "run"
-    with pytest.raises(RunStopped, match="3 optimizer steps in a row taught nothing, as every rollout was dropped"):
+    with pytest.raises(
+        RunStopped, match="3 optimizer steps in a row taught nothing, as no group has two rollouts that count"
+    ):
         training.main([
             "--per_device_batch_size", "2", "--train_steps", "3", "--sample_steps", "1", "--report_to", "none",
             "--reward", f"{tmp_path}/never.py:score", "--output_dir", str(run),

@@ -2,13 +2,18 @@
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import run_commands
+from ask import parse_question
+from environment import PickImageEnv, load_environment_class
 from options import parse_options
 from run_commands import launched_command, next_commands, resume_command
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+TOY_IMAGES = REPOSITORY / "toy_images"
 ACCELERATE = ["/venv/bin/python", "/venv/bin/accelerate", "launch", "--num_processes", "2"]
 
 
@@ -60,10 +65,21 @@ def test_the_resume_command_is_whole_and_can_be_parsed(
 
 
 def test_a_finished_run_names_what_to_do_next() -> None:
-    flags = ["--fixed_correct_index", "none", "--data_root", "my pictures"]
-    options = replace(parse_options(flags), output_dir="runs/x")
-    assert [line.strip() for line in next_commands(options).splitlines() if line.startswith(" ")] == [
+    env = PickImageEnv(TOY_IMAGES, 4, fixed_correct_index=None)
+    options = replace(parse_options(["--fixed_correct_index", "none"]), output_dir="runs/x")
+    commands = [line.strip() for line in next_commands(options, env).splitlines() if line.startswith(" ")]
+    assert commands[:2] == [
         "python evaluate.py --model_id runs/x/final --baseline toy --output runs/x/evaluation.json",
         "python report.py runs/x",
-        "python ask.py --model_id runs/x/final --images 'my pictures' --instruction 'Pick the ...'",
     ]
+    episode = env.episode(0)
+    wanted = ["--images", *map(str, episode.images), "--instruction", f"Pick the {episode.target}."]
+    assert shlex.split(commands[2]) == ["python", "ask.py", "--model_id", "runs/x/final", *wanted]
+    (question,) = [question for _, question, _ in [parse_question([*wanted])]]
+    assert question.images == tuple(Path(str(image)) for image in episode.images)
+
+
+def test_a_run_on_pictures_in_memory_has_no_command_that_asks_of_files() -> None:
+    options = replace(parse_options([]), output_dir="runs/x")
+    env = load_environment_class(f"{REPOSITORY}/examples/most_dots.py:MostDotsEnv")(seed=0)
+    assert "ask.py" not in next_commands(options, env)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.file_kinds import kind_of
 from utils.metadata import METADATA_NAMES, read_metadata
 from utils.plain_text import normalized, printable
 from utils.split_folders import count_of, is_drawn, place_of_splits, split_of, without_splits
@@ -77,6 +78,8 @@ def list_folder(data_root: str | Path) -> ImageFolder:
         raise FileNotFoundError(f"data folder {root} does not exist; pass --data_root with a folder of images")
     if not root.is_dir():
         raise NotADirectoryError(f"data folder {root} is a file; pass --data_root with a folder of images")
+    for name in METADATA_NAMES:
+        _require_file(root / name)
     found = _Found()
     for folder, name in _files(root):
         _sort_in(found, root, folder, name)
@@ -116,10 +119,18 @@ def require_distinct_labels(images: Iterable[LabelledImage]) -> None:
             )
 
 
+def _require_file(path: Path) -> None:
+    """Raises ValueError for metadata that is there and is no file: a pipe would be waited for."""
+    kind = kind_of(path)
+    if kind not in (None, "a file", "a link to nothing"):
+        raise ValueError(f"{path} is {kind}, but metadata is read from a file; replace it or remove it")
+
+
 def _sort_in(found: _Found, root: Path, folder: str, name: str) -> None:
     """Counts one file among images, metadata or others. Raises ValueError for metadata under another name."""
     suffix = os.path.splitext(name)[1].lower()
     if name in METADATA_NAMES:
+        _require_file(root / folder / name)
         found.metadata.append(folder + name)
     elif suffix in METADATA_ENDINGS and name.casefold() == f"metadata{suffix}":
         raise ValueError(
