@@ -175,9 +175,9 @@ def test_steps_in_a_row_without_any_reward_save_and_stop(settings: dict[str, Any
     with pytest.raises(RunStopped) as stop:
         trainer.train()
     assert str(stop.value) == (
-        "2 optimizer steps in a row taught nothing, as no group has two rollouts that count: reward function reward gave "
-        f"nan (float), but wanted a finite number within 1e+06 of 0; the last checkpoint in {tmp_path} is sound; correct "
-        "that, then pass --resume"
+        "2 optimizer steps in a row taught nothing, as no group has two rollouts that count: reward function reward "
+        f"gave nan (float), but wanted a finite number within 1e+06 of 0; the last checkpoint in {tmp_path} is sound; "
+        "correct that, then pass --resume"
     )
     assert trainer.state.global_step == 4
     assert load_file(tmp_path / "checkpoint-4" / "model.safetensors")
