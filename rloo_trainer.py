@@ -120,8 +120,8 @@ class FleetRLOOTrainer(ResumableTrainer):
         `images/episodes_replaced` (of a generation, over all devices); else the run stops, on all devices together.
         reward_function: the user's own in place of `reward_weights`, called with reward_function.KEYWORDS, in its own
         process or bounded by `reward_timeout_s` in a thread of this one.
-        max_skipped_steps: in a row, for gradients that are not finite or rollouts that were all dropped, after which
-        training ends.
+        max_skipped_steps: in a row, for gradients that are not finite or groups without two rollouts that count,
+        after which training ends.
         shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
         vision_cache_bytes: host memory for the features of images, where the vision tower is frozen; 0 keeps none.
         vllm_max_logprob_gap: see VLLMSampler, where args.use_vllm.
