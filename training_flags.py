@@ -165,8 +165,8 @@ def _add_rloo_flags(add: Callable[..., Any]) -> None:
         default=5,
         metavar="N",
         help="optimizer steps in a row that were skipped, for a loss or gradient that is not finite, or in which no "
-        "group had two rollouts that count, after which the run saves a checkpoint and stops (default: 5, as one odd batch passes and a "
-        "broken model or reward does not)",
+        "group had two rollouts that count, after which the run saves a checkpoint and stops (default: 5, as one odd "
+        "batch passes and a broken model or reward does not)",
     )
     add_switch(add, "--normalize_advantages", False, "scale advantages to unit deviation over the batch")
     add_switch(add, "--mask_truncated_completions", False, "train on no completion that hit the length limit")
