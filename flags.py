@@ -254,8 +254,8 @@ def user_path(text: str) -> str:
 def as_seen_from(directory: str, value: str) -> str:
     """The absolute path of a flag that names a file or folder from `directory`, with any `:name` behind it.
 
-    >>> as_seen_from("/work", "mine/my_env.py:MyEnv")
-    '/work/mine/my_env.py:MyEnv'
+    >>> as_seen_from("/home/me", "mine/my_env.py:MyEnv")
+    '/home/me/mine/my_env.py:MyEnv'
     """
     return os.path.normpath(os.path.join(directory, value))
 
