@@ -116,6 +116,7 @@ def test_a_disk_that_becomes_read_only_stops_the_run_with_the_reason(small_disk:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_whose_folder_vanishes_goes_on_and_can_be_resumed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*QUICK, "--output_dir", str(run), "--save_steps", "6", "--train_steps"]
