@@ -18,11 +18,14 @@ demo-look: setup
 	$(ACTIVATE) && python evaluate.py --model_id runs/look/final --baseline toy --output runs/look/evaluation.json
 	$(ACTIVATE) && python report.py runs/look
 
+# a process per core, which takes tests from the others when its own are done
+ON_EVERY_CORE := --numprocesses logical --maxprocesses 8 --dist worksteal
+
 test: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
-	$(ACTIVATE) && python -m pytest -m "not slow and not vllm"
+	$(ACTIVATE) && OMP_NUM_THREADS=1 python -m pytest -m "not slow and not vllm" $(ON_EVERY_CORE)
 
 # several processes, kills, signals, full disks and whole trainings; FLEET_KILLS=200 tries more instants
 SLOW := slow

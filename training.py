@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch_checks.require_one_gpu_or_a_launcher()
     options, filled = resolve_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     launch_checks.require_launchers_dtype(options)
-    require_same_run_on_resume(options)
+    problem = problem or command_line.result_or_problem(lambda: require_same_run_on_resume(options))[1]
     logger.info(run_setup.describe_run(options, filled), extra=command_line.COLOURED)
     problem = problem or model_setup.problem_of_models(options.model_id, revision=options.revision)
     problem = problem or model_setup.problem_of_prompts(options, findings)

@@ -87,7 +87,7 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     RunBy(
         "python -m pytest tests/test_rloo_trainer.py -k stock",
         "Makefile",
-        'python -m pytest -m "not slow and not vllm"',
+        'OMP_NUM_THREADS=1 python -m pytest -m "not slow and not vllm" $(ON_EVERY_CORE)',
     ),
     Runs("accelerate launch training.py --fixed_correct_index 0", added="--train_steps 2", leaves=TRAINED),
     Runs(

@@ -99,6 +99,31 @@ def test_a_resumed_run_ends_in_the_same_bits(kind: str, tmp_path: Path) -> None:
     assert read_jsonl(longer / "rollouts.jsonl") == read_jsonl(whole / "rollouts.jsonl")
 
 
+def test_two_processes_that_resume_nothing_or_another_run_say_what_one_says(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = [*QUICK, "--output_dir", str(folder), "--resume"]
+
+    def refusals() -> list[str]:
+        """The last lines of a run of one process and of the first of two."""
+        lines = []
+        for num_processes in (1, 2):
+            ranks = start_ranks(tmp_path / "logs", arguments, num_processes)
+            assert [rank.wait() for rank in ranks] == [2] * num_processes, ranks[0].output[-3000:]
+            lines.append(ranks[0].output.strip().splitlines()[-1].replace("error: process 0: ", "error: "))
+        return lines
+
+    assert refusals() == [
+        f"error: resume: {folder} has no config.json of a run; pass the output_dir of one, or --resume auto to begin "
+        "one where there is none"
+    ] * 2  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text('{"options": {"seed": 7}}')
+    assert refusals() == [
+        f"error: resume: the run in {folder} had other flags: seed (was 7, now 0); pass the same ones, or start a new "
+        "run"
+    ] * 2  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("flags", "cycle"),
     [
