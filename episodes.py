@@ -5,6 +5,7 @@ its messages from `checked_messages`. A value whose meaning is plain is converte
 pixels, messages of plain text); any other is a BrokenEpisode that names it. Imports no torch and no numpy.
 """
 
+import inspect
 import operator
 import os
 import traceback
@@ -108,7 +109,11 @@ def _asked(ask: Callable[[], Value], name: str, method: str) -> Value:
     """What `ask` returns. Raises BrokenEpisode that names the episode for whatever the user's code raises."""
     try:
         with folder_kept():
-            return ask()
+            given = ask()
+        if inspect.iscoroutine(given):
+            given.close()  # never awaited, of which Python would warn
+            raise BrokenEpisode(f"{method}() is async, but wanted a plain method; call asyncio.run in it")
+        return given
     except (BadImage, OSError):
         raise
     except BrokenEpisode as error:

@@ -316,7 +316,7 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         # every process and every restart reads it, and a pipe gives its content once
         raise UsageError(f"config file {path} is {kind}; pass a file that can be read more than once")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderOfUniqueKeys)
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_ConfigLoader)
     except OSError as error:
         raise UsageError(f"config file {path} cannot be read ({error.strerror}); correct --config") from error
     except RecursionError as error:
@@ -344,8 +344,16 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     return flags
 
 
-class _LoaderOfUniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, except that a key given twice is an error, not the last one's win."""
+class _ConfigLoader(yaml.SafeLoader):
+    """YAML's safe loader, except that a key given twice is an error, not the last one's win, and numbers stay text.
+
+    A flag's own type reads them, as on the command line: 010 is ten there, and a folder 1.10 keeps its zero.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in known if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

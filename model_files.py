@@ -10,6 +10,8 @@ from utils.file_kinds import kind_of
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 SHARDS_INDEX_NAME = "model.safetensors.index.json"
+HEADER_LENGTH_BYTES = 8  # little-endian, at the start of a safetensors file
+LFS_BEGINNING = b"version https://git-lfs"
 MODEL_FILE_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".jinja"})  # what transformers and PEFT open
 
 
@@ -43,6 +45,39 @@ def require_whole_folder(folder: Path) -> None:
             f"model folder {folder} lacks {len(missing)} of the {len(set(places.values()))} files that its "
             f"{SHARDS_INDEX_NAME} names, {missing[0]} among them; copy them there from the original model"
         )
+
+
+def require_whole_weights(folder: Path) -> None:
+    """Raises UsageError if a weights file is cut off, as a broken download leaves it, or stands for one to be fetched.
+
+    A safetensors file begins with the length of its header, which says how many bytes follow it. Reads headers alone.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            problem = _problem_of_weights(path)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read ({error.strerror}); make it readable or replace it") from error
+        if problem is not None:
+            raise UsageError(f"weights {path} {problem}")
+
+
+def _problem_of_weights(path: Path) -> str | None:
+    remedy = "copy it there from the original model again"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEADER_LENGTH_BYTES)
+        if LFS_BEGINNING.startswith(head) and head:
+            return "is a pointer of Git LFS, not the weights; run git lfs pull in the folder it was cloned to"
+        length = int.from_bytes(head, "little")
+        if size < HEADER_LENGTH_BYTES or length > size - HEADER_LENGTH_BYTES:
+            return f"has {size:,} bytes, which is not even its header; {remedy}"
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            wanted = HEADER_LENGTH_BYTES + length + max(ends, default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return f"has a header that cannot be read; {remedy}"
+    return None if size == wanted else f"has {size:,} bytes, but by its header {wanted:,}; {remedy}"
 
 
 def require_regular_files(folder: Path) -> None:

@@ -17,7 +17,15 @@ from environment import EpisodeSource, PickImageEnv, load_environment_class
 from episodes import BrokenEpisode, checked_episode
 from flags import TOY_MODEL_ID, UsageError
 from image_check import Findings, find_bad_images, without_images
-from model_files import ADAPTER_CONFIG_NAME, base_of, is_adapter, read_json, require_regular_files, require_whole_folder
+from model_files import (
+    ADAPTER_CONFIG_NAME,
+    base_of,
+    is_adapter,
+    read_json,
+    require_regular_files,
+    require_whole_folder,
+    require_whole_weights,
+)
 from options import Options, SharedOptions
 from own_environment import (
     accepted_arguments,
@@ -154,6 +162,7 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
         require_model(base, f"{flag}={model_id} is an adapter whose base_model_name_or_path")
         if not (folder / "adapter_model.safetensors").is_file():
             raise UsageError(f"adapter {folder} has no adapter_model.safetensors; save it with safe_serialization=True")
+        require_whole_weights(folder)
         return
     if is_run_folder(folder):
         raise UsageError(
@@ -169,6 +178,7 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
         if not any(any(folder.glob(name)) for name in pattern.split("|")):
             raise UsageError(f"model folder {folder} has no {what} ({pattern}); copy it there from the original model")
     require_whole_folder(folder)
+    require_whole_weights(folder)
 
 
 def require_adapter_flags(options: Options) -> None:

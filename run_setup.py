@@ -48,6 +48,7 @@ from run_recorder import RunRecorder
 from run_records import config_text, resolved_table, what_changed_since
 from utils.images import BadImage
 from utils.plain_text import printable
+from utils.split_folders import count_of
 from vision_cache import vision_is_frozen
 from watchdog import Watchdog
 
@@ -56,12 +57,13 @@ logger = logging.getLogger("fleet")
 
 def describe_run(options: Options, filled: Sequence[ResolvedDefault]) -> str:
     """The start of the log: the run in a line, and the defaults that were chosen for it."""
+    assert options.train_steps is not None, "resolved"
     right = "drawn and named" if options.fixed_correct_index is None else f"always {options.fixed_correct_index}"
     task = f"{options.candidates_per_episode} images, right index {right}"
     if options.env is not None:
         task = f"environment {printable(options.env)}"
     headline = (
-        f"Fleet: RLOO on {printable(options.model_id)}, {options.train_steps} steps of "
+        f"Fleet: RLOO on {printable(options.model_id)}, {count_of(options.train_steps, 'step')} of "
         f"{options.per_device_batch_size} episodes x {options.num_rollouts} rollouts a device; "
         f"{task}"
     )

@@ -1,5 +1,6 @@
 """What an environment may give for an episode: what is taken for what it means, and what is named in a line."""
 
+import warnings
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_what_is_none_at_all_is_told_of_episode(returned: Any) -> None:
 
     with pytest.raises(BrokenEpisode, match=r"episode 3: episode\(\) returned .*, but wanted an Episode; return env"):
         checked_fields(Returning(), 3)
+
+
+def test_a_method_that_is_async_is_told_so_without_a_warning_of_pythons() -> None:
+    class Waiting(Given):
+        async def episode(self, index: int) -> Episode:  # type: ignore[override]
+            return Episode(**self.fields)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(
+            BrokenEpisode, match=r"episode 3: episode\(\) is async, but wanted a plain method; call asy"
+        ):
+            checked_episode(Waiting(), 3)  # type: ignore[arg-type]
 
 
 def test_what_an_environment_raises_is_one_line_with_its_place() -> None:

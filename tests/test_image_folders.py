@@ -142,6 +142,18 @@ def test_what_no_metadata_lists_is_counted(tmp_path: Path) -> None:
     assert list_folder(tmp_path).notes == ("passed over 2 images that no metadata lists",)
 
 
+def test_columns_that_could_be_the_labels_too_are_said_not_to_be_read(tmp_path: Path) -> None:
+    fill(
+        tmp_path,
+        {"a.png": "", "b.png": "", "metadata.csv": "file_name,text,label,id\na.png,a mug,0,7\nb.png,a cup,1,8\n"},
+    )
+    assert labels_of(tmp_path) == {"a.png": "0", "b.png": "1"}
+    assert list_folder(tmp_path).notes == (
+        f"{tmp_path / 'metadata.csv'}: labels are of the first of the columns label, name, text, caption: text is not "
+        "read where there is label",
+    )
+
+
 def test_a_name_is_found_in_whatever_form_its_letters_are(tmp_path: Path) -> None:
     on_disk, listed = unicodedata.normalize("NFD", "café.png"), unicodedata.normalize("NFC", "café.png")
     fill(tmp_path, {on_disk: "", "metadata.csv": f"{HEADER}{listed},cup\n"})

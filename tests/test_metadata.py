@@ -18,7 +18,7 @@ def read(folder: Path, content: str | bytes) -> dict[str, str]:
     content = content.encode() if isinstance(content, str) else content
     path = folder / ("metadata.jsonl" if content[:1] in (b"{", b"[") else "metadata.csv")
     path.write_bytes(content)
-    return read_metadata(path)
+    return read_metadata(path).labels
 
 
 def json_row(file_name: str = '"a.png"', label: str = '"ant"') -> str:

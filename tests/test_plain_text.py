@@ -114,3 +114,9 @@ def test_a_label_with_a_control_character_is_refused(label: str) -> None:
 )
 def test_labels_of_all_scripts_are_text(label: str) -> None:
     assert problem_of_label(label) is None
+
+
+def test_a_label_longer_than_any_name_is_not_asked_for() -> None:
+    assert problem_of_label("x" * 1000) is None
+    words = "has a name or label of 25,000 characters, wanted at most 1,000; shorten it"
+    assert problem_of_label("x" * 25_000) == words

@@ -32,7 +32,9 @@ def options_of(*arguments: object) -> Options:
 
 def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
+    text = json.dumps(content).encode()
+    # weights begin with the length of their header, here of no weights
+    path.write_bytes(len(text).to_bytes(8, "little") + text if path.suffix == ".safetensors" else text)
 
 
 def refusal_of(check, *arguments) -> str:

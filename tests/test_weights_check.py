@@ -1,5 +1,6 @@
 """A model's files hold each weight that the model has, in its shape, and no other; else nothing is loaded."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import model_utils
 import training
 from flags import UsageError
 from model_utils import load_qwen25_vl, require_loadable
+from preflight import require_model
 from run_results import merge_adapter
 from tests.helpers import toy_model, toy_path
 from tests.processes import start_ranks
@@ -187,6 +189,39 @@ def test_an_index_that_names_a_missing_file_is_refused(tmp_path: Path) -> None:
         UsageError, match=f"lacks 1 of the {len(shards)} files that its model.safetensors.index.json names"
     ):
         training.main(["--model_id", str(folder)])
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+CUT_OFF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "in the weights": (lambda whole: whole[:-10], r"has [\d,]+ bytes, but by its header [\d,]+; copy it"),
+    "in the header": (lambda whole: whole[:100], "has 100 bytes, which is not even its header; copy it"),
+    "in the header's length": (lambda whole: whole[:5], "has 5 bytes, which is not even its header; copy it"),
+    "at its beginning": (lambda whole: b"", "has 0 bytes, which is not even its header; copy it"),
+    "with more behind it": (lambda whole: whole + b"more", r"has [\d,]+ bytes, but by its header [\d,]+; copy it"),
+    "a header of other bytes": (
+        lambda whole: whole[:8] + b"x" + whole[9:],
+        "has a header that cannot be read; copy it",
+    ),
+    "a pointer": (lambda whole: LFS_POINTER, "is a pointer of Git LFS, not the weights; run git lfs pull"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), CUT_OFF.values(), ids=CUT_OFF.keys())
+def test_a_download_that_broke_off_is_refused_by_the_name_of_its_file(
+    change: Callable[[bytes], bytes], words: str, tmp_path: Path, adapter: Path
+) -> None:
+    model = shutil.copytree(toy_path(), tmp_path / "model")
+    (model / WEIGHTS).unlink()
+    toy_model().save_pretrained(model, max_shard_size="2MB")
+    second = sorted(model.glob("*.safetensors"))[1]
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    for path, model_id in ((second, model), (own / ADAPTER_WEIGHTS, own)):
+        require_model(str(model_id))
+        path.write_bytes(change(path.read_bytes()))
+        with pytest.raises(UsageError, match=f"weights {re.escape(str(path))} {words}"):
+            require_model(str(model_id))
+    with pytest.raises(UsageError, match=re.escape(str(second))):
+        training.main(["--model_id", str(model), "--dry_run"])
 
 
 @pytest.mark.parametrize("text", ['{"eos_token_id": ', "[]"])

@@ -91,7 +91,8 @@ def list_folder(data_root: str | Path) -> ImageFolder:
     images = [name for name in found.images if is_drawn(name, place)]
     metadata = [name for name in found.metadata if is_drawn(name, place)]
     if metadata:
-        listed = _labels_by_metadata(root, metadata, images)
+        listed, notes_of_metadata = _labels_by_metadata(root, metadata, images)
+        notes += notes_of_metadata
         labels = {name: label for name, label in listed.items() if is_drawn(name, place)}
         if unlisted := sum(name not in labels for name in images):
             notes.append(f"passed over {count_of(unlisted, 'image')} that no metadata lists")
@@ -207,8 +208,8 @@ def _require_words_of_pictures(root: Path, labels: Mapping[str, str]) -> None:
         )
 
 
-def _labels_by_metadata(root: Path, metadata: Sequence[str], images: Sequence[str]) -> dict[str, str]:
-    """The label of each image that the metadata files list, whatever form the letters of its path have there.
+def _labels_by_metadata(root: Path, metadata: Sequence[str], images: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The label of each image that the metadata files list, whatever form the letters of its path have there; notes.
 
     Raises ValueError for an image that two of them list, and for images where there is no metadata.
     """
@@ -217,10 +218,13 @@ def _labels_by_metadata(root: Path, metadata: Sequence[str], images: Sequence[st
     there = set(images)
     by_form = {unicodedata.normalize("NFC", name): name for name in images if not name.isascii()}
     labels: dict[str, str] = {}
+    notes: list[str] = []
     for name, folder, prefix in zip(metadata, folders, prefixes, strict=True):
         if folders.count(folder) > 1:
             raise ValueError(f"{root / folder} has both {' and '.join(METADATA_NAMES)}; keep one of the two")
-        for listed, label in read_metadata(root / name).items():
+        read = read_metadata(root / name)
+        notes += read.notes
+        for listed, label in read.labels.items():
             path = prefix + listed
             if path not in there and not path.isascii():
                 path = by_form.get(unicodedata.normalize("NFC", path), path)
@@ -232,4 +236,4 @@ def _labels_by_metadata(root: Path, metadata: Sequence[str], images: Sequence[st
             f"{root / metadata[0]} says what images show, but {count_of(len(outside), 'image')} elsewhere are in none, "
             f"{printable(outside[0])} first; write one {METADATA_NAMES[0]} in {root} that lists all of them"
         )
-    return labels
+    return labels, notes

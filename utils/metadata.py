@@ -23,6 +23,17 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 @dataclass(frozen=True)
+class Metadata:
+    """What a metadata file says: the label of each file that it lists, by its path from the metadata's folder on.
+
+    notes: what of it could have been labels too and is not, a line each.
+    """
+
+    labels: dict[str, str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Row:
     """One row: its number from 1 up, the line it starts at, and its values by column."""
 
@@ -31,16 +42,19 @@ class _Row:
     values: dict[str, Any]
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The label of each file that a metadata file lists, by its path from the metadata's folder on, with slashes.
+def read_metadata(path: Path) -> Metadata:
+    """What a metadata file lists, with slashes in its paths.
 
     Time and memory grow with the rows. Raises ValueError that names the row, what is wrong with it and the remedy.
     """
     listed: dict[str, str] = {}
+    unread: dict[str, None] = {}  # columns that could be the labels' and are not, in their order
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for row in _csv_rows(path, file) if path.suffix == ".csv" else _json_rows(path, file):
-                name, label = _file_name(path, row), _label(path, row)
+                column, *others = (column for column in LABEL_COLUMNS if column in row.values)
+                unread |= dict.fromkeys(f"{other} is not read where there is {column}" for other in others)
+                name, label = _file_name(path, row), _label(path, row, column)
                 if name in listed:
                     before = list(listed).index(name) + 1
                     raise _wrong(
@@ -52,7 +66,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}:{_line_of_other_text(path)}: cannot be read ({error}); save it as UTF-8") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); make it readable or move it") from error
-    return listed
+    note = f"{path}: labels are of the first of the columns {', '.join(LABEL_COLUMNS)}: {', '.join(unread)}"
+    return Metadata(listed, (note,) if unread else ())
 
 
 def _line_of_other_text(path: Path) -> int:
@@ -182,9 +197,8 @@ def _file_name(path: Path, row: _Row) -> str:
     return name
 
 
-def _label(path: Path, row: _Row) -> str:
-    """What a row says that its image shows: a text, or a whole number."""
-    column = next(column for column in LABEL_COLUMNS if column in row.values)
+def _label(path: Path, row: _Row, column: str) -> str:
+    """What a row says in this column that its image shows: a text, or a whole number."""
     value = row.values[column]
     if value is None or (isinstance(value, str) and not normalized(value)):
         raise _wrong(path, row, f"its {column} is empty; write what the image shows")

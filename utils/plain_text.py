@@ -25,6 +25,7 @@ FORM_OF_A_CALL = frozenset({CALL_OPEN, CALL_CLOSE})
 
 # Invisible characters that letters of some scripts and emoji are joined by.
 JOINERS = frozenset("\u200c\u200d")
+MAX_LABEL_LENGTH = 1000  # characters; a prompt asks for one label, and the report's tables show it
 SPACES = re.compile(r"[^\S\t-\r\x1c-\x1f\x85\u2028\u2029]+")  # of any width, but none that breaks a line
 PLACEHOLDER = "\0"  # stands for an image between texts, and is in no literal
 
@@ -62,9 +63,11 @@ def normalized(text: str) -> str:
 def problem_of_label(label: str, literals: Collection[str] = QWEN_ADDED_TOKENS) -> str | None:
     """Why a label cannot be asked for, in words that follow a name; None if it can be.
 
-    It cannot if a character of it is none of a text: a control, one that turns the direction of writing, half of a
-    pair; or if it holds one of the model's literals.
+    It cannot if it is too long; if a character of it is none of a text: a control, one that turns the direction of
+    writing, half of a pair; or if it holds one of the model's literals.
     """
+    if len(label) > MAX_LABEL_LENGTH:
+        return f"has a name or label of {len(label):,} characters, wanted at most {MAX_LABEL_LENGTH:,}; shorten it"
     odd = "" if label.isprintable() else next((char for char in label if _is_control(char)), "")
     if unicodedata.category(odd or " ") == "Cs":
         return "has a name or label that is no text"
