@@ -137,6 +137,12 @@ class PickImageEnv:
         narrowed._draw_from(tuple(image for image in self.images if image.path not in left_out))
         return narrowed
 
+    def with_images(self, names: Collection[str]) -> Self:
+        """This environment as it was when its folder held these images too, by their paths from the folder on."""
+        widened = copy(self)
+        widened._draw_from(list_folder(self.data_root, gone=names).images)
+        return widened
+
     def _draw_from(self, images: tuple[LabelledImage, ...]) -> None:
         self.images = images
         self.paths_by_label = _group_by_label(images)

@@ -34,6 +34,7 @@ def make_plan(
     runs: Iterable[tuple[EpisodeSource, int]],
     *,
     skipped_images: Collection[str] = (),
+    drawn_images: Collection[str] = (),
     num_samples: int = 0,
     ks: tuple[int, ...] = (),
     prompt_style: str | None = None,
@@ -41,13 +42,17 @@ def make_plan(
     """The evaluation that the options ask for, on episodes that none of these runs draws.
 
     runs: the environment of each run and how many episodes it draws from the first on. skipped_images: what is drawn
-    from no more than in training. prompt_style: compare prompts under the parser that accepts text before the call;
-    None takes prompt and parser from the options.
+    from no more than in training. drawn_images: what is drawn from, deleted ones among them. prompt_style: compare
+    prompts under the parser that accepts text before the call; None takes prompt and parser from the options.
     Raises UsageError if the folder holds too few unseen episodes, or an environment fails.
     """
     prompts_reasoning = options.allow_reasoning if prompt_style is None else prompt_style == "reasoning"
     env = make_environment(
-        options, seed=options.eval_seed, prompts_reasoning=prompts_reasoning, skipped_images=skipped_images
+        options,
+        seed=options.eval_seed,
+        prompts_reasoning=prompts_reasoning,
+        skipped_images=skipped_images,
+        drawn_images=drawn_images,
     )
     drawn = chain.from_iterable(
         (checked_fields(run_env, index) for index in range(min(num_episodes, MAX_COMPARED_EPISODES)))

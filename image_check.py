@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from environment import EpisodeSource
+from environment import EpisodeSource, PickImageEnv
 from flags import UsageError
 from model_files import base_of
 from options import SharedOptions
@@ -91,6 +91,9 @@ def find_bad_images(
     images = images_of(env)
     for note in getattr(env, "folder_notes", ()):
         logger.info(f"{options.data_root}: {note}")
+    if options.bad_images == "skip":
+        env = with_lost_images(env, beginning, options)
+        images = images_of(env)
     is_alone = launch_variables.get("WORLD_SIZE", "1") == "1"
     share = None
     if images is not None:
@@ -176,6 +179,17 @@ def settle(
         logger.info(f"left out: {description}\n")
     drawn_from = {name: sha256s[place].hex() for place, name in enumerate(names) if place not in problems}
     return RunData(narrowed, _data_digest(images, names, sha256s, problems), skipped, drawn_from)
+
+
+def with_lost_images(env: EpisodeSource, names: Collection[str], options: SharedOptions) -> EpisodeSource:
+    """The environment as it was before images of these names were deleted; one of a user's own as it is.
+
+    Its episodes stay what they were then, and those that show what is gone are replaced as they are drawn.
+    """
+    if options.env is not None or not isinstance(env, PickImageEnv):
+        return env
+    lost = set(names) - {image_name(image.path, options.data_root) for image in env.images}
+    return env.with_images(lost) if lost else env
 
 
 def without_images(env: EpisodeSource, names: Collection[str], options: SharedOptions) -> EpisodeSource:

@@ -16,7 +16,7 @@ from typing import Any
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from episodes import BrokenEpisode, checked_episode
 from flags import TOY_MODEL_ID, UsageError
-from image_check import Findings, find_bad_images, without_images
+from image_check import Findings, find_bad_images, with_lost_images, without_images
 from model_files import (
     ADAPTER_CONFIG_NAME,
     base_of,
@@ -193,18 +193,20 @@ def make_environment(
     seed: int | None = None,
     prompts_reasoning: bool | None = None,
     skipped_images: Collection[str] = (),
+    drawn_images: Collection[str] = (),
 ) -> EpisodeSource:
     """The environment that the options name; no image is opened for it. Raises UsageError.
 
     seed: of its episodes; by default the options' own. prompts_reasoning: whether its prompts ask for reasoning before
     the call; by default as the answers are judged. skipped_images: the names of those that it must do without.
+    drawn_images: the names of those that a run draws from, deleted ones among them.
     """
     seed = options.seed if seed is None else seed
     reasons = options.allow_reasoning if prompts_reasoning is None else prompts_reasoning
     env = _construct_environment(options, seed, reasons)
     if options.env:
         require_sound_episode(env, options.env)
-    return without_images(env, skipped_images, options)
+    return without_images(with_lost_images(env, drawn_images, options), skipped_images, options)
 
 
 def _environment_arguments(options: SharedOptions, seed: int, prompts_reasoning: bool) -> dict[str, Any]:

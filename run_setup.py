@@ -323,7 +323,9 @@ def plan_evaluation(options: Options, data: RunData) -> EvaluationPlan | None:
     if not options.eval_steps:
         return None
     runs = [(data.env, num_episodes_drawn(options, int(os.environ.get("WORLD_SIZE", "1"))))]
-    plan, problem = result_or_problem(lambda: make_plan(options, runs, skipped_images=data.skipped_images))
+    plan, problem = result_or_problem(
+        lambda: make_plan(options, runs, skipped_images=data.skipped_images, drawn_images=data.sha256s)
+    )
     require_agreement(options, problem)
     return plan
 

@@ -163,6 +163,36 @@ def test_resumed_after_an_image_broke_a_run_ends_in_the_same_bits(
         run(cut, data, "--resume", "--bad_images", "skip", *flags, "4")
 
 
+@pytest.mark.slow
+def test_resumed_after_an_image_was_deleted_a_run_ends_as_after_it_broke(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--fixed_correct_index", "none", "--save_steps", "1", "--eval_steps", "2", "--eval_episodes", "8",
+             "--train_steps"]  # fmt: skip
+    broke, deleted = tmp_path / "broke", tmp_path / "deleted"
+    run(broke, data, *flags, "1")
+    shutil.copytree(broke, deleted)
+    reds = list(data.glob("red_*.png"))
+    for path in reds:
+        path.write_bytes(b"")
+    run(broke, data, "--resume", "--bad_images", "skip", *flags, "4")
+    for path in reds:
+        path.unlink()
+    with pytest.raises(UsageError, match="began with .lost: red_"):
+        run(deleted, data, "--resume", *flags, "4")
+    capfd.readouterr()
+    run(deleted, data, "--resume", "--bad_images", "skip", *flags, "4")
+    assert "replaced since the run began: " in capfd.readouterr().err
+    assert sum(line.get("images/episodes_replaced", 0) for line in read_jsonl(deleted / "metrics.jsonl")) > 0
+    assert entire(deleted / "checkpoint-4") == entire(broke / "checkpoint-4")
+    for name in ("rollouts.jsonl", "images.json", "evaluations.jsonl"):
+        assert (deleted / name).read_bytes() == (broke / name).read_bytes()
+    # one that came instead is another one
+    shutil.copyfile(data / "blue_square.png", data / reds[0].name)
+    with pytest.raises(UsageError, match="began with .changed: red_"):
+        run(deleted, data, "--resume", "--bad_images", "skip", *flags, "5")
+
+
 def test_an_image_that_vanishes_is_no_longer_evaluated_on(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     plan = make_plan(parse_options(["--data_root", str(data), "--eval_steps", "1", "--eval_episodes", "20"]), [])
     assert sound_part(plan, rank=0, num_ranks=1, skips_bad_images=False) is plan

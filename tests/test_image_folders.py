@@ -154,6 +154,25 @@ def test_columns_that_could_be_the_labels_too_are_said_not_to_be_read(tmp_path: 
     )
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"ant_1.png": "", "bee.png": "", "ant_2.png": ""},
+        {"ant/1.png": "", "bee/x.png": "", "ant/2.png": ""},
+        {"train/ant/1.png": "", "train/bee/x.png": "", "test/ant/2.png": ""},
+        {"a.png": "", "b.png": "", "metadata.csv": f"{HEADER}a.png,ant\nb.png,bee\n"},
+    ],
+    ids=["files", "classes", "splits", "metadata"],
+)
+def test_an_image_that_is_gone_can_be_listed_as_it_was(tmp_path: Path, files: dict[str, str]) -> None:
+    fill(tmp_path, files)
+    before = list_labelled_images(tmp_path)
+    gone = next(iter(files))
+    (tmp_path / gone).unlink()
+    assert list_folder(tmp_path, gone=[gone]).images == before
+    assert gone in {str(image.path.relative_to(tmp_path)) for image in before}
+
+
 def test_a_name_is_found_in_whatever_form_its_letters_are(tmp_path: Path) -> None:
     on_disk, listed = unicodedata.normalize("NFD", "café.png"), unicodedata.normalize("NFC", "café.png")
     fill(tmp_path, {on_disk: "", "metadata.csv": f"{HEADER}{listed},cup\n"})

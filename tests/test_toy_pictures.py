@@ -24,6 +24,7 @@ def test_a_copy_under_another_name_is_known_and_a_changed_file_is_not(tmp_path: 
     changed.write_bytes(content)
     assert untaught([*TAUGHT, copy]) == []
     assert untaught([copy, changed, other]) == [changed, other]
+    assert untaught([tmp_path / "gone.png", other]) == [other]
 
 
 def test_it_is_said_where_sight_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

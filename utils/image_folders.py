@@ -61,7 +61,7 @@ def list_labelled_images(data_root: str | Path) -> tuple[LabelledImage, ...]:
     return list_folder(data_root).images
 
 
-def list_folder(data_root: str | Path) -> ImageFolder:
+def list_folder(data_root: str | Path, gone: Iterable[str] = ()) -> ImageFolder:
     """The images of a folder with their labels, sorted by path, and what of the folder is not drawn from.
 
     Three layouts, the first that fits: `metadata.csv`/`metadata.jsonl` in Hugging Face ImageFolder form, in the folder
@@ -69,7 +69,8 @@ def list_folder(data_root: str | Path) -> ImageFolder:
     the label; plain files, whose name is the label ("red_circle_2.png" shows a "red circle"). In folders of splits
     (train, validation, test, and what ImageFolder takes for them), each of these lies inside, and train is drawn from.
     Links are followed, to folders too; hidden files are passed over. Nothing is opened but metadata: what has an
-    image's suffix is listed, also if it is broken. `~` is the user's own folder.
+    image's suffix is listed, also if it is broken. `~` is the user's own folder. gone: paths from the folder on, with
+    slashes, of images that were there and are listed as if they still were.
     Raises FileNotFoundError or NotADirectoryError for a bad folder, OSError for one that cannot be listed, ValueError
     for bad metadata, for what could be splits or classes, and for a folder in which there is nothing but other files.
     """
@@ -83,6 +84,7 @@ def list_folder(data_root: str | Path) -> ImageFolder:
     found = _Found()
     for folder, name in _files(root):
         _sort_in(found, root, folder, name)
+    found.images += sorted(set(gone).difference(found.images))
     notes = _notes_of_others(found.others)
     if notes and not found.images and not found.metadata:
         raise ValueError(f"data folder {root} has no image that is read ({notes[0]}); pass a folder of images")
