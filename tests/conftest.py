@@ -36,7 +36,8 @@ def pytest_configure() -> None:
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None and hasattr(os, "sched_setaffinity"):
         number, of = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[number::of])
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[number::of] or [cores[number % len(cores)]])
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
