@@ -135,9 +135,11 @@ def require_same_images(recorded: Mapping[str, Any], data: RunData, beginning: M
     what = _changed_images(beginning, data.sha256s)
     if skipped := set(data.skipped_images) ^ set(recorded.get("skipped_images", ())):
         what.append(f"left out now or then: {_first(skipped)}")
+    # deleted ones alone would not stop Fleet's own environment, if bad images were skipped
+    can_skip = len(what) == 1 and what[0].startswith("lost: ") and recorded.get("options", {}).get("env") is None
     raise UsageError(
         f"resume: the images are not those that the run began with ({'; '.join(what) or 'a label or the order changed'}"
-        "), so its episodes would be others; restore them, or start a new run"
+        f"), so its episodes would be others; restore them{', pass --bad_images skip' * can_skip}, or start a new run"
     )
 
 

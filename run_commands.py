@@ -11,8 +11,9 @@ from episodes import BrokenEpisode, EpisodeSource, checked_episode
 from options import Options
 from rollouts import instruction_of
 from run_files import FINAL_NAME, REPORT_NAME, SEPARATE_EVALUATION_NAME
-from utils.images import BadImage
+from utils.images import BadImage, checked_sha256
 
+NUM_EPISODES_TRIED = 20  # pictures may have broken since the run began
 LAUNCHERS = ("accelerate", "torchrun", "deepspeed")
 
 
@@ -40,8 +41,8 @@ def launched_command(argv: Sequence[str] | None = None, parent_words: Sequence[s
 def next_commands(options: Options, env: EpisodeSource) -> str:
     """What to do with a finished run: score it, look at it, use it; a command each that runs as it stands.
 
-    env: of the run, whose first episode is what the model is asked. Without one of two or more files and an instruction
-    there is no last command.
+    env: of the run, whose first sound episode is what the model is asked. Without one of two or more files and an
+    instruction among the first there is no last command.
     """
     folder = Path(str(options.output_dir))
     model = str(folder / FINAL_NAME)
@@ -52,18 +53,21 @@ def next_commands(options: Options, env: EpisodeSource) -> str:
         ("score it", [*score, "--baseline", options.model_id, "--output", str(folder / SEPARATE_EVALUATION_NAME)]),
         (f"look at it ({REPORT_NAME}, with the scores)", ["python", "report.py", str(folder)]),
     ]
-    if question := _first_question(env):
+    questions = (_question(env, index) for index in range(NUM_EPISODES_TRIED))
+    if question := next(filter(None, questions), None):
         rows.append(("use it", ["python", "ask.py", *score[2:], *question]))
     return "\n".join(f"{what}:\n  {shlex.join(words)}" for what, words in rows)
 
 
-def _first_question(env: EpisodeSource) -> list[str]:
-    """The flags that ask what the first episode asks; none where it shows no files, or cannot be drawn."""
+def _question(env: EpisodeSource, index: int) -> list[str]:
+    """The flags that ask what this episode asks; none where it shows no files, or cannot be drawn or shown."""
     try:
-        episode = checked_episode(env, 0)
+        episode = checked_episode(env, index)
+        paths = [str(image) for image in episode.images if isinstance(image, Path)]
+        for path in paths:
+            checked_sha256(path)
     except (BrokenEpisode, BadImage, OSError):
         return []
-    paths = [str(image) for image in episode.images if isinstance(image, str | Path)]
     instruction = env.instruction(episode) if isinstance(env, PickImageEnv) else instruction_of(episode.messages)
     if len(paths) < max(2, episode.num_candidates) or not instruction:
         return []

@@ -1,6 +1,7 @@
 """The commands that a run prints are whole: they go on with this run, and name what it left."""
 
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,4 +83,21 @@ def test_a_finished_run_names_what_to_do_next() -> None:
 def test_a_run_on_pictures_in_memory_has_no_command_that_asks_of_files() -> None:
     options = replace(parse_options([]), output_dir="runs/x")
     env = load_environment_class(f"{REPOSITORY}/examples/most_dots.py:MostDotsEnv")(seed=0)
+    assert "ask.py" not in next_commands(options, env)
+
+
+def test_pictures_that_broke_meanwhile_are_in_no_command(tmp_path: Path) -> None:
+    data = shutil.copytree(TOY_IMAGES, tmp_path / "data")
+    options = replace(parse_options([]), output_dir="runs/x")
+    env = PickImageEnv(data, 4, fixed_correct_index=None)
+    gone, broken = env.episode(0).images[0], env.episode(0).images[1]
+    assert isinstance(gone, Path) and isinstance(broken, Path)
+    gone.unlink()
+    broken.write_bytes(b"")
+    words = shlex.split(next_commands(options, env).splitlines()[-1])
+    shown = words[words.index("--images") + 1 : words.index("--instruction")]
+    first = next(index for index in range(1, 20) if not {gone, broken} & set(env.episode(index).images))
+    assert shown == [str(image) for image in env.episode(first).images]
+    for path in data.glob("*.png"):
+        path.unlink()
     assert "ask.py" not in next_commands(options, env)
