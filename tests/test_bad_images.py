@@ -137,6 +137,7 @@ BREAKING_ENV = VANISHING_ENV.replace("image.path.unlink(missing_ok=True)", "imag
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # the next one compares with such a run
 def test_resumed_after_an_image_broke_a_run_ends_in_the_same_bits(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,7 +47,8 @@ def newest_step(run: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "zero3", "num_kills"), [(1, False, NUM_KILLS), (2, True, max(1, NUM_KILLS // 7))]
+    ("num_processes", "zero3", "num_kills"),
+    [(1, False, NUM_KILLS), pytest.param(2, True, max(1, NUM_KILLS // 7), marks=pytest.mark.exhaustive)],
 )
 def test_killed_at_random_instants_a_run_still_ends_in_the_same_bits(
     num_processes: int, zero3: bool, num_kills: int, tmp_path: Path
