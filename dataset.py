@@ -11,8 +11,8 @@ import datasets
 import torch
 from PIL import Image
 
-from episodes import BrokenEpisode, Episode, EpisodeSource, Message, checked_episode
-from flags import ProcessStopped, RunStopped
+from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, Message, checked_episode
+from fleet.errors import ProcessStopped, RunStopped
 from utils.images import BadImage, image_digest, open_image
 from utils.plain_text import NotPlainText, require_plain_messages
 

@@ -1,7 +1,7 @@
 """PickImageEnv: what is asked, and what counts as right.
 
-Owns the draw of an episode and the judgement of an answer; what an Episode may hold is in episodes.py. It turns no
-answer into a training reward (reward.py does), and touches no tensor.
+Owns the draw of an episode and the judgement of an answer; what an Episode may hold is in fleet/episodes.py. It
+turns no answer into a training reward (reward.py does), and touches no tensor.
 """
 
 import json
@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from episodes import Episode, EpisodeSource, ImageSource, Message
+from fleet.episodes import Episode, EpisodeSource, ImageSource, Message
 from utils.image_folders import LabelledImage, list_folder, require_distinct_labels
 from utils.tool_calls import CALL_CLOSE, CALL_OPEN, ParseStatus, parse_tool_call_str
 from utils.user_files import load_user_file

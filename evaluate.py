@@ -3,7 +3,8 @@
     python evaluate.py --model_id runs/look/final --baseline toy --output evaluation.json
 
 Alone or under accelerate launch, DeepSpeed ZeRO-3 included. docs/evaluation.schema.json describes what it writes.
-How answers become figures is in evaluation.py, what is held out in held_out.py. Importing this file starts nothing.
+How answers become figures is in fleet/evaluation/figures.py, what is held out in held_out.py there. Importing this file
+starts nothing.
 """
 
 import json
@@ -15,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import command_line
 from environment import EpisodeSource
-from evaluate_options import (
+from fleet.command import command_line
+from fleet.command.evaluate_options import (
     EvaluateOptions,
     parse_evaluate_options,
     require_output,
@@ -25,17 +26,17 @@ from evaluate_options import (
     run_config,
     run_options,
 )
-from evaluation import EvaluationPlan, with_baseline
-from flags import UsageError
-from held_out import make_plan
-from image_check import Findings, RunData, find_bad_images, images_of
-from preflight import (
+from fleet.command.image_check import Findings, RunData, find_bad_images, images_of
+from fleet.command.preflight import (
     make_environment,
     require_consistent_launch,
     require_model,
     require_packages,
     try_own_environment,
 )
+from fleet.errors import UsageError
+from fleet.evaluation.figures import EvaluationPlan, with_baseline
+from fleet.evaluation.held_out import make_plan
 
 logger = logging.getLogger("fleet")
 
@@ -48,26 +49,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_evaluate_options(sys.argv[1:] if argv is None else argv)
     findings, problem = command_line.result_or_problem(lambda: check_before_loading(options))
     command_line.keep_libraries_quiet()
-    import evaluate_setup
-    import model_setup
+    from fleet.run import model_setup, scoring
 
     options, filled = resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     models = [model for model in (options.model_id, options.baseline) if model is not None]
     problem = problem or model_setup.problem_of_models(*models, revision=options.revision)
     problem = problem or model_setup.problem_of_prompts(options, findings)
-    accelerator = evaluate_setup.start(options, problem)
+    accelerator = scoring.start(options, problem)
     assert findings is not None, "a process that has found nothing has a problem, which start() raises"
     data = model_setup.agree_on_data(options, findings)
     plan, problem = command_line.result_or_problem(lambda: plan_evaluation(options, data))
     model_setup.require_agreement(options, problem)
     assert plan is not None, "a process without a plan has a problem, which require_agreement() raises"
-    logger.info(evaluate_setup.describe(options, plan, filled), extra=command_line.COLOURED)
+    logger.info(scoring.describe(options, plan, filled), extra=command_line.COLOURED)
     model_setup.say_what_the_toy_has_not_seen(options, [image.path for image in images_of(data.env) or ()])
-    evaluation = evaluate_setup.score(options, plan, options.model_id, accelerator)
+    evaluation = scoring.score(options, plan, options.model_id, accelerator)
     if options.baseline is not None:
-        evaluation = with_baseline(evaluation, evaluate_setup.score(options, plan, options.baseline, accelerator))
+        evaluation = with_baseline(evaluation, scoring.score(options, plan, options.baseline, accelerator))
     if accelerator.is_main_process:
-        logger.info(evaluate_setup.table(evaluation.document), extra=command_line.COLOURED)
+        logger.info(scoring.table(evaluation.document), extra=command_line.COLOURED)
         write_document(evaluation.document, options.output)
 
 

@@ -24,9 +24,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from environment import Episode, ImageSource, Message
-from generation_settings import describe_unused, tokens_alone
+from fleet.model_folder.generation_settings import describe_unused, tokens_alone
+from fleet.model_folder.weights import require_every_weight, require_fitting_adapter
 from utils.images import open_image
-from weights_check import require_every_weight, require_fitting_adapter
 
 logger = logging.getLogger("fleet")
 

@@ -20,8 +20,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.random_model import SIZES, configuration
-from run_records import installed_versions
-from toy_model import make_toy_processor
+from fleet.run.records import installed_versions
+from fleet.toy.model import make_toy_processor
 
 
 def main(argv: Sequence[str] | None = None) -> None:

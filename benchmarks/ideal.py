@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flops import TextWork, text_flops, vision_flops
+from fleet.qwen.flops import TextWork, text_flops, vision_flops
 
 Costs = tuple[float, float]  # stock's operations, Fleet's
 

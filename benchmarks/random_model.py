@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from toy_model import make_toy_processor
+from fleet.toy.model import make_toy_processor
 
 # text: width, MLP width, layers, heads, key-value heads, vocabulary; vision: depth, width, MLP width, heads
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from trl import RLOOTrainer
 
-from checkpointing import find_damage
-from run_records import git_commit, installed_versions
+from fleet.rl.checkpoints import find_damage
+from fleet.run.records import git_commit, installed_versions
 from tests.helpers import fleet_trainer, rloo_config
 
 

@@ -21,8 +21,8 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RLOOTrainer
 
+from fleet.run.records import git_commit, installed_versions
 from model_utils import make_lora_config
-from run_records import git_commit, installed_versions
 from tests.helpers import rloo_config, scripted_completions, stock_trainer, weights_of
 
 Weights = dict[str, torch.Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import RLOOTrainer
 
-from rloo_trainer import FleetRLOOTrainer
+from fleet.rl.trainer import FleetRLOOTrainer
 
 Tally = defaultdict[str, float]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flags import RunStopped
+from fleet.errors import RunStopped
 from tests.helpers import ScriptedFleetTrainer, StepKeeper, fleet_trainer, rloo_config, spoil, toy_model
 
 # by process, then by step from 1; the fifth step's reward is broken on process 1

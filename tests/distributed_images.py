@@ -15,11 +15,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from dataset import RepeatableEpisodeDataset, count_faults
-from flags import RunStopped, UsageError
-from image_check import find_bad_images
-from model_setup import agree_on_data
-from options import parse_options
-from preflight import make_environment
+from fleet.command.image_check import find_bad_images
+from fleet.command.options import parse_options
+from fleet.command.preflight import make_environment
+from fleet.errors import RunStopped, UsageError
+from fleet.run.model_setup import agree_on_data
 
 
 def settled(rank: int, data_root: str, local: tuple[int, int], flags: list[str]) -> dict[str, object]:

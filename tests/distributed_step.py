@@ -12,11 +12,11 @@ from accelerate.utils import gather_object
 
 from dataset import RepeatableEpisodeDataset
 from environment import Episode, PickImageEnv
-from group_passes import base_qwen
+from fleet.qwen.group_passes import base_qwen
+from fleet.rl.trainer import FleetRLOOTrainer
+from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 from model_utils import make_lora_config
-from rloo_trainer import FleetRLOOTrainer
 from tests.helpers import fleet_trainer, rloo_config, toy_model, toy_processor
-from toy_model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 from utils.tool_calls import make_tool_call_str
 
 ANSWERS = [make_tool_call_str(0), "no call", make_tool_call_str(2), make_tool_call_str(1) + " and more of it"]

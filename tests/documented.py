@@ -81,11 +81,11 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     RunBy(
         "VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/Qwen2.5-VL-7B-Instruct --enable-scale-out --logprobs-mode "
         """processed_logprobs --weight-transfer-config '{"backend": "nccl"}'""",
-        "tests/test_vllm.py",
+        "tests/rl/test_vllm.py",
         '(documented,) = [line for line in all_documented_commands() if "vllm serve" in line]',
     ),
     RunBy(
-        "python -m pytest tests/test_rloo_trainer.py -k stock",
+        "python -m pytest tests/rl/test_rloo_trainer.py -k stock",
         "Makefile",
         'OMP_NUM_THREADS=1 python -m pytest -m "not slow and not vllm" $(ON_EVERY_CORE)',
     ),
@@ -100,7 +100,7 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     Runs("make demo", leaves=TRAINED),
     Runs("source .venv/bin/activate"),
     Runs("python training.py --help", says="--fixed_correct_index"),
-    Runs("python draw_toy_images.py", leaves=("toy_images/red_circle.png",), stage=LAST_STAGE),
+    Runs("python -m fleet.toy.draw_images", leaves=("toy_images/red_circle.png",), stage=LAST_STAGE),
     Runs("python training.py", added="--train_steps 2", leaves=TRAINED),
     Runs("accelerate launch training.py --config run.yaml --seed 1", added="--train_steps 2", leaves=TRAINED),
     Runs(
@@ -161,7 +161,7 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         "python evaluate.py --model_id runs/look/final --baseline toy --output runs/look/evaluation.json",
     ),
     Runs(
-        'python ask.py --model_id runs/look/final --images toy_images --instruction "Pick the red circle."',
+        'python -m fleet.ask --model_id runs/look/final --images toy_images --instruction "Pick the red circle."',
         says="picked",
         stage=2,
     ),
@@ -173,7 +173,12 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         leaves=TRAINED,
         stage=2,
     ),
-    Runs("python toy_model.py ship", added="--lesson_steps 2", leaves=("toy_sighted.safetensors",), stage=LAST_STAGE),
+    Runs(
+        "python -m fleet.toy.model ship",
+        added="--lesson_steps 2",
+        leaves=("fleet/toy/sighted.safetensors",),
+        stage=LAST_STAGE,
+    ),
     Runs(
         "accelerate launch --config_file accelerate_config.yaml training.py --model_id Qwen/Qwen2.5-VL-32B-Instruct "
         "--data_root ./toy_images --train_steps 200 --per_device_batch_size 1 --num_rollouts 4 --use_lora false "

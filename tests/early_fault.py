@@ -10,14 +10,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import run_setup
 import training
+from fleet.run import build as run_build
 
 
 def main(argv: Sequence[str]) -> None:
     """Training with `argv`, whose last argument is the fault."""
     rank, what = argv[-1].split(":")
-    build = run_setup.build_trainer
+    build = run_build.build_trainer
 
     def build_or_fail(options: Any, args: Any, *rest: Any) -> Any:
         print("[loading]", file=sys.stderr, flush=True)
@@ -27,5 +27,5 @@ def main(argv: Sequence[str]) -> None:
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
         return build(options, args, *rest)
 
-    run_setup.build_trainer = build_or_fail  # type: ignore[assignment]
+    run_build.build_trainer = build_or_fail  # type: ignore[assignment]
     training.main(list(argv[:-1]))

@@ -10,11 +10,11 @@ from trl import RLOOConfig, RLOOTrainer
 
 from dataset import RepeatableEpisodeDataset
 from environment import PickImageEnv
-from group_passes import base_qwen
+from fleet.qwen.group_passes import base_qwen
+from fleet.rl.trainer import FleetRLOOTrainer
+from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
 from model_utils import load_processor, load_qwen25_vl
 from reward import make_trl_reward_function
-from rloo_trainer import FleetRLOOTrainer
-from toy_model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
 from utils.tool_calls import make_tool_call_str
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -9,7 +9,9 @@ os.environ.update(
 import deepspeed  # noqa: F401
 import trl  # noqa: F401
 
-import evaluate_setup  # noqa: F401
-import run_results  # noqa: F401
-import run_setup  # noqa: F401
 import training  # noqa: F401
+from fleet.run import (
+    build,  # noqa: F401
+    results,  # noqa: F401
+    scoring,  # noqa: F401
+)

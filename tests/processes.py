@@ -145,7 +145,7 @@ def _run(target: str, arguments: list[str], variables: dict[str, str], log: Path
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(variables)
-    import command_line
+    from fleet.command import command_line
 
     main = importlib.import_module(target).main
     sys.exit(command_line.run(lambda: main(arguments)))

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import run_setup
 import training
-from rloo_trainer import FleetRLOOTrainer
+from fleet.rl.trainer import FleetRLOOTrainer
+from fleet.run import build as run_build
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
             if fault and self.times[activity] == 2 and [str(self.args.process_index), activity] == fault[:2]:
                 misbehave(fault[2])
 
-    run_setup.FleetRLOOTrainer = SpeakingTrainer  # type: ignore[misc]
+    run_build.FleetRLOOTrainer = SpeakingTrainer  # type: ignore[misc]
     training.main(list(argv[:-1] if fault else argv))
 
 
@@ -55,6 +55,6 @@ def misbehave(what: str) -> None:
 
 
 if __name__ == "__main__":
-    import command_line
+    from fleet.command import command_line
 
     sys.exit(command_line.run(lambda: main(sys.argv[1:])))

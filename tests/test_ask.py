@@ -1,11 +1,11 @@
-"""ask.py: one question to one model, from the command line."""
+"""fleet/ask.py: one question to one model, from the command line."""
 
 from pathlib import Path
 
 import pytest
 
-import ask
-from flags import UsageError
+from fleet import ask
+from fleet.errors import UsageError
 from tests.helpers import REPOSITORY, toy_path
 from utils.tool_calls import make_tool_call_str
 

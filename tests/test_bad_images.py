@@ -11,15 +11,15 @@ import pytest
 
 import evaluate
 import training
-from answering import sound_part
-from flags import RunStopped, UsageError
-from held_out import make_plan
-from options import parse_options
-from run_files import read_jsonl
+from fleet.command.options import parse_options
+from fleet.errors import RunStopped, UsageError
+from fleet.evaluation.answering import sound_part
+from fleet.evaluation.held_out import make_plan
+from fleet.run_folder import read_jsonl
+from fleet.toy.model import TOY_DATA_ROOT
 from tests.conftest import save_truncated
 from tests.helpers import toy_path
 from tests.test_resume import entire
-from toy_model import TOY_DATA_ROOT
 
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--train_steps", "2"]
 VANISHING_ENV = '''
@@ -67,7 +67,9 @@ def run(output_dir: Path, data: Path, *flags: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("main", [training.main, evaluate.main], ids=["training", "evaluation"])
 def test_bad_images_stop_a_run_before_a_weight_loads(main: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut, empty, page = spoil_three(data)
-    monkeypatch.setattr("model_setup.load_qwen25_vl", lambda *args, **kwargs: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr(
+        "fleet.run.model_setup.load_qwen25_vl", lambda *args, **kwargs: pytest.fail("a weight was loaded")
+    )
     with pytest.raises(UsageError) as refusal:
         main(["--data_root", str(data), "--dry_run"] if main is training.main else ["--data_root", str(data)])
     message = str(refusal.value)

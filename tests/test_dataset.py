@@ -13,16 +13,16 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from controls import with_order_permuted
 from dataset import RepeatableEpisodeDataset, VLMDataCollator, count_faults
 from environment import Episode, PickImageEnv
-from flags import RunStopped
-from held_out import make_plan
-from options import parse_options
-from preflight import make_environment
+from fleet.command.options import parse_options
+from fleet.command.preflight import make_environment
+from fleet.controls import with_order_permuted
+from fleet.errors import RunStopped
+from fleet.evaluation.held_out import make_plan
+from fleet.toy.model import TOY_DATA_ROOT
 from tests.conftest import save_picture
 from tests.helpers import toy_dataset, toy_processor
-from toy_model import TOY_DATA_ROOT
 from utils.plain_text import QWEN_ADDED_TOKENS
 
 TENSORS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing import find_damage, list_checkpoints
-from run_files import LineFile, read_jsonl
+from fleet.rl.checkpoints import find_damage, list_checkpoints
+from fleet.run_folder import LineFile, read_jsonl
 from tests.helpers import REPOSITORY
 from tests.processes import run_ranks, start_ranks
 from tests.test_interruptions import num_steps, wait_until
@@ -38,7 +38,7 @@ def test_a_line_that_the_disk_takes_half_of_leaves_no_torn_one(tmp_path: Path) -
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from pathlib import Path
-from run_files import LineFile
+from fleet.run_folder import LineFile
 lines = LineFile(Path({str(path)!r}))
 lines.append([{{"step": 1}}])
 resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))

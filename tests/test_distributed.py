@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 import evaluate
 from dataset import VLMDataCollator
+from fleet.run_folder import read_jsonl
+from fleet.toy.model import SIGHTED, toy_model_path
 from model_utils import generate_tool_call, load_qwen25_vl
-from run_files import read_jsonl
 from tests import HANG_S
 from tests.distributed_generation import STOPS_AFTER
 from tests.helpers import REPOSITORY, toy_dataset, toy_model, toy_path, toy_processor
 from tests.processes import ZERO3, free_port, launch, run_ranks, start
-from toy_model import SIGHTED, toy_model_path
 
 pytestmark = [
     pytest.mark.slow,

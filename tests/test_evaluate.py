@@ -13,13 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import evaluate
 import training
-from evaluate_options import parse_evaluate_options, resolve_evaluate_options
-from flags import UsageError
-from options import parse_options
-from run_files import read_jsonl
+from fleet.command.evaluate_options import parse_evaluate_options, resolve_evaluate_options
+from fleet.command.options import parse_options
+from fleet.errors import UsageError
+from fleet.run_folder import read_jsonl
+from fleet.toy.model import SIGHTED, toy_model_path
 from tests import HANG_S
 from tests.helpers import REPOSITORY
-from toy_model import SIGHTED, toy_model_path
 
 SCHEMA = json.loads((REPOSITORY / "docs" / "evaluation.schema.json").read_text())
 UNWATCHED_RUN = ["--fixed_correct_index", "none", "--per_device_batch_size", "2", "--sample_steps", "0",
@@ -220,7 +220,9 @@ BAD = {
 @pytest.mark.parametrize(("flags", "words"), BAD.values(), ids=BAD.keys())
 def test_what_cannot_be_is_said_before_anything_loads(flags: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr("model_setup.load_qwen25_vl", lambda *args, **kwargs: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr(
+        "fleet.run.model_setup.load_qwen25_vl", lambda *args, **kwargs: pytest.fail("a weight was loaded")
+    )
     with pytest.raises(UsageError) as refusal:
         evaluate.main(flags.split())
     assert words in str(refusal.value)

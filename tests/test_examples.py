@@ -6,7 +6,7 @@ import pytest
 
 import training
 from environment import load_environment_class
-from run_files import read_jsonl
+from fleet.run_folder import read_jsonl
 from tests.helpers import REPOSITORY
 from utils.tool_calls import make_tool_call_str
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing import find_damage, list_checkpoints
-from preemption import SAME_SIGNAL_S
-from run_files import read_jsonl
+from fleet.rl.checkpoints import find_damage, list_checkpoints
+from fleet.run.preemption import SAME_SIGNAL_S
+from fleet.run_folder import read_jsonl
 from tests import HANG_S
 from tests.processes import ZERO3, Rank, run_ranks, start, start_ranks
 from tests.test_resume import QUICK, entire

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import answering
-import rloo_trainer
 import training
 from environment import Outcome
-from flags import RunStopped
+from fleet.errors import RunStopped
+from fleet.evaluation import answering
+from fleet.rl import trainer
+from fleet.rl.trainer import FleetRLOOTrainer
 from report import write_report
-from rloo_trainer import FleetRLOOTrainer
 from tests.conftest import call_text
 from tests.helpers import StepKeeper, fleet_trainer, rloo_config, toy_processor
 
@@ -158,7 +158,7 @@ def test_a_whole_command_goes_through_and_leaves_files_that_can_be_read(
 
         return generate_groups
 
-    monkeypatch.setattr(rloo_trainer, "generate_groups", forced(in_training))
+    monkeypatch.setattr(trainer, "generate_groups", forced(in_training))
     monkeypatch.setattr(answering, "generate_groups", forced(in_evaluation))
     run = tmp_path / "run"
     num_steps = len(BATCHES)

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import training
-from checkpointing import describe_file, list_checkpoints
-from flags import UsageError
-from run_files import read_jsonl
+from fleet.errors import UsageError
+from fleet.rl.checkpoints import describe_file, list_checkpoints
+from fleet.run_folder import read_jsonl
 from tests.helpers import REPOSITORY
 from tests.processes import run_ranks, start_ranks
 

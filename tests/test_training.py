@@ -17,14 +17,14 @@ from transformers import AutoModelForImageTextToText
 
 import training
 from environment import judge
-from flags import UsageError
+from fleet.command.options import parse_options, resolve_options
+from fleet.command.preflight import make_environment
+from fleet.errors import UsageError
+from fleet.rl.rollouts import EpisodeRecord, RolloutRecord
+from fleet.run.build import build_trainer, make_rloo_config
+from fleet.run.records import draw_curve, sample_table
+from fleet.run_folder import read_jsonl
 from model_utils import generate_tool_call, load_qwen25_vl
-from options import parse_options, resolve_options
-from preflight import make_environment
-from rollouts import EpisodeRecord, RolloutRecord
-from run_files import read_jsonl
-from run_records import draw_curve, sample_table
-from run_setup import build_trainer, make_rloo_config
 from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_dataset, toy_path
 from utils.images import open_image

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from checkpointing import ProcessPlace
-from flags import UsageError
+from fleet.command.options import parse_options
+from fleet.errors import UsageError
+from fleet.rl.checkpoints import ProcessPlace
+from fleet.rl.resumable_trainer import nothing_unpickled_unless, require_plain_pickles
 from model_utils import load_processor, load_qwen25_vl
-from options import parse_options
-from resumable_trainer import nothing_unpickled_unless, require_plain_pickles
 from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_path
 from tests.processes import run_ranks, start_ranks

@@ -11,11 +11,11 @@ from unittest.mock import patch
 
 import torch
 
-import vllm_sampling
-from flags import RunRefused
-from group_passes import base_qwen
+from fleet.errors import RunRefused
+from fleet.qwen.group_passes import base_qwen
+from fleet.rl import vllm_sampling
+from fleet.rl.vllm_sampling import VLLMSampler
 from tests.vllm_on_cpu import adapt_colocated, run_training
-from vllm_sampling import VLLMSampler
 
 
 def main(results: Path, argv: list[str]) -> None:

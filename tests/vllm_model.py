@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from toy_model import make_toy_model, make_toy_processor
+from fleet.toy.model import make_toy_model, make_toy_processor
 
 
 def build(folder: Path, seed: int = 0) -> Path:

@@ -52,18 +52,18 @@ def adapt_server_client() -> None:
 
 def run_training(argv: list[str], on_trainer: Callable[[Any], None] = lambda trainer: None) -> int:
     """The exit code of training.py with these flags. on_trainer: is given the trainer that was built."""
-    import command_line
-    import run_setup
     import training
+    from fleet.command import command_line
+    from fleet.run import build as run_build
 
-    build = run_setup.build_trainer
+    build = run_build.build_trainer
 
     def build_and_show(*args: Any, **kwargs: Any) -> Any:
         trainer = build(*args, **kwargs)
         on_trainer(trainer)
         return trainer
 
-    run_setup.build_trainer = build_and_show
+    run_build.build_trainer = build_and_show
     return command_line.run(lambda: training.main(argv))
 
 

@@ -1,4 +1,4 @@
-"""What a process that serves another one does to end with it.
+"""A process that serves another one: how it is started, whatever the working directory, and how it ends with it.
 
 Imports nothing heavy, as such processes must start in an instant.
 """
@@ -7,8 +7,20 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def command_of(module: str, *arguments: object, python_flags: tuple[str, ...] = ()) -> list[str]:
+    """The command that calls `main()` of one of Fleet's modules in a new process, with these words in sys.argv[1:].
+
+    The process finds Fleet's modules in Fleet's own folder, and none in the working directory.
+    """
+    path = f"sys.path[:] = [{str(ROOT)!r}, *filter(None, sys.path)]"
+    program = f"import sys; {path}; from {module} import main; sys.exit(main())"
+    return [sys.executable, *python_flags, "-c", program, *map(str, arguments)]
 
 
 def end_with_parent(parent_pid: int) -> None:

@@ -1,7 +1,7 @@
 """Images as files: how one becomes pixels. Which ones a folder offers is in image_folders.py, and named from here too.
 
 Owns the decoding rules (formats, EXIF rotation, RGB, limits) and the pixel budget. Knows no model. Which of a run's
-images are bad, and what then, is decided in image_check.py.
+images are bad, and what then, is decided in fleet/command/image_check.py.
 """
 
 import hashlib

@@ -1,0 +1,156 @@
+"""One answer of a model: shows it pictures, prints the call that it makes and the picture that it picks.
+
+    python -m fleet.ask --model_id runs/look/final --images toy_images --instruction "Pick the red circle."
+
+For a model that a run left, the prompt and the sampling are the run's. Importing this file starts nothing.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from environment import Episode, judge, pick_image_messages
+from fleet.command import command_line
+from fleet.command.evaluate_options import (
+    EvaluateOptions,
+    parse_evaluate_options,
+    resolve_evaluate_options,
+    run_options,
+)
+from fleet.command.flags import TOY_MODEL_ID, add_switch, as_flag_value, make_parser, parse_flags
+from fleet.command.preflight import require_model
+from fleet.errors import UsageError
+from utils.images import list_labelled_images
+from utils.plain_text import printable, printable_lines
+
+MAX_IMAGES = 32
+# of the flags that evaluate.py has too; those that are not given are the run's
+SHARED = ("model_id", "revision", "image_max_pixels", "max_completion_length", "allow_reasoning")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pictures, by their index, and the sentence that says which one to pick."""
+
+    images: tuple[Path, ...]
+    instruction: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Asks once and prints the answer. Raises UsageError, before any weight loads, for what cannot be asked."""
+    command_line.set_up_logging()
+    options, question, temperature = parse_question(sys.argv[1:] if argv is None else argv)
+    command_line.keep_libraries_quiet()
+    from fleet.run import model_setup
+
+    options, _ = resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
+    model_setup.problem_of_models(options.model_id, revision=options.revision)
+    model_setup.say_what_the_toy_has_not_seen(options, question.images)
+    text = model_setup.answer_once(options, as_episode(options, question), temperature)
+    print("\n".join(f"{index}: {printable(path)}" for index, path in enumerate(question.images)))
+    print(f"{printable(question.instruction)}\n{printable_lines(text)}\n{describe_answer(options, question, text)}")
+
+
+def build_ask_parser() -> argparse.ArgumentParser:
+    """The parser of ask.py."""
+    parser = make_parser(
+        "python -m fleet.ask", "Show pictures to a model, and print the call that it makes and what it picks."
+    )
+    add = parser.add_argument
+    add("--model_id", default=TOY_MODEL_ID, metavar="ID", help="hub id or folder, as for training.py (default: toy)")
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub model (default: its main branch)")
+    add("--images", nargs="+", metavar="PATH", help=f"a folder of pictures, or 2 to {MAX_IMAGES} files; required")
+    add(
+        "--instruction",
+        metavar="TEXT",
+        help="the sentence that says which to pick (default: the run's, where one index was always right)",
+    )
+    add("--temperature", type=float, default=0.0, metavar="X", help="of sampling; 0 takes the likeliest (default: 0)")
+    add(
+        "--image_max_pixels",
+        type=int,
+        metavar="N",
+        help="width times height an image is shrunk to, in pixels (default: the run's, else as training.py)",
+    )
+    add(
+        "--max_completion_length",
+        type=int,
+        metavar="N",
+        help="tokens that the answer may have (default: the run's, else as training.py)",
+    )
+    add_switch(add, "--allow_reasoning", False, "ask for text before the call, and accept it; so does the run's own")
+    return parser
+
+
+def parse_question(argv: Sequence[str]) -> tuple[EvaluateOptions, Question, float]:
+    """(model and prompt, question, temperature) of a command line; at 0 the answer is greedy. Raises UsageError."""
+    flags = parse_flags(build_ask_parser(), argv)
+    values = flags.values
+    if values["temperature"] < 0:
+        raise UsageError(f"temperature={values['temperature']}, but it must be at least 0; correct --temperature")
+    given = [name for name in SHARED if name in flags.given and values[name] is not None]
+    forwarded = [f"--{name}={as_flag_value(values[name])}" for name in given]
+    if values["model_id"] == TOY_MODEL_ID and values["instruction"] is not None:
+        forwarded.append("--fixed_correct_index=none")
+    options = parse_evaluate_options(forwarded)
+    require_model(options.model_id)
+    question = Question(_pictures(values["images"]), _instruction(options, values["instruction"]))
+    return options, question, values["temperature"]
+
+
+def as_episode(options: EvaluateOptions, question: Question) -> Episode:
+    """The question as an episode without a right answer: its correct_index says nothing."""
+    messages = pick_image_messages(len(question.images), question.instruction, allow_reasoning=options.allow_reasoning)
+    labels = tuple(path.stem for path in question.images)
+    return Episode(question.images, tuple(messages), 0, labels, None, options.seed)
+
+
+def describe_answer(options: EvaluateOptions, question: Question, text: str) -> str:
+    """What an answer picks, or why it picks nothing, in a line."""
+    judged = judge(text, 0, len(question.images), allow_reasoning=options.allow_reasoning)
+    if judged.index is None:
+        return f"picked nothing: {judged.parse_status.value}"
+    if not 0 <= judged.index < len(question.images):
+        return f"picked {judged.index}, but there are {len(question.images)} pictures"
+    return f"picked {judged.index}: {question.images[judged.index]}"
+
+
+def _pictures(named: Sequence[str] | None) -> tuple[Path, ...]:
+    """The files that --images names, or those of its folder."""
+    if not named:
+        raise UsageError("images is missing; pass --images with a folder of pictures, or with files")
+    paths = [Path(name).expanduser() for name in named]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise UsageError(f"images: {missing[0]} does not exist; correct --images")
+    if len(paths) == 1 and paths[0].is_dir():
+        try:
+            paths = [image.path for image in list_labelled_images(paths[0])]
+        except (ValueError, OSError) as error:
+            raise UsageError(f"images: {error}") from error
+    elif folders := [path for path in paths if path.is_dir()]:
+        raise UsageError(f"images: {folders[0]} is a folder beside other paths; pass one folder, or files alone")
+    if not 2 <= len(paths) <= MAX_IMAGES:
+        raise UsageError(
+            f"images: got {len(paths)} from {' '.join(named[:3])}, but one prompt shows all of them, from 2 to "
+            f"{MAX_IMAGES}; pass fewer files, or another folder"
+        )
+    return tuple(paths)
+
+
+def _instruction(options: EvaluateOptions, given: str | None) -> str:
+    if given is not None:
+        return given
+    run = run_options(options.model_id)
+    if options.model_id != TOY_MODEL_ID and (run.get("env") or run.get("fixed_correct_index") is None):
+        raise UsageError(
+            f"instruction is missing: model_id={options.model_id} goes by what it names; pass --instruction, such as "
+            "'Pick the red circle.'"
+        )
+    return "Pick the correct image."
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main))

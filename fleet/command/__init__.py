@@ -1,0 +1,1 @@
+"""From argv and YAML to one checked, resolved run. Imports no torch."""

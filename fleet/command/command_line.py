@@ -1,0 +1,106 @@
+"""What every command of Fleet does around its work: one logger, quiet libraries, errors in a line, exit codes."""
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+from fleet.errors import AgreedUsageError, RunEnded, UsageError
+from utils.plain_text import printable, printable_lines
+
+Result = TypeVar("Result")
+
+COLOURED = {"is_coloured": True}
+
+
+def run(main: Callable[[], None]) -> int:
+    """Runs a command; returns the exit code, with the reason in one line where it is not 0.
+
+    2 for what cannot be, 1 for a run that could not go on, 75 for one that was told to stop and has saved. One of
+    several processes that fails ends at once: it must not wait, in whatever runs at an interpreter's end, for others.
+    """
+    rank = os.environ.get("RANK", "0")
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    try:
+        main()
+    except UsageError as error:
+        # until the processes know of each other, all raise the same, or hear of it as they agree
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {printable(error)}", file=sys.stderr)
+        elif not isinstance(error, AgreedUsageError) and _knows_other_processes():
+            print(f"error: process {rank}: {printable(error)}", file=sys.stderr)
+        code = 2
+    except RunEnded as error:
+        if rank == "0" or not error.is_of_all:
+            # below the progress bar
+            notes = getattr(error, "__notes__", ())
+            print("\n".join(["", f"{error.label}: {printable(error)}", *map(printable, notes)]), file=sys.stderr)
+        code = error.exit_code
+    except Exception as error:
+        print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
+        who = "" if is_alone else f"process {rank}: "
+        print(f"error: {who}{type(error).__name__}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        code = 1
+    else:
+        return 0
+    if not is_alone:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _knows_other_processes() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def result_or_problem(check: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """(what the check found, None), or (None, what is wrong).
+
+    Started alone, a process raises UsageError itself; one of several must let the others hear of it first.
+    """
+    try:
+        return check(), None
+    except UsageError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        return None, str(error)
+
+
+class PlainFormatter(logging.Formatter):
+    """Shows what people and models wrote as it is spelled: no character of it does anything to a terminal.
+
+    A text of Fleet's own that has colours in it, with all else in it spelled out, is logged with COLOURED as `extra`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text, its lines kept."""
+        text = super().format(record)
+        return text if getattr(record, "is_coloured", False) else printable_lines(text)
+
+
+def set_up_logging() -> None:
+    """Sends the logger's words to the terminal, from the main process only."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if is_main else logging.ERROR, force=True)
+    logging.getLogger("fleet").setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+def keep_libraries_quiet() -> None:
+    """Turns off telemetry and the libraries' chatter; must run before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("accelerate", "datasets", "httpx", "torch.distributed", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")

@@ -1,0 +1,228 @@
+"""Which flag does nothing beside which others, and why: a table for training and one for evaluation.
+
+A flag that was given, on the command line or in a file, and would do nothing is refused: it would be believed. One that
+was not given is null in config.json and listed there, as its default has no part in the run. Imports no torch.
+"""
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fleet.command.flags import TOY_MODEL_ID, as_flag_value
+from fleet.errors import UsageError
+from fleet.model_folder.files import base_of, is_adapter, read_json
+from fleet.schedule import optimizer_steps_per_generation
+
+
+@dataclass(frozen=True)
+class IdleFlags:
+    """Flags that do nothing in some runs.
+
+    are_idle: whether they do nothing, given the options and the launcher's variables. remedy: what puts them to use.
+    off: the value that asks for nothing, and so may always be given.
+    """
+
+    flags: tuple[str, ...]
+    are_idle: Callable[[Any, Mapping[str, str]], bool]
+    reason: str
+    remedy: str
+    off: Any = None
+
+
+LORA = ("lora_rank", "lora_alpha", "lora_dropout")
+VLLM = (
+    "vllm_mode", "vllm_server_host", "vllm_server_port", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size",
+    "vllm_max_logprob_gap",
+)  # fmt: skip
+
+
+def is_zero3(launch_variables: Mapping[str, str]) -> bool:
+    """Whether the launcher was told to shard weights by DeepSpeed ZeRO-3."""
+    if launch_variables.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return False
+    path = launch_variables.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path == "none" or not Path(path).is_file():
+        return launch_variables.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3"
+    sharding = read_json(Path(path)).get("zero_optimization")
+    return isinstance(sharding, dict) and str(sharding.get("stage")) == "3"
+
+
+def _is_from_hub(model_id: str | None) -> bool:
+    base = TOY_MODEL_ID if model_id is None else base_of(model_id)
+    return base != TOY_MODEL_ID and not Path(base).is_dir()
+
+
+def _is_on_policy(options: Any) -> bool:
+    accumulation = options.gradient_accumulation_steps
+    cycle = (options.steps_per_generation or accumulation, options.num_iterations, accumulation)
+    return optimizer_steps_per_generation(*cycle) == 1
+
+
+NOT_FROM_HUB = "only a hub model has revisions", "pass a hub id as the model"
+NOT_SHARDED = "weights are sharded under DeepSpeed ZeRO-3 alone", "launch with --config_file accelerate_config.yaml"
+
+IDLE_IN_TRAINING = (
+    IdleFlags(
+        ("revision",),
+        lambda options, launch: not _is_from_hub(options.model_id),
+        *NOT_FROM_HUB,
+    ),
+    IdleFlags(LORA, lambda options, launch: not options.use_lora, "no adapter is trained", "add --use_lora true"),
+    IdleFlags(
+        LORA,
+        lambda options, launch: options.use_lora and is_adapter(options.model_id),
+        "the adapter in --model_id keeps its own",
+        "pass its base model as --model_id",
+    ),
+    IdleFlags(
+        ("merge_lora",),
+        lambda options, launch: not options.use_lora,
+        "there is no adapter to merge",
+        "add --use_lora true",
+        off=False,
+    ),
+    IdleFlags(
+        ("freeze_vision",),
+        lambda options, launch: options.use_lora and is_adapter(options.model_id),
+        "the adapter in --model_id trains the parts that it was made for",
+        "pass its base model as --model_id",
+        off=False,
+    ),
+    IdleFlags(
+        ("vision_cache_mib",),
+        lambda options, launch: not (options.freeze_vision or options.use_lora),
+        "the vision tower trains, so features change with every step",
+        "add --freeze_vision true",
+        off=0,
+    ),
+    IdleFlags(
+        ("vision_cache_mib",),
+        lambda options, launch: not options.shared_prefix,
+        "TRL's own passes take no features",
+        "drop --shared_prefix false",
+        off=0,
+    ),
+    IdleFlags(
+        ("reward_correct", "reward_valid_call"),
+        lambda options, launch: options.reward is not None,
+        "the function of --reward has its own values",
+        "drop --reward",
+    ),
+    IdleFlags(
+        ("warmup_steps",),
+        lambda options, launch: options.lr_scheduler_type == "constant",
+        "the schedule 'constant' does not warm up",
+        "add --lr_scheduler_type constant_with_warmup",
+        off=0,
+    ),
+    IdleFlags(
+        ("epsilon", "epsilon_high"),
+        lambda options, launch: _is_on_policy(options),
+        "each generation serves one optimizer step, whose ratio is 1",
+        "pass --num_iterations 2 or more --steps_per_generation",
+    ),
+    IdleFlags(VLLM, lambda options, launch: not options.use_vllm, "vLLM does not generate", "add --use_vllm true"),
+    IdleFlags(
+        ("vllm_server_host", "vllm_server_port"),
+        lambda options, launch: options.vllm_mode != "server",
+        "vLLM runs beside training",
+        "add --vllm_mode server",
+    ),
+    IdleFlags(
+        ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"),
+        lambda options, launch: options.vllm_mode == "server",
+        "the server was started with its own",
+        "drop --vllm_mode server",
+    ),
+    IdleFlags(
+        ("ds3_gather_for_generation",),
+        lambda options, launch: not is_zero3(launch),
+        *NOT_SHARDED,
+        off=False,
+    ),
+    IdleFlags(
+        ("ds3_gather_for_generation",),
+        lambda options, launch: options.use_vllm and not options.eval_steps,
+        "vLLM generates and nothing is evaluated",
+        "drop --use_vllm",
+        off=False,
+    ),
+    IdleFlags(
+        ("eval_episodes", "eval_seed"),
+        lambda options, launch: not options.eval_steps,
+        "nothing is evaluated",
+        "add --eval_steps 50",
+    ),
+    IdleFlags(
+        ("keep_best",),
+        lambda options, launch: not options.eval_steps,
+        "nothing is evaluated",
+        "add --eval_steps 50",
+        off=False,
+    ),
+    IdleFlags(
+        ("trust_checkpoint",),
+        lambda options, launch: not options.resume,
+        "no checkpoint is read",
+        "add --resume",
+        off=False,
+    ),
+)
+
+IDLE_IN_EVALUATION = (
+    IdleFlags(
+        ("revision",),
+        lambda options, launch: not (_is_from_hub(options.model_id) or _is_from_hub(options.baseline)),
+        *NOT_FROM_HUB,
+    ),
+    IdleFlags(
+        ("temperature", "top_p", "seed"),
+        lambda options, launch: options.num_samples == 0,
+        "no sample is drawn",
+        "pass --num_samples 4",
+    ),
+    IdleFlags(
+        ("allow_reasoning",),
+        lambda options, launch: options.prompt_style is not None,
+        "--prompt_style says what is asked, and reasoning is accepted with either",
+        "drop --prompt_style",
+        off=False,
+    ),
+    IdleFlags(
+        ("ds3_gather_for_generation",),
+        lambda options, launch: not is_zero3(launch),
+        *NOT_SHARDED,
+        off=False,
+    ),
+)
+
+
+def refuse_idle(
+    table: Sequence[IdleFlags], options: Any, given: Collection[str], launch_variables: Mapping[str, str]
+) -> None:
+    """Raises UsageError for the first flag in the table that was given and would do nothing."""
+    for entry in table:
+        for flag in entry.flags:
+            value = getattr(options, flag)
+            if flag in given and value != entry.off and entry.are_idle(options, launch_variables):
+                raise UsageError(f"{flag}={as_flag_value(value)}, but {entry.reason}; {entry.remedy} or drop --{flag}")
+
+
+def idle_flags(options: Any, launch_variables: Mapping[str, str] = os.environ) -> list[str]:
+    """The flags that have no part in this training run, sorted."""
+    idle = {
+        flag
+        for entry in IDLE_IN_TRAINING
+        if entry.are_idle(options, launch_variables)
+        for flag in entry.flags
+        if getattr(options, flag) != entry.off
+    }
+    return sorted(idle)
+
+
+def options_in_force(options: Any, launch_variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Every option by name, null where it has no part in this training run."""
+    idle = idle_flags(options, launch_variables)
+    return {name: None if name in idle else value for name, value in asdict(options).items()}

@@ -1,0 +1,309 @@
+"""Which of an environment's images can be used: each process reads a share of them, and all agree on the whole.
+
+Owns the check of the files, the verdict over all processes, what becomes of bad images, and the digest of what is drawn
+from. Imports no torch: how the processes hear of each other's shares is run/model_setup.py's affair.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from environment import EpisodeSource, PickImageEnv
+from fleet.command.options import SharedOptions
+from fleet.errors import UsageError
+from fleet.model_folder.files import base_of
+from utils.image_folders import LabelledImage
+from utils.images import BadImage, checked_sha256
+from utils.plain_text import QWEN_ADDED_TOKENS, added_token_literals, printable, problem_of_label
+from utils.user_files import folder_kept
+
+logger = logging.getLogger("fleet")
+
+NO_SHA256 = bytes(32)
+MAX_NAMED = 5  # bad images that a message lists with their reasons
+SECONDS_PER_PROGRESS_LINE = 10.0
+
+
+@dataclass(frozen=True)
+class ImageShare:
+    """What one process found in its share of the images: those at places first, first + stride, ... of the list.
+
+    names_digest: of the whole list, names and labels. sha256s: 32 bytes per image of the share, of the file's bytes;
+    zeros where there is a problem. problems: why an image cannot be used, by its place in the list.
+    """
+
+    first: int
+    stride: int
+    names_digest: bytes
+    sha256s: bytes
+    problems: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one process knows before it hears of others: the environment, and its share of the images.
+
+    share: None for an environment that keeps no list of `images` as PickImageEnv does, so that there is none to check.
+    data: what the run draws from, if this is its only process. episode_digests: of a user's environment, of the fields
+    of its first episodes; empty where one cannot be shown. beginning: as settle's.
+    """
+
+    env: EpisodeSource
+    share: ImageShare | None
+    data: "RunData | None" = None
+    episode_digests: Mapping[str, str] = field(default_factory=dict)
+    beginning: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run draws from, the same on every process.
+
+    data_digest: hex, of the name, label and bytes of every image that is drawn from, in order; None where the
+    environment has no list of images. skipped_images: the names (relative to data_root) of those that are left out.
+    sha256s: hex, of the bytes of each image that is drawn from, by its name; of one that has gone bad, as it was.
+    """
+
+    env: EpisodeSource
+    data_digest: str | None = None
+    skipped_images: tuple[str, ...] = ()
+    sha256s: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_bad_images(
+    env: EpisodeSource,
+    options: SharedOptions,
+    launch_variables: Mapping[str, str],
+    beginning: Mapping[str, str] | None = None,
+) -> Findings:
+    """What is found in this process's share of the environment's images: every L-th of them on a machine of L.
+
+    launch_variables: what the launcher put into the process environment, known to be consistent. beginning: as
+    settle's. Raises UsageError, as settle does, in a run of one process.
+    """
+    beginning = beginning or {}
+    images = images_of(env)
+    for note in getattr(env, "folder_notes", ()):
+        logger.info(f"{options.data_root}: {note}")
+    if options.bad_images == "skip":
+        env = with_lost_images(env, beginning, options)
+        images = images_of(env)
+    is_alone = launch_variables.get("WORLD_SIZE", "1") == "1"
+    share = None
+    if images is not None:
+        first = 0 if is_alone else int(launch_variables.get("LOCAL_RANK", "0"))
+        stride = 1 if is_alone else int(launch_variables.get("LOCAL_WORLD_SIZE", "1"))
+        literals = added_token_literals(options.model_id) | added_token_literals(base_of(options.model_id))
+        share = check_share(images, options.data_root, first, stride, literals)
+    return Findings(env, share, settle(options, env, [share], beginning) if is_alone else None, beginning=beginning)
+
+
+def images_of(env: EpisodeSource) -> tuple[LabelledImage, ...] | None:
+    """The images that an environment draws from; None if it keeps no such list."""
+    images = getattr(env, "images", None)
+    if not isinstance(images, Sequence) or not all(isinstance(image, LabelledImage) for image in images):
+        return None
+    return tuple(images)
+
+
+def check_share(
+    images: Sequence[LabelledImage],
+    data_root: str | Path,
+    first: int,
+    stride: int,
+    literals: Collection[str] = QWEN_ADDED_TOKENS,
+) -> ImageShare:
+    """Reads and decodes every `stride`-th image from the `first` on, one after the other in memory.
+
+    literals: of the model's added tokens, which no label may hold.
+    """
+    sha256s: list[bytes] = []
+    problems: dict[int, str] = {}
+    next_line_s = time.monotonic() + SECONDS_PER_PROGRESS_LINE
+    places = range(first, len(images), stride)
+    for number, place in enumerate(places):
+        sha256, problem = NO_SHA256, problem_of_label(images[place].label, literals)
+        try:
+            sha256 = checked_sha256(images[place].path) if problem is None else NO_SHA256
+        except BadImage as error:
+            problem = error.reason
+        sha256s.append(sha256)
+        if problem is not None:
+            problems[place] = problem
+        if time.monotonic() >= next_line_s:
+            logger.info(f"checked {number + 1:,} of {len(places):,} images")
+            next_line_s += SECONDS_PER_PROGRESS_LINE
+    return ImageShare(first, stride, _digest_of_names(images, data_root), b"".join(sha256s), problems)
+
+
+def settle(
+    options: SharedOptions,
+    env: EpisodeSource,
+    found: Sequence[ImageShare | None],
+    beginning: Mapping[str, str] | None = None,
+) -> RunData:
+    """What the run draws from, once the shares of all processes are known: the same on each of them.
+
+    found: by rank, of equal names_digest; None where the environment has no list of images. beginning: the sha256s
+    of a run that is resumed: an image that has gone bad since is still drawn and its episode replaced, as it would be
+    in a run that goes on, if bad ones are skipped. Raises UsageError if an image is bad on any machine and bad ones
+    stop the run, if too little is left, or if machines hold different files.
+    """
+    images, shares = images_of(env), [share for share in found if share is not None]
+    if images is None or not shares:
+        return RunData(env)
+    names = [image_name(image.path, options.data_root) for image in images]
+    problems = {place: problem for share in shares for place, problem in share.problems.items()}
+    sha256s = _sha256s(names, shares, problems)
+    if beginning and options.bad_images == "skip":
+        gone_bad = {place: problems.pop(place) for place in sorted(problems) if names[place] in beginning}
+        for place in gone_bad:
+            sha256s[place] = bytes.fromhex(beginning[names[place]])
+        if gone_bad:
+            logger.info(f"replaced since the run began: {describe_problems(options, names, gone_bad)}\n")
+    description = describe_problems(options, names, problems)
+    if problems and options.bad_images == "stop":
+        raise UsageError(f"{description}; replace or remove what is bad, or pass --bad_images skip to leave it out")
+    skipped = tuple(names[place] for place in sorted(problems))
+    try:
+        narrowed = without_images(env, skipped, options)
+    except UsageError as error:
+        raise UsageError(f"{description}; left out, {error}") from error
+    if problems:
+        logger.info(f"left out: {description}\n")
+    drawn_from = {name: sha256s[place].hex() for place, name in enumerate(names) if place not in problems}
+    return RunData(narrowed, _data_digest(images, names, sha256s, problems), skipped, drawn_from)
+
+
+def with_lost_images(env: EpisodeSource, names: Collection[str], options: SharedOptions) -> EpisodeSource:
+    """The environment as it was before images of these names were deleted; one of a user's own as it is.
+
+    Its episodes stay what they were then, and those that show what is gone are replaced as they are drawn.
+    """
+    if options.env is not None or not isinstance(env, PickImageEnv):
+        return env
+    lost = set(names) - {image_name(image.path, options.data_root) for image in env.images}
+    return env.with_images(lost) if lost else env
+
+
+def without_images(env: EpisodeSource, names: Collection[str], options: SharedOptions) -> EpisodeSource:
+    """The environment without the images of these names. Raises UsageError if it cannot do without them."""
+    left_out = set(names)
+    paths = [image.path for image in images_of(env) or () if image_name(image.path, options.data_root) in left_out]
+    if not paths:
+        return env
+    narrow: Any = getattr(env, "without_images", None)
+    if not callable(narrow):
+        raise UsageError(
+            f"env={options.env} has no method without_images(paths), so it cannot leave any out; add one that returns "
+            "the environment without them, or replace the images"
+        )
+    try:
+        with folder_kept():
+            narrowed = narrow(paths)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except Exception as error:
+        # an environment file is the user's code and may raise anything
+        raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
+    if not callable(getattr(narrowed, "episode", None)):
+        raise UsageError(
+            f"env={options.env}: its method without_images(paths) returned a {type(narrowed).__name__}, but wanted the "
+            "environment without them; return a copy"
+        )
+    return narrowed
+
+
+def image_name(path: str | Path, data_root: str | Path) -> str:
+    """What an image is called on every machine: its path from the data folder on."""
+    name, root = str(path), _prefix_of(data_root)
+    if name.startswith(root) and "/../" not in name:
+        # most by far, and there may be a million
+        return name[len(root) :]
+    return Path(os.path.relpath(path, data_root)).as_posix()
+
+
+@lru_cache
+def _prefix_of(folder: str | Path) -> str:
+    return f"{Path(folder)}/"
+
+
+def describe_problems(options: SharedOptions, names: Sequence[str], problems: Mapping[int, str]) -> str:
+    """How many images cannot be used, and the first few with the reason each, in a line."""
+    places = sorted(problems)
+    named = "; ".join(f"{printable(names[place])} {problems[place]}" for place in places[:MAX_NAMED])
+    more = f"; and {len(places) - MAX_NAMED:,} more" if len(places) > MAX_NAMED else ""
+    return f"{len(places):,} of {len(names):,} images in {options.data_root} cannot be used: {named}{more}"
+
+
+def first_difference(listings: Sequence[Sequence[tuple[str, str]]]) -> str:
+    """What the first difference between the processes' lists of (name, label) is, in words.
+
+    listings: by rank, not all equal, each in the order in which images are drawn from.
+    """
+    other = next(rank for rank, listing in enumerate(listings) if listing != listings[0])
+    ours, theirs = dict(listings[0]), dict(listings[other])
+    for name in sorted(ours.keys() | theirs.keys()):
+        shown = printable(name)
+        if name not in theirs:
+            return f"{shown} is there for process 0, not for process {other}"
+        if name not in ours:
+            return f"{shown} is there for process {other}, not for process 0"
+        if ours[name] != theirs[name]:
+            return f"{shown} is labelled {ours[name]!r} for process 0, {theirs[name]!r} for process {other}"
+    return f"process {other} has the same images in another order"
+
+
+def listing_of(env: EpisodeSource, data_root: str | Path) -> list[tuple[str, str]]:
+    """(name, label) of every image that an environment draws from, in order."""
+    return [(image_name(image.path, data_root), image.label) for image in images_of(env) or ()]
+
+
+def _sha256s(names: Sequence[str], shares: Sequence[ImageShare], problems: Collection[int]) -> list[bytes]:
+    """The digest of each image's bytes. Raises UsageError if two machines read different bytes, or none read it."""
+    read: list[tuple[bytes, int] | None] = [None] * len(names)
+    for rank, share in enumerate(shares):
+        for number, place in enumerate(range(share.first, len(names), share.stride)):
+            sha256 = share.sha256s[32 * number : 32 * number + 32]
+            before = read[place]
+            if before is None or place in problems:
+                read[place] = sha256, rank
+            elif before[0] != sha256:
+                raise UsageError(
+                    f"the machines hold different files: {printable(names[place])} is another one for process {rank} "
+                    f"than for process {before[1]}; give every machine the same data folder"
+                )
+    if None in read:
+        raise UsageError(
+            f"no process was to check {printable(names[read.index(None)])}, so LOCAL_RANK or LOCAL_WORLD_SIZE is wrong "
+            "on some; start with accelerate launch"
+        )
+    return [entry[0] for entry in read if entry is not None]
+
+
+def _digest_of_names(images: Sequence[LabelledImage], data_root: str | Path) -> bytes:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(_line(image_name(image.path, data_root), image.label))
+    return digest.digest()
+
+
+def _data_digest(
+    images: Sequence[LabelledImage], names: Sequence[str], sha256s: Sequence[bytes], problems: Collection[int]
+) -> str:
+    digest = hashlib.sha256()
+    for place, (image, name) in enumerate(zip(images, names, strict=True)):
+        if place not in problems:
+            digest.update(_line(name, image.label) + sha256s[place])
+    return digest.hexdigest()
+
+
+def _line(*words: str) -> bytes:
+    # no name of a file and no text holds a zero; a name may hold bytes that are no text
+    return b"".join(word.encode("utf-8", "surrogatepass") + b"\0" for word in words)

@@ -1,0 +1,145 @@
+"""A run's folder before the run: checked, named, emptied. Imports no torch.
+
+Who may write into it while it is there is run_lock.py's to say; what a run leaves in it, run_folder.py's.
+"""
+
+import datetime
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from fleet.command.options import Options
+from fleet.errors import UsageError
+from fleet.model_folder.files import base_of, is_adapter, read_json
+from fleet.run_folder import CONFIG_NAME, FILE_NAMES, FOLDER_NAMES
+from fleet.run_lock import is_lock
+from utils.file_kinds import kind_of
+
+logger = logging.getLogger("fleet")
+
+NEW_RUNS = Path("runs")  # where a run without --output_dir makes its folder
+MAX_NAME_CHARS = 80  # of a model in a folder's name
+
+
+def require_output_dir(options: Options) -> None:
+    """Raises UsageError if the run would mix with another one's files, or resumes what it cannot."""
+    if options.output_dir is None:
+        require_can_be_made(NEW_RUNS, f"output_dir: {NEW_RUNS.absolute()}, where runs without one go,")
+        return
+    folder = Path(options.output_dir)
+    require_can_be_made(folder, f"output_dir={folder}")
+    if options.resume:
+        if not is_run_folder(folder):
+            raise UsageError(
+                f"resume: {folder} has no {CONFIG_NAME} of a run; pass the output_dir of one, or --resume auto to "
+                "begin one where there is none"
+            )
+        require_right_kinds(folder)
+    # a run killed as it began may have left no more than an unfinished file or its lock
+    elif folder.is_dir() and any(path.suffix != ".unfinished" and not is_lock(path) for path in folder.iterdir()):
+        require_can_be_emptied(folder, options)
+
+
+def require_can_be_made(folder: Path, words: str) -> None:
+    """Raises UsageError unless there is a folder to write to, or one can be made. words: what is wrong of it."""
+    try:
+        kind = kind_of(folder)
+        astray = next((path for path in folder.parents if kind_of(path) == "a link to nothing"), None)
+        nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    except (OSError, ValueError, RuntimeError) as error:
+        # a name that is too long, a link in a circle, a zero byte
+        raise UsageError(f"{words} cannot be a folder ({_reason(error)}); pass another --output_dir") from error
+    if kind not in (None, "a folder"):
+        raise UsageError(f"{words} is {kind}; pass a folder as --output_dir")
+    if astray is not None:
+        raise UsageError(f"{words} lies in {astray}, a link to nothing; mount it, or pass another --output_dir")
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(f"{words} cannot be made in {nearest}; pass a folder to write to as --output_dir")
+
+
+def require_right_kinds(folder: Path) -> None:
+    """Raises UsageError if what a run's files and folders are called is something else, on which the run would wait."""
+    for name, wanted in (dict.fromkeys(FILE_NAMES, "a file") | dict.fromkeys(FOLDER_NAMES, "a folder")).items():
+        try:
+            kind = kind_of(folder / name)
+        except OSError as error:
+            raise UsageError(f"resume: {folder / name} cannot be read ({_reason(error)}); restore it") from error
+        if kind not in (None, wanted):
+            raise UsageError(f"resume: {folder / name} is {kind}, wanted {wanted}; move it away")
+
+
+def require_can_be_emptied(folder: Path, options: Options) -> None:
+    """Raises UsageError unless --overwrite is given for a run's own folder, which holds nothing that the run reads."""
+    if not options.overwrite:
+        raise UsageError(
+            f"output_dir={folder} is not empty; pass --resume to continue the run in it, --overwrite to delete it, "
+            "or another folder"
+        )
+    if not is_run_folder(folder):
+        raise UsageError(
+            f"overwrite: output_dir={folder} holds no Fleet run, so nothing in it is deleted; pass another folder"
+        )
+    if folder.is_symlink():
+        raise UsageError(f"overwrite: output_dir={folder} is a symbolic link; pass the folder itself")
+    for name, used in what_the_run_reads(options):
+        if Path(used).resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"overwrite: {name}={used} lies in output_dir={folder}, which would be deleted before it is read; "
+                "pass another output_dir"
+            )
+
+
+def what_the_run_reads(options: Options) -> list[tuple[str, str]]:
+    """Every path that must survive `--overwrite`, with the flag that named it."""
+    base = base_of(options.model_id) if is_adapter(options.model_id) else None
+    specs = {"env": options.env, "reward": options.reward}
+    of_user = [(name, spec.rpartition(":")[0]) for name, spec in specs.items() if spec]
+    named = [("model_id", options.model_id), ("data_root", options.data_root), *of_user, ("base model", base)]
+    return [(name, str(used)) for name, used in named if used]
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run of Fleet's left its configuration in `folder`."""
+    path = folder / CONFIG_NAME
+    return path.is_file() and "options" in read_json(path)
+
+
+def make_new_output_dir(options: Options) -> Path:
+    """A new folder of this run alone, also if another run starts in the same second. Raises UsageError."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(options.model_id).resolve().name)[:MAX_NAME_CHARS]
+    stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
+    number = 1
+    while True:
+        folder = NEW_RUNS / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            NEW_RUNS.mkdir(exist_ok=True)
+            folder.mkdir()
+        except OSError as error:
+            if isinstance(error, FileExistsError) and NEW_RUNS.is_dir():
+                number += 1
+                continue
+            raise UsageError(
+                f"output_dir: {folder} cannot be made ({_reason(error)}); pass --output_dir with a folder to write to"
+            ) from error
+        logger.info(f"--output_dir {folder}: a new folder each time\n")
+        return folder
+
+
+def empty_run_folder(folder: Path) -> None:
+    """Deletes what a run left; its config.json last, so that a kill leaves what can be overwritten again.
+
+    A folder that is new, or holds no more than an unfinished file, has no config.json. The lock stays: it is the new
+    run's.
+    """
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != CONFIG_NAME and not is_lock(path):
+            path.unlink()
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

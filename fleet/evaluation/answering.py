@@ -1,0 +1,180 @@
+"""A Qwen2.5-VL as a policy for evaluation: batches of episodes in, texts out, each prompt computed once.
+
+Owns batching, the split over processes and decoding. What the answers are worth is decided in figures.py.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, send_to_device
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from dataset import Row, VLMDataCollator, episode_row
+from environment import Episode, ImageSource
+from fleet.errors import RunStopped
+from fleet.evaluation.figures import Answers, EvaluationPlan
+from fleet.qwen.group_passes import generate_groups
+from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
+from utils.images import BadImage, image_digest, open_image
+
+logger = logging.getLogger("fleet")
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are generated.
+
+    episodes_per_batch: that one device answers at a time, each with its samples. max_pixels: budget of one image.
+    seed: of samples.
+    """
+
+    episodes_per_batch: int
+    max_completion_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_pixels: int | None = None
+    seed: int = 0
+
+
+class ModelPolicy:
+    """Answers episodes with a model; an evaluation.Policy. Every process takes part, and every one gets all answers."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        settings: AnswerSettings,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        on_progress: Callable[[int], object] = lambda num_rows: None,
+    ):
+        """model: unwrapped, on its device, in eval mode. on_progress: is told how many rows are done, on all ranks."""
+        self.model, self.processor, self.settings = model, processor, settings
+        self.rank, self.num_ranks, self.on_progress = rank, num_ranks, on_progress
+        self._greedy_answers: dict[tuple[str, ...], Answers] = {}
+        self._open = lru_cache(maxsize=1024)(lambda path: open_image(path, settings.max_pixels))
+
+    def __call__(self, episodes: Sequence[Episode], num_samples: int) -> list[Answers]:
+        """One greedy answer and `num_samples` samples of each episode, in order."""
+        if num_samples:
+            return self._answer(episodes, num_samples)
+        # greedy answers to one prompt are one answer: with blank pictures, prompts differ in their instruction alone
+        keys = [self._prompt_key(episode) for episode in episodes]
+        new = {key: episode for key, episode in zip(keys, episodes, strict=True) if key not in self._greedy_answers}
+        self._greedy_answers |= zip(new, self._answer(list(new.values()), 0), strict=True)
+        self.on_progress(len(episodes) - len(new))
+        return [self._greedy_answers[key] for key in keys]
+
+    def _answer(self, episodes: Sequence[Episode], num_samples: int) -> list[Answers]:
+        size = self.settings.episodes_per_batch
+        # under ZeRO-3 every rank must generate as often as the others: the last ones may answer an episode again
+        per_rank = -(-len(episodes) // self.num_ranks)
+        own = [(number * self.num_ranks + self.rank) % max(len(episodes), 1) for number in range(per_rank)]
+        collator = VLMDataCollator(self.processor, 1 + num_samples)
+        answered: list[tuple[int, Answers]] = []
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.settings.seed + self.rank)
+            for start in range(0, len(own), size):
+                numbers = own[start : start + size]
+                texts = self._answer_batch({number: episodes[number] for number in numbers}, num_samples, collator)
+                answered += zip(numbers, texts, strict=True)
+                self.on_progress(min(self.num_ranks * len(numbers), len(episodes)) * (1 + num_samples))
+        by_number = dict(gather_object(answered))
+        return [by_number[number] for number in range(len(episodes))]
+
+    def _answer_batch(self, episodes: dict[int, Episode], num_samples: int, collator: VLMDataCollator) -> list[Answers]:
+        # the collator knows a batch by its episodes' numbers
+        rows = [self._row(episode, number) for number, episode in episodes.items() for _ in range(1 + num_samples)]
+        batch = send_to_device(collator(rows), self.model.device)
+        processors = LogitsProcessorList([FirstOfGroupIsGreedy(1 + num_samples)] if num_samples else [])
+        config = generation_config(self.model, self.settings, is_sampling=num_samples > 0)
+        ends = end_token_ids(self.model)
+        completions = generate_groups(self.model, batch, None, config, processors).tolist()
+        texts = [decode_completion(self.processor, up_to_end(ids, ends), ends) for ids in completions]
+        starts = range(0, len(texts), 1 + num_samples)
+        return [Answers(texts[start], tuple(texts[start + 1 : start + 1 + num_samples])) for start in starts]
+
+    def _prompt_key(self, episode: Episode) -> tuple[str, ...]:
+        """Equal for episodes whose messages are the same and whose pictures have the same pixels or files."""
+        shown = [
+            image_digest(image).hex() if isinstance(image, Image.Image) else str(image) for image in episode.images
+        ]
+        return (json.dumps(episode.messages), *shown)
+
+    def _row(self, episode: Episode, number: int) -> Row:
+        return episode_row(episode, number, episode.messages, [self._picture(image) for image in episode.images])
+
+    def _picture(self, image: ImageSource) -> Image.Image:
+        return open_image(image, self.settings.max_pixels) if isinstance(image, Image.Image) else self._open(image)
+
+
+def sound_part(plan: EvaluationPlan, *, rank: int, num_ranks: int, skips_bad_images: bool) -> EvaluationPlan:
+    """The plan without the episodes of which an image has gone bad since it was checked. Every process takes part.
+
+    Each opens the images of its share of the episodes. Raises RunStopped on all of them if an image is bad, unless bad
+    ones are skipped, or if no episode is left.
+    """
+    # a file is opened once, however many episodes show it
+    problem_of = lru_cache(maxsize=None)(lambda path: _problem_of(path, plan.max_pixels))
+    faults = {}
+    for number in range(rank, len(plan.episodes), num_ranks):
+        paths = [image for image in plan.episodes[number].images if not isinstance(image, Image.Image)]
+        problems = [problem for problem in map(problem_of, paths) if problem is not None]
+        if problems:
+            faults[number] = f"process {rank}: held-out episode {number}: {problems[0]}"
+    found = {number: fault for of_rank in gather_object([faults]) for number, fault in of_rank.items()}
+    if not found:
+        return plan
+    first = found[min(found)]
+    if not skips_bad_images or len(found) == len(plan.episodes):
+        raise RunStopped(first)
+    logger.info(f"{len(found)} of {len(plan.episodes)} held-out episodes are left out of this evaluation: {first}")
+    rest = tuple(episode for number, episode in enumerate(plan.episodes) if number not in found)
+    return replace(plan, episodes=rest)
+
+
+def _problem_of(path: Path, max_pixels: int | None) -> str | None:
+    try:
+        open_image(path, max_pixels)
+    except BadImage as error:
+        return str(error)
+    return None
+
+
+class FirstOfGroupIsGreedy(LogitsProcessor):
+    """Leaves the likeliest token alone to the first row of each group, so that greedy and samples share a prefill."""
+
+    def __init__(self, group_size: int):
+        self.group_size = group_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: (B, vocabulary) float, rows group after group; returned with the first of each group one-hot."""
+        firsts = scores[:: self.group_size]
+        scores = scores.clone()
+        scores[:: self.group_size] = torch.full_like(firsts, -torch.inf).scatter(
+            1, firsts.argmax(dim=1, keepdim=True), 0.0
+        )
+        return scores
+
+
+def generation_config(model: Any, settings: AnswerSettings, *, is_sampling: bool) -> GenerationConfig:
+    """The policy itself, without media tokens; end and padding tokens are those of the loaded model."""
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if is_sampling else {}
+    return GenerationConfig(
+        do_sample=is_sampling,
+        max_new_tokens=settings.max_completion_length,
+        eos_token_id=end_token_ids(model),
+        pad_token_id=model.generation_config.pad_token_id,
+        suppress_tokens=media_token_ids(model.config),
+        **sampling,
+    )

@@ -1,0 +1,102 @@
+"""What a model's folder says of itself in JSON: an adapter or a whole model, its base, its shards. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fleet.errors import UsageError
+from utils.file_kinds import kind_of
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+SHARDS_INDEX_NAME = "model.safetensors.index.json"
+HEADER_LENGTH_BYTES = 8  # little-endian, at the start of a safetensors file
+LFS_BEGINNING = b"version https://git-lfs"
+MODEL_FILE_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".jinja"})  # what transformers and PEFT open
+
+
+def is_adapter(model_id: str) -> bool:
+    """Whether this is the folder of an adapter."""
+    return (Path(model_id) / ADAPTER_CONFIG_NAME).is_file()
+
+
+def base_of(model_id: str) -> str:
+    """The model whose weights are opened: an adapter's base, else the model itself. Raises UsageError."""
+    if not is_adapter(model_id):
+        return model_id
+    return str(read_json(Path(model_id) / ADAPTER_CONFIG_NAME).get("base_model_name_or_path"))
+
+
+def require_whole_folder(folder: Path) -> None:
+    """Raises UsageError if a folder's index names a file that is not there, or its generation settings are no JSON.
+
+    The libraries would make up generation settings of their own.
+    """
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        read_json(folder / GENERATION_CONFIG_NAME)
+    if not (folder / SHARDS_INDEX_NAME).is_file():
+        return
+    places = read_json(folder / SHARDS_INDEX_NAME).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UsageError(f"{folder / SHARDS_INDEX_NAME} has no weight_map of names and files; restore it")
+    missing = sorted({name for name in map(str, places.values()) if not (folder / name).is_file()})
+    if missing:
+        raise UsageError(
+            f"model folder {folder} lacks {len(missing)} of the {len(set(places.values()))} files that its "
+            f"{SHARDS_INDEX_NAME} names, {missing[0]} among them; copy them there from the original model"
+        )
+
+
+def require_whole_weights(folder: Path) -> None:
+    """Raises UsageError if a weights file is cut off, as a broken download leaves it, or stands for one to be fetched.
+
+    A safetensors file begins with the length of its header, which says how many bytes follow it. Reads headers alone.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            problem = _problem_of_weights(path)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read ({error.strerror}); make it readable or replace it") from error
+        if problem is not None:
+            raise UsageError(f"weights {path} {problem}")
+
+
+def _problem_of_weights(path: Path) -> str | None:
+    remedy = "copy it there from the original model again"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEADER_LENGTH_BYTES)
+        if LFS_BEGINNING.startswith(head) and head:
+            return "is a pointer of Git LFS, not the weights; run git lfs pull in the folder it was cloned to"
+        length = int.from_bytes(head, "little")
+        if size < HEADER_LENGTH_BYTES or length > size - HEADER_LENGTH_BYTES:
+            return f"has {size:,} bytes, which is not even its header; {remedy}"
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            wanted = HEADER_LENGTH_BYTES + length + max(ends, default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return f"has a header that cannot be read; {remedy}"
+    return None if size == wanted else f"has {size:,} bytes, but by its header {wanted:,}; {remedy}"
+
+
+def require_regular_files(folder: Path) -> None:
+    """Raises UsageError if what is named like a model's file is a pipe, a device or a link to nothing."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in MODEL_FILE_SUFFIXES and (kind := kind_of(path)) not in ("a file", "a folder"):
+            raise UsageError(f"model folder {folder}: {path.name} is {kind}; put the original model's file there")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UsageError if there is none."""
+    try:
+        if (kind := kind_of(path)) not in (None, "a file"):
+            raise UsageError(f"{path} is {kind}, wanted a file; restore it")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); restore it") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}, wanted a JSON object; restore it")
+    return content

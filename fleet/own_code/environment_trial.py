@@ -1,0 +1,200 @@
+"""An environment of the user's own: what it is built with, and the trial of its first episodes before a weight loads.
+
+Owns what a class given by --env must be besides what its episodes must be (episodes.py): its constructor, its methods,
+and that it is pure. Raises BrokenEpisode, of which command/preflight.py makes a UsageError that names the file. Imports
+no torch.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from environment import Outcome, load_environment_class
+from fleet.controls import with_order_permuted
+from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode
+from fleet.errors import RunStopped
+from fleet.rl.rollouts import make_records
+from fleet.run.records import group_lines
+from utils.child_process import command_of
+from utils.images import image_digest, open_image
+from utils.plain_text import require_plain_messages
+from utils.tool_calls import make_tool_call_str
+
+# The episodes that are tried, and the order in which they are asked for again.
+TRIED, ASKED_AGAIN = (0, 1), (1, 0, 0, 1)
+PROCESS_TIMEOUT_S = 120
+FIELDS = ("images", "correct_index", "labels", "target", "seed", "messages")
+
+
+def accepted_arguments(env_class: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the class's constructor takes by name; all of them if it takes **kwargs.
+
+    Raises BrokenEpisode if it needs one that is not given.
+    """
+    parameters = inspect.signature(env_class).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(given)
+    by_name = {parameter.name for parameter in parameters if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD,
+                                                                                parameter.KEYWORD_ONLY)}  # fmt: skip
+    wanting = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_POSITIONAL
+        and parameter.name not in by_name & given.keys()
+    ]
+    if wanting:
+        raise BrokenEpisode(
+            f"its constructor needs {', '.join(wanting)}, but is given {', '.join(given)} by name, each if it takes "
+            "it; give the other parameters defaults"
+        )
+    return {name: value for name, value in given.items() if name in by_name}
+
+
+def require_methods(env: EpisodeSource) -> None:
+    """Raises BrokenEpisode unless `episode(index)` and `prompt_messages(episode)` can be called so."""
+    for method, parameter in ((env.episode, "index"), (env.prompt_messages, "episode")):
+        try:
+            inspect.signature(method).bind(None)
+        except TypeError as error:
+            name = getattr(method, "__name__", "a method")
+            raise BrokenEpisode(
+                f"{name}{inspect.signature(method)} cannot be called as {name}({parameter}) ({error}); correct its "
+                "parameters"
+            ) from error
+
+
+def require_pure(env: EpisodeSource, another: EpisodeSource) -> None:
+    """Raises BrokenEpisode, with the field, if an episode changes with when, after what or of whom it is asked.
+
+    another: an instance built with the same arguments, which has not been asked yet.
+    """
+    first = {index: checked_episode(env, index) for index in TRIED}
+    for asked, how in ((env, "asked for again"), (another, "asked of another instance, built alike")):
+        for index in ASKED_AGAIN:
+            _require_same(index, first[index], checked_episode(asked, index), how)
+
+
+def require_same_in_another_process(env: EpisodeSource, spec: str, arguments: Mapping[str, Any]) -> None:
+    """Raises BrokenEpisode, with the field, if another process with other hashes of text draws other first episodes.
+
+    spec, arguments: with which `env` was made. A process that fails or takes two minutes, as where the environment
+    holds something that one process alone can have, shows nothing and is passed over.
+    """
+    other_hashes = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    try:
+        said = subprocess.run(
+            command_of("fleet.own_code.environment_trial", json.dumps([spec, dict(arguments)])),
+            env={**os.environ, "PYTHONHASHSEED": other_hashes},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=PROCESS_TIMEOUT_S,
+        ).stdout
+        digests = json.loads(said.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return
+    require_same_digests([first_digests(env), digests])
+
+
+def require_same_digests(of_processes: Sequence[Mapping[str, str]]) -> None:
+    """Raises BrokenEpisode, with the field, if two processes drew other first episodes."""
+    for digests in of_processes[1:]:
+        for name, digest in of_processes[0].items():
+            if digests.get(name) != digest:
+                raise BrokenEpisode(
+                    f"the {name} is another one in another process; derive all randomness from the seed and the index, "
+                    'as random.Random(f"{seed}/{index}"), and depend on no rank, no hash() of a text, no order of a set'
+                )
+
+
+def first_digests(env: EpisodeSource) -> dict[str, str]:
+    """A digest of each field of the first episodes, by the words that name it in an error.
+
+    A file counts by its name: machines may keep it in different folders.
+    """
+    digests = {}
+    for index in TRIED:
+        episode = checked_episode(env, index)
+        for field in FIELDS:
+            entries = [
+                entry.name if isinstance(entry, Path) else entry for entry in _comparable(getattr(episode, field))
+            ]
+            digests[f"{field} of episode {index}"] = hashlib.sha256(repr(entries).encode()).hexdigest()
+    return digests
+
+
+def _require_same(index: int, first: Episode, now: Episode, how: str) -> None:
+    for field in FIELDS:
+        before, after = _comparable(getattr(first, field)), _comparable(getattr(now, field))
+        if before != after:
+            differing = [pair for pair in zip_longest(before, after) if pair[0] != pair[1]][0]
+            shown = [" ".join(repr(value).split())[-60:] for value in differing]
+            raise BrokenEpisode(
+                f"episode {index} is another one when {how}: its {field} had {shown[0]}, then {shown[1]}; derive all "
+                'randomness from the seed and the index, as random.Random(f"{seed}/{index}")'
+            )
+
+
+def _comparable(value: Any) -> Sequence[Any]:
+    """A field as entries that are equal for equal pictures, paths and texts."""
+    entries = value if isinstance(value, tuple) else (value,)
+    return [image_digest(entry).hex() if isinstance(entry, Image.Image) else entry for entry in entries]
+
+
+def require_plain_prompts(env: EpisodeSource, literals: Collection[str]) -> None:
+    """Raises NotPlainText if the first episodes' messages hold a literal that is a token to the model."""
+    for index in TRIED:
+        require_plain_messages(checked_episode(env, index).messages, f"episode {index}", literals)
+
+
+def require_usable(env: EpisodeSource, max_pixels: int | None) -> None:
+    """Raises BrokenEpisode unless the first episodes go all the way: shown, answered, judged, recorded, reordered.
+
+    max_pixels: budget of one image. The files that the environment lists in `images` are checked by
+    command/image_check.py and not opened here. Raises BadImage or OSError for another one that does not open.
+    """
+    listed = {getattr(image, "path", None) for image in getattr(env, "images", None) or ()}
+    for index in TRIED:
+        episode = checked_episode(env, index)
+        for image in episode.images:
+            if isinstance(image, Image.Image) or image not in listed:
+                open_image(image, max_pixels)
+        _require_verdicts(index, episode)
+        try:
+            with_order_permuted(env, episode, episode.correct_index, random.Random(index))
+        except RunStopped as error:
+            raise BrokenEpisode(str(error)) from error
+
+
+def _require_verdicts(index: int, episode: Episode) -> None:
+    """Raises BrokenEpisode unless the right call is judged right, the next one not, and both can be recorded."""
+    answers = [make_tool_call_str(episode.correct_index), make_tool_call_str(episode.correct_index + 1)]
+    names = [[f"{place}.webp" for place in range(len(episode.images))]]
+    records = make_records(
+        [episode], names, [episode.messages], answers, [1.0, 0.0], [1.0, -1.0], allow_reasoning=False
+    )
+    verdicts = [record.judgement.outcome for record in records]
+    if verdicts[0] is not Outcome.CORRECT or verdicts[1] is Outcome.CORRECT:
+        raise BrokenEpisode(
+            f"episode {index}: the calls {episode.correct_index} and {episode.correct_index + 1} are judged "
+            f"{verdicts[0]} and {verdicts[1]}; leave num_candidates of Episode as it is"
+        )
+    json.dumps(list(chain(group_lines(records, len(answers), 0), episode.messages)))
+
+
+def main() -> None:
+    """Prints the digests of the first episodes for the process that started this one."""
+    spec, arguments = json.loads(sys.argv[1])
+    env_class = load_environment_class(spec)
+    print(f"\n{json.dumps(first_digests(env_class(**accepted_arguments(env_class, arguments))))}")

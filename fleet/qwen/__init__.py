@@ -1,0 +1,1 @@
+"""Tensors and the model: packed groups, their passes, image features, FLOPs. Knows no trainer."""

@@ -1,0 +1,1 @@
+"""A run folder becomes one page. Reads files alone."""

@@ -1,0 +1,312 @@
+"""The curves of a report as inline SVG: one small chart per figure, in colours that the page's style sheet decides.
+
+Owns which figures are drawn and how they are smoothed. Legends are the page's, as text that wraps on a phone.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fleet.report.rollouts import finite
+from fleet.report.tables import Document, Level, estimate_at, percent
+from utils.tool_calls import ParseStatus
+
+MAX_POINTS = 500  # drawn of a line; of longer runs, every second step or fewer
+SIZE_INCHES = (4.2, 2.5)
+# what matplotlib draws with, and the style sheet's variable that takes its place
+SENTINELS = {
+    name: f"#0102{number:02x}"
+    for number, name in enumerate(
+        ["muted", "grid", "accent", "held-out", "good", "fair", "bad", "other", *(f"series-{k}" for k in range(8))]
+    )
+}
+LEVEL_MARKS = {"dashed": (5, 3), "dotted": (1.2, 2.2)}
+LENGTH_KEY = "completions/mean_length"
+LINE_CHARTS = (
+    ("entropy", "Entropy", "nats per token"),
+    ("grad_norm", "Gradient norm", "before clipping"),
+    ("kl", "KL to the reference", "nats per token"),
+    (LENGTH_KEY, "Completion length", "tokens"),
+    ("step_time_s", "Step time", "seconds"),
+)
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",  # the metrics used for the layout; the page sets its own font
+    "font.size": 10,
+    "text.color": SENTINELS["muted"],
+    "xtick.color": SENTINELS["muted"],
+    "ytick.color": SENTINELS["muted"],
+    "axes.labelcolor": SENTINELS["muted"],
+    "axes.edgecolor": SENTINELS["grid"],
+    "grid.color": SENTINELS["grid"],
+    "path.simplify_threshold": 0.3,
+}
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A line of a chart in words. mark: "line", "dashed", "dotted", "point" or "area"."""
+
+    label: str
+    colour: str
+    mark: str
+    latest: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One drawing with its words. `svg` is markup of our own making; every text in it is escaped."""
+
+    title: str
+    unit: str
+    latest: str
+    legend: tuple[LegendEntry, ...]
+    note: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A family of shares that sum to 1, drawn as areas. rest: the name of what a family leaves open, if it does."""
+
+    title: str
+    unit: str
+    prefix: str
+    colours: Mapping[str, str]
+    leaves_out_absent: bool = False
+    rest: str = ""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One area of a stack. shares: (n,) float64, a value per drawn step."""
+
+    name: str
+    colour: str
+    shares: np.ndarray
+
+
+STACKS = (
+    Stack(
+        "Outcomes",
+        "shares of rollouts",
+        "outcome/",
+        {"correct": "good", "wrong_index": "fair", "index_out_of_range": "other", "unparsable": "bad"},
+    ),
+    Stack(
+        "Parse statuses",
+        "shares of rollouts",
+        "parse/",
+        {status.value: "good" if status is ParseStatus.OK else f"series-{k}" for k, status in enumerate(ParseStatus)},
+        leaves_out_absent=True,
+    ),
+    Stack("Groups", "shares of episodes", "groups/", {"all_right": "good", "mixed": "accent", "all_wrong": "bad"}),
+    Stack("Chosen index", "shares of rollouts", "chosen_index/", {}, rest="no valid pick"),
+)
+
+
+def running_mean_steps(num_steps: int) -> int:
+    """How many logged steps the strong lines and the areas average over: a twentieth of the run.
+
+    >>> running_mean_steps(200), running_mean_steps(12)
+    (10, 1)
+    """
+    return max(1, num_steps // 20)
+
+
+def draw_charts(
+    metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Document], levels: Sequence[Level]
+) -> list[Chart]:
+    """Every chart that there are finite figures for. evaluations: those of no step are not drawn."""
+    stepped = [document for document in evaluations if document.get("step") is not None]
+    charts = [_line(metrics, "reward", "Reward", "mean per rollout"), _accuracy(metrics, stepped, levels)]
+    charts += [_stacked(metrics, stack) for stack in STACKS]
+    charts += [_line(metrics, key, title, unit) for key, title, unit in LINE_CHARTS if _says_something(metrics, key)]
+    return [chart for chart in charts if chart is not None]
+
+
+def _says_something(metrics: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """False for lengths that hardly change: a bare call has one length, so their curve matters with reasoning only."""
+    _, values = _series(metrics, key)
+    return key != LENGTH_KEY or (len(values) > 0 and values.max() > 1.25 * values.min())
+
+
+def _line(metrics: Sequence[Mapping[str, Any]], key: str, title: str, unit: str) -> Chart | None:
+    steps, values = _series(metrics, key)
+    if not len(steps):
+        return None
+    smooth, note = _running_mean(values), ""
+    figure, axes = _new_axes(steps[0], steps[-1])
+    _draw_line(axes, steps, values, smooth)
+    if key == "reward" and values.min() >= 0 and values.max() <= 1:
+        axes.set_ylim(-0.03, 1.05)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    elif values.min() >= 0:
+        top = _top_of_frame(values)
+        axes.set_ylim(0, top or 1)
+        num_above = int((values > top).sum())
+        note = f"{num_above} above the frame, up to {_short(values.max())}" if num_above else ""
+    svg = _svg(figure, key, f"{title} over steps, last {_short(smooth[-1])}")
+    return Chart(title, unit, _short(smooth[-1]), (), note, svg)
+
+
+def _top_of_frame(values: np.ndarray) -> float:
+    """The largest value with some air; but a few far above the others, as a first step that warms up, are cut off."""
+    highest, usual = float(values.max()), float(np.percentile(values, 98))
+    return 1.12 * (usual if highest > 3 * usual else highest)
+
+
+def _accuracy(
+    metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Document], levels: Sequence[Level]
+) -> Chart | None:
+    steps, values = _series(metrics, "accuracy")
+    held_out = [(document["step"], estimate_at(document, "greedy_accuracy")) for document in evaluations]
+    points = [(step, found) for step, found in held_out if found is not None and found.value is not None]
+    if not len(steps) and not points:
+        return None
+    drawn_steps = [*steps, *(step for step, _ in points)]
+    figure, axes = _new_axes(min(drawn_steps), max(drawn_steps))
+    legend, latest = [], ""
+    if len(steps):
+        smooth = _running_mean(values)
+        latest = percent(smooth[-1])
+        _draw_line(axes, steps, values, smooth)
+        legend.append(LegendEntry("training rollouts", "accent", "line", latest))
+    for step, found in points:
+        assert found.value is not None
+        low, high = (found.value if end is None else end for end in (found.low, found.high))
+        axes.plot([step, step], [low, high], color=SENTINELS["held-out"], linewidth=1.6, clip_on=False, zorder=4)
+        axes.plot([step], [found.value], "o", color=SENTINELS["held-out"], markersize=5, clip_on=False, zorder=5)
+    if points:
+        legend.append(LegendEntry("held-out, greedy, 95% interval", "held-out", "point", points[-1][1].text))
+    for level, (mark, dashes) in zip(levels, LEVEL_MARKS.items(), strict=False):
+        axes.axhline(level.accuracy, color=SENTINELS["muted"], linewidth=1.1, linestyle=(0, dashes), zorder=1)
+        legend.append(LegendEntry(level.name.lower(), "muted", mark, percent(level.accuracy)))
+    _set_percent(axes, -0.03, 1.05)
+    words = "; ".join(f"{entry.label} {entry.latest}" for entry in legend)
+    svg = _svg(figure, "accuracy", f"Accuracy over steps, last: {words}")
+    return Chart("Accuracy", "share of right picks", latest, tuple(legend), "", svg)
+
+
+def _stacked(metrics: Sequence[Mapping[str, Any]], stack: Stack) -> Chart | None:
+    rows = [{name: finite(row[name]) for name in row if name.startswith(stack.prefix)} for row in metrics]
+    is_whole = [bool(row) and None not in row.values() for row in rows]
+    steps = np.array([float(row["step"]) for row, whole in zip(metrics, is_whole, strict=True) if whole])
+    if not len(steps):
+        return None
+    layers = _layers([row for row, whole in zip(rows, is_whole, strict=True) if whole], stack)
+    figure, axes = _new_axes(steps[0], steps[-1])
+    shares = np.stack([layer.shares for layer in layers])
+    if len(steps) == 1:  # an area needs a width
+        steps, shares = np.array([steps[0] - 0.5, steps[0] + 0.5]), np.repeat(shares, 2, axis=1)
+    colours = [SENTINELS[layer.colour] for layer in layers]
+    axes.stackplot(_thinned(steps), _thinned(shares), colors=colours, linewidth=0, alpha=0.85)
+    _set_percent(axes, 0, 1)
+    legend = tuple(
+        LegendEntry(layer.name.replace("_", " "), layer.colour, "area", percent(layer.shares[-1])) for layer in layers
+    )
+    words = ", ".join(f"{entry.label} {entry.latest}" for entry in legend)
+    svg = _svg(figure, stack.prefix, f"{stack.title} over steps, last: {words}")
+    return Chart(stack.title, stack.unit, "", legend, "", svg)
+
+
+def _layers(rows: Sequence[Mapping[str, float | None]], stack: Stack) -> list[Layer]:
+    """From the bottom up: the names that have a colour, then others, then what is left over to 1."""
+    found = {name.removeprefix(stack.prefix) for row in rows for name in row}
+    names = [name for name in stack.colours if name in found]
+    names += sorted((name for name in found if name not in stack.colours), key=lambda name: (len(name), name))
+    layers = [
+        Layer(name, stack.colours.get(name, f"series-{number % 8}"), _shares(rows, stack.prefix + name))
+        for number, name in enumerate(names)
+    ]
+    if stack.rest:
+        rest = 1 - np.sum([layer.shares for layer in layers], axis=0)
+        layers.append(Layer(stack.rest, "muted", np.clip(rest, 0, 1)))
+    return [layer for layer in layers if layer.shares.max() > 0 or not stack.leaves_out_absent] or layers[:1]
+
+
+def _shares(rows: Sequence[Mapping[str, float | None]], name: str) -> np.ndarray:
+    return _running_mean(np.array([row.get(name) or 0.0 for row in rows]))
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one figure, (n,) float64 each."""
+    pairs = [(float(row["step"]), value) for row in metrics if (value := finite(row.get(key))) is not None]
+    steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Each value's mean with those before it; never with later ones, which would move a rise to the left."""
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - running_mean_steps(len(values)))
+    sums = np.concatenate([[0.0], values.cumsum()])
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _thinned(values: np.ndarray) -> np.ndarray:
+    """At most MAX_POINTS of the last axis, evenly spaced, the first and the last among them."""
+    num_values = values.shape[-1]
+    return values[..., np.linspace(0, num_values - 1, min(num_values, MAX_POINTS)).round().astype(int)]
+
+
+def _new_axes(first_step: float, last_step: float) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        figure.patch.set_visible(False)
+        axes = figure.add_subplot()
+        axes.set_xlim(first_step - (first_step == last_step), last_step + (first_step == last_step))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel("step")
+        axes.tick_params(length=0, pad=5)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.patch.set_visible(False)
+    return figure, axes
+
+
+def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: np.ndarray) -> None:
+    marker = "o" if len(steps) == 1 else ""
+    if running_mean_steps(len(values)) > 1:
+        axes.plot(_thinned(steps), _thinned(values), color=SENTINELS["accent"], linewidth=1, alpha=0.3, zorder=2)
+    axes.plot(_thinned(steps), _thinned(smooth), color=SENTINELS["accent"], linewidth=2.2, marker=marker, zorder=3)
+
+
+def _set_percent(axes: Axes, low: float, high: float) -> None:
+    axes.set_ylim(low, high)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an SVG element to put into a page: no size of its own, ids of its own, the page's colours."""
+    prefix = re.sub(r"\W", "-", name)
+    target = io.StringIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": prefix}):
+        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
+    svg = target.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
+    svg = re.sub(r' id="', f' id="{prefix}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    for variable, sentinel in SENTINELS.items():
+        svg = svg.replace(sentinel, f"var(--{variable})")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)

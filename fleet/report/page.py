@@ -1,0 +1,273 @@
+"""One HTML page that shows a whole run.
+
+Owns what a run folder must hold, and the page's headline. The page needs no network and no server.
+Imports neither torch nor transformers, so it runs wherever a run's folder was copied to.
+"""
+
+import base64
+import hashlib
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from json import loads
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fleet.errors import UsageError
+from fleet.report import tables
+from fleet.report.charts import draw_charts, running_mean_steps
+from fleet.report.rollouts import Group, embed, finite, ordered_groups, parse_group
+from fleet.run_folder import (
+    CONFIG_NAME,
+    EVALUATIONS_NAME,
+    METRICS_NAME,
+    REPORT_NAME,
+    ROLLOUTS_NAME,
+    SEPARATE_EVALUATION_NAME,
+    THUMBNAILS_NAME,
+    read_jsonl,
+)
+from utils.plain_text import printable_lines
+
+TEMPLATE_NAME = "template.html"
+LAST_STEPS = 5  # the training figures of the end are means over so many logged steps
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What a run left. metrics: one object per logged step; evaluations: ordered by step; groups: likewise."""
+
+    run_dir: Path
+    config: dict[str, Any]
+    metrics: tuple[dict[str, Any], ...]
+    evaluations: tuple[tables.Document, ...]
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline figure: its name, the figure, and what qualifies it."""
+
+    name: str
+    text: str
+    detail: str
+    is_wide: bool = False
+
+
+def write_report(run_dir: Path, output: Path | None = None) -> Path:
+    """Writes the report of a run's folder to `output`, RUN_DIR/report.html by default, and returns its path.
+
+    Raises UsageError if the folder is no run or a record in it is broken; a report that exists is then left as it is.
+    """
+    path = output or run_dir / REPORT_NAME
+    if path.is_dir():
+        raise UsageError(f"output {path} is a folder; pass --output with a file")
+    page = render_page(read_run(run_dir))
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_bytes(page.encode("utf-8", "replace"))
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UsageError(
+            f"output {path} cannot be written ({error.strerror}); pass --output with another file"
+        ) from error
+    return path
+
+
+def read_run(run_dir: Path) -> RunRecords:
+    """The records in a run's folder. Raises UsageError if it is no run, or a record is broken."""
+    if not run_dir.is_dir():
+        raise UsageError(f"run folder {run_dir} is no folder; pass the --output_dir of a run of training.py")
+    missing = [name for name in (CONFIG_NAME, METRICS_NAME) if not (run_dir / name).is_file()]
+    if missing:
+        raise UsageError(
+            f"{run_dir} has no {' and no '.join(missing)}, but a run has both; "
+            "pass the --output_dir of a run of training.py"
+        )
+    try:
+        return RunRecords(
+            run_dir,
+            _read_config(run_dir / CONFIG_NAME),
+            tuple(_read_metrics(run_dir / METRICS_NAME)),
+            tuple(tables.ordered_evaluations(_read_evaluations(run_dir))),
+            tuple(_read_groups(run_dir / ROLLOUTS_NAME)),
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore the file, or pass another run") from error
+    if not isinstance(config, dict) or not isinstance(config.get("options"), dict):
+        raise ValueError(f'{path} has no "options", so it is no run\'s; pass the --output_dir of a run of training.py')
+    return config
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    metrics = read_jsonl(path)
+    for number, line in enumerate(metrics, start=1):
+        if finite(line.get("step")) is None:
+            raise ValueError(
+                f"{path}, line {number} has step={line.get('step')!r}, but wanted a number; remove that line"
+            )
+    return metrics
+
+
+def _read_if_there(path: Path) -> list[dict[str, Any]]:
+    return read_jsonl(path) if path.is_file() else []
+
+
+def _read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """Those of training, and the one that evaluate.py wrote into the folder."""
+    evaluations = _read_if_there(run_dir / EVALUATIONS_NAME)
+    separate = run_dir / SEPARATE_EVALUATION_NAME
+    if separate.is_file():
+        try:
+            evaluations.append(loads(separate.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(
+                f"{separate} is not JSON ({error}); write it again with evaluate.py --overwrite"
+            ) from error
+    return evaluations
+
+
+def _read_groups(path: Path) -> list[Group]:
+    groups = []
+    for number, line in enumerate(_read_if_there(path), start=1):
+        try:
+            groups.append(parse_group(line))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number} is no record of a group ({error!r}); remove that line") from error
+    return ordered_groups(groups)
+
+
+def render_page(records: RunRecords) -> str:
+    """The whole page. Values reach it escaped by Jinja2, or as JSON that the page's script shows as text."""
+    folder = Path(__file__).resolve().parent
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_as_plain_text,
+    )
+    columns = tables.shown_columns(records.evaluations)
+    ends = tables.first_and_last(records.evaluations)
+    rollouts = embed(records.groups, records.run_dir / THUMBNAILS_NAME)
+    charts = draw_charts(records.metrics, records.evaluations, levels(records))
+    return environment.get_template(TEMPLATE_NAME).render(
+        name=records.run_dir.resolve().name,
+        summary=_summary(records.config["options"]),
+        config=records.config,
+        command=shlex.join(str(word) for word in records.config.get("command") or []),
+        script_hash=_script_hash(folder / TEMPLATE_NAME),
+        tiles=headline(records),
+        charts=[(chart, Markup(chart.svg)) for chart in charts],
+        running_mean_steps=running_mean_steps(len(_training_lines(records))),
+        columns=[(tables.column_title(document), document) for document in columns],
+        num_evaluations=len(records.evaluations),
+        evaluation_setting=tables.setting(ends[1]) if ends else "",
+        evaluation_rows=tables.evaluation_rows(columns),
+        by_index_rows=tables.accuracy_by_index_rows(columns),
+        heat_map=tables.heat_map(ends[1] if ends else None, records.groups),
+        rollouts=rollouts,
+        rollouts_json=Markup(rollouts.json_text),
+    )
+
+
+def _as_plain_text(value: object) -> object:
+    """What the page shows for a value: of a text, all that does not print is spelled out, but for breaks of a line."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\u2028".join(printable_lines(line) for line in value.split("\u2028"))
+
+
+def _script_hash(template: Path) -> str:
+    """What the page's policy names as the only script that may run."""
+    scripts = re.findall(r"<script>(.*?)</script>", template.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (script,) = scripts
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+
+
+def _summary(options: dict[str, Any]) -> str:
+    """One line on what was asked of the model."""
+    fixed = options.get("fixed_correct_index")
+    task = "the target is drawn and named" if fixed is None else f"index {fixed} is always right"
+    if options.get("env"):
+        task = f"environment {options['env']}"
+    return (
+        f"{options.get('num_rollouts', '?')} rollouts per episode, "
+        f"{options.get('candidates_per_episode', '?')} candidates; {task}"
+    )
+
+
+def headline(records: RunRecords) -> list[Tile]:
+    """The figures at the top of the page: of the held-out evaluations if there are any, else of training."""
+    lines = _training_lines(records)
+    tiles = [_accuracy_tile(records)]
+    for level in levels(records):
+        tiles.append(Tile(level.name, tables.percent(level.accuracy), level.detail))
+    last_step = max((int(line["step"]) for line in lines), default=0)
+    planned = records.config["options"].get("train_steps")
+    tiles.append(Tile("Steps", f"{last_step:,}", f"of {planned:,} planned" if isinstance(planned, int) else ""))
+    tiles.append(Tile("Training", _duration(training_seconds(lines)), "in optimizer steps"))
+    return tiles
+
+
+def levels(records: RunRecords) -> list[tables.Level]:
+    """What takes no looking, to compare accuracies with."""
+    ends = tables.first_and_last(records.evaluations)
+    return tables.levels_without_looking(ends[1] if ends else None, records.config["options"])
+
+
+def _accuracy_tile(records: RunRecords) -> Tile:
+    ends = tables.first_and_last(records.evaluations)
+    if ends:
+        first, last = (tables.estimate_at(document, "greedy_accuracy") for document in ends)
+        if first and last:
+            text = last.text if ends[0] is ends[1] else f"{first.text} → {last.text}"
+            place = " and ".join(dict.fromkeys(tables.column_title(document) for document in ends))
+            return Tile(
+                "Held-out greedy accuracy", text, f"{place}; last {last.interval}, n = {last.n:,}", is_wide=True
+            )
+    values = [value for line in records.metrics if (value := finite(line.get("accuracy"))) is not None]
+    if not values:
+        return Tile("Accuracy", "–", "no step was logged", is_wide=True)
+    end = values[-LAST_STEPS:]
+    text = f"{tables.percent(values[0])} → {tables.percent(sum(end) / len(end))}"
+    return Tile("Training accuracy", text, f"first step, then the mean of the last {len(end)}", is_wide=True)
+
+
+def _training_lines(records: RunRecords) -> list[dict[str, Any]]:
+    """The metrics of optimizer steps, without those of evaluations."""
+    return [line for line in records.metrics if any(name != "step" and not name.startswith("eval/") for name in line)]
+
+
+def training_seconds(lines: Sequence[dict[str, Any]]) -> float:
+    """Time in optimizer steps; a line that stands for several steps holds their mean.
+
+    >>> training_seconds([{"step": 10, "step_time_s": 2.0}, {"step": 20, "step_time_s": 1.0}])
+    30.0
+    """
+    total, previous = 0.0, 0.0
+    for line in lines:
+        total += (finite(line.get("step_time_s")) or 0) * max(line["step"] - previous, 0)
+        previous = line["step"]
+    return total
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,291 @@
+"""The figures of a report's tiles and tables: estimates with their intervals, and what each row means.
+
+Owns how a figure is written and which evaluations are shown. Reads no file and draws nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fleet.controls import CONTROL_MEANINGS
+from fleet.report.rollouts import Group, finite
+from fleet.run_folder import EVALUATION_SCHEMA_VERSION
+
+MAX_COLUMNS = 4  # evaluations side by side; of more, the first and the last are shown
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A share or a difference of shares, its 95 % interval, and the number of cases behind it; None: unknown."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def text(self) -> str:
+        """The value in percent.
+
+        >>> Estimate(0.5, 0.45, 0.5512, 64).text, Estimate(None, None, None, 0).text
+        ('50.0%', '–')
+        """
+        return "–" if self.value is None else percent(self.value)
+
+    @property
+    def interval(self) -> str:
+        """The interval in percent, or nothing where it is unknown or the value exact.
+
+        >>> Estimate(0.5, 0.45, 0.5512, 64).interval
+        '45.0–55.1'
+        """
+        if self.value is None or self.low is None or self.high is None or self.low == self.high:
+            return ""
+        return f"{100 * self.low:.1f}–{100 * self.high:.1f}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a table: the value and, below it, what qualifies it."""
+
+    text: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: its name, one sentence that says what it means, and a cell per evaluation."""
+
+    name: str
+    meaning: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """A count, and its share of the row it stands in."""
+
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Counts by correct index (row) and chosen index (column); the last column is no valid pick."""
+
+    rows: tuple[tuple[HeatCell, ...], ...]
+    source: str
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Level:
+    """An accuracy that takes no looking, to compare with."""
+
+    name: str
+    accuracy: float
+    detail: str
+
+
+def _sentence(control: str) -> str:
+    meaning = CONTROL_MEANINGS[control].replace(" %", "%")
+    return f"{meaning[0].upper()}{meaning[1:]}."
+
+
+GREEDY = ("Greedy accuracy", "Share of held-out episodes whose most likely answer picks the right image.")
+ROWS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("greedy_accuracy",), *GREEDY),
+    (("sampled_accuracy",), "Sampled accuracy", "Share of sampled answers that pick the right image."),
+    (("chance",), "Chance", "What picking an image at random would score."),
+    (("best_constant_index",), "Best constant index", "What always picking one and the same index would score."),
+    (
+        ("controls", "blank_images"),
+        "Control: blank images",
+        _sentence("blank_images"),
+    ),
+    (
+        ("controls", "swapped_images"),
+        "Control: swapped images",
+        _sentence("swapped_images"),
+    ),
+    (
+        ("controls", "permuted_order"),
+        "Control: permuted order",
+        _sentence("permuted_order"),
+    ),
+    (
+        ("controls", "redrawn_images"),
+        "Control: redrawn images",
+        _sentence("redrawn_images"),
+    ),
+)
+
+
+def percent(share: float) -> str:
+    """A share in percent with one decimal.
+
+    >>> percent(0.97265625)
+    '97.3%'
+    """
+    return f"{100 * share:.1f}%"
+
+
+def estimate_at(document: Document, *keys: str) -> Estimate | None:
+    """The estimate that nested keys lead to, or None if the document has none there."""
+    found: Any = document
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping) or "value" not in found:
+        return None
+    low, high = found.get("ci95") or (None, None)
+    return Estimate(finite(found["value"]), finite(low), finite(high), int(found.get("n") or 0))
+
+
+def ordered_evaluations(documents: Sequence[Document]) -> list[Document]:
+    """Evaluations by step, each step's last one only, then those that belong to no step.
+
+    Raises ValueError for a document of another schema.
+    """
+    for document in documents:
+        if document.get("schema_version") != EVALUATION_SCHEMA_VERSION:
+            raise ValueError(
+                f"an evaluation has schema_version={document.get('schema_version')!r}, but this report reads "
+                f"{EVALUATION_SCHEMA_VERSION}; write the report with the version of Fleet that evaluated"
+            )
+    by_step = {document["step"]: document for document in documents if document.get("step") is not None}
+    return [by_step[step] for step in sorted(by_step)] + [doc for doc in documents if doc.get("step") is None]
+
+
+def first_and_last(evaluations: Sequence[Document]) -> tuple[Document, Document] | None:
+    """The evaluations before and after training; those of no step only if there are no others."""
+    of_training = [document for document in evaluations if document.get("step") is not None] or evaluations
+    return (of_training[0], of_training[-1]) if of_training else None
+
+
+def levels_without_looking(last: Document | None, options: Mapping[str, Any]) -> list[Level]:
+    """Chance and the best constant index, from the last evaluation, else from the flags as far as they tell."""
+    if last is None and options.get("env") is None and isinstance(options.get("candidates_per_episode"), int):
+        num_candidates, fixed = options["candidates_per_episode"], options.get("fixed_correct_index")
+        levels = [Level("Chance", 1 / num_candidates, f"{num_candidates} candidates")]
+        return levels + ([] if fixed is None else [Level("Best constant index", 1.0, f"always index {fixed}")])
+    if last is None:
+        return []
+    chance, constant = estimate_at(last, "chance"), estimate_at(last, "best_constant_index")
+    levels = []
+    if chance and chance.value is not None:
+        levels.append(Level("Chance", chance.value, f"{last.get('candidates', '?')} candidates"))
+    if constant and constant.value is not None:
+        index = last["best_constant_index"].get("index")
+        levels.append(Level("Best constant index", constant.value, f"always index {index}"))
+    return levels
+
+
+def shown_columns(evaluations: Sequence[Document]) -> list[Document]:
+    """All evaluations if they are few, else the first, the last, and those that belong to no step."""
+    if len(evaluations) <= MAX_COLUMNS:
+        return list(evaluations)
+    stepped = [document for document in evaluations if document.get("step") is not None]
+    separate = [document for document in evaluations if document.get("step") is None]
+    ends = [stepped[0], stepped[-1]] if len(stepped) > 1 else stepped
+    return ends + separate[len(ends) - MAX_COLUMNS :]
+
+
+def column_title(document: Document) -> str:
+    """Where in training an evaluation stands."""
+    return "separate" if document.get("step") is None else f"step {document['step']}"
+
+
+def setting(document: Document) -> str:
+    """How an evaluation was done, in one sentence."""
+    samples = f", {document['num_samples']} samples each" if document.get("num_samples") else ""
+    style = f", {document['prompt_style']} prompts" if document.get("prompt_style") else ""
+    return f"{document.get('episodes', '?')} episodes, drawn with seed {document.get('seed', '?')}{samples}{style}."
+
+
+def evaluation_rows(columns: Sequence[Document]) -> list[Row]:
+    """The rows of the evaluation table that at least one of the evaluations has."""
+    rows = [Row(name, meaning, _cells(columns, keys)) for keys, name, meaning in ROWS]
+    ks = sorted({int(k) for document in columns for k in document.get("pass_at_k") or {}})
+    rows[2:2] = [
+        Row(
+            f"pass@{k}",
+            f"Probability of a right answer among {k} sampled.",
+            _cells(columns, ("pass_at_k", str(k))),
+        )
+        for k in ks
+    ]
+    rows += _baseline_rows(columns)
+    return [row for row in rows if any(cell.text != "–" for cell in row.cells)]
+
+
+def _cells(columns: Sequence[Document], keys: tuple[str, ...]) -> tuple[Cell, ...]:
+    cells = []
+    for document in columns:
+        estimate = estimate_at(document, *keys)
+        detail = estimate.interval if estimate else ""
+        if estimate and keys == ("best_constant_index",):
+            detail = f"index {document['best_constant_index'].get('index')}"
+        cells.append(Cell(estimate.text if estimate else "–", detail))
+    return tuple(cells)
+
+
+def _baseline_rows(columns: Sequence[Document]) -> list[Row]:
+    models = sorted({str(document["baseline"].get("model")) for document in columns if document.get("baseline")})
+    if not models:
+        return []
+    return [
+        Row("Baseline", f"Greedy accuracy of {', '.join(models)}.", _cells(columns, ("baseline", "greedy_accuracy"))),
+        Row(
+            "Lead over the baseline",
+            "Difference in points, its interval, p of the paired test, and the episodes only one of the two got right.",
+            tuple(_difference_cell(document.get("baseline") or {}) for document in columns),
+        ),
+    ]
+
+
+def _difference_cell(baseline: Document) -> Cell:
+    estimate = estimate_at(baseline, "difference")
+    if estimate is None or estimate.value is None:
+        return Cell("–")
+    difference, details = baseline["difference"], []
+    if estimate.low is not None and estimate.high is not None:
+        details.append(f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}")
+    p_value = finite(difference.get("p_value"))
+    if p_value is not None:
+        details.append("p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}0.001" if p_value < 0.001 else f"p={p_value:.3f}")
+    if "only_model_right" in difference and "only_baseline_right" in difference:
+        details.append(
+            f"{difference['only_model_right']}\N{NO-BREAK SPACE}vs\N{NO-BREAK SPACE}{difference['only_baseline_right']}"
+        )
+    return Cell(f"{100 * estimate.value:+.1f}", "; ".join(details))
+
+
+def accuracy_by_index_rows(columns: Sequence[Document]) -> list[Row]:
+    """Accuracy on the episodes whose correct index is 0, 1, ...; a row each."""
+    indices = sorted({int(index) for document in columns for index in document.get("accuracy_by_correct_index") or {}})
+    return [Row(str(index), "", _cells(columns, ("accuracy_by_correct_index", str(index)))) for index in indices]
+
+
+def heat_map(last: Document | None, groups: Sequence[Group]) -> HeatMap | None:
+    """Chosen by correct index, from the last evaluation, else from the recorded rollouts; None without both."""
+    if last and last.get("confusion"):
+        return HeatMap(_heat_rows(last["confusion"]), f"{column_title(last)}, greedy answers on held-out episodes")
+    if not groups:
+        return None
+    num_candidates = max(len(group.labels) for group in groups)
+    picks: Counter[tuple[int, int]] = Counter()
+    for group in groups:
+        for rollout in group.rollouts:
+            is_valid = rollout.index is not None and 0 <= rollout.index < len(group.labels)
+            picks[group.correct_index, rollout.index if is_valid and rollout.index is not None else num_candidates] += 1
+    counts = [[picks[row, column] for column in range(num_candidates + 1)] for row in range(num_candidates)]
+    return HeatMap(_heat_rows(counts), "all recorded rollouts, sampled in training")
+
+
+def _heat_rows(counts: Iterable[Sequence[int]]) -> tuple[tuple[HeatCell, ...], ...]:
+    return tuple(tuple(HeatCell(count, count / (sum(row) or 1)) for count in row) for row in counts)

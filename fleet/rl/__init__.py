@@ -1,0 +1,1 @@
+"""RLOO: the algorithm, the trainer, the records of rollouts, guards and checkpoints."""

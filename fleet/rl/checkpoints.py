@@ -1,0 +1,373 @@
+"""Checkpoints that are whole or not there: how one is committed, found sound or damaged, chosen, and removed.
+
+A checkpoint is written under `unfinished/`, and becomes `checkpoint-<step>` by one rename, once a manifest with the
+size and SHA-256 of each of its files is on disk. Hashing and flushing happen in the background, each process over the
+files that it wrote, so training goes on meanwhile. What is in a checkpoint is the trainer's affair. Imports no torch.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fleet.errors import AgreedUsageError, RunStopped
+from fleet.run_folder import UNFINISHED_NAME, flush_folder, write_atomically
+from utils.file_kinds import kind_of
+
+logger = logging.getLogger("fleet")
+
+MANIFEST_NAME = "manifest.json"
+PART_NAME = "manifest.part-{rank}.json"
+MAX_WAIT_FOR_PARTS_S = 1800
+# of the system, also in the words of other libraries: ENOSPC and EDQUOT
+FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
+DISPLACED_REMEDY = "this run writes there no more: let the other one go on, or stop it"
+
+# What accelerate.utils.gather_object does: every process's list, joined in their order.
+Gather = Callable[[list[Any]], list[Any]]
+# Why a checkpoint is another run's than the folder's, in words; None if it is the folder's own.
+WhyForeign = Callable[[Path], str | None]
+
+
+class Displaced(Exception):
+    """Another run has taken over the folder."""
+
+
+@dataclass(frozen=True)
+class ProcessPlace:
+    """Which of how many processes this one is."""
+
+    rank: int = 0
+    num_processes: int = 1
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step in a checkpoint's name; -1 for any other name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """What is named like a checkpoint of a run, damaged ones and what is no folder included, the newest first."""
+    found = [path for path in run_folder.glob("checkpoint-*") if checkpoint_step(path) >= 0]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def find_damage(checkpoint: Path, place: ProcessPlace = ProcessPlace(), *, reads_content: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in words, or None.
+
+    Compares with the manifest: the files that there are, their sizes, and the SHA-256 of this process's share of them.
+    reads_content: False leaves the hashes out. Hidden files are passed over.
+    """
+    try:
+        if (kind := kind_of(checkpoint)) != "a folder":
+            return f"it is {kind or 'gone'}"
+        if (kind := kind_of(checkpoint / MANIFEST_NAME)) != "a file":
+            return f"it has no {MANIFEST_NAME}" if kind is None else f"its {MANIFEST_NAME} is {kind}"
+        manifest = json.loads((checkpoint / MANIFEST_NAME).read_bytes())
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        step = int(manifest["step"])
+    except Exception as error:
+        # whatever a damaged file makes of JSON; one process must not raise where the others gather
+        return f"its {MANIFEST_NAME} cannot be read ({type(error).__name__})"
+    if step != checkpoint_step(checkpoint):
+        return f"it is step {step}'s under another name"
+    try:
+        return _compare(checkpoint, listed, place, reads_content=reads_content)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror}: {error.filename})"
+
+
+def choose_checkpoint(
+    run_folder: Path, place: ProcessPlace, gather: Gather, why_foreign: WhyForeign = lambda checkpoint: None
+) -> Path | None:
+    """The newest checkpoint of a run that is sound, the same on all processes; None where there is no checkpoint.
+
+    why_foreign: why a whole checkpoint is another run's, so that it is passed over like a damaged one.
+
+    Every process reads a share of the files, and damage that one finds counts for all. Says which checkpoints are
+    passed over and why. Raises UsageError if there are checkpoints and all are damaged.
+    """
+    # process 0's list: another process may see a folder change between two looks
+    candidates = gather([list_checkpoints(run_folder)])[0]
+    found: list[str] = []
+    for checkpoint in candidates:
+        damages = [
+            damage
+            for damage in gather([find_damage(checkpoint, place) or why_foreign(checkpoint)])
+            if damage is not None
+        ]
+        if not damages:
+            if found:
+                logger.warning(f"resume: passed over {'; '.join(found)}; going on from {checkpoint}")
+            return checkpoint
+        found.append(f"{checkpoint.name}: {damages[0]}")
+    if found:
+        raise AgreedUsageError(
+            f"resume: no checkpoint in {run_folder} is whole and of this run ({'; '.join(found)}); restore one, or "
+            "begin another run in another --output_dir"
+        )
+    return None
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: `begin`, write into the folder that it names, `commit`; `wait` before relying on it.
+
+    All processes call each method together, and all raise RunStopped if the commit of any of them failed.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        place: ProcessPlace,
+        gather: Gather,
+        keep: int,
+        on_waiting: Callable[[], object] = lambda: None,
+        displaced_by: Callable[[], str | None] = lambda: None,
+        why_foreign: WhyForeign = lambda checkpoint: None,
+    ):
+        """keep: whole checkpoints to keep, at least 1. on_waiting: called every second while a commit is waited for.
+
+        displaced_by: who has taken over the folder, if anybody; process 0 asks before it changes anything there.
+        why_foreign: why a whole checkpoint is another run's; such ones do not count and are left alone.
+
+        Deletes nothing before the first `begin`.
+        """
+        self.run_folder, self.place, self.keep = run_folder, place, keep
+        self._gather, self._on_waiting = gather, on_waiting
+        self._displaced_by, self._why_foreign = displaced_by, why_foreign
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._has_failed_elsewhere = threading.Event()
+
+    @property
+    def staging(self) -> Path:
+        """The folder in which a checkpoint is written; nothing in it is ever resumed from."""
+        return self.run_folder / UNFINISHED_NAME
+
+    def begin(self) -> None:
+        """Ends the commit before this one, and makes an empty staging folder."""
+        self.wait()
+        if self.place.rank == 0:
+            try:
+                self.run_folder.mkdir(parents=True, exist_ok=True)
+                self._require_not_displaced()
+                remove_unfinished(self.run_folder)
+                self.staging.mkdir(exist_ok=True)
+            except (OSError, Displaced) as error:
+                self._failure = error
+        self._raise_together(self._gather([self._own_failure()]))
+
+    def commit(self, step: int, kept_best: int | None = None) -> None:
+        """Makes staging/checkpoint-<step> the run's newest checkpoint, in the background; then deletes old ones.
+
+        Every process has written its own files by now; process 0 waits for the hashes of all.
+        kept_best: the step of the best checkpoint, which is not deleted.
+        """
+        self._thread = threading.Thread(target=self._commit, args=(step, kept_best), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns once the last commit of all processes is on disk."""
+        # process 0 waits for the parts of the others, and must hear first that one will not come
+        if self.place.rank != 0:
+            self._join()
+        of_others = self._gather([None if self.place.rank == 0 else self._own_failure()])
+        if any(of_others):
+            self._has_failed_elsewhere.set()
+        if self.place.rank == 0:
+            self._join()
+        of_first = self._gather([self._own_failure() if self.place.rank == 0 else None])
+        self._has_failed_elsewhere.clear()
+        self._raise_together(of_others if any(of_others) else of_first)
+
+    def _join(self) -> None:
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(1.0)
+            self._on_waiting()
+        self._thread = None
+
+    def _own_failure(self) -> str | None:
+        error = self._failure
+        if error is None:
+            return None
+        # one that is not the disk's says nothing without its kind
+        reason = str(error) if isinstance(error, (OSError, Displaced)) else f"{type(error).__name__}: {error}"
+        return f"{reason}; those before it are whole; {remedy_of(error, self.run_folder)}, and pass --resume"
+
+    def _require_not_displaced(self) -> None:
+        if displaced_by := self._displaced_by():
+            raise Displaced(f"{self.run_folder} was taken over by {displaced_by}")
+
+    def _raise_together(self, failures: list[str | None]) -> None:
+        self._failure = None
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise RunStopped(f"process {rank} could not save a checkpoint: {failure}")
+
+    def _commit(self, step: int, kept_best: int | None) -> None:
+        staged = self.staging / f"checkpoint-{step}"
+        try:
+            own = [staged / name for name in _own_files(staged, self.place)]
+            part = {path.relative_to(staged).as_posix(): describe_file(path) for path in own}
+            for folder in {path.parent for path in own}:
+                flush_folder(folder)
+            write_atomically(self.staging / PART_NAME.format(rank=self.place.rank), json.dumps(part))
+            if self.place.rank == 0:
+                self._commit_whole(staged, step)
+                self._tidy_up(step, kept_best)
+        except Exception as error:
+            # raised by `wait`, where the training loop can stop for it
+            self._failure = error
+
+    def _tidy_up(self, step: int, kept_best: int | None) -> None:
+        try:
+            remove_old_checkpoints(self.run_folder, self.keep, step, kept_best, self._why_foreign)
+            remove_unfinished(self.run_folder)
+        except OSError as error:
+            # the new checkpoint is whole; what could not be deleted costs room alone
+            logger.warning(f"an old checkpoint could not be deleted ({error})")
+
+    def _commit_whole(self, staged: Path, step: int) -> None:
+        files: dict[str, Any] = {}
+        for rank in range(self.place.num_processes):
+            files |= _read_part(self.staging / PART_NAME.format(rank=rank), self._has_failed_elsewhere)
+        if files.keys() != set(_file_names(staged)):
+            raise OSError(
+                f"{staged} has files that no process wrote, or lacks some; --output_dir must be one folder that all "
+                "machines share"
+            )
+        manifest = {"step": step, "num_processes": self.place.num_processes, "files": dict(sorted(files.items()))}
+        write_atomically(staged / MANIFEST_NAME, json.dumps(manifest, indent=1))
+        final = self.run_folder / staged.name
+        self._require_not_displaced()
+        if os.path.lexists(final):
+            # damaged or another run's, or it would have been resumed from
+            os.replace(final, self.staging / f"replaced-{final.name}")
+        os.replace(staged, final)
+        flush_folder(self.run_folder)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file, which is on disk when this returns."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def remedy_of(error: Exception, folder: Path) -> str:
+    """What is to be done about a failure to write into a folder: only a full disk or quota is told to be one."""
+    if isinstance(error, Displaced):
+        return DISPLACED_REMEDY
+    if any(words in str(error) for words in FULL_DISK_WORDS):
+        return f"make room ({free_space(folder)})"
+    if isinstance(error, OSError):
+        return f"restore {folder}"
+    if type(error).__name__ in ("RuntimeError", "SafetensorError"):
+        # torch and safetensors pass on no more than that they could not write
+        return f"make room ({free_space(folder)}) or restore {folder}"
+    return "correct it"
+
+
+def free_space(folder: Path) -> str:
+    """How much room a folder's disk has, in words."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there"
+    except OSError:
+        return "its folder is gone"
+
+
+def remove_old_checkpoints(
+    run_folder: Path,
+    keep: int,
+    newest: int,
+    kept_best: int | None = None,
+    why_foreign: WhyForeign = lambda checkpoint: None,
+) -> None:
+    """Deletes whole checkpoints up to step `newest`, but the last `keep` of them and the best.
+
+    Damaged ones and other runs' are left alone and do not count, and neither do later ones: a run that has just saved
+    `newest` has passed them over as it was resumed, for damage that only reading them shows.
+    """
+    candidates = [path for path in list_checkpoints(run_folder) if checkpoint_step(path) <= newest]
+    whole = [path for path in candidates if not (find_damage(path, reads_content=False) or why_foreign(path))]
+    others = [path for path in whole if checkpoint_step(path) != kept_best]
+    num_kept = keep if len(others) == len(whole) else max(1, keep - 1)
+    for path in others[num_kept:]:
+        # a kill while it is deleted must not leave a checkpoint of half its files
+        doomed = run_folder / UNFINISHED_NAME / f"removed-{path.name}"
+        doomed.parent.mkdir(exist_ok=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_unfinished(run_folder: Path) -> None:
+    """Deletes what a save that was cut off left behind. Raises OSError if a visible file of it stays."""
+    folder = run_folder / UNFINISHED_NAME
+    if folder.is_symlink() or not folder.is_dir():
+        # not Fleet's own, and nothing could be written there
+        folder.unlink(missing_ok=True)
+        return
+    # a file that another process still reads stays on NFS, under a hidden name
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists() and (left := _file_names(folder)):
+        raise OSError(f"{folder / left[0]} cannot be deleted")
+
+
+def _compare(
+    checkpoint: Path, listed: dict[str, tuple[int, str]], place: ProcessPlace, *, reads_content: bool
+) -> str | None:
+    there = set(_file_names(checkpoint)) - {MANIFEST_NAME}
+    if missing := sorted(listed.keys() - there):
+        return f"{missing[0]} is missing"
+    if unknown := sorted(there - listed.keys()):
+        return f"{unknown[0]} is no file of it"
+    for name, (size, _) in listed.items():
+        if (kind := kind_of(checkpoint / name)) != "a file":
+            return f"{name} is {kind or 'gone'}"
+        if (actual := (checkpoint / name).stat().st_size) != size:
+            return f"{name} has {actual:,} bytes instead of {size:,}"
+    if not reads_content:
+        return None
+    # the largest first and dealt in turns, so that every process reads about as much
+    by_size = sorted(listed, key=lambda name: (-listed[name][0], name))
+    for name in by_size[place.rank :: place.num_processes]:
+        with (checkpoint / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != listed[name][1]:
+                return f"the content of {name} is not what was saved"
+    return None
+
+
+def _file_names(folder: Path) -> list[str]:
+    """The paths of all visible files below a folder, relative to it."""
+    relative = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
+    return [path.as_posix() for path in relative if not any(part.startswith(".") for part in path.parts)]
+
+
+def _own_files(folder: Path, place: ProcessPlace) -> list[str]:
+    """The files that this process wrote: those with its number in their names, and for process 0 all others."""
+    owners = {}
+    for name in _file_names(folder):
+        match = re.match(r"(?:zero_pp_rank_|bf16_zero_pp_rank_|rng_state_)(\d+)", Path(name).name)
+        owners[name] = int(match[1]) if match else 0
+    return [name for name, owner in owners.items() if owner == place.rank]
+
+
+def _read_part(path: Path, will_not_come: threading.Event) -> dict[str, Any]:
+    """A process's part of the manifest, once it is there."""
+    deadline_s = time.monotonic() + MAX_WAIT_FOR_PARTS_S
+    while not path.exists():
+        if will_not_come.is_set():
+            raise OSError(f"{path} will not come")
+        if time.monotonic() > deadline_s:
+            raise OSError(f"{path} did not come within {MAX_WAIT_FOR_PARTS_S} s")
+        time.sleep(0.01)
+    return json.loads(path.read_bytes())

@@ -1,0 +1,320 @@
+"""ResumableTrainer: a Trainer whose checkpoints are whole, and whose resumed run is the run it resumes.
+
+The only code that leans on how transformers' Trainer and DeepSpeed save and load. Unlike theirs, a save is staged and
+committed (checkpoints.py) and happens between generations alone, as half a generation is in no checkpoint; weights
+are loaded strictly by name; and no file is unpickled into anything but tensors and plain values unless it is trusted.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from trl import RLOOTrainer
+
+from fleet.command.resume_check import why_of_another_run
+from fleet.errors import AgreedUsageError, RunEnded, RunStopped, UsageError
+from fleet.rl.checkpoints import CheckpointFolder, Gather, ProcessPlace, remedy_of
+from fleet.run_folder import CONFIG_NAME, RUN_CONFIG_NAME, write_atomically
+from fleet.schedule import optimizer_steps_per_generation
+
+# Classes besides torch's own that Trainer and DeepSpeed write into what they pickle. They hold plain values.
+KNOWN_CLASSES = frozenset(
+    {
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    }
+)
+# In the words of torch's RuntimeError for a file that it cannot write.
+WRITE_FAILURES = ("PytorchStreamWriter", "inline_container")
+# What a resume unpickles; training_args.bin is written for people alone.
+UNPICKLED_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "global_step*/*.pt")
+
+
+class ResumableTrainer(RLOOTrainer):
+    """TRL's RLOOTrainer with Fleet's checkpoints.
+
+    `run_config` is the text of the run's configuration, which goes into each checkpoint. `num_kept_checkpoints` are
+    kept, the best among them. `trusts_checkpoint` unpickles what a checkpoint holds, whatever it is. `on_activity` is
+    told what the trainer is at, each time that it gets there. `displaced_by` says why this process may write into the
+    run's folder no longer, and None while it may.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        """As RLOOTrainer's."""
+        super().__init__(*args, **kwargs)
+        self.run_config = "{}\n"
+        self.trusts_checkpoint = False
+        # Trainer's own limit stays unset: at its end it deletes checkpoints, whole or not, by that
+        self.num_kept_checkpoints = 10**9
+        self.on_activity: Callable[[str], None] = lambda activity: None
+        self.displaced_by: Callable[[], str | None] = lambda: None
+        self._checkpoints: CheckpointFolder | None = None
+        self._is_saving = False
+        self.is_save_due = False
+        self.add_callback(SnapToGeneration(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains, and returns once the last checkpoint is on disk. Raises RunStopped if one cannot be saved."""
+        try:
+            output = super().train(*args, **kwargs)
+        except RunEnded as ended:
+            if ended.is_of_all:
+                self.checkpoints.wait()
+            raise
+        self.checkpoints.wait()
+        return output
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        """The run's checkpoints, in args.output_dir."""
+        if self._checkpoints is None:
+            place = ProcessPlace(self.args.process_index, self.args.world_size)
+            self._checkpoints = CheckpointFolder(
+                Path(self.args.output_dir),
+                place,
+                gather_object,
+                self.num_kept_checkpoints,
+                on_waiting=lambda: self.on_activity("the commit of a save"),
+                displaced_by=lambda: self.displaced_by(),
+                why_foreign=partial(why_of_another_run, json.loads(self.run_config)),
+            )
+        return self._checkpoints
+
+    def is_at_generation_end(self) -> bool:
+        """Whether the steps so far have used up every generation, so that the next step begins with a new one."""
+        args = self.args
+        cycle = optimizer_steps_per_generation(
+            args.steps_per_generation, args.num_iterations, args.gradient_accumulation_steps
+        )
+        return self.state.global_step % cycle == 0
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints.staging) if self._is_saving else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Saves between generations; in the middle of one, the save waits for its end (SnapToGeneration asks again)."""
+        self.is_save_due = not self.is_at_generation_end()
+        if self.is_save_due:
+            return
+        self.on_activity("a save")
+        self.checkpoints.begin()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._finish_staged()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in WRITE_FAILURES):
+                raise
+            raise RunStopped(
+                f"process {self.args.process_index} could not save step {self.state.global_step} "
+                f"({' '.join(str(error).split())}); the checkpoints before it are whole; "
+                f"{remedy_of(error, Path(self.args.output_dir))}, and pass --resume",
+                is_of_all=False,
+            ) from error
+        finally:
+            self._is_saving = False
+        self.checkpoints.commit(self.state.global_step, self.state.best_global_step)
+
+    def _finish_staged(self) -> None:
+        """Adds what Trainer does not save, and replaces the one path in it that is of the staging folder."""
+        if not self.args.should_save:
+            return
+        staged = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"
+        if self.state.best_model_checkpoint is not None:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        (staged / RUN_CONFIG_NAME).write_text(self.run_config, encoding="utf-8")
+        config = Path(self.args.output_dir) / CONFIG_NAME
+        if not config.exists():
+            # the run's folder vanished and is there again; without its flags nothing in it could be resumed
+            write_atomically(config, self.run_config)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Trainer's preparation, in which DeepSpeed and the optimizer load their files."""
+        if resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if is_deepspeed_zero3_enabled():
+            self._together(lambda: self._require_deepspeed_names(Path(resume_from_checkpoint)))
+        with nothing_unpickled_unless(self.trusts_checkpoint):
+            try:
+                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            except pickle.UnpicklingError as error:
+                raise UsageError(_refusal_of_pickle(Path(resume_from_checkpoint), str(error).split("\n")[0])) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads a checkpoint's weights by name, all of them or none. Raises UsageError naming the first that differs.
+
+        Trainer's own way leaves a full fine-tune at its base weights: the names in the file differ from the model's
+        and are passed over. `from_pretrained` maps them.
+        """
+        policy = self.accelerator.unwrap_model(self.model if model is None else model)
+        checkpoint = Path(resume_from_checkpoint)
+        if isinstance(policy, PeftModel):
+            wanted = get_peft_model_state_dict(policy, adapter_name=policy.active_adapters[0])
+            with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as saved_adapter:
+                _require_same_names(checkpoint, saved_adapter.keys(), wanted)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        assert isinstance(policy, PreTrainedModel), f"a {type(policy).__name__} has no checkpoints of Fleet's"
+        saved, loading = type(policy).from_pretrained(
+            checkpoint, dtype=policy.dtype, use_safetensors=True, output_loading_info=True
+        )
+        wrong_shapes = [name for name, *_ in loading["mismatched_keys"]]
+        lacking = [*loading["missing_keys"], *wrong_shapes]
+        _refuse_names(checkpoint, lacking, loading["unexpected_keys"])
+        policy.load_state_dict(saved.state_dict(), strict=True)
+
+    def _require_deepspeed_names(self, checkpoint: Path) -> None:
+        """Raises UsageError unless this process's ZeRO file has the weights that train, in their order and shapes."""
+        # DeepSpeed cuts the weights out of one flat tensor by their place, whatever their names are
+        pattern = f"global_step*/*zero_pp_rank_{self.args.process_index}_mp_rank_00_model_states.pt"
+        paths = list(checkpoint.glob(pattern))
+        if not paths:
+            raise UsageError(f"resume: {checkpoint} has no {pattern}; restore the checkpoint, or begin another run")
+        groups = torch.load(paths[0], weights_only=not self.trusts_checkpoint, mmap=True)["param_shapes"]
+        trained = {
+            name: tuple(getattr(weight, "ds_shape", weight.shape))
+            for name, weight in self.model.named_parameters()
+            if weight.requires_grad
+        }
+        _require_same_names(checkpoint, [name for group in groups for name in group], trained)
+        for group in groups:
+            saved = [(name, tuple(shape)) for name, shape in group.items()]
+            wanted = [(name, shape) for name, shape in trained.items() if name in group]
+            if saved != wanted:
+                name = next(ours[0] for ours, theirs in zip(saved, wanted, strict=True) if ours != theirs)
+                raise UsageError(
+                    f"resume: {checkpoint} has {name} at another place or in another shape than the model; resume with "
+                    "the versions that wrote it"
+                )
+
+    def _together(self, check: Callable[[], None]) -> None:
+        """Runs a check on every process; all raise UsageError if it fails on any."""
+        try:
+            check()
+            problem = None
+        except UsageError as error:
+            problem = str(error)
+        except Exception as error:
+            problem = f"resume: the checkpoint cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
+        for found in gather_object([problem]):
+            if found is not None:
+                raise AgreedUsageError(found)
+
+
+class SnapToGeneration(TrainerCallback):
+    """Has a save that fell into the middle of a generation made at its end."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes this run's own intervals of logging, evaluating and saving, not those that the checkpoint has."""
+        state.compute_steps(args, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Asks for the save that is due."""
+        if self.trainer.is_save_due and self.trainer.is_at_generation_end():
+            control.should_save = True
+        return control
+
+
+def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather) -> None:
+    """Raises UsageError, on all processes, if a file that a resume unpickles names a class that no save writes.
+
+    Only the names in the files are read. Unpickling itself is restricted as well, for what hides its names.
+    """
+    paths = sorted(path for pattern in UNPICKLED_FILES for path in checkpoint.glob(pattern))
+    problems = []
+    for path in paths[place.rank :: place.num_processes]:
+        try:
+            unknown = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - KNOWN_CLASSES)
+        except OSError as error:
+            problems.append(f"resume: {path} cannot be read ({error.strerror or error}); restore it")
+        except Exception as error:
+            # whatever a file that torch.save did not write makes of it
+            problems.append(_refusal_of_pickle(path, str(error).split("\n")[0]))
+        else:
+            if unknown:
+                problems.append(_refusal_of_pickle(path, f"it names {unknown[0]}"))
+    found = gather(problems)
+    if found:
+        raise AgreedUsageError(found[0])
+
+
+@contextlib.contextmanager
+def nothing_unpickled_unless(is_trusted: bool) -> Iterator[None]:
+    """Within it, torch.load makes tensors, plain values and the known classes alone, whatever its caller asks for.
+
+    DeepSpeed asks for everything (`weights_only=False`); torch's own environment variable overrules it.
+    """
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    if is_trusted:
+        yield
+        return
+    os.environ[variable] = "1"
+    try:
+        with torch.serialization.safe_globals(_known_classes()):
+            yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def _known_classes() -> list[Any]:
+    """DeepSpeed's part of KNOWN_CLASSES; Trainer allows numpy's where it needs them."""
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+    except ImportError:
+        return []
+    return [ZeroStageEnum, LossScaler, DynamicLossScaler]
+
+
+def _refusal_of_pickle(path: Path, reason: str) -> str:
+    return (
+        f"resume: {path} would run code as it is loaded, or cannot be read ({reason}); if this checkpoint is your own "
+        "work, pass --trust_checkpoint"
+    )
+
+
+def _require_same_names(checkpoint: Path, saved: Iterable[str], wanted: Iterable[str]) -> None:
+    saved, wanted = list(saved), list(wanted)
+    _refuse_names(checkpoint, set(wanted) - set(saved), set(saved) - set(wanted))
+
+
+def _refuse_names(checkpoint: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises UsageError if there are any names."""
+    found = [
+        f"{word} {len(names)} weights, {names[0]} among them"
+        for word, names in (("lacks", sorted(missing)), ("has unknown", sorted(unexpected)))
+        if names
+    ]
+    if found:
+        raise UsageError(
+            f"resume: {checkpoint} does not fit the model: it {' and '.join(found)}; restore the checkpoint, or "
+            "begin another run"
+        )

@@ -1,0 +1,173 @@
+"""Completions from vLLM, and proof that it saw the prompt and the weights that the trainer scores with.
+
+The only code that leans on vLLM and on TRL's VLLMGeneration. Unlike TRL's own way through it, a colocated vLLM is given
+one placeholder an image, as it expands placeholders itself (trl#6718); the features of images that it keeps are
+forgotten with the weights that made them; image and video tokens are never sampled; and prompt ids and
+log-probabilities are compared with the trainer's own.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from trl.generation.vllm_generation import VLLMGeneration
+
+from dataset import EpisodeBatch, prompts_of_rollouts
+from fleet.errors import RunRefused, RunStopped
+
+# A bias of vLLM's that leaves a token no chance; its protocol allows none below.
+NEVER = -100.0
+
+
+def sampling_kwargs(media_ids: Sequence[int], end_ids: Sequence[int]) -> dict[str, Any]:
+    """What vLLM's SamplingParams need besides RLOOConfig's own: no media token is drawn, and Fleet's ends end.
+
+    TRL passes them on as its `generation_kwargs`.
+    """
+    return {"logit_bias": dict.fromkeys(media_ids, NEVER), "stop_token_ids": list(end_ids)}
+
+
+class VLLMSampler:
+    """Draws completions with TRL's VLLMGeneration, in step with the weights, and compares what both make of them.
+
+    Until a first generation is found sound, what differs raises RunRefused; afterwards, RunStopped.
+    """
+
+    def __init__(self, generation: VLLMGeneration, processor: Any, max_gap: float):
+        """generation: the trainer's, which is asked for the log-probability of each token that it draws.
+
+        max_gap: of the log-probabilities, on average over the tokens of the first generation, in nats.
+        """
+        generation.logprobs = 0
+        self.generation, self.processor, self.max_gap = generation, processor, max_gap
+        self._synced_step: int | None = None
+        self._gaps: list[Tensor] = []
+        self._is_sound = False
+
+    def sample(self, batch: EpisodeBatch, step: int) -> tuple[list[list[int]], list[list[float]]]:
+        """G completions of each of the batch's P episodes, and the log-probability vLLM gave each of their tokens.
+
+        Both B = P * G lists, group after group; a completion has its end token where it has one. Log-probabilities are
+        of what is sampled from, after temperature, top_p and bias; NaN where vLLM has none. step: the optimizer steps
+        so far; weights are sent when it has changed. Every process takes part. Raises, on every process, if vLLM used
+        other prompts than the batch has.
+        """
+        if step != self._synced_step:
+            self._send_weights()
+            self._synced_step = step
+        prompts, images = prompts_of_rollouts(batch)
+        pad = self.processor.image_token_id
+        is_colocated = self.generation.mode == "colocate"
+        sent = [collapse_runs(ids, pad) for ids in prompts] if is_colocated else prompts
+        used, completions, logps, _ = self.generation.generate(sent, images, batch["group_size"])
+        pairs = ((ours, list(theirs)) for ours, theirs in zip(prompts, used, strict=True))
+        differing = next((pair for pair in pairs if pair[0] != pair[1]), None)
+        self._raise_together(None if differing is None else where_prompts_part(*differing, self.processor))
+        known = [[math.nan if value is None else value for (value, *_) in of_row] for of_row in logps]
+        return [list(ids) for ids in completions], known
+
+    def compare(self, own_logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, is_last: bool) -> dict[str, float]:
+        """The metrics of a generation once its last rows are compared (`is_last`), before that none.
+
+        own_logps, sampler_logps, mask: of the same tokens, one shape. Every process takes part. Raises
+        RunRefused on all of them if the first generation's mean gap is above `max_gap`.
+        """
+        gaps = logprob_gaps(own_logps.float(), sampler_logps, self.generation.top_p)
+        self._gaps.append(gaps[mask.bool() & ~sampler_logps.isnan()])
+        if not is_last:
+            return {}
+        own, self._gaps = torch.cat(self._gaps), []
+        sums = gather_object([(own.sum().item(), own.max().item() if len(own) else 0.0, len(own))])
+        totals, maxima, counts = zip(*sums, strict=True)
+        mean, largest = sum(totals) / max(sum(counts), 1), max(maxima)
+        if not self._is_sound:
+            require_small_gap(mean, largest, self.max_gap)
+        self._is_sound = True
+        return {"vllm/logprob_gap": mean, "vllm/logprob_gap_max": largest}
+
+    def _send_weights(self) -> None:
+        """Gives vLLM the policy's weights, and has it forget what earlier ones made of prompts and of images."""
+        self.generation.sync_weights()
+        # TRL has the prefix cache forgotten, never the encoder's
+        if self.generation.mode == "colocate":
+            self.generation.llm.llm_engine.reset_encoder_cache()
+            return
+        problem = None
+        if self.generation.accelerator.is_main_process:
+            client = self.generation.vllm_client
+            answer = client.session.post(f"{client.base_url}/reset_encoder_cache")
+            if answer.status_code != 200:
+                problem = (
+                    f"the vLLM server at {client.base_url} answered {answer.status_code} to /reset_encoder_cache, so "
+                    "it would go on with the features that earlier weights made of images; start it with "
+                    "VLLM_SERVER_DEV_MODE=1, in a version from 0.22 to 0.31"
+                )
+        self._raise_together(problem)
+
+    def _raise_together(self, problem: str | None) -> None:
+        """Raises the first problem of any process on all of them."""
+        for found in gather_object([problem]):
+            if found is not None:
+                raise RunStopped(found) if self._is_sound else RunRefused(found)
+
+
+def collapse_runs(ids: Sequence[int], token: int) -> list[int]:
+    """The ids with each run of `token` as one of it.
+
+    >>> collapse_runs([1, 7, 7, 7, 2, 7, 3, 7, 7], 7)
+    [1, 7, 2, 7, 3, 7]
+    """
+    return [value for place, value in enumerate(ids) if value != token or place == 0 or ids[place - 1] != token]
+
+
+def run_lengths(ids: Sequence[int], token: int) -> list[int]:
+    """How long each run of `token` is, in order.
+
+    >>> run_lengths([1, 7, 7, 7, 2, 7, 3], 7)
+    [3, 1]
+    """
+    starts = [place for place, value in enumerate(ids) if value == token and (place == 0 or ids[place - 1] != token)]
+    return [sum(1 for _ in takewhile(lambda value: value == token, ids[start:])) for start in starts]
+
+
+def where_prompts_part(ours: Sequence[int], theirs: Sequence[int], processor: Any) -> str:
+    """Two prompts that should be one, told apart: their lengths, their images' tokens, and the first that differs."""
+    pad = processor.image_token_id
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    place = next((place for place, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
+    shown = [
+        processor.tokenizer.decode(ids[max(place - 4, 0) : place + 4], skip_special_tokens=False)
+        for ids in (ours, theirs)
+    ]
+    return (
+        f"vLLM used another prompt than Fleet scores: {len(theirs)} tokens for {len(ours)}, with "
+        f"{run_lengths(theirs, pad)} tokens an image for {run_lengths(ours, pad)}. They part at token {place}: Fleet "
+        f"has {shown[0]!r} there, vLLM {shown[1]!r}. Training on it would go towards noise; pass --use_vllm false, or "
+        "restore the tokenizer and image processor of the model folder, which vLLM reads by itself"
+    )
+
+
+def logprob_gaps(own_logps: Tensor, sampler_logps: Tensor, top_p: float) -> Tensor:
+    """How far the sampler's log-probabilities are from what the trainer's own allow, in nats; same shape, float32.
+
+    Both are of the sampled tokens. Leaving out all but a nucleus of mass top_p or more raises what is left by at most
+    -log(top_p), which is no gap; with top_p 1 a gap is the absolute difference. A NaN stays one.
+    """
+    excess = sampler_logps - own_logps
+    return excess.clamp(max=0).abs() + (excess + math.log(top_p)).clamp(min=0)
+
+
+def require_small_gap(mean: float, largest: float, max_gap: float) -> None:
+    """Raises RunRefused for a first generation whose gap, over all processes, is above `max_gap` or NaN."""
+    if mean <= max_gap:
+        return
+    raise RunRefused(
+        f"vLLM and the trainer disagree on the first generation's tokens: their log-probabilities are {mean:.3f} apart "
+        f"on average and {largest:.3f} at most, wanted {max_gap:g} at most on average (--vllm_max_logprob_gap). One "
+        "of them does not see the prompt, the images, the weights or the temperature of the other: on a server, look "
+        "at its model, its pixel limits and --logprobs-mode processed_logprobs; else pass --use_vllm false"
+    )

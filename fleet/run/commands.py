@@ -1,0 +1,98 @@
+"""The commands that a run prints for its user to go on with. Imports no torch."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from environment import PickImageEnv
+from fleet.command.options import Options
+from fleet.episodes import BrokenEpisode, EpisodeSource, checked_episode
+from fleet.rl.rollouts import instruction_of
+from fleet.run_folder import FINAL_NAME, REPORT_NAME, SEPARATE_EVALUATION_NAME
+from utils.images import BadImage, checked_sha256
+
+NUM_EPISODES_TRIED = 20  # pictures may have broken since the run began
+LAUNCHERS = ("accelerate", "torchrun", "deepspeed")
+
+
+def resume_command(options: Options) -> str:
+    """The whole command that goes on with this run, on this machine."""
+    words = _without_flags(launched_command(), ("--output_dir", "--resume", "--overwrite"))
+    return shlex.join([*words, "--output_dir", str(options.output_dir), "--resume", "true"])
+
+
+def launched_command(argv: Sequence[str] | None = None, parent_words: Sequence[str] | None = None) -> list[str]:
+    """The words by which this process was started, its launcher's before them if it has one.
+
+    argv: by default sys.argv. parent_words: the command line of the process that started this one.
+    """
+    own = list(sys.argv if argv is None else argv)
+    parent = list(_words_of(os.getppid()) if parent_words is None else parent_words)
+    names = [Path(word).name for word in parent]
+    launcher = next((place for place, name in enumerate(names) if name in LAUNCHERS), None)
+    # what the launcher was given ends with what this process was given
+    if launcher is None or own[0] not in parent or parent[parent.index(own[0]) :] != own:
+        return ["python", *own]
+    return [names[launcher], *parent[launcher + 1 :]]
+
+
+def next_commands(options: Options, env: EpisodeSource) -> str:
+    """What to do with a finished run: score it, look at it, use it; a command each that runs as it stands.
+
+    env: of the run, whose first sound episode is what the model is asked. Without one of two or more files and an
+    instruction among the first there is no last command.
+    """
+    folder = Path(str(options.output_dir))
+    model = str(folder / FINAL_NAME)
+    score = ["python", "evaluate.py", "--model_id", model]
+    if options.revision:
+        score += ["--revision", options.revision]
+    rows = [
+        ("score it", [*score, "--baseline", options.model_id, "--output", str(folder / SEPARATE_EVALUATION_NAME)]),
+        (f"look at it ({REPORT_NAME}, with the scores)", ["python", "report.py", str(folder)]),
+    ]
+    questions = (_question(env, index) for index in range(NUM_EPISODES_TRIED))
+    if question := next(filter(None, questions), None):
+        rows.append(("use it", ["python", "-m", "fleet.ask", *score[2:], *question]))
+    return "\n".join(f"{what}:\n  {shlex.join(words)}" for what, words in rows)
+
+
+def _question(env: EpisodeSource, index: int) -> list[str]:
+    """The flags that ask what this episode asks; none where it shows no files, or cannot be drawn or shown."""
+    try:
+        episode = checked_episode(env, index)
+        paths = [str(image) for image in episode.images if isinstance(image, Path)]
+        for path in paths:
+            checked_sha256(path)
+    except (BrokenEpisode, BadImage, OSError):
+        return []
+    instruction = env.instruction(episode) if isinstance(env, PickImageEnv) else instruction_of(episode.messages)
+    if len(paths) < max(2, episode.num_candidates) or not instruction:
+        return []
+    return ["--images", *paths, "--instruction", instruction]
+
+
+def _without_flags(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The words less these flags and the values that follow them."""
+    kept: list[str] = []
+    drops_value = False
+    for word in words:
+        if word.split("=")[0] in flags:
+            drops_value = "=" not in word
+        elif drops_value and not word.startswith("-"):
+            drops_value = False
+        else:
+            drops_value = False
+            kept.append(word)
+    return kept
+
+
+def _words_of(process_id: int) -> list[str]:
+    """A process's command line; nothing where the system does not show it."""
+    try:
+        content = Path(f"/proc/{process_id}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return content.decode("utf-8", "replace").rstrip("\0").split("\0")

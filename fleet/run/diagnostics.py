@@ -1,0 +1,241 @@
+"""Warnings while a run goes wrong: each kind once, in plain words, with what to do about it.
+
+Owns which figures of metrics.jsonl mean that a run does not learn, and the remedies. Pure Python on plain values: what
+the figures are is rl/rollouts.py's affair, and who shows the warnings is the caller's.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from statistics import fmean, stdev
+
+from utils.tool_calls import ParseStatus
+
+Metrics = Mapping[str, float | None]
+
+MAX_MIXED = 0.02  # share of mixed groups up to which practically every group is tied
+MIN_ONE_KIND = 0.95  # share from which tied groups are called all right or all wrong, and picks one index
+MIN_DOMINANT = 0.5  # share above which one parse status is what is wrong with a run
+MAX_ENTROPY_LEFT = 0.05  # of the first window's
+SOLVED_ACCURACY = 0.95
+SLOWEST_GAIN = 0.02  # of accuracy, from one window to the next, below which it does not rise
+NUM_WINDOWS_AT_CHANCE = 5  # a policy starts at chance, so that alone is no news for as long
+
+
+class Kind(StrEnum):
+    """What a warning is about; none is given twice in a run."""
+
+    SOLVED = "solved"
+    ALL_WRONG = "all_wrong"
+    ALL_TIED = "all_tied"
+    NOT_LOOKING = "not_looking"
+    UNPARSABLE = "unparsable"
+    ENTROPY_COLLAPSE = "entropy_collapse"
+
+
+PARSE_REMEDIES = {
+    ParseStatus.NO_CALL: "the sample tables show what is said instead; start from an instruction-tuned or larger "
+    "--model_id, or lower --temperature",
+    ParseStatus.MULTIPLE_CALLS: "only exactly one call counts; lower --temperature, or ask for one call in the "
+    "prompt_messages() of an environment of your own",
+    ParseStatus.EXTRA_TEXT: "pass --allow_reasoning true to accept text before the call; text after it is never "
+    "accepted: lower --temperature, or start from a larger --model_id",
+    ParseStatus.MALFORMED_JSON: "lower --temperature, or start from a larger --model_id",
+    ParseStatus.WRONG_NAME: "the tool is pick_image; correct the name in the prompt_messages() of an environment of "
+    "your own, or lower --temperature",
+    ParseStatus.BAD_ARGUMENTS: 'the arguments are exactly {"index": <integer>}; ask for that in the prompt_messages() '
+    "of an environment of your own, or lower --temperature",
+    ParseStatus.TOO_LONG: "a call has at most 4,096 characters; pass --allow_reasoning true if the text comes before "
+    "the call, else lower --temperature or --max_completion_length",
+}
+# these statuses are also what is left of a good call that was cut off
+CUT_OFF_STATUSES = frozenset({ParseStatus.NO_CALL, ParseStatus.MALFORMED_JSON})
+
+
+class Diagnostics:
+    """Watches the logged steps of one run.
+
+    | kind             | when                                                                                     |
+    |------------------|------------------------------------------------------------------------------------------|
+    | solved           | over a window at most 2 % of groups are mixed, and at least 95 % all right                |
+    | all_wrong        | the same, and at least 95 % all wrong                                                    |
+    | all_tied         | the same, and neither                                                                    |
+    | not_looking      | the index is drawn, and accuracy is what the same picks earn without looking: over a      |
+    |                  | window if 95 % of valid picks are one index, else over five windows and the last of them |
+    | unparsable       | over half a window, more than half of completions have one status, and no fewer lately    |
+    | entropy_collapse | a window's mean is under 5 % of the first window's, at an accuracy below 0.95 not rising |
+
+    After a resume, pass it the lines that the run has written before and drop what it returns: the first window's
+    entropy, and what was warned of, are then those of the whole run.
+    """
+
+    def __init__(self, *, fixed_correct_index: int | None, window: int = 20):
+        """fixed_correct_index: the flag. window: logged steps that a warning is based on, 4 or more."""
+        if window < 4:
+            raise ValueError(f"window={window}, but halves of it are compared, so it needs at least 4 steps; pass 20")
+        self.fixed_correct_index = fixed_correct_index
+        self.window = window
+        self.warnings: dict[Kind, str] = {}
+        self._first_lines: list[Metrics] = []
+        self._latest_lines: deque[Metrics] = deque(maxlen=NUM_WINDOWS_AT_CHANCE * window)
+
+    def observe(self, metrics: Metrics) -> list[str]:
+        """The new warnings after one more logged step; usually none.
+
+        metrics: a line of metrics.jsonl; without a reward, of a step that reuses a generation, it is passed over. A
+        figure that is missing or None counts in no mean, and a mean of fewer than half a window's figures is none.
+        """
+        if "reward" not in metrics:
+            return []
+        if len(self._first_lines) < self.window:
+            self._first_lines.append(metrics)
+        self._latest_lines.append(metrics)
+        checks: tuple[Callable[[], tuple[Kind, str] | None], ...] = (
+            self._unparsable,
+            self._no_signal,
+            self._not_looking,
+            self._entropy_collapse,
+        )
+        found = [finding for check in checks if (finding := check()) is not None]
+        new = {kind: text for kind, text in found if kind not in self.warnings}
+        self.warnings |= new
+        return list(new.values())
+
+    def _latest(self, num_lines: int) -> list[Metrics] | None:
+        """The last lines, or None as long as there are fewer."""
+        return list(self._latest_lines)[-num_lines:] if len(self._latest_lines) >= num_lines else None
+
+    def _unparsable(self) -> tuple[Kind, str] | None:
+        lines = self._latest(self.window // 2)
+        if lines is None:
+            return None
+        older, newer = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+        for status, remedy in PARSE_REMEDIES.items():
+            name = f"parse/{status}"
+            share, before, lately = mean_of(lines, name), mean_of(older, name), mean_of(newer, name)
+            if share is None or before is None or lately is None or share <= MIN_DOMINANT:
+                continue
+            # a format that is being learnt needs no help
+            if lately < before - 0.1:
+                continue
+            is_cut_off = (mean_of(lines, "completions/clipped_ratio") or 0) > MIN_DOMINANT
+            if is_cut_off and status in CUT_OFF_STATUSES:
+                remedy = "most are cut off at their token limit: raise --max_completion_length"
+            text = f"{share:.0%} of completions in the last {len(lines)} logged steps are no call, for one reason, "
+            return Kind.UNPARSABLE, f"{text}{status}: {remedy}"
+        return None
+
+    def _no_signal(self) -> tuple[Kind, str] | None:
+        lines = self._latest(self.window)
+        if lines is None:
+            return None
+        mixed, right, wrong = (mean_of(lines, f"groups/{kind}") for kind in ("mixed", "all_right", "all_wrong"))
+        if mixed is None or right is None or wrong is None or mixed > MAX_MIXED:
+            return None
+        since = f"in the last {len(lines)} logged steps"
+        if right >= MIN_ONE_KIND:
+            harder = "a higher --candidates_per_episode"
+            harder += "" if self.fixed_correct_index is None else ", or --fixed_correct_index none"
+            return Kind.SOLVED, (
+                f"solved: every rollout was right in {right:.0%} of the groups {since}, so nothing is left to learn; "
+                f"stop here, or make the task harder: {harder}"
+            )
+        if wrong >= MIN_ONE_KIND:
+            return Kind.ALL_WRONG, (
+                f"every rollout was wrong in {wrong:.0%} of the groups {since}, so none teaches which index is right: "
+                "look at the sample tables and the parse/<status> rates; then more --num_rollouts, a higher "
+                "--temperature, fewer --candidates_per_episode first, --allow_reasoning true, or a larger --model_id"
+            )
+        return Kind.ALL_TIED, (
+            f"the rollouts of a group are all right ({right:.0%}) or all wrong ({wrong:.0%}) {since}, so none teaches "
+            "which index is right: the policy gives one answer whatever is drawn; raise --temperature or "
+            "--num_rollouts, or start again with a lower --learning_rate"
+        )
+
+    def _not_looking(self) -> tuple[Kind, str] | None:
+        lines = self._latest(self.window)
+        if self.fixed_correct_index is not None or lines is None or not is_as_good_as_blind(lines):
+            return None
+        shares = {name: mean_of(lines, name) or 0.0 for name in family(lines, "chosen_index/")}
+        favourite, valid = max(shares, key=shares.__getitem__), sum(shares.values())
+        accuracy = mean_of(lines, "accuracy")
+        if shares[favourite] >= MIN_ONE_KIND * valid:
+            index = favourite.removeprefix("chosen_index/")
+            right_share = mean_of(lines, f"correct_index/{index}") or 0.0
+            return Kind.NOT_LOOKING, (
+                f"the policy does not look: {shares[favourite] / valid:.0%} of its picks in the last {len(lines)} "
+                f"logged steps are index {index}, right {right_share:.0%} of the time, and accuracy {accuracy:.2f} is "
+                "what that earns; start again with a lower --learning_rate, a higher --temperature or --beta 0.01"
+            )
+        all_lines = self._latest(NUM_WINDOWS_AT_CHANCE * self.window)
+        if all_lines is None or not is_as_good_as_blind(all_lines):
+            return None
+        return Kind.NOT_LOOKING, (
+            f"the policy does not look: for {len(all_lines)} logged steps its accuracy, lately {accuracy:.2f}, is what "
+            "the same picks would earn without the images; raise --learning_rate or --per_device_batch_size, lower "
+            "--candidates_per_episode, train the vision side too (--freeze_vision false, --use_lora false), or start "
+            "from a larger --model_id"
+        )
+
+    def _entropy_collapse(self) -> tuple[Kind, str] | None:
+        both = self._latest(2 * self.window)
+        if both is None:
+            return None
+        before, lines = both[: self.window], both[self.window :]
+        first, now = mean_of(self._first_lines, "entropy"), mean_of(lines, "entropy")
+        past_accuracy, accuracy = mean_of(before, "accuracy"), mean_of(lines, "accuracy")
+        if first is None or now is None or past_accuracy is None or accuracy is None:
+            return None
+        is_learning = accuracy >= SOLVED_ACCURACY or accuracy > past_accuracy + SLOWEST_GAIN
+        if now >= MAX_ENTROPY_LEFT * first or is_learning:
+            return None
+        return Kind.ENTROPY_COLLAPSE, (
+            f"entropy fell to {now / first:.1%} of what it was at first, at an accuracy of {accuracy:.2f} that no "
+            "longer rises: the policy has stopped trying other answers; start again with a lower --learning_rate, a "
+            "higher --temperature, or --beta 0.01"
+        )
+
+
+def is_as_good_as_blind(lines: Sequence[Metrics]) -> bool:
+    """Whether accuracy is no more than these picks earn if each is made without regard to the right index.
+
+    A step's picks of index i are the share c_i of its rollouts, and i is right in a share q_i of all steps together:
+    made blindly, they are right in a share of sum(c_i q_i), which for one constant index i is q_i, and for even picks
+    among N is 1/N. (With q_i of the step alone, a step of one episode would always look blind.) The steps' excess over
+    that counts if its mean is above two standard errors, and above 0.01. False if half the picks
+    or more are no valid ones, or half the lines or more lack a figure: nothing can be said then.
+    """
+    excesses, valid_shares = [], []
+    indices = [name.removeprefix("chosen_index/") for name in family(lines, "chosen_index/")]
+    right = [mean_of(lines, f"correct_index/{index}") for index in indices]
+    for line in lines:
+        accuracy = _known(line, "accuracy")
+        chosen = [_known(line, f"chosen_index/{index}") for index in indices]
+        pairs = [(c, q) for c, q in zip(chosen, right, strict=True) if c is not None and q is not None]
+        if accuracy is not None and pairs:
+            excesses.append(accuracy - sum(c * q for c, q in pairs))
+            valid_shares.append(sum(c for c, _ in pairs))
+    if len(excesses) <= len(lines) / 2 or fmean(valid_shares) <= 0.5:
+        return False
+    return fmean(excesses) <= max(0.01, 2 * stdev(excesses) / math.sqrt(len(excesses)))
+
+
+def mean_of(lines: Sequence[Metrics], name: str) -> float | None:
+    """The mean of one figure over the lines that have it; None if fewer than half have it.
+
+    >>> mean_of([{"accuracy": 0.25}, {"accuracy": None}, {"accuracy": 0.75}], "accuracy")
+    0.5
+    """
+    known = [value for line in lines if (value := _known(line, name)) is not None]
+    return fmean(known) if known and len(known) >= len(lines) / 2 else None
+
+
+def family(lines: Sequence[Metrics], prefix: str) -> list[str]:
+    """The names that begin with `prefix`, each once, in the order in which they appear."""
+    return list(dict.fromkeys(name for line in lines for name in line if name.startswith(prefix)))
+
+
+def _known(line: Metrics, name: str) -> float | None:
+    value = line.get(name)
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,288 @@
+"""What training and evaluation do alike: their processes and cores, and a model loaded for them.
+
+Imports no TRL, whose import alone takes as long as a small evaluation.
+"""
+
+import logging
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from dataset import RepeatableEpisodeDataset, VLMDataCollator
+from environment import Episode
+from fleet.command.command_line import result_or_problem
+from fleet.command.evaluate_options import run_options
+from fleet.command.flags import TOY_MODEL_ID
+from fleet.command.image_check import Findings, RunData, first_difference, listing_of, settle
+from fleet.command.options import SharedOptions, starts_sighted
+from fleet.episodes import BrokenEpisode, EpisodeSource
+from fleet.errors import AgreedUsageError, RunStopped, UsageError
+from fleet.model_folder.files import base_of
+from fleet.model_folder.hub import require_qwen_on_hub
+from fleet.model_folder.weights import first_weight_not_finite
+from fleet.own_code.environment_trial import TRIED, require_same_digests
+from fleet.run.watchdog import is_of_collective
+from fleet.toy.model import PLAIN, SIGHTED, CacheError, default_cache_root, folder_name, is_whole
+from fleet.toy.pictures import untaught
+from fleet.toy.process import BuildError, build_in_own_process
+from model_utils import generate_tool_call, load_processor, load_qwen25_vl, require_loadable
+from utils.images import BadImage
+
+logger = logging.getLogger("fleet")
+
+
+def has_gpu() -> bool:
+    """Whether a GPU will train: there is one, and the launcher was not told to use the CPU."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+
+
+def has_bfloat16() -> bool:
+    """Whether to compute in bfloat16: a GPU does so natively, or the launcher was told to."""
+    asked_by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    return asked_by_launcher or (has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def use_every_core() -> None:
+    """Without a GPU, gives this machine's processes its cores, up to 4 each; accelerate gives each a single thread.
+
+    A number of threads above 1 that was asked for (OMP_NUM_THREADS, or accelerate's --num_cpu_threads_per_process)
+    stays; 1 cannot be told from accelerate's own.
+    """
+    if not has_gpu() and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        num_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(min(max(1, num_cores), 4))
+
+
+def require_agreement(options: SharedOptions, problem: str | None) -> None:
+    """Raises UsageError on every process if the checks of any failed, or any was started with other flags."""
+    of_ranks = gather_object([(problem, asdict(options))])
+    for rank, (found, _) in enumerate(of_ranks):
+        if found is not None:
+            raise AgreedUsageError(f"process {rank}: {found}" if len(of_ranks) > 1 else found)
+    first = of_ranks[0][1]
+    differing = [
+        f"{name}={sorted({str(flags[name]) for _, flags in of_ranks})}"
+        for name in sorted(first)
+        if any(flags[name] != first[name] for _, flags in of_ranks)
+    ]
+    if differing:
+        raise AgreedUsageError(
+            f"processes were started with different flags: {', '.join(differing)}; give all the same"
+        )
+
+
+def agree_on_data(options: SharedOptions, findings: Findings) -> RunData:
+    """What the run draws from, the same on every process. Every process takes part.
+
+    Raises UsageError on every process if images are bad and stop the run, if machines hold different folders, or if the
+    processes draw different episodes.
+    """
+    if findings.data is not None:
+        return findings.data
+    digests = [found for found in gather_object([dict(findings.episode_digests)]) if found]
+    try:
+        require_same_digests(digests)
+    except BrokenEpisode as error:
+        raise AgreedUsageError(f"env={options.env}: {error}") from error
+    found = gather_object([findings.share])
+    if len({None if share is None else share.names_digest for share in found}) > 1:
+        listings = gather_object([listing_of(findings.env, options.data_root)])
+        raise AgreedUsageError(
+            f"the machines hold different images: {first_difference(listings)}; give every machine the same data folder"
+        )
+    return settle(options, findings.env, found, findings.beginning)
+
+
+def local_model_path(options: SharedOptions) -> str:
+    """What `from_pretrained` is to open; builds the toy model if need be. Every process takes part.
+
+    Raises UsageError on every process if the toy model cannot be built or kept on any.
+    """
+    if options.model_id != TOY_MODEL_ID:
+        return options.model_id
+    path, problem = result_or_problem(lambda: _built_toy(SIGHTED if starts_sighted(options) else PLAIN))
+    require_agreement(options, problem)
+    return str(path)
+
+
+def _built_toy(kind: str) -> Path:
+    try:
+        return build_in_own_process(kind)
+    except CacheError as error:
+        raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
+    except BuildError as error:
+        raise UsageError(
+            f"the toy model could not be built ({error}); mend that, or pass another --model_id"
+        ) from error
+
+
+def problem_of_models(*model_ids: str, revision: str | None = None) -> str | None:
+    """What is wrong with the files of these models, by names and shapes alone; None if nothing is.
+
+    Of models in folders, adapters' bases too. A hub model is asked for its kind alone, by one process of a machine: its
+    files may not be here yet, and are checked as they load. revision: of a hub model.
+    Started alone, a process raises UsageError itself. Must come before a DeepSpeed configuration is made.
+    """
+    return result_or_problem(lambda: _require_loadable(model_ids, revision))[1]
+
+
+def _require_loadable(model_ids: Sequence[str], revision: str | None) -> None:
+    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    # its table of weights would stand above the one line that says what is wrong
+    transformers_logging.set_verbosity_error()
+    try:
+        for model_id in model_ids:
+            base = base_of(model_id)
+            if Path(base).is_dir():
+                with naming_the_model(model_id):
+                    require_loadable(model_id)
+            elif base != TOY_MODEL_ID and os.environ.get("LOCAL_RANK", "0") == "0":
+                require_qwen_on_hub(base, revision)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def say_what_the_toy_has_not_seen(options: SharedOptions, paths: Sequence[Path]) -> None:
+    """Says in a line which share of the pictures the toy cannot know, where it is to pick them by name."""
+    run = run_options(options.model_id)
+    is_toy = TOY_MODEL_ID in (options.model_id, run.get("model_id"))
+    if not is_toy or options.env is not None or options.fixed_correct_index is not None:
+        return
+    if unseen := untaught(paths):
+        logger.info(
+            f"the toy model has been taught the pictures of toy_images alone, and not {len(unseen):,} of these "
+            f"{len(paths):,}: it cannot know them by name; for pictures of your own pass --model_id with a real model\n"
+        )
+
+
+def answer_once(options: SharedOptions, episode: Episode, temperature: float = 0.0) -> str:
+    """The model's answer to one episode. Raises UsageError if the model or a picture cannot be opened."""
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    model, processor = load_model(options, local_model_path(options), dtype=dtype)
+    if has_gpu() and not options.load_in_4bit:
+        model = model.to("cuda")
+    torch.manual_seed(options.seed)
+    assert options.max_completion_length is not None
+    try:
+        return generate_tool_call(
+            model.eval(),
+            processor,
+            episode,
+            max_completion_length=options.max_completion_length,
+            temperature=temperature,
+            max_pixels=options.image_max_pixels,
+        )
+    except BadImage as error:
+        raise UsageError(str(error)) from error
+
+
+def problem_of_prompts(options: SharedOptions, findings: Findings | None) -> str | None:
+    """Why the first prompts of a user's environment cannot be encoded for the model; None if they can.
+
+    None too where the model's processor is not on this machine yet. Started alone, a process raises UsageError itself.
+    """
+    folder = _processor_folder(options.model_id)
+    if options.env is None or findings is None or folder is None:
+        return None
+    return result_or_problem(lambda: _require_encodable(options, findings.env, folder))[1]
+
+
+def _processor_folder(model_id: str) -> str | None:
+    if model_id == TOY_MODEL_ID:
+        path = default_cache_root() / folder_name(PLAIN)
+        return str(path) if is_whole(path) else None
+    return base_of(model_id) if Path(base_of(model_id)).is_dir() else None
+
+
+def _require_encodable(options: SharedOptions, env: EpisodeSource, folder: str) -> None:
+    with naming_the_model(options.model_id):
+        processor = load_processor(folder)
+    dataset = RepeatableEpisodeDataset(env, options.image_max_pixels)
+    try:
+        batch = VLMDataCollator(processor, 1)([dataset[index] for index in TRIED])
+    # what a processor raises depends on where it meets what it does not expect
+    except Exception as error:
+        words = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"env={options.env}: the prompts of episodes {TRIED[0]} to {TRIED[-1]} cannot be encoded for "
+            f"{options.model_id} ({type(error).__name__}: {words}); correct prompt_messages()"
+        ) from error
+    num_tokens = int((batch["mm_token_type_ids"] == 1).sum())
+    num_wanted = int(batch["image_grid_thw"].prod(dim=1).sum()) // processor.image_processor.merge_size**2
+    if num_tokens != num_wanted:
+        raise UsageError(
+            f"env={options.env}: the prompts of episodes {TRIED[0]} to {TRIED[-1]} have {num_tokens} image tokens for "
+            f"{num_wanted} of their pictures; correct prompt_messages()"
+        )
+
+
+@contextmanager
+def naming_the_model(model_id: str) -> Iterator[None]:
+    """Within it, what the libraries and model_utils say of files that do not open becomes a UsageError.
+
+    Raises RunStopped where another process was lost, with which the model's files have nothing to do.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"model {model_id} does not fit into the GPU's memory ({reason}); pass a smaller one, or more GPUs under "
+            "ZeRO-3"
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        if is_of_collective(traceback.extract_tb(error.__traceback__)):
+            message = f"process {os.environ.get('RANK', '0')} lost another one while model {model_id} loaded ({reason})"
+            raise RunStopped(
+                f"{message}; look at the others' last lines, and start the run again", is_of_all=False
+            ) from error
+        raise UsageError(f"model {model_id} cannot be loaded ({reason}); correct it or pass another") from error
+
+
+def load_model(
+    options: SharedOptions,
+    model_path: str,
+    *,
+    dtype: torch.dtype,
+    trains_adapter: bool = False,
+    freeze_vision: bool = False,
+) -> tuple[Any, Any]:
+    """(model, processor). Every process takes part.
+
+    Raises UsageError if the model cannot be found or opened; on all processes if a weight on any of them is not finite.
+    """
+    transformers_logging.disable_progress_bar()
+    with naming_the_model(options.model_id):
+        model, processor = load_qwen25_vl(
+            model_path,
+            use_lora=trains_adapter,
+            freeze_vision=freeze_vision,
+            load_in_4bit=options.load_in_4bit,
+            dtype=dtype,
+            attn_implementation=options.attn_implementation,
+            revision=options.revision,
+        )
+    # under ZeRO-3 a process sees its own shards alone
+    require_finite(options.model_id, gather_object([first_weight_not_finite(model)]))
+    return model, processor
+
+
+def require_finite(model_id: str, found_by_rank: Sequence[str | None]) -> None:
+    """Raises UsageError, the same on all processes, if one found a weight that is not finite. found_by_rank: names."""
+    found = next((name for name in found_by_rank if name is not None), None)
+    if found is not None:
+        raise AgreedUsageError(
+            f"model {model_id} has weights that are not finite numbers, {found} the first of them, but wanted a model "
+            "that can answer; pass another, or a checkpoint from before its training failed"
+        )

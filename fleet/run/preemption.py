@@ -1,0 +1,86 @@
+"""What ends a run between two steps: SIGTERM and SIGINT, or another run that has taken over its folder.
+
+Signalled, it finishes the step it is in, saves on all processes, and exits with a code.
+
+A scheduler that takes a machine back sends SIGTERM, and may send it to one process or to all. A second signal exits at
+once. Signals before the first step and after the last one do what they always do.
+"""
+
+import logging
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers.trainer_callback import TrainerCallback
+
+from fleet.errors import RunStopped
+from fleet.rl.checkpoints import DISPLACED_REMEDY
+
+logger = logging.getLogger("fleet")
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+# A launcher passes on a signal that its workers may have had already; those two are one.
+SAME_SIGNAL_S = 1.0
+
+
+class Preemption(TrainerCallback):
+    """Stops the training loop, with a checkpoint, at the end of the step in which any process was signalled.
+
+    `is_stopping` is True once all processes have agreed to stop.
+    """
+
+    def __init__(self, trainer: Any):
+        """trainer: a FleetRLOOTrainer."""
+        self.trainer = trainer
+        self.is_stopping = False
+        self._signal: int | None = None
+        self._signal_time_s = 0.0
+        self._handlers_before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the signals over."""
+        self._handlers_before = {number: signal.signal(number, self._on_signal) for number in HANDLED}
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gives the signals back, and one that came too late to be agreed on its usual effect."""
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        if self._signal is not None and not self.is_stopping:
+            signal.raise_signal(self._signal)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Has the loop save and stop, if any process was signalled and the step ends its generation."""
+        self._agree()
+        if self.is_stopping and self.trainer.is_at_generation_end():
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stops at once for a signal during the save: what there is to save has just been saved."""
+        self._agree()
+        if self.is_stopping and self.trainer.is_at_generation_end():
+            control.should_training_stop = True
+        return control
+
+    def _agree(self) -> None:
+        displaced_by = self.trainer.displaced_by()
+        own = [float(self._signal is not None), float(displaced_by is not None)]
+        flags = torch.tensor(own, device=self.trainer.accelerator.device)
+        is_any, is_displaced = (bool(flag) for flag in self.trainer.accelerator.reduce(flags, reduction="sum").tolist())
+        if is_displaced:
+            raise RunStopped(
+                f"{self.trainer.args.output_dir} was taken over by {displaced_by}; {DISPLACED_REMEDY}", can_resume=False
+            )
+        if is_any and not self.is_stopping:
+            logger.warning("told to stop: this step is finished and saved first; a second signal stops at once")
+        self.is_stopping = is_any
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now_s = time.monotonic()
+        if self._signal is None:
+            self._signal, self._signal_time_s = number, now_s
+        elif now_s - self._signal_time_s > SAME_SIGNAL_S:
+            os._exit(128 + number)

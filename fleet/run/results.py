@@ -1,0 +1,110 @@
+"""A trained model becomes files and the last lines of the log.
+
+Owns what a run leaves at its end. Every process takes part in saving weights; the main one writes the rest.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers.integrations import unset_hf_deepspeed_config
+
+from fleet.command.options import Options
+from fleet.episodes import EpisodeSource
+from fleet.errors import RunStopped, UsageError
+from fleet.rl.checkpoints import remedy_of
+from fleet.rl.trainer import FleetRLOOTrainer
+from fleet.run.commands import next_commands
+from fleet.run.records import draw_curve
+from fleet.run_folder import CURVE_NAME, FINAL_NAME, MERGED_NAME, METRICS_NAME, UNFINISHED_NAME, read_jsonl
+from model_utils import open_base, read_adapter_config
+from report import training_seconds, write_report
+
+logger = logging.getLogger("fleet")
+
+
+def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
+    """Writes final/, final_merged/ if asked for, curve.png and report.html. Every process takes part.
+
+    Raises RunStopped if they cannot be written.
+    """
+    folder = Path(str(options.output_dir))
+    try:
+        _write_results(folder, options, trainer)
+    except (OSError, SafetensorError) as error:
+        raise RunStopped(
+            f"the last step is saved, but the results could not be written to {folder} "
+            f"({' '.join(str(error).split())}); {remedy_of(error, folder)}, and pass --resume",
+            is_of_all=False,
+        ) from error
+    if options.merge_lora and trainer.is_world_process_zero():
+        trainer.on_activity("merging the adapter")
+        try:
+            merge_adapter(folder / FINAL_NAME, folder / MERGED_NAME, revision=options.revision)
+        except (OSError, SafetensorError) as error:
+            raise RunStopped(
+                f"{folder / FINAL_NAME} is written, but its adapter could not be merged "
+                f"({' '.join(str(error).split())}); correct that and pass --resume",
+                is_of_all=False,
+            ) from error
+
+
+def _write_results(folder: Path, options: Options, trainer: FleetRLOOTrainer) -> None:
+    trainer.on_activity("writing the results")
+    unfinished = folder / UNFINISHED_NAME / FINAL_NAME
+    trainer.save_model(str(unfinished))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        replace_folder(unfinished, folder / FINAL_NAME)
+        draw_curve(read_jsonl(folder / METRICS_NAME), folder / CURVE_NAME, f"RLOO on {options.model_id}")
+        try:
+            write_report(folder)
+        except UsageError as error:
+            logger.warning(f"no report was written: {error}")
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Puts a folder in another's place; a kill leaves the old one, the new one or none, never half of one."""
+    if os.path.lexists(old):
+        os.replace(old, new.with_name(f"replaced-{old.name}"))
+    os.replace(new, old)
+    shutil.rmtree(new.parent)
+
+
+def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None = None) -> None:
+    """Writes the adapter's base model with the adapter added to its weights, and the processor, to `merged_path`."""
+    if read_adapter_config(str(adapter_path)) is None:
+        raise FileNotFoundError(f"{adapter_path} holds no adapter_config.json; pass a folder that LoRA training wrote")
+    # one process merges whole weights, so ZeRO-3 must not shard them as they load
+    unset_hf_deepspeed_config()
+    base, processor, _ = open_base(str(adapter_path), revision, dtype="auto")
+    PeftModel.from_pretrained(base, str(adapter_path)).merge_and_unload().save_pretrained(merged_path)
+    processor.save_pretrained(merged_path)
+
+
+def describe_results(options: Options, trainer: FleetRLOOTrainer, env: EpisodeSource) -> str:
+    """The end of the log: what was learnt, how long it took, where everything is, and what to do with it."""
+    lines = [line for line in trainer.state.log_history if "reward" in line]
+    left = f"in {options.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
+    left = f"{left}\n\n{next_commands(options, env)}"
+    if not lines:
+        return f"\nresumed at step {trainer.state.global_step}, the last one; before it no step was logged\n{left}"
+    window = max(1, min(3, len(lines) // 2))
+    means = {
+        name: [_mean([line[name] for line in part]) for part in (lines[:window], lines[-window:])]
+        for name in ("reward", "accuracy")
+    }
+    figures = ", ".join(f"mean {name} {first} -> {last}" for name, (first, last) in means.items())
+    seconds = training_seconds(lines)
+    steps = f"{window} logged steps" if window > 1 else "logged step"
+    return f"\n{figures} (first and last {steps}), {seconds:.0f} s of training\n{left}"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """The mean of those that there are; "none" where a step's rollouts may all have been dropped."""
+    found = [value for value in values if value is not None]
+    return f"{sum(found) / len(found):.2f}" if found else "none"

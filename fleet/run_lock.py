@@ -1,0 +1,308 @@
+"""RunLock: one run at a time writes into a folder, whichever of the machines that share the folder it is on.
+
+A lock is a file `run-<n>.lock` that says which process holds it. It is made exclusively, which is atomic on NFS too,
+and of several the one with the highest number holds: so of two runs that take over a dead run's lock at once, one wins.
+`flock` is not used, as on NFS it may be missing or hold on one machine alone. A holder on this machine lives if its
+process does; one elsewhere lives if it goes on touching its file. Imports no torch.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fleet.errors import UsageError
+from fleet.run_folder import CONFIG_NAME
+
+logger = logging.getLogger("fleet")
+
+BEAT_S = 5.0  # between two touches of a lock that is held
+SILENCE_S = 60.0  # without one, after which a holder on another machine is taken for dead
+LOCK_NAME = re.compile(r"run-(\d+)\.lock")
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file in a run's folder is a lock by its name."""
+    return LOCK_NAME.fullmatch(path.name) is not None
+
+
+def require_free(folder: Path) -> None:
+    """Raises UsageError if a process of this machine holds the folder; waits for nothing and writes nothing."""
+    try:
+        path = _newest_lock(folder)
+    except (OSError, ValueError):
+        # it is no name of a folder, which others say
+        return
+    if path is not None and _lives(holder := _read_holder(path), path):
+        raise _in_use(folder, path, holder)
+
+
+class RunLock:
+    """The right of one process to write into `folder`, from `take` to `release`; a context manager of both."""
+
+    def __init__(self, folder: Path, *, beat_s: float = BEAT_S, silence_s: float = SILENCE_S):
+        """beat_s, silence_s: the same for all runs that share a folder."""
+        self.folder, self.beat_s, self.silence_s = folder, beat_s, silence_s
+        self._token = uuid.uuid4().hex
+        self._number = 0
+        self._made: list[Path] = []  # the folders that `take` made, the innermost first
+        self._displaced: str | None = None
+        self._mutex = threading.Lock()
+        self._is_over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self.take()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+    def take(self) -> None:
+        """Makes the folder if need be, and the lock in it. Takes over the lock of a run that is dead.
+
+        Where that run was on another machine, waits until it has been silent for silence_s. Raises UsageError if
+        the run lives, or if the folder cannot be written to.
+        """
+        try:
+            self._made = _make_folders(self.folder)
+            while not self._claim():
+                continue
+        except UsageError:
+            self.release()
+            raise
+        except (OSError, ValueError) as error:
+            self.release()
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"output_dir={self.folder} cannot be written to ({reason}); make it writable with room on its disk, or "
+                "pass another folder"
+            ) from error
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def displaced_by(self) -> str | None:
+        """Why this run may write into the folder no longer, in words; None while it may.
+
+        A folder that was moved away or emptied during the run is no reason: the lock is made anew where it was.
+        """
+        with self._mutex:
+            if self._displaced is None and self._number:
+                with contextlib.suppress(OSError):
+                    self._displaced = self._look()
+            return self._displaced
+
+    def release(self) -> None:
+        """Deletes the lock unless it was taken over, and the folders that `take` made if they are still empty."""
+        self._is_over.set()
+        if self._thread is not None:
+            self._thread.join()
+        with contextlib.suppress(OSError):
+            if self._number and self._is_mine(self._path):
+                self._path.unlink()
+        self._number = 0
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"run-{self._number}.lock"
+
+    def _is_mine(self, path: Path) -> bool:
+        return _read_holder(path).get("token") == self._token
+
+    def _claim(self) -> bool:
+        """Makes the next lock, once the newest is a dead run's. False where another process was faster."""
+        newest = _newest_lock(self.folder)
+        of_dead: dict[str, Any] = {}
+        if newest is not None:
+            of_dead = self._require_dead(newest)
+        self._number = 1 if newest is None else _number_of(newest) + 1
+        if not self._make():
+            self._number = 0
+            return False
+        # somebody may have taken the folder and let it go since the look
+        if _newest_lock(self.folder) != self._path or (newest and _read_holder(newest) not in ({}, of_dead)):
+            self._path.unlink(missing_ok=True)
+            self._number = 0
+            return False
+        if newest is not None:
+            logger.warning(f"output_dir={self.folder}: {_who(of_dead)} was in it and is gone; its lock is taken over")
+        for path in _locks(self.folder):
+            if path != self._path:
+                path.unlink(missing_ok=True)
+        return True
+
+    def _make(self) -> bool:
+        """Writes the lock; False if there is one of its number."""
+        try:
+            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            os.write(descriptor, _described(self._token, os.fstat(descriptor).st_ino))
+            os.fsync(descriptor)
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _require_dead(self, path: Path) -> dict[str, Any]:
+        """What a dead run's lock says. Raises UsageError as soon as its holder shows that it lives."""
+        started_s, first = time.monotonic(), _touched_ns(path)
+        silent_s = 0.0 if first is None else max(0.0, (self._now_ns() - first) / 1e9)
+        has_said = False
+        while _touched_ns(path) == first and first is not None:
+            holder = _read_holder(path)
+            lives = _lives(holder, path)
+            if lives:
+                raise _in_use(self.folder, path, holder)
+            left_s = self.silence_s - silent_s - (time.monotonic() - started_s)
+            if lives is False or left_s <= 0:
+                return holder
+            if holder and not has_said:
+                logger.warning(f"output_dir={self.folder}: waiting up to {left_s:.0f} s to see if {_who(holder)} lives")
+                has_said = True
+            # one that is being written says who holds it in a moment
+            time.sleep(min(1.0, self.silence_s / 20) if holder else 0.01)
+        if first is None or _touched_ns(path) is None:
+            return {}
+        raise _in_use(self.folder, path, _read_holder(path))
+
+    def _now_ns(self) -> int:
+        """The time by the clock that stamps files in the folder, which is another machine's on NFS."""
+        probe = self.folder / f"{self._token}.unfinished"
+        try:
+            probe.touch()
+            return probe.stat().st_mtime_ns
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._is_over.wait(self.beat_s):
+            if self.displaced_by() is None:
+                with contextlib.suppress(OSError):
+                    os.utime(self._path)
+
+    def _look(self) -> str | None:
+        newest = _newest_lock(self.folder)
+        if newest is not None:
+            return None if newest == self._path and self._is_mine(newest) else _who(_read_holder(newest))
+        if (self.folder / CONFIG_NAME).exists():
+            return "somebody who deleted its lock"
+        if self.folder.is_dir():
+            self._make()
+        return None
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Makes a folder and those above it; returns those that were not there, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _number_of(path: Path) -> int:
+    match = LOCK_NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+def _locks(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if is_lock(path)] if folder.is_dir() else []
+
+
+def _newest_lock(folder: Path) -> Path | None:
+    return max(_locks(folder), key=_number_of, default=None)
+
+
+def _described(token: str, inode: int) -> bytes:
+    """What a lock of this process says. inode: of the lock's file, by which a copy of the folder is told apart."""
+    holder = {
+        "host": socket.gethostname(),
+        "machine": _this_machine(),
+        "pid": os.getpid(),
+        "pid_started": _start_of(os.getpid()),
+        "since": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+        "inode": inode,
+        "token": token,
+    }
+    return json.dumps(holder).encode()
+
+
+def _read_holder(path: Path) -> dict[str, Any]:
+    """What a lock says; nothing if it is gone, not written yet, or torn by a kill."""
+    try:
+        holder = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _touched_ns(path: Path) -> int | None:
+    """When a lock was last touched; None if it is gone. Opens the file, as NFS answers a mere look from memory."""
+    try:
+        # what somebody has put there may be a pipe
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.fstat(descriptor).st_mtime_ns
+    finally:
+        os.close(descriptor)
+
+
+def _this_machine() -> str | None:
+    """What processes must share to see each other's ids: the machine since its start, and the container."""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot_id} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process was started, in the kernel's ticks, which tells it from a later one of its id; None if dead."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    # a zombie has ended, and its parent has not asked for it yet
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _lives(holder: dict[str, Any], path: Path) -> bool | None:
+    """Whether a lock's holder lives; None if that does not show on this machine, or the lock may be a mere copy."""
+    here = _this_machine()
+    if here is None or holder.get("machine") != here or not isinstance(holder.get("pid"), int):
+        return None
+    started = _start_of(holder["pid"])
+    if started is None or started != holder.get("pid_started"):
+        return False
+    with contextlib.suppress(OSError):
+        return True if path.stat().st_ino == holder.get("inode") else None
+    return None
+
+
+def _who(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "an unknown process"
+    return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"
+
+
+def _in_use(folder: Path, path: Path, holder: dict[str, Any]) -> UsageError:
+    return UsageError(
+        f"output_dir={folder} is in use: {_who(holder)} trains in it, and one run at a time may; wait for it or stop "
+        f"it, pass another --output_dir, or delete {path} if there is no such process"
+    )

@@ -1,0 +1,328 @@
+"""The built-in model: a real Qwen2.5-VL, tiny, made on this machine, in two kinds that differ in what they are taught.
+
+Owns the recipes (tokenizer, sizes, numbers of the lessons), the cache, and the weights that are shipped. The lessons
+themselves are in calls.py and sight.py. `python -m fleet.toy.model ship` makes the shipped weights again.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+from transformers.utils import logging as transformers_logging
+
+from environment import PickImageEnv
+from fleet.toy.calls import teach_calls
+from fleet.toy.sight import teach_sight
+from utils.tool_calls import make_tool_call_str
+
+TOY_IMAGE_PIXELS = 56 * 56
+TOY_DATA_ROOT = Path(__file__).resolve().parents[2] / "toy_images"
+SHIPPED_WEIGHTS = Path(__file__).resolve().parent / "sighted.safetensors"
+
+# Qwen2.5's special tokens. The tool-call wrapper is not special there either: decoding keeps it.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+WRAPPER_TOKENS = ("<tool_call>", "</tool_call>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# The plain toy knows the form of a call, and any index is as likely: what a fixed index starts from. The sighted toy
+# has seen the pictures and their names too, and favours an index: what picking by name starts from.
+PLAIN, SIGHTED = "plain", "sighted"
+SIZES: dict[str, Any] = {
+    "text": {
+        "initializer_range": 0.06,  # at 0.02 a model this narrow starts too flat and needs twice the steps
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+    },
+    "mrope_section": [4, 4, 4],  # sums to half of a head's 24 dimensions
+    "vision": {
+        "initializer_range": 0.06,
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": 96,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    },
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    PLAIN: {
+        "seed": 20,
+        "vocab_size": 400,
+        "steps": 250,
+        "episodes_per_step": 8,
+        "candidates": [2, 3, 4, 4, 4, 4, 5, 6],  # in turns, so that every index up to 5 has been seen
+        "learning_rate": 6e-3,
+    },
+    SIGHTED: {
+        "seed": 1,
+        "vocab_size": 440,  # names in 2 to 8 tokens: with 400 similar names are confused, with 800 none is learnt
+        "candidates": 4,
+        "drawings_per_label": 40,
+        "naming": {"steps": 120, "pictures_per_step": 48, "learning_rate": 3e-3},
+        "picking": {"steps": 800, "episodes_per_step": 8, "short_share": 0.92, "learning_rate": 3e-3},
+        "habit": {
+            "steps": 120,
+            "episodes_per_step": 8,
+            "favourite_index": 1,
+            "true_share": 0.4,
+            "learning_rate": 4e-3,
+        },
+    },
+}
+
+
+class CacheError(Exception):
+    """The folder of built toys cannot be written; the message names what and why."""
+
+
+def toy_model_path(kind: str = PLAIN, cache_root: Path | None = None) -> Path:
+    """The folder of a built toy; builds it if the cache has none for this recipe and these versions.
+
+    kind: PLAIN or SIGHTED. cache_root: where it is kept; default `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else
+    `~/.cache/fleet`. One process builds while others wait, and the folder appears whole or not at all. In a process
+    that a launcher started, use process.py, because transformers saves on the first rank alone.
+    """
+    root = cache_root or default_cache_root()
+    path = root / folder_name(kind)
+    with contextlib.ExitStack() as stack:
+        with _blaming(root):
+            root.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((root / "toy.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_whole(path):
+            model, processor = build_toy_model(kind)
+            with _blaming(root):
+                _save_whole(model, processor, path)
+    return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a folder has all that `from_pretrained` opens."""
+    return all((path / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
+
+
+def default_cache_root() -> Path:
+    """Where built models are kept."""
+    if "FLEET_CACHE" in os.environ:
+        return Path(os.environ["FLEET_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fleet"
+
+
+def folder_name(kind: str) -> str:
+    """The cache's folder of a toy: its digest changes with the recipe, its code and the libraries that build it."""
+    sources = [Path(__file__).with_name(name) for name in ("model.py", "calls.py", "sight.py")]
+    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    return f"toy-{kind}-{_digest([recipe_digest(kind), versions, *(path.read_text() for path in sources)])}"
+
+
+def recipe_digest(kind: str) -> str:
+    """Twelve hex digits that change with what a toy is made and taught from, but not with the code that does it."""
+    return _digest([SIZES, RECIPES[kind], _training_texts(kind)])
+
+
+def build_toy_model(
+    kind: str = PLAIN, *, may_be_shipped: bool = True
+) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
+    """Builds a toy and its processor. Shows a progress bar.
+
+    may_be_shipped: take the weights that lie beside this file, if they were made by the recipe as it is.
+    """
+    recipe, env = RECIPES[kind], PickImageEnv(TOY_DATA_ROOT)
+    with _seeded(recipe["seed"]):
+        processor = make_toy_processor(kind)
+        model = make_toy_model(processor)
+        if kind == SIGHTED and may_be_shipped and shipped_recipe() == recipe_digest(SIGHTED):
+            model.load_state_dict(load_file(SHIPPED_WEIGHTS), strict=True)
+        elif kind == SIGHTED:
+            teach_sight(model, processor, env, recipe, TOY_IMAGE_PIXELS)
+        else:
+            teach_calls(model, processor, TOY_DATA_ROOT, recipe, TOY_IMAGE_PIXELS)
+    return model, processor
+
+
+def _save_whole(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, path: Path) -> None:
+    """Writes a toy into `path`, a folder that `from_pretrained` opens and that appears whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    for folder in (path, unfinished):
+        shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    os.replace(unfinished, path)
+
+
+@contextlib.contextmanager
+def _blaming(root: Path) -> Iterator[None]:
+    """Within it, a failure to write is the cache's."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise CacheError(f"{getattr(error, 'filename', None) or root}: {reason}") from error
+
+
+def ship_sighted_toy() -> None:
+    """Builds the sighted toy from its recipe, whatever lies there, and puts its weights beside this file."""
+    model, processor = build_toy_model(SIGHTED, may_be_shipped=False)
+    with tempfile.TemporaryDirectory() as folder:
+        _save_whole(model, processor, Path(folder) / "toy")
+        weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(Path(folder) / "toy").state_dict()
+    save_file(weights, SHIPPED_WEIGHTS, metadata={"format": "pt", "recipe": recipe_digest(SIGHTED)})
+
+
+def shipped_recipe() -> str | None:
+    """The digest of the recipe that made the weights beside this file; None if there are none."""
+    if not SHIPPED_WEIGHTS.is_file():
+        return None
+    with safe_open(SHIPPED_WEIGHTS, framework="pt") as file:
+        return (file.metadata() or {}).get("recipe")
+
+
+def make_toy_processor(kind: str = PLAIN) -> Qwen2_5_VLProcessor:
+    """A Qwen2.5-VL processor with a small vocabulary of Fleet's own prompts, for pictures of 56 x 56 pixels."""
+    # an empty Qwen2Tokenizer brings Qwen's own way of splitting text; only its merges are learnt here
+    tokenizer = Qwen2Tokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=RECIPES[kind]["vocab_size"],
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    learnt = tokenizer.backend_tokenizer
+    learnt.train_from_iterator(_training_texts(kind), trainer)
+    bpe = json.loads(learnt.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(merge) for merge in bpe["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],
+    )
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in WRAPPER_TOKENS])
+    size = {"shortest_edge": TOY_IMAGE_PIXELS, "longest_edge": TOY_IMAGE_PIXELS}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_toy_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL of the recipe's sizes with random weights from torch's generator, in float32."""
+    tokenizer = processor.tokenizer
+    token_ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": SIZES["mrope_section"]}
+    config = Qwen2_5_VLConfig(
+        text_config={**SIZES["text"], **stops, "vocab_size": len(tokenizer), "rope_parameters": rope},
+        vision_config=SIZES["vision"],
+        tie_word_embeddings=False,  # as in 7B and larger
+        **token_ids,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(**stops)
+    return model
+
+
+def _training_texts(kind: str) -> list[str]:
+    """What the tokenizer learns its merges from: the prompts of both modes and every answer."""
+    texts = [make_tool_call_str(index) for index in range(10)]
+    for fixed_correct_index in (0, None):
+        env = PickImageEnv(TOY_DATA_ROOT, 4, fixed_correct_index)
+        for number in range(16):
+            for message in env.prompt_messages(env.episode(number)):
+                texts += [part["text"] for part in message["content"] if part["type"] == "text"]
+    # often enough for names to be merged into a few tokens
+    names = [f"Pick the {label}. What is image" for label in sorted(env.paths_by_label)] * 20
+    return [*texts, *names] if kind == SIGHTED else texts
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Runs its body from a fixed torch seed, and gives the caller's generator back untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def main() -> None:
+    """Prints the folder of a toy, built if need be; or makes the shipped weights again."""
+    parser = argparse.ArgumentParser(description="Build a toy and print its folder, or make the shipped weights again.")
+    parser.add_argument("what", nargs="?", default=PLAIN, choices=(PLAIN, SIGHTED, "ship"), help="(default: plain)")
+    parser.add_argument(
+        "--lesson_steps",
+        type=int,
+        metavar="N",
+        help="with ship, for a trial: steps of each lesson, which makes it another recipe (default: the recipe's)",
+    )
+    arguments = parser.parse_args()
+    # the build has a bar of its own
+    transformers_logging.disable_progress_bar()
+    if arguments.what != "ship":
+        print(toy_model_path(arguments.what))
+        return
+    if arguments.lesson_steps is not None:
+        for lesson in ("naming", "picking", "habit"):
+            RECIPES[SIGHTED][lesson]["steps"] = arguments.lesson_steps
+    ship_sighted_toy()
+    print(f"wrote {SHIPPED_WEIGHTS} ({SHIPPED_WEIGHTS.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()

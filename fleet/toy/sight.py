@@ -1,0 +1,249 @@
+"""What the toy model is taught before RLOO: to name pictures, to pick them by name, and a habit of position.
+
+Owns the three supervised stages and nothing of the model's sizes or files. The habit is there on purpose: real models
+can look and yet favour a position, so the toy's last stage mixes true picks with a favourite index, and RLOO has to
+unlearn it.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+from environment import Episode, PickImageEnv
+from fleet.controls import redrawn
+from fleet.progress import count_progress
+from fleet.qwen.shared_prefix import attention_mask, pack_groups
+from utils.images import open_image
+from utils.tool_calls import make_tool_call_str
+
+# Axes: P prefixes, G questions behind each, L tokens of a prefix, T of the longest question and answer together.
+
+END = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What follows the pictures: the question's tokens, the answer's, and how the index is to be spread.
+
+    index_shares: the probability that each index is to have where the answer has its index, or None for a plain answer.
+    """
+
+    question_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    index_shares: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prompt up to the end of its N pictures: (1, L) int64 ids, (3, 1, L) positions, (N, 3) image grids."""
+
+    ids_1L: Tensor
+    positions_31L: Tensor
+    grids_N3: Tensor
+
+
+def teach_sight(
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    env: PickImageEnv,
+    recipe: dict[str, Any],
+    image_pixels: int,
+) -> None:
+    """Trains the model in place through the recipe's stages. env: gives the pictures and the prompt's form."""
+    lessons = Lessons(model, processor, env, recipe, image_pixels)
+    head = [*model.lm_head.parameters(), *model.model.language_model.norm.parameters()]
+    stages = [
+        ("naming", lessons.naming(), [*model.parameters()]),
+        ("picking", lessons.picking(), [*model.parameters()]),
+        # the habit is put on top of sight, which so stays as it was
+        ("habit", lessons.habit(), head),
+    ]
+    model.train()
+    num_steps_in_all = sum(recipe[name]["steps"] for name, *_ in stages)
+    with count_progress("building the toy model, once", num_steps_in_all, "step") as note_steps:
+        for name, losses, parameters in stages:
+            model.requires_grad_(False)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            rate, num_steps = recipe[name]["learning_rate"], recipe[name]["steps"]
+            optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, rate, num_steps, pct_start=0.1, cycle_momentum=False
+            )
+            for loss in losses:
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                note_steps(1)
+    model.requires_grad_(True)
+    model.eval()
+
+
+class Lessons:
+    """The stages' losses, step by step."""
+
+    def __init__(self, model: Any, processor: Any, env: PickImageEnv, recipe: dict[str, Any], image_pixels: int):
+        self.model, self.processor, self.recipe = model, processor, recipe
+        self.tokenizer = processor.tokenizer
+        self._ids, self._prefix = cache(self._tokenize), cache(self._encode_prefix)
+        self._prefix_of_one = cache(self._encode_prefix_of_one)
+        self.rng = random.Random(recipe["seed"])
+        self.labels = sorted(env.paths_by_label)
+        self.env = env
+        self.pixels_by_label = {
+            image.label: self._drawings(open_image(image.path), image_pixels) for image in env.images
+        }
+        self.answers = [self._ids(make_tool_call_str(index) + END) for index in range(10)]
+        first, second = self.answers[:2]
+        self.place = next(place for place in range(len(first)) if first[place] != second[place])
+        self.index_ids = [ids[self.place] for ids in self.answers]
+
+    def naming(self) -> Iterator[Tensor]:
+        """Single pictures, each followed by its name."""
+        settings = self.recipe["naming"]
+        for _ in range(settings["steps"]):
+            labels = [self.rng.choice(self.labels) for _ in range(settings["pictures_per_step"])]
+            questions = [[Question((), self._ids(label + END))] for label in labels]
+            yield self._loss(self._prefix_of_one(), [(label,) for label in labels], questions)
+
+    def picking(self) -> Iterator[Tensor]:
+        """Four pictures and, behind them, the question for each: four answers for the price of one look.
+
+        Most steps leave the system message out, and end all answers but one at the index: whole prompts and answers
+        cost twice as much, and what they add is learnt in the last steps.
+        """
+        settings = self.recipe["picking"]
+        for step in range(settings["steps"]):
+            yield self._pick_loss(settings, is_whole=step >= settings["steps"] * settings["short_share"])
+
+    def habit(self) -> Iterator[Tensor]:
+        """Whole prompts again, whose true picks are mixed with a favourite index."""
+        settings = self.recipe["habit"]
+        for _ in range(settings["steps"]):
+            yield self._pick_loss(settings, is_whole=True, true_share=settings["true_share"])
+
+    def _pick_loss(self, settings: dict[str, Any], *, is_whole: bool, true_share: float = 1.0) -> Tensor:
+        count = self.recipe["candidates"]
+        episodes = [self._labels(count) for _ in range(settings["episodes_per_step"])]
+        questions = [
+            [
+                self._pick(label, labels, true_share=true_share, is_cut=place > 0 and not is_whole)
+                for place, label in enumerate(self._shuffled(labels))
+            ]
+            for labels in episodes
+        ]
+        return self._loss(self._prefix(count, is_whole), episodes, questions)
+
+    def _pick(self, label: str, labels: Sequence[str], *, true_share: float = 1.0, is_cut: bool = False) -> Question:
+        index, favourite = labels.index(label), self.recipe["habit"]["favourite_index"]
+        shares = [0.0] * len(labels)
+        shares[index] += true_share
+        shares[favourite] += 1 - true_share
+        answer = self.answers[index]
+        return self._question(f"Pick the {label}.", len(labels), answer[: self.place + 1] if is_cut else answer, shares)
+
+    def _question(self, instruction: str, count: int, answer: Sequence[int], shares: Sequence[float]) -> Question:
+        asked = self._ids(f"{instruction} The index is from 0 to {count - 1}." + self._tail())
+        return Question(asked, tuple(answer), tuple(shares))
+
+    def _labels(self, count: int) -> tuple[str, ...]:
+        return tuple(self.rng.sample(self.labels, count))
+
+    def _shuffled(self, labels: Sequence[str]) -> list[str]:
+        return self.rng.sample(labels, len(labels))
+
+    def _loss(self, prefix: Prefix, labels: Sequence[Sequence[str]], questions: Sequence[Sequence[Question]]) -> Tensor:
+        """Mean cross-entropy of the answers' tokens; at an answer's index, with the shares that indices are to have."""
+        rows = [question for of_prefix in questions for question in of_prefix]
+        lengths = [len(row.question_ids) + len(row.answer_ids) for row in rows]
+        num_prefixes, group_size, longest = len(questions), len(questions[0]), max(lengths)
+        ids_BT = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        targets_BTV = torch.zeros(len(rows), longest, len(self.tokenizer))
+        for number, row in enumerate(rows):
+            start = len(row.question_ids)
+            ids_BT[number, : lengths[number]] = torch.tensor([*row.question_ids, *row.answer_ids])
+            targets_BTV[number, range(start, lengths[number]), list(row.answer_ids)] = 1.0
+            if row.index_shares is not None:
+                targets_BTV[number, start + self.place] = 0.0
+                targets_BTV[number, start + self.place, self.index_ids[: len(row.index_shares)]] = torch.tensor(
+                    row.index_shares
+                )
+        packed = pack_groups(
+            prefix.ids_1L.expand(num_prefixes, -1),
+            torch.ones_like(prefix.ids_1L).expand(num_prefixes, -1),
+            prefix.positions_31L.expand(-1, num_prefixes, -1),
+            ids_BT.view(num_prefixes, group_size, longest),
+            torch.tensor(lengths).view(num_prefixes, group_size),
+            self.tokenizer.pad_token_id,
+        )
+        hidden_PSH = self.model.model(
+            input_ids=packed.input_ids_PS,
+            attention_mask=attention_mask(packed.branch_PS),
+            position_ids=packed.position_ids_3PS,
+            pixel_values=torch.cat(
+                [self.rng.choice(self.pixels_by_label[label]) for shown in labels for label in shown]
+            ),
+            image_grid_thw=prefix.grids_N3.repeat(num_prefixes, 1),
+            use_cache=False,
+        ).last_hidden_state
+        slots_PGT = packed.slot_PGT.flatten(1)[..., None].expand(-1, -1, hidden_PSH.shape[-1])
+        hidden_BTH = hidden_PSH.gather(1, slots_PGT).view(len(rows), longest, -1)
+        is_answer_BT = targets_BTV.sum(dim=2) > 0
+        logits = self.model.lm_head(hidden_BTH[is_answer_BT])
+        return torch.nn.functional.cross_entropy(logits, targets_BTV[is_answer_BT])
+
+    def _encode_prefix(self, count: int, has_system_message: bool) -> Prefix:
+        episode = Episode((blank_picture(),) * count, (), 0, ("",) * count, None, 0)
+        messages = self.env.prompt_messages(episode)
+        text = self._chat(messages)
+        opening = text[: text.rindex(messages[-1]["content"][-1]["text"])]
+        return self._encoded(opening if has_system_message else opening[opening.rindex("<|im_start|>") :], count)
+
+    def _encode_prefix_of_one(self) -> Prefix:
+        parts = [{"type": "text", "text": "Image 0: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
+        return self._encoded(self._chat([{"role": "user", "content": parts}], add_generation_prompt=False), 1)
+
+    def _tail(self) -> str:
+        """What the chat template puts between a question and its answer."""
+        return str(self._chat([{"role": "user", "content": "?"}]).rpartition("?")[2])
+
+    def _chat(self, messages: Sequence[Any], add_generation_prompt: bool = True) -> str:
+        return str(
+            self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+
+    def _encoded(self, text: str, num_images: int) -> Prefix:
+        encoded = self.processor(text=[text], images=[[blank_picture()] * num_images], return_tensors="pt")
+        ids, grids = encoded["input_ids"], encoded["image_grid_thw"]
+        positions, _ = self.model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=encoded["mm_token_type_ids"],
+            image_grid_thw=grids,
+            attention_mask=torch.ones_like(ids),
+        )
+        return Prefix(ids, positions, grids)
+
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text)["input_ids"])
+
+    def _drawings(self, picture: Image.Image, image_pixels: int) -> list[Tensor]:
+        """Pixels of the picture's drawings, each in another size, place and shade."""
+        drawings = [redrawn(picture, self.rng) for _ in range(self.recipe["drawings_per_label"])]
+        return [
+            self.processor.image_processor(images=[drawing], return_tensors="pt")["pixel_values"]
+            for drawing in drawings
+        ]
+
+
+def blank_picture() -> Image.Image:
+    """A picture with nothing on it, in the toy's size."""
+    return Image.new("RGB", (56, 56))

@@ -1,0 +1,253 @@
+"""Scripted policies with known answers get the figures that follow; nothing that was drawn is held out."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from environment import Episode, PickImageEnv, load_environment_class
+from fleet.evaluation.figures import Answers, Evaluation, EvaluationPlan, evaluate, headline_figures, with_baseline
+from fleet.evaluation.held_out import draw_held_out, fingerprint
+from tests.conftest import call_text
+from utils.images import open_image
+
+pytestmark = pytest.mark.fast
+
+NUM_EPISODES = 200
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def plan(picture_folder: Path) -> EvaluationPlan:
+    env = PickImageEnv(picture_folder, 4, None, seed=77)
+    return EvaluationPlan(env, tuple(draw_held_out(env, NUM_EPISODES)[0]), seed=77, num_samples=4, ks=(1, 2, 4))
+
+
+def policy_of(answer: Callable[[Episode, int], str]) -> Callable[[Sequence[Episode], int], list[Answers]]:
+    """A policy whose n-th text for an episode is answer(episode, n)."""
+    return lambda episodes, num_samples: [
+        Answers(answer(episode, 0), tuple(answer(episode, 1 + number) for number in range(num_samples)))
+        for episode in episodes
+    ]
+
+
+COLOURS = {
+    "black cross": (0, 0, 0),
+    "blue square": (0, 0, 255),
+    "green triangle": (0, 255, 0),
+    "orange heart": (255, 165, 0),
+    "red circle": (255, 0, 0),
+    "yellow star": (255, 255, 0),
+}
+
+
+def what_is_shown(image: Path | Image.Image) -> str | None:
+    """The label of the nearest colour; None for grey."""
+    seen = open_image(image).getpixel((0, 0))
+    assert isinstance(seen, tuple)
+    if max(seen) - min(seen) < 20:
+        return "black cross" if max(seen) < 60 else None
+    # as bright as can be, whatever its shade
+    seen = tuple(255 * value // max(seen) for value in seen)
+    return min(COLOURS, key=lambda label: sum((a - b) ** 2 for a, b in zip(COLOURS[label], seen, strict=True)))
+
+
+def looks(episode: Episode, number: int) -> str:
+    """Finds the picture that the instruction names by its pixels alone; picks 0 where there is none."""
+    wanted = episode.messages[-1]["content"][-1]["text"].removeprefix("Pick the ").split(".")[0]
+    shown = [what_is_shown(image) for image in episode.images]
+    return call_text(shown.index(wanted) if wanted in shown else 0)
+
+
+def values(evaluation: Evaluation) -> dict[str, float | None]:
+    document = evaluation.document
+    return {name: document["controls"][name]["value"] for name in document["controls"]} | {
+        "greedy": document["greedy_accuracy"]["value"],
+        "sampled": document["sampled_accuracy"]["value"],
+    }
+
+
+def share_of_index(plan: EvaluationPlan, index: int) -> float:
+    return sum(episode.correct_index == index for episode in plan.episodes) / NUM_EPISODES
+
+
+def test_one_that_always_picks_1_has_a_habit_and_no_eyes(plan: EvaluationPlan) -> None:
+    of_index_1 = share_of_index(plan, 1)
+    assert 0.15 < of_index_1 < 0.35
+    assert values(evaluate(policy_of(lambda episode, number: call_text(1)), plan, "always 1")) == {
+        "greedy": of_index_1,
+        "sampled": of_index_1,
+        "blank_images": of_index_1,
+        "redrawn_images": of_index_1,
+        "swapped_images": 0.0,
+        "permuted_order": 1.0,
+    }
+
+
+def test_one_that_looks_follows_the_picture_and_is_lost_without(plan: EvaluationPlan) -> None:
+    assert values(evaluate(policy_of(looks), plan, "looks")) == {
+        "greedy": 1.0,
+        "sampled": 1.0,
+        "blank_images": share_of_index(plan, 0),
+        "redrawn_images": 1.0,
+        "swapped_images": 1.0,
+        "permuted_order": 0.0,
+    }
+
+
+def test_one_that_remembers_places_is_right_and_found_out(plan: EvaluationPlan) -> None:
+    # it knows an episode by what is asked and which pictures are there, and never where they are
+    episodes = {(episode.target, frozenset(episode.labels)): episode for episode in plan.episodes}
+    assert len(episodes) > 30
+    places = {key: episode.correct_index for key, episode in episodes.items()}
+    remembers = policy_of(lambda episode, number: call_text(places[episode.target, frozenset(episode.labels)]))
+    figures = values(evaluate(remembers, replace(plan, episodes=tuple(episodes.values())), "remembers"))
+    assert figures == {
+        "greedy": 1.0,
+        "sampled": 1.0,
+        "blank_images": 1.0,  # accuracy that survives blank pictures was never sight
+        "redrawn_images": 1.0,
+        "swapped_images": 0.0,
+        "permuted_order": 1.0,
+    }
+
+
+def test_one_that_guesses_is_at_chance_everywhere(plan: EvaluationPlan) -> None:
+    rng = random.Random(3)
+    evaluation = evaluate(policy_of(lambda episode, number: call_text(rng.randrange(4))), plan, "random")
+    for name, value in values(evaluation).items():
+        assert value == pytest.approx(0.25, abs=0.11), name
+    passes = evaluation.document["pass_at_k"]
+    # 1 - 0.75 ** k
+    assert [passes[k]["value"] for k in ("1", "2", "4")] == pytest.approx([0.25, 0.4375, 0.6836], abs=0.1)
+    assert passes["1"]["value"] == pytest.approx(evaluation.document["sampled_accuracy"]["value"])
+
+
+def test_one_that_calls_twice_is_never_right(plan: EvaluationPlan) -> None:
+    evaluation = evaluate(policy_of(lambda episode, number: looks(episode, 0) + call_text(0)), plan, "twice")
+    assert values(evaluation) == {
+        "greedy": 0.0,
+        "sampled": 0.0,
+        "blank_images": 0.0,
+        "redrawn_images": 0.0,
+        "swapped_images": None,
+        "permuted_order": None,
+    }
+    document = evaluation.document
+    assert document["parse_status"]["multiple_calls"]["value"] == 1.0
+    assert document["controls"]["swapped_images"] == {"value": None, "ci95": [0.0, 1.0], "n": 0}
+    assert [row[4] for row in document["confusion"]] == [sum(row) for row in document["confusion"]]
+    assert headline_figures(document) == {"greedy_accuracy": 0.0, "blank_images": 0.0, "redrawn_images": 0.0}
+
+
+def test_a_mixed_policy_is_counted_by_hand(picture_folder: Path) -> None:
+    env = PickImageEnv(picture_folder, 3, None, seed=1)
+    drawn = [env.episode(number) for number in range(200)]
+    # two episodes of each right index
+    episodes = [next_of for index in range(3) for next_of in [e for e in drawn if e.correct_index == index][:2]]
+    plan = EvaluationPlan(env, tuple(episodes), seed=1, num_samples=2, ks=(1, 2))
+    texts = [call_text(0), call_text(2), call_text(1), "no call", call_text(7), call_text(2)]
+    samples = [(call_text(0), call_text(0)), (call_text(0), "x"), ("x", "x"), ("x", "x"), ("x", "x"), ("x", "x")]
+
+    def policy(asked: Sequence[Episode], num_samples: int) -> list[Answers]:
+        if num_samples == 0:
+            return [Answers("nothing") for _ in asked]
+        return [Answers(text, pair) for text, pair in zip(texts, samples, strict=True)]
+
+    document = evaluate(policy, plan, "mixed").document
+    assert document["confusion"] == [[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]]
+    assert document["greedy_accuracy"]["value"] == 3 / 6
+    assert {name: e["value"] for name, e in document["outcome"].items()} == pytest.approx(
+        {"correct": 3 / 6, "wrong_index": 1 / 6, "index_out_of_range": 1 / 6, "unparsable": 1 / 6}
+    )
+    assert document["parse_status"]["ok"]["value"] == pytest.approx(5 / 6)
+    assert {k: e["value"] for k, e in document["accuracy_by_correct_index"].items()} == {"0": 0.5, "1": 0.5, "2": 0.5}
+    assert document["sampled_accuracy"]["value"] == pytest.approx(3 / 12)
+    assert {k: e["value"] for k, e in document["pass_at_k"].items()} == pytest.approx({"1": 3 / 12, "2": 2 / 6})
+    assert document["chance"] == {"value": pytest.approx(1 / 3), "ci95": [pytest.approx(1 / 3)] * 2, "n": 6}
+    assert document["best_constant_index"]["value"] == 2 / 6 and document["best_constant_index"]["index"] == 0
+    assert document["controls"]["swapped_images"]["n"] == 4, "only picks have a picture to follow"
+    json.dumps(document, allow_nan=False)
+
+
+def test_without_samples_nothing_is_said_of_them(plan: EvaluationPlan) -> None:
+    document = evaluate(
+        policy_of(lambda episode, number: call_text(1)), replace(plan, num_samples=0, ks=()), "x"
+    ).document
+    assert document["sampled_accuracy"] is None and document["pass_at_k"] == {}
+
+
+def test_reasoning_counts_only_where_it_is_allowed(plan: EvaluationPlan) -> None:
+    policy = policy_of(lambda episode, number: "I see it. " + looks(episode, 0))
+    assert values(evaluate(policy, plan, "strict"))["greedy"] == 0.0
+    assert values(evaluate(policy, replace(plan, allow_reasoning=True), "lenient"))["greedy"] == 1.0
+
+
+def test_a_baseline_is_compared_episode_by_episode(plan: EvaluationPlan) -> None:
+    sighted = evaluate(policy_of(looks), plan, "looks")
+    habit = evaluate(policy_of(lambda episode, number: call_text(1)), plan, "habit")
+    document = with_baseline(sighted, habit).document
+    difference = document["baseline"]["difference"]
+    of_index_1 = share_of_index(plan, 1)
+    assert difference["value"] == pytest.approx(1 - of_index_1)
+    assert difference["only_model_right"] == round((1 - of_index_1) * NUM_EPISODES)
+    assert difference["only_baseline_right"] == 0
+    assert difference["p_value"] < 1e-30 and difference["ci95"][0] > 0.6
+    assert document["baseline"]["model"] == "habit" and sighted.document["baseline"] is None
+
+
+def test_the_odd_one_out_can_be_swapped_and_permuted() -> None:
+    env = load_environment_class(f"{REPOSITORY}/examples/odd_one_out.py:OddOneOutEnv")(
+        REPOSITORY / "toy_images", 4, None, seed=3
+    )
+    plan = EvaluationPlan(env, tuple(draw_held_out(env, 50)[0]), seed=3)
+
+    def odd(episode: Episode, number: int) -> str:
+        shown = [image.tobytes() if isinstance(image, Image.Image) else str(image) for image in episode.images]
+        counts = [shown.count(image) for image in shown]
+        return call_text(counts.index(1)) if 1 in counts else call_text(0)
+
+    document = evaluate(policy_of(odd), plan, "odd").document
+    assert document["greedy_accuracy"]["value"] == 1.0
+    assert document["controls"]["swapped_images"]["value"] == 1.0
+    assert document["controls"]["permuted_order"]["value"] == 0.0
+
+
+def test_no_episode_that_was_drawn_is_held_out(picture_folder: Path) -> None:
+    env, own = PickImageEnv(picture_folder, 2, None, seed=10), PickImageEnv(picture_folder, 2, None, seed=0)
+    # 6 pictures, 2 shown, 2 to ask for: 60 episodes in all
+    drawn = [own.episode(number) for number in range(40)]
+    held_out, num_passed_over = draw_held_out(env, 20, drawn)
+    seen = {(episode.images, episode.target) for episode in drawn}
+    asked = [(episode.images, episode.target) for episode in held_out]
+    assert len(set(asked)) == len(held_out) == 20 and num_passed_over > 0
+    assert not any(episode in seen for episode in asked)
+    everything = draw_held_out(env, 60)[0]
+    assert len({(episode.images, episode.target) for episode in everything}) == 60, "each once"
+
+
+def test_pictures_in_memory_are_alike_by_their_pixels() -> None:
+    def episode(*colours: str, index: int = 0) -> Episode:
+        return Episode(tuple(Image.new("RGB", (4, 4), c) for c in colours), (), index, ("x",) * len(colours), None, 0)
+
+    assert fingerprint(episode("red", "blue")) == fingerprint(episode("red", "blue"))
+    others = [
+        episode("blue", "red"),
+        episode("red", "blue", index=1),
+        episode("red", "navy"),
+        episode("red", "blue", "red"),
+    ]
+    assert len({fingerprint(other) for other in [episode("red", "blue"), *others]}) == 5
+
+
+def test_a_folder_too_small_to_hold_anything_out_is_said(picture_folder: Path) -> None:
+    own = PickImageEnv(picture_folder, 2, None, seed=0)
+    drawn = [own.episode(number) for number in range(2000)]
+    with pytest.raises(
+        ValueError, match="200 draws gave 0 different episodes that training does not draw .60 that it does., and 10"
+    ):
+        draw_held_out(PickImageEnv(picture_folder, 2, None, seed=10), 10, drawn)

@@ -1,0 +1,56 @@
+"""A toy that cannot be built or kept: the error names its own cause, and the cache alone is blamed on the cache."""
+
+from pathlib import Path
+
+import pytest
+
+from fleet.command.options import parse_options
+from fleet.errors import UsageError
+from fleet.run.model_setup import local_model_path
+from fleet.toy.model import CacheError, toy_model_path
+
+
+def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> str:
+    """What a run says whose toy is built with what lies in tmp_path before the installed packages."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("FLEET_CACHE", str(cache))
+    with pytest.raises(UsageError) as error:
+        local_model_path(parse_options([]))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise MemoryError", "MemoryError: "),
+        ("raise RuntimeError('not enough memory:\\n9 bytes')", "RuntimeError: not enough memory: 9 bytes"),
+        ("raise OSError(28, 'No space left on device', '/elsewhere')", "OSError: [Errno 28] No space left on device"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its process was ended by SIGKILL"),
+        ("raise SystemExit(3)", "its process ended with 3"),
+    ],
+)
+def test_a_failure_of_the_build_is_told_by_its_cause(
+    code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformers.py").write_text(code)
+    said = refusal(tmp_path, monkeypatch, tmp_path / "cache")
+    assert said.startswith("the toy model could not be built (") and reason.strip() in said and "\n" not in said
+    assert "FLEET_CACHE" not in said
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written_is_told_from_the_building_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    said = refusal(tmp_path, monkeypatch, tmp_path / "file" / "cache")
+    reason = f"{tmp_path}/file/cache: Not a directory"
+    assert said == f"the toy model cannot be kept ({reason}); set FLEET_CACHE to a folder to write to"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "toy.lock").mkdir()
+    with pytest.raises(CacheError, match=f"{tmp_path}/cache/toy.lock: Is a directory"):
+        toy_model_path(cache_root=tmp_path / "cache")
