@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import ideal
-from fleet.run.records import installed_versions
+from fleet.run.config import installed_versions
 
 PHASES = ("prepare", "generate", "score", "train", "optimizer")
 MODEL_PHASES = ("generate", "score", "train")

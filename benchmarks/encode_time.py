@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.random_model import SIZES, configuration
-from fleet.run.records import installed_versions
+from fleet.run.config import installed_versions
 from fleet.toy.model import make_toy_processor
 
 

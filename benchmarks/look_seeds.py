@@ -19,7 +19,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from fleet.run.records import installed_versions  # noqa: E402
+from fleet.run.config import installed_versions  # noqa: E402
 from fleet.run_folder import read_jsonl  # noqa: E402
 
 COLUMNS = {

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from trl import RLOOTrainer
 
 from fleet.rl.checkpoints import find_damage
-from fleet.run.records import git_commit, installed_versions
+from fleet.run.config import git_commit, installed_versions
 from tests.helpers import fleet_trainer, rloo_config
 
 

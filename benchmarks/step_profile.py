@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from benchmarks import step_time  # noqa: E402
 from benchmarks.comparison import device_name  # noqa: E402
-from fleet.run.records import installed_versions  # noqa: E402
+from fleet.run.config import installed_versions  # noqa: E402
 
 NUM_OPERATIONS = 12
 

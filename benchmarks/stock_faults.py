@@ -21,7 +21,7 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RLOOTrainer
 
-from fleet.run.records import git_commit, installed_versions
+from fleet.run.config import git_commit, installed_versions
 from model_utils import make_lora_config
 from tests.helpers import rloo_config, scripted_completions, stock_trainer, weights_of
 

@@ -37,12 +37,13 @@ from fleet.rl.checkpoints import ProcessPlace, choose_checkpoint, remedy_of, rem
 from fleet.rl.resumable_trainer import require_plain_pickles
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.run.commands import resume_command
+from fleet.run.config import config_text, what_changed_since
 from fleet.run.launch_checks import require_launchers_deepspeed
 from fleet.run.model_setup import has_gpu, load_model, require_agreement
 from fleet.run.peers import connect
 from fleet.run.preemption import Preemption
 from fleet.run.recorder import RunRecorder
-from fleet.run.records import config_text, resolved_table, what_changed_since
+from fleet.run.records import resolved_table
 from fleet.run.watchdog import Watchdog
 from fleet.run_folder import CONFIG_NAME, IMAGES_NAME, write_atomically
 from fleet.run_lock import RunLock

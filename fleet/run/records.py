@@ -1,18 +1,12 @@
-"""The forms of what a run shows and leaves: sample tables, lines of rollouts, config.json and curve.png.
+"""The forms of what a run shows and leaves: sample tables, lines of rollouts and curve.png.
 
 Owns no moment: recorder.py decides when they are shown and written. The figures in them come from the trainer.
 """
 
-import hashlib
 import io
-import json
 import math
-import os
-import platform
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from environment import Outcome
-from fleet.command.idle_flags import idle_flags, options_in_force
-from fleet.command.image_check import RunData
-from fleet.command.options import Options, ResolvedDefault
+from fleet.command.options import ResolvedDefault
 from fleet.rl.rollouts import RolloutRecord
 from fleet.run_folder import write_bytes_atomically
 from utils.plain_text import printable
-from utils.user_files import files_beside, folder_of
 
-RECORDED_PACKAGES = (
-    "torch", "torchvision", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "pillow",
-    "flash-attn", "bitsandbytes", "vllm",
-)  # fmt: skip
 OUTCOME_STYLES = {Outcome.CORRECT: "green", Outcome.WRONG_INDEX: "yellow"}
 
 
@@ -105,112 +92,6 @@ def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
     for default in filled:
         table.add_row(f"--{default.flag}", Text(printable(default.value)), default.reason)
     return _rendered(table)
-
-
-def config_text(options: Options, data: RunData, num_episodes: int, num_processes: int, run_id: str) -> str:
-    """What config.json holds: the resolved flags, what is drawn from, processes, command, commit and versions.
-
-    run_id: drawn as the run begins and kept when it is resumed, by which its checkpoints are told from other runs'.
-    A flag that has no part in the run is null, and listed.
-    """
-    config = {
-        "run_id": run_id,
-        "options": options_in_force(options),
-        "idle_flags": idle_flags(options),
-        "num_episodes": num_episodes,
-        "num_processes": num_processes,
-        "data_digest": data.data_digest,
-        "skipped_images": list(data.skipped_images),
-        "user_files": sha256_of_user_files(options),
-        "imported_files": sha256_of_imported_files(options),
-        "model_files": sizes_of_model_files(options.model_id),
-        "command": sys.argv,
-        "directory": os.getcwd(),
-        "commit": git_commit(),
-        "versions": {"python": platform.python_version(), **installed_versions()},
-    }
-    return json.dumps(config, indent=2) + "\n"
-
-
-def sha256_of_user_files(options: Options) -> dict[str, str]:
-    """Of the files that --env and --reward name, by their flag."""
-    return {
-        flag: hashlib.sha256(Path(spec.rpartition(":")[0]).read_bytes()).hexdigest()
-        for flag, spec in user_specs(options).items()
-    }
-
-
-def sha256_of_imported_files(options: Options) -> dict[str, dict[str, str | None]]:
-    """Of the files beside those of --env and --reward that they have imported, by the flag and their place there."""
-    return {
-        flag: {place: sha256_of(folder_of(spec) / place) for place in files_beside(spec)}
-        for flag, spec in user_specs(options).items()
-    }
-
-
-def user_specs(options: Options) -> dict[str, str]:
-    """What --env and --reward name, by their flag, as far as they are given."""
-    return {flag: spec for flag, spec in (("env", options.env), ("reward", options.reward)) if spec is not None}
-
-
-def sha256_of(path: Path) -> str | None:
-    """Hex of a file's SHA-256; None where there is no such file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def what_changed_since(recorded: Mapping[str, Any], options: Options) -> list[str]:
-    """What is not as a run's config.json has it and may change a result: versions, and the user's own files."""
-    before, now = recorded.get("versions", {}), installed_versions()
-    changed = [
-        f"{name} (was {before[name]}, now {now.get(name, 'gone')})"
-        for name in sorted(before.keys() - {"python"})
-        if before[name] != now.get(name)
-    ]
-    files_before, files_now = recorded.get("user_files", {}), sha256_of_user_files(options)
-    changed += [f"the file of --{flag}" for flag, digest in files_now.items() if files_before.get(flag) != digest]
-    specs = user_specs(options)
-    changed += [
-        f"{place} beside the file of --{flag}"
-        for flag, digests in recorded.get("imported_files", {}).items()
-        for place, digest in digests.items()
-        # a file that is imported late is not yet imported now
-        if flag in specs and sha256_of(folder_of(specs[flag]) / place) != digest
-    ]
-    model_before, model_now = recorded.get("model_files"), sizes_of_model_files(options.model_id)
-    return changed + ([f"the files in --model_id {options.model_id}"] if model_before not in (None, model_now) else [])
-
-
-def sizes_of_model_files(model_id: str) -> dict[str, int]:
-    """Bytes of each file of weights or configuration in a model's folder; nothing for a hub model, whose name is one.
-
-    Of an adapter its own files; sizes and not contents, as a model's take minutes to read.
-    """
-    folder = Path(model_id)
-    paths = (
-        [path for pattern in ("*.safetensors", "*.json") for path in folder.glob(pattern)] if folder.is_dir() else []
-    )
-    return {path.name: path.stat().st_size for path in sorted(paths)}
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that can change a result, as far as they are installed."""
-    versions = {}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with "-dirty" if files were changed since; None outside a git checkout."""
-    here = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:

@@ -13,7 +13,7 @@ from fleet.command.image_check import RunData
 from fleet.command.options import Options, parse_options, resolve_options
 from fleet.command.resume_check import require_same_run_on_resume
 from fleet.errors import UsageError
-from fleet.run.records import config_text
+from fleet.run.config import config_text
 
 pytestmark = pytest.mark.fast
 

@@ -7,7 +7,7 @@ import pytest
 from fleet.command import preflight
 from fleet.command.options import parse_options
 from fleet.errors import UsageError
-from fleet.run.records import sha256_of_imported_files, what_changed_since
+from fleet.run.config import sha256_of_imported_files, what_changed_since
 from tests.helpers_env import write_env
 
 pytestmark = pytest.mark.fast
