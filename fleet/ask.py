@@ -19,10 +19,11 @@ from fleet.command.evaluate_options import (
     resolve_evaluate_options,
     run_options,
 )
-from fleet.command.flags import TOY_MODEL_ID, add_switch, as_flag_value, make_parser, parse_flags
+from fleet.command.flags import TOY_MODEL_ID
+from fleet.command.parser import as_flag_value, flag, make_parser, parse_flags
 from fleet.command.preflight import require_model
 from fleet.errors import UsageError
-from utils.images import list_labelled_images
+from utils.images import BadImage, list_labelled_images
 from utils.plain_text import printable, printable_lines
 
 MAX_IMAGES = 32
@@ -44,44 +45,57 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, question, temperature = parse_question(sys.argv[1:] if argv is None else argv)
     command_line.keep_libraries_quiet()
     from fleet.run import model_setup
+    from model_utils import generate_tool_call
 
     options, _ = resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     model_setup.problem_of_models(options.model_id, revision=options.revision)
-    model_setup.say_what_the_toy_has_not_seen(options, question.images)
-    text = model_setup.answer_once(options, as_episode(options, question), temperature)
+    model_setup.say_what_the_toy_has_not_seen(options.model_id, options, question.images)
+    model, processor = model_setup.load_policy(options, options)
+    try:
+        text = generate_tool_call(
+            model,
+            processor,
+            as_episode(question, allow_reasoning=options.allow_reasoning),
+            max_completion_length=int(options.max_completion_length or 0),
+            temperature=temperature,
+            max_pixels=options.image_max_pixels,
+        )
+    except BadImage as error:
+        raise UsageError(str(error)) from error
     print("\n".join(f"{index}: {printable(path)}" for index, path in enumerate(question.images)))
-    print(f"{printable(question.instruction)}\n{printable_lines(text)}\n{describe_answer(options, question, text)}")
+    picked = describe_answer(question, text, allow_reasoning=options.allow_reasoning)
+    print(f"{printable(question.instruction)}\n{printable_lines(text)}\n{picked}")
+
+
+@dataclass(frozen=True)
+class AskFlags:
+    """A question to a model."""
+
+    model_id: str = flag(TOY_MODEL_ID, "hub id or folder, as for training.py", metavar="ID")
+    revision: str | None = flag(None, "branch, tag or commit of a hub model", "its main branch", metavar="REV")
+    images: tuple[str, ...] | None = flag(
+        None,
+        f"a folder of pictures, or 2 to {MAX_IMAGES} files",
+        "required",
+        metavar="PATH",
+        parse=str,
+        takes_several=True,
+    )
+    instruction: str | None = flag(
+        None, "the sentence that says which to pick", "the run's, where one index was always right", metavar="TEXT"
+    )
+    temperature: float = flag(0.0, "of sampling; 0 takes the likeliest")
+    image_max_pixels: int | None = flag(
+        None, "width times height an image is shrunk to, in pixels", "the run's, else as training.py"
+    )
+    max_completion_length: int | None = flag(None, "tokens that the answer may have", "the run's, else as training.py")
+    allow_reasoning: bool = flag(False, "ask for text before the call, and accept it; so does the run's own")
 
 
 def build_ask_parser() -> argparse.ArgumentParser:
-    """The parser of ask.py."""
-    parser = make_parser(
-        "python -m fleet.ask", "Show pictures to a model, and print the call that it makes and what it picks."
-    )
-    add = parser.add_argument
-    add("--model_id", default=TOY_MODEL_ID, metavar="ID", help="hub id or folder, as for training.py (default: toy)")
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub model (default: its main branch)")
-    add("--images", nargs="+", metavar="PATH", help=f"a folder of pictures, or 2 to {MAX_IMAGES} files; required")
-    add(
-        "--instruction",
-        metavar="TEXT",
-        help="the sentence that says which to pick (default: the run's, where one index was always right)",
-    )
-    add("--temperature", type=float, default=0.0, metavar="X", help="of sampling; 0 takes the likeliest (default: 0)")
-    add(
-        "--image_max_pixels",
-        type=int,
-        metavar="N",
-        help="width times height an image is shrunk to, in pixels (default: the run's, else as training.py)",
-    )
-    add(
-        "--max_completion_length",
-        type=int,
-        metavar="N",
-        help="tokens that the answer may have (default: the run's, else as training.py)",
-    )
-    add_switch(add, "--allow_reasoning", False, "ask for text before the call, and accept it; so does the run's own")
-    return parser
+    """The parser of this command."""
+    description = "Show pictures to a model, and print the call that it makes and what it picks."
+    return make_parser("python -m fleet.ask", description, {"question": (AskFlags,)}, AskFlags)
 
 
 def parse_question(argv: Sequence[str]) -> tuple[EvaluateOptions, Question, float]:
@@ -96,20 +110,20 @@ def parse_question(argv: Sequence[str]) -> tuple[EvaluateOptions, Question, floa
         forwarded.append("--fixed_correct_index=none")
     options = parse_evaluate_options(forwarded)
     require_model(options.model_id)
-    question = Question(_pictures(values["images"]), _instruction(options, values["instruction"]))
+    question = Question(_pictures(values["images"]), _instruction(options.model_id, values["instruction"]))
     return options, question, values["temperature"]
 
 
-def as_episode(options: EvaluateOptions, question: Question) -> Episode:
+def as_episode(question: Question, *, allow_reasoning: bool) -> Episode:
     """The question as an episode without a right answer: its correct_index says nothing."""
-    messages = pick_image_messages(len(question.images), question.instruction, allow_reasoning=options.allow_reasoning)
+    messages = pick_image_messages(len(question.images), question.instruction, allow_reasoning=allow_reasoning)
     labels = tuple(path.stem for path in question.images)
-    return Episode(question.images, tuple(messages), 0, labels, None, options.seed)
+    return Episode(question.images, tuple(messages), 0, labels, None, 0)
 
 
-def describe_answer(options: EvaluateOptions, question: Question, text: str) -> str:
-    """What an answer picks, or why it picks nothing, in a line."""
-    judged = judge(text, 0, len(question.images), allow_reasoning=options.allow_reasoning)
+def describe_answer(question: Question, text: str, *, allow_reasoning: bool) -> str:
+    """The line that says what an answer picks, or why it picks nothing."""
+    judged = judge(text, 0, len(question.images), allow_reasoning=allow_reasoning)
     if judged.index is None:
         return f"picked nothing: {judged.parse_status.value}"
     if not 0 <= judged.index < len(question.images):
@@ -140,13 +154,13 @@ def _pictures(named: Sequence[str] | None) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def _instruction(options: EvaluateOptions, given: str | None) -> str:
+def _instruction(model_id: str, given: str | None) -> str:
     if given is not None:
         return given
-    run = run_options(options.model_id)
-    if options.model_id != TOY_MODEL_ID and (run.get("env") or run.get("fixed_correct_index") is None):
+    run = run_options(model_id)
+    if model_id != TOY_MODEL_ID and (run.get("env") or run.get("fixed_correct_index") is None):
         raise UsageError(
-            f"instruction is missing: model_id={options.model_id} goes by what it names; pass --instruction, such as "
+            f"instruction is missing: model_id={model_id} goes by what it names; pass --instruction, such as "
             "'Pick the red circle.'"
         )
     return "Pick the correct image."

@@ -19,7 +19,7 @@ from fleet.command.image_check import find_bad_images
 from fleet.command.options import parse_options
 from fleet.command.preflight import make_environment
 from fleet.errors import RunStopped, UsageError
-from fleet.run.model_setup import agree_on_data
+from fleet.run.data import agree_on_data
 
 
 def settled(rank: int, data_root: str, local: tuple[int, int], flags: list[str]) -> dict[str, object]:
@@ -27,7 +27,9 @@ def settled(rank: int, data_root: str, local: tuple[int, int], flags: list[str])
     options = parse_options(["--data_root", data_root, *flags])
     variables = {"WORLD_SIZE": "2", "LOCAL_RANK": str(local[0]), "LOCAL_WORLD_SIZE": str(local[1])}
     try:
-        data = agree_on_data(options, find_bad_images(make_environment(options), options, variables))
+        data = agree_on_data(
+            options, find_bad_images(make_environment(options, options.seed), options, "toy", variables)
+        )
         labels = [data.env.episode(index).labels for index in range(20)]
         if rank == 1:
             (Path(data_root) / "blue_1.png").unlink()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import training
-from fleet.run import build as run_build
+from fleet.run.build import training as run_build
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,13 +19,13 @@ def main(argv: Sequence[str]) -> None:
     rank, what = argv[-1].split(":")
     build = run_build.build_trainer
 
-    def build_or_fail(options: Any, args: Any, *rest: Any) -> Any:
+    def build_or_fail(run: Any, *rest: Any) -> Any:
         print("[loading]", file=sys.stderr, flush=True)
-        if args.process_index == int(rank):
+        if run.args.process_index == int(rank):
             if what == "hang":
                 time.sleep(10_000)
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
-        return build(options, args, *rest)
+        return build(run, *rest)
 
     run_build.build_trainer = build_or_fail  # type: ignore[assignment]
     training.main(list(argv[:-1]))

@@ -10,8 +10,5 @@ import deepspeed  # noqa: F401
 import trl  # noqa: F401
 
 import training  # noqa: F401
-from fleet.run import (
-    build,  # noqa: F401
-    results,  # noqa: F401
-    scoring,  # noqa: F401
-)
+from fleet.run import results  # noqa: F401
+from fleet.run.build import evaluation  # noqa: F401

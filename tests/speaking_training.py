@@ -8,7 +8,7 @@ from typing import Any
 
 import training
 from fleet.rl.trainer import FleetRLOOTrainer
-from fleet.run import build as run_build
+from fleet.run.build import training as run_build
 
 
 def main(argv: Sequence[str]) -> None:

@@ -312,7 +312,7 @@ def test_an_environment_that_changes_the_working_directory_does_not_move_the_run
     options = parse_options(
         ["--env", "../env.py:Env", "--data_root", data_root, "--eval_episodes", "2", "--eval_steps", "1"]
     )
-    env = make_environment(options)
+    env = make_environment(options, options.seed)
     row = RepeatableEpisodeDataset(env)[0]
     assert len(row["images"]) == 4
     assert len(make_plan(options, [(env, 3)]).episodes) == 2

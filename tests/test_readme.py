@@ -13,8 +13,7 @@ from benchmarks import look_seeds
 from benchmarks.step_time_table import ROWS, markdown_table
 from fleet.ask import build_ask_parser
 from fleet.command.evaluate_options import build_evaluate_parser, parse_evaluate_options
-from fleet.command.options import parse_options, resolve_options
-from fleet.command.training_flags import build_parser
+from fleet.command.options import build_parser, parse_options, resolve_options
 from fleet.run_folder import read_jsonl
 from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_path

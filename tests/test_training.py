@@ -17,12 +17,14 @@ from transformers import AutoModelForImageTextToText
 
 import training
 from environment import judge
+from fleet.command.image_check import RunData
 from fleet.command.options import parse_options, resolve_options
 from fleet.command.preflight import make_environment
 from fleet.errors import UsageError
 from fleet.rl.rollouts import EpisodeRecord, RolloutRecord
-from fleet.run.build import build_trainer, make_rloo_config
+from fleet.run.build.training import PreparedRun, build_trainer, make_rloo_config
 from fleet.run.records import draw_curve, sample_table
+from fleet.run.watchdog import Watchdog
 from fleet.run_folder import read_jsonl
 from model_utils import generate_tool_call, load_qwen25_vl
 from tests import HANG_S
@@ -266,8 +268,10 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
              "0.25", "--allow_reasoning", "--image_max_pixels", "1600", "--reward_timeout_s", "7",
              "--max_skipped_steps", "3", "--save_total_limit", "3", "--output_dir", str(tmp_path)]  # fmt: skip
     options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
-    env = make_environment(options)
-    trainer = build_trainer(options, make_rloo_config(options), env, None, toy_path())
+    env = make_environment(options, options.seed)
+    run = PreparedRun(options, make_rloo_config(options), RunData(env), num_episodes=480, plan=None)
+    trainer, checkpoint = build_trainer(run, tmp_path, toy_path(), Watchdog(60, 0), None)
+    assert checkpoint is None
     assert not any(weight.requires_grad for weight in trainer.model.model.visual.parameters())
     assert trainer.model.model.language_model.config._attn_implementation == "eager"
     right = 'because <tool_call>{"name": "pick_image", "arguments": {"index": 0}}</tool_call>'

@@ -54,7 +54,7 @@ def run_training(argv: list[str], on_trainer: Callable[[Any], None] = lambda tra
     """The exit code of training.py with these flags. on_trainer: is given the trainer that was built."""
     import training
     from fleet.command import command_line
-    from fleet.run import build as run_build
+    from fleet.run.build import training as run_build
 
     build = run_build.build_trainer
 

@@ -1,4 +1,4 @@
-"""What every command of Fleet does around its work: one logger, quiet libraries, errors in a line, exit codes."""
+"""The frame of every command: one logger, quiet libraries, errors in a line, exit codes."""
 
 import logging
 import os
@@ -6,12 +6,10 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
 
 from fleet.errors import AgreedUsageError, RunEnded, UsageError
+from fleet.processes import is_alone
 from utils.plain_text import printable, printable_lines
-
-Result = TypeVar("Result")
 
 COLOURED = {"is_coloured": True}
 
@@ -19,11 +17,10 @@ COLOURED = {"is_coloured": True}
 def run(main: Callable[[], None]) -> int:
     """Runs a command; returns the exit code, with the reason in one line where it is not 0.
 
-    2 for what cannot be, 1 for a run that could not go on, 75 for one that was told to stop and has saved. One of
+    2 for a refusal, 1 for a run that could not go on, 75 for one that was told to stop and has saved. One of
     several processes that fails ends at once: it must not wait, in whatever runs at an interpreter's end, for others.
     """
     rank = os.environ.get("RANK", "0")
-    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
     try:
         main()
     except UsageError as error:
@@ -41,12 +38,12 @@ def run(main: Callable[[], None]) -> int:
         code = error.exit_code
     except Exception as error:
         print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
-        who = "" if is_alone else f"process {rank}: "
+        who = "" if is_alone() else f"process {rank}: "
         print(f"error: {who}{type(error).__name__}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         code = 1
     else:
         return 0
-    if not is_alone:
+    if not is_alone():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -56,19 +53,6 @@ def run(main: Callable[[], None]) -> int:
 def _knows_other_processes() -> bool:
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
-
-
-def result_or_problem(check: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """(what the check found, None), or (None, what is wrong).
-
-    Started alone, a process raises UsageError itself; one of several must let the others hear of it first.
-    """
-    try:
-        return check(), None
-    except UsageError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            raise
-        return None, str(error)
 
 
 class PlainFormatter(logging.Formatter):

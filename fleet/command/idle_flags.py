@@ -1,4 +1,4 @@
-"""Which flag does nothing beside which others, and why: a table for training and one for evaluation.
+"""The flags that do nothing beside others, and why: a table for training and one for evaluation.
 
 A flag that was given, on the command line or in a file, and would do nothing is refused: it would be believed. One that
 was not given is null in config.json and listed there, as its default has no part in the run. Imports no torch.
@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fleet.command.flags import TOY_MODEL_ID, as_flag_value
+from fleet.command.flags import TOY_MODEL_ID
+from fleet.command.parser import as_flag_value
 from fleet.errors import UsageError
 from fleet.model_folder.files import base_of, is_adapter, read_json
 from fleet.schedule import optimizer_steps_per_generation
@@ -49,8 +50,8 @@ def is_zero3(launch_variables: Mapping[str, str]) -> bool:
     return isinstance(sharding, dict) and str(sharding.get("stage")) == "3"
 
 
-def _is_from_hub(model_id: str | None) -> bool:
-    base = TOY_MODEL_ID if model_id is None else base_of(model_id)
+def _is_from_hub(model_id: str) -> bool:
+    base = base_of(model_id)
     return base != TOY_MODEL_ID and not Path(base).is_dir()
 
 
@@ -64,11 +65,7 @@ NOT_FROM_HUB = "only a hub model has revisions", "pass a hub id as the model"
 NOT_SHARDED = "weights are sharded under DeepSpeed ZeRO-3 alone", "launch with --config_file accelerate_config.yaml"
 
 IDLE_IN_TRAINING = (
-    IdleFlags(
-        ("revision",),
-        lambda options, launch: not _is_from_hub(options.model_id),
-        *NOT_FROM_HUB,
-    ),
+    IdleFlags(("revision",), lambda options, launch: not _is_from_hub(options.model_id), *NOT_FROM_HUB),
     IdleFlags(LORA, lambda options, launch: not options.use_lora, "no adapter is trained", "add --use_lora true"),
     IdleFlags(
         LORA,
@@ -136,12 +133,7 @@ IDLE_IN_TRAINING = (
         "the server was started with its own",
         "drop --vllm_mode server",
     ),
-    IdleFlags(
-        ("ds3_gather_for_generation",),
-        lambda options, launch: not is_zero3(launch),
-        *NOT_SHARDED,
-        off=False,
-    ),
+    IdleFlags(("ds3_gather_for_generation",), lambda options, launch: not is_zero3(launch), *NOT_SHARDED, off=False),
     IdleFlags(
         ("ds3_gather_for_generation",),
         lambda options, launch: options.use_vllm and not options.eval_steps,
@@ -172,11 +164,7 @@ IDLE_IN_TRAINING = (
 )
 
 IDLE_IN_EVALUATION = (
-    IdleFlags(
-        ("revision",),
-        lambda options, launch: not (_is_from_hub(options.model_id) or _is_from_hub(options.baseline)),
-        *NOT_FROM_HUB,
-    ),
+    IdleFlags(("revision",), lambda options, launch: not any(map(_is_from_hub, options.models)), *NOT_FROM_HUB),
     IdleFlags(
         ("temperature", "top_p", "seed"),
         lambda options, launch: options.num_samples == 0,
@@ -190,12 +178,7 @@ IDLE_IN_EVALUATION = (
         "drop --prompt_style",
         off=False,
     ),
-    IdleFlags(
-        ("ds3_gather_for_generation",),
-        lambda options, launch: not is_zero3(launch),
-        *NOT_SHARDED,
-        off=False,
-    ),
+    IdleFlags(("ds3_gather_for_generation",), lambda options, launch: not is_zero3(launch), *NOT_SHARDED, off=False),
 )
 
 

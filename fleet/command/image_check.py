@@ -1,7 +1,7 @@
-"""Which of an environment's images can be used: each process reads a share of them, and all agree on the whole.
+"""The images of an environment that can be used: each process reads a share of them, and all agree on the whole.
 
 Owns the check of the files, the verdict over all processes, what becomes of bad images, and the digest of what is drawn
-from. Imports no torch: how the processes hear of each other's shares is run/model_setup.py's affair.
+from. Imports no torch: run/data.py tells the processes of each other's shares.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import EpisodeSource, PickImageEnv
-from fleet.command.options import SharedOptions
+from fleet.command.flags import TaskFlags
 from fleet.errors import UsageError
 from fleet.model_folder.files import base_of
 from utils.image_folders import LabelledImage
@@ -78,7 +78,8 @@ class RunData:
 
 def find_bad_images(
     env: EpisodeSource,
-    options: SharedOptions,
+    task: TaskFlags,
+    model_id: str,
     launch_variables: Mapping[str, str],
     beginning: Mapping[str, str] | None = None,
 ) -> Findings:
@@ -90,18 +91,18 @@ def find_bad_images(
     beginning = beginning or {}
     images = images_of(env)
     for note in getattr(env, "folder_notes", ()):
-        logger.info(f"{options.data_root}: {note}")
-    if options.bad_images == "skip":
-        env = with_lost_images(env, beginning, options)
+        logger.info(f"{task.data_root}: {note}")
+    if task.bad_images == "skip":
+        env = with_lost_images(env, beginning, task)
         images = images_of(env)
     is_alone = launch_variables.get("WORLD_SIZE", "1") == "1"
     share = None
     if images is not None:
         first = 0 if is_alone else int(launch_variables.get("LOCAL_RANK", "0"))
         stride = 1 if is_alone else int(launch_variables.get("LOCAL_WORLD_SIZE", "1"))
-        literals = added_token_literals(options.model_id) | added_token_literals(base_of(options.model_id))
-        share = check_share(images, options.data_root, first, stride, literals)
-    return Findings(env, share, settle(options, env, [share], beginning) if is_alone else None, beginning=beginning)
+        literals = added_token_literals(model_id) | added_token_literals(base_of(model_id))
+        share = check_share(images, task.data_root, first, stride, literals)
+    return Findings(env, share, settle(task, env, [share], beginning) if is_alone else None, beginning=beginning)
 
 
 def images_of(env: EpisodeSource) -> tuple[LabelledImage, ...] | None:
@@ -143,7 +144,7 @@ def check_share(
 
 
 def settle(
-    options: SharedOptions,
+    task: TaskFlags,
     env: EpisodeSource,
     found: Sequence[ImageShare | None],
     beginning: Mapping[str, str] | None = None,
@@ -158,21 +159,21 @@ def settle(
     images, shares = images_of(env), [share for share in found if share is not None]
     if images is None or not shares:
         return RunData(env)
-    names = [image_name(image.path, options.data_root) for image in images]
+    names = [image_name(image.path, task.data_root) for image in images]
     problems = {place: problem for share in shares for place, problem in share.problems.items()}
     sha256s = _sha256s(names, shares, problems)
-    if beginning and options.bad_images == "skip":
+    if beginning and task.bad_images == "skip":
         gone_bad = {place: problems.pop(place) for place in sorted(problems) if names[place] in beginning}
         for place in gone_bad:
             sha256s[place] = bytes.fromhex(beginning[names[place]])
         if gone_bad:
-            logger.info(f"replaced since the run began: {describe_problems(options, names, gone_bad)}\n")
-    description = describe_problems(options, names, problems)
-    if problems and options.bad_images == "stop":
+            logger.info(f"replaced since the run began: {describe_problems(task, names, gone_bad)}\n")
+    description = describe_problems(task, names, problems)
+    if problems and task.bad_images == "stop":
         raise UsageError(f"{description}; replace or remove what is bad, or pass --bad_images skip to leave it out")
     skipped = tuple(names[place] for place in sorted(problems))
     try:
-        narrowed = without_images(env, skipped, options)
+        narrowed = without_images(env, skipped, task)
     except UsageError as error:
         raise UsageError(f"{description}; left out, {error}") from error
     if problems:
@@ -181,27 +182,27 @@ def settle(
     return RunData(narrowed, _data_digest(images, names, sha256s, problems), skipped, drawn_from)
 
 
-def with_lost_images(env: EpisodeSource, names: Collection[str], options: SharedOptions) -> EpisodeSource:
+def with_lost_images(env: EpisodeSource, names: Collection[str], task: TaskFlags) -> EpisodeSource:
     """The environment as it was before images of these names were deleted; one of a user's own as it is.
 
     Its episodes stay what they were then, and those that show what is gone are replaced as they are drawn.
     """
-    if options.env is not None or not isinstance(env, PickImageEnv):
+    if task.env is not None or not isinstance(env, PickImageEnv):
         return env
-    lost = set(names) - {image_name(image.path, options.data_root) for image in env.images}
+    lost = set(names) - {image_name(image.path, task.data_root) for image in env.images}
     return env.with_images(lost) if lost else env
 
 
-def without_images(env: EpisodeSource, names: Collection[str], options: SharedOptions) -> EpisodeSource:
+def without_images(env: EpisodeSource, names: Collection[str], task: TaskFlags) -> EpisodeSource:
     """The environment without the images of these names. Raises UsageError if it cannot do without them."""
     left_out = set(names)
-    paths = [image.path for image in images_of(env) or () if image_name(image.path, options.data_root) in left_out]
+    paths = [image.path for image in images_of(env) or () if image_name(image.path, task.data_root) in left_out]
     if not paths:
         return env
     narrow: Any = getattr(env, "without_images", None)
     if not callable(narrow):
         raise UsageError(
-            f"env={options.env} has no method without_images(paths), so it cannot leave any out; add one that returns "
+            f"env={task.env} has no method without_images(paths), so it cannot leave any out; add one that returns "
             "the environment without them, or replace the images"
         )
     try:
@@ -211,10 +212,10 @@ def without_images(env: EpisodeSource, names: Collection[str], options: SharedOp
         raise UsageError(str(error)) from error
     except Exception as error:
         # an environment file is the user's code and may raise anything
-        raise UsageError(f"env={options.env} failed with {type(error).__name__}: {error}; correct it") from error
+        raise UsageError(f"env={task.env} failed with {type(error).__name__}: {error}; correct it") from error
     if not callable(getattr(narrowed, "episode", None)):
         raise UsageError(
-            f"env={options.env}: its method without_images(paths) returned a {type(narrowed).__name__}, but wanted the "
+            f"env={task.env}: its method without_images(paths) returned a {type(narrowed).__name__}, but wanted the "
             "environment without them; return a copy"
         )
     return narrowed
@@ -234,12 +235,12 @@ def _prefix_of(folder: str | Path) -> str:
     return f"{Path(folder)}/"
 
 
-def describe_problems(options: SharedOptions, names: Sequence[str], problems: Mapping[int, str]) -> str:
+def describe_problems(task: TaskFlags, names: Sequence[str], problems: Mapping[int, str]) -> str:
     """How many images cannot be used, and the first few with the reason each, in a line."""
     places = sorted(problems)
     named = "; ".join(f"{printable(names[place])} {problems[place]}" for place in places[:MAX_NAMED])
     more = f"; and {len(places) - MAX_NAMED:,} more" if len(places) > MAX_NAMED else ""
-    return f"{len(places):,} of {len(names):,} images in {options.data_root} cannot be used: {named}{more}"
+    return f"{len(places):,} of {len(names):,} images in {task.data_root} cannot be used: {named}{more}"
 
 
 def first_difference(listings: Sequence[Sequence[tuple[str, str]]]) -> str:

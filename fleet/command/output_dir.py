@@ -1,6 +1,6 @@
 """A run's folder before the run: checked, named, emptied. Imports no torch.
 
-Who may write into it while it is there is run_lock.py's to say; what a run leaves in it, run_folder.py's.
+run_lock.py says who may write into it, and run_folder.py names what a run leaves in it.
 """
 
 import datetime
@@ -8,9 +8,11 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from fleet.command.options import Options
+from fleet.command.training_flags import RunFlags
 from fleet.errors import UsageError
 from fleet.model_folder.files import base_of, is_adapter, read_json
 from fleet.run_folder import CONFIG_NAME, FILE_NAMES, FOLDER_NAMES
@@ -23,14 +25,17 @@ NEW_RUNS = Path("runs")  # where a run without --output_dir makes its folder
 MAX_NAME_CHARS = 80  # of a model in a folder's name
 
 
-def require_output_dir(options: Options) -> None:
-    """Raises UsageError if the run would mix with another one's files, or resumes what it cannot."""
-    if options.output_dir is None:
+def require_output_dir(run: RunFlags, paths_read: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Raises UsageError if the run would mix with another one's files, or resumes what it cannot.
+
+    paths_read: every path that must survive `--overwrite`, by the name of what named it.
+    """
+    if run.output_dir is None:
         require_can_be_made(NEW_RUNS, f"output_dir: {NEW_RUNS.absolute()}, where runs without one go,")
         return
-    folder = Path(options.output_dir)
+    folder = Path(run.output_dir)
     require_can_be_made(folder, f"output_dir={folder}")
-    if options.resume:
+    if run.resume:
         if not is_run_folder(folder):
             raise UsageError(
                 f"resume: {folder} has no {CONFIG_NAME} of a run; pass the output_dir of one, or --resume auto to "
@@ -39,7 +44,7 @@ def require_output_dir(options: Options) -> None:
         require_right_kinds(folder)
     # a run killed as it began may have left no more than an unfinished file or its lock
     elif folder.is_dir() and any(path.suffix != ".unfinished" and not is_lock(path) for path in folder.iterdir()):
-        require_can_be_emptied(folder, options)
+        require_can_be_emptied(folder, paths_read, overwrite=run.overwrite)
 
 
 def require_can_be_made(folder: Path, words: str) -> None:
@@ -60,7 +65,7 @@ def require_can_be_made(folder: Path, words: str) -> None:
 
 
 def require_right_kinds(folder: Path) -> None:
-    """Raises UsageError if what a run's files and folders are called is something else, on which the run would wait."""
+    """Raises UsageError if a file or folder of the run's is of another kind, such as a pipe, on which it would wait."""
     for name, wanted in (dict.fromkeys(FILE_NAMES, "a file") | dict.fromkeys(FOLDER_NAMES, "a folder")).items():
         try:
             kind = kind_of(folder / name)
@@ -70,9 +75,9 @@ def require_right_kinds(folder: Path) -> None:
             raise UsageError(f"resume: {folder / name} is {kind}, wanted {wanted}; move it away")
 
 
-def require_can_be_emptied(folder: Path, options: Options) -> None:
+def require_can_be_emptied(folder: Path, paths_read: Mapping[str, str], *, overwrite: bool) -> None:
     """Raises UsageError unless --overwrite is given for a run's own folder, which holds nothing that the run reads."""
-    if not options.overwrite:
+    if not overwrite:
         raise UsageError(
             f"output_dir={folder} is not empty; pass --resume to continue the run in it, --overwrite to delete it, "
             "or another folder"
@@ -83,7 +88,7 @@ def require_can_be_emptied(folder: Path, options: Options) -> None:
         )
     if folder.is_symlink():
         raise UsageError(f"overwrite: output_dir={folder} is a symbolic link; pass the folder itself")
-    for name, used in what_the_run_reads(options):
+    for name, used in paths_read.items():
         if Path(used).resolve().is_relative_to(folder.resolve()):
             raise UsageError(
                 f"overwrite: {name}={used} lies in output_dir={folder}, which would be deleted before it is read; "
@@ -91,24 +96,22 @@ def require_can_be_emptied(folder: Path, options: Options) -> None:
             )
 
 
-def what_the_run_reads(options: Options) -> list[tuple[str, str]]:
-    """Every path that must survive `--overwrite`, with the flag that named it."""
-    base = base_of(options.model_id) if is_adapter(options.model_id) else None
-    specs = {"env": options.env, "reward": options.reward}
-    of_user = [(name, spec.rpartition(":")[0]) for name, spec in specs.items() if spec]
-    named = [("model_id", options.model_id), ("data_root", options.data_root), *of_user, ("base model", base)]
-    return [(name, str(used)) for name, used in named if used]
+def paths_read(model_id: str, data_root: str, code: Mapping[str, str]) -> dict[str, str]:
+    """The paths that a run reads, by the flag that named them. code: the specs of the user's own code, by flag."""
+    paths = {"model_id": model_id, "data_root": data_root}
+    paths |= {flag: spec.rpartition(":")[0] for flag, spec in code.items()}
+    return paths | ({"base model": base_of(model_id)} if is_adapter(model_id) else {})
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run of Fleet's left its configuration in `folder`."""
+    """True if a run of Fleet's left its configuration in `folder`."""
     path = folder / CONFIG_NAME
     return path.is_file() and "options" in read_json(path)
 
 
-def make_new_output_dir(options: Options) -> Path:
+def make_new_output_dir(model_id: str) -> Path:
     """A new folder of this run alone, also if another run starts in the same second. Raises UsageError."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(options.model_id).resolve().name)[:MAX_NAME_CHARS]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_id).resolve().name)[:MAX_NAME_CHARS]
     stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
     number = 1
     while True:

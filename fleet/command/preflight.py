@@ -1,24 +1,27 @@
-"""Everything that can be wrong with a run and can be known before a weight loads, found in seconds.
+"""The checks of a run that need no weight and take seconds.
 
-Owns the checks of folders, packages, launch variables and environments; those of image files are in image_check.py.
+Owns those of folders, packages, launch variables and environments; image_check.py has those of image files.
 Raises UsageError; imports no torch.
 """
 
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
-from fleet.command.flags import TOY_MODEL_ID
+from fleet.command.evaluate_options import EvaluateOptions, require_output
+from fleet.command.flags import TOY_MODEL_ID, TaskFlags
 from fleet.command.image_check import Findings, find_bad_images, with_lost_images, without_images
-from fleet.command.options import Options, SharedOptions
-from fleet.command.output_dir import is_run_folder, require_output_dir
+from fleet.command.options import Options, own_code
+from fleet.command.output_dir import is_run_folder, paths_read, require_output_dir
+from fleet.command.parser import as_flag_value, flag_of
 from fleet.command.resume_check import images_of_beginning
+from fleet.command.training_flags import RewardFlags
 from fleet.episodes import BrokenEpisode, checked_episode
 from fleet.errors import UsageError
 from fleet.model_folder.files import (
@@ -51,7 +54,7 @@ MIN_VLLM, MAX_VLLM = (0, 22), (0, 31)
 
 
 def check_before_loading(options: Options, launch_variables: Mapping[str, str] = os.environ) -> Findings:
-    """The environment of the run and this process's share of its images, once all else that needs no weight is sound.
+    """The environment of the run and this process's share of its images, after all checks that need no weight.
 
     launch_variables: what the launcher put into the process environment. Raises UsageError; for bad images only in a
     run of one process, as several must first hear of each other's shares.
@@ -59,34 +62,40 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_packages(options)
     require_consistent_launch(launch_variables)
     require_model(options.model_id)
-    require_adapter_flags(options)
+    require_adapter_flags(options.model_id, use_lora=options.use_lora)
     if options.output_dir is not None:
         require_free(Path(options.output_dir))
-    require_output_dir(options)
+    require_output_dir(options, paths_read(options.model_id, options.data_root, own_code(options)))
     own_reward(options)
-    findings = find_bad_images(make_environment(options), options, launch_variables, images_of_beginning(options))
-    return replace(findings, episode_digests=try_own_environment(options, findings.env, options.seed))
+    env, beginning = make_environment(options, options.seed), images_of_beginning(options)
+    findings = find_bad_images(env, options, options.model_id, launch_variables, beginning)
+    digests = try_own_environment(options, findings.env, options.seed, options.model_id)
+    return replace(findings, episode_digests=digests)
 
 
-def require_packages(options: SharedOptions) -> None:
-    """Raises UsageError if a package that these options need is missing."""
+def check_evaluation(options: EvaluateOptions) -> Findings:
+    """The environment and this process's share of its images, after all other checks that need no weight.
+
+    Raises UsageError; for bad images only where one process evaluates.
+    """
+    require_packages(options)
+    require_consistent_launch(os.environ)
+    for flag, model_id in zip(("model_id", "baseline"), options.models, strict=False):
+        require_model(model_id, flag)
+    require_output(options.output, overwrite=options.overwrite)
+    env = make_environment(options, options.eval_seed)
+    findings = find_bad_images(env, options, options.model_id, os.environ)
+    digests = try_own_environment(options, findings.env, options.eval_seed, options.model_id)
+    return replace(findings, episode_digests=digests)
+
+
+def require_packages(options: Any) -> None:
+    """Raises UsageError if a package that the flags need is missing. options: of any command."""
     require_package("torchvision", "Qwen2.5-VL's processor", "pip install torchvision")
-    for flag, value, package, remedy in (
-        (
-            "attn_implementation",
-            "flash_attention_2",
-            "flash_attn",
-            "pip install flash-attn --no-build-isolation, or pass --attn_implementation sdpa",
-        ),
-        ("load_in_4bit", True, "bitsandbytes", "pip install bitsandbytes"),
-        ("use_vllm", True, "vllm", "pip install 'vllm>=0.22,<0.32'"),
-        ("report_to", "tensorboard", "tensorboard", "pip install tensorboard"),
-        ("report_to", "wandb", "wandb", "pip install wandb"),
-        ("report_to", "trackio", "trackio", "pip install trackio"),
-    ):
-        # an evaluation has not every flag of a training run
-        if getattr(options, flag, None) == value:
-            require_package(package, f"--{flag} {str(value).lower()}", remedy)
+    for declared in fields(options):
+        value = getattr(options, declared.name)
+        if needed := (flag_of(declared).needs or {}).get(value):
+            require_package(needed[0], f"--{declared.name} {as_flag_value(value)}", needed[1])
     if getattr(options, "use_vllm", False):
         require_vllm_version(vllm_version())
 
@@ -182,50 +191,49 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
     require_whole_weights(folder)
 
 
-def require_adapter_flags(options: Options) -> None:
+def require_adapter_flags(model_id: str, *, use_lora: bool) -> None:
     """Raises UsageError if an adapter is to be trained without being told so: nothing else of it would train."""
-    if is_adapter(options.model_id) and not options.use_lora:
-        raise UsageError(f"model_id={options.model_id} is an adapter, whose base stays frozen; add --use_lora true")
+    if is_adapter(model_id) and not use_lora:
+        raise UsageError(f"model_id={model_id} is an adapter, whose base stays frozen; add --use_lora true")
 
 
 def make_environment(
-    options: SharedOptions,
+    task: TaskFlags,
+    seed: int,
     *,
-    seed: int | None = None,
     prompts_reasoning: bool | None = None,
     skipped_images: Collection[str] = (),
     drawn_images: Collection[str] = (),
 ) -> EpisodeSource:
-    """The environment that the options name; no image is opened for it. Raises UsageError.
+    """The environment that the flags name; no image is opened for it. Raises UsageError.
 
-    seed: of its episodes; by default the options' own. prompts_reasoning: whether its prompts ask for reasoning before
-    the call; by default as the answers are judged. skipped_images: the names of those that it must do without.
-    drawn_images: the names of those that a run draws from, deleted ones among them.
+    seed: of its episodes. prompts_reasoning: its prompts ask for reasoning before the call; by default as the answers
+    are judged. skipped_images: the names of those that it must do without. drawn_images: the names of those that a run
+    draws from, deleted ones among them.
     """
-    seed = options.seed if seed is None else seed
-    reasons = options.allow_reasoning if prompts_reasoning is None else prompts_reasoning
-    env = _construct_environment(options, seed, reasons)
-    if options.env:
-        require_sound_episode(env, options.env)
-    return without_images(with_lost_images(env, drawn_images, options), skipped_images, options)
+    reasons = task.allow_reasoning if prompts_reasoning is None else prompts_reasoning
+    env = _construct_environment(task, seed, reasons)
+    if task.env:
+        require_sound_episode(env, task.env)
+    return without_images(with_lost_images(env, drawn_images, task), skipped_images, task)
 
 
-def _environment_arguments(options: SharedOptions, seed: int, prompts_reasoning: bool) -> dict[str, Any]:
+def _environment_arguments(task: TaskFlags, seed: int, prompts_reasoning: bool) -> dict[str, Any]:
     return {
-        "data_root": options.data_root,
-        "candidates_per_episode": options.candidates_per_episode,
-        "fixed_correct_index": options.fixed_correct_index,
+        "data_root": task.data_root,
+        "candidates_per_episode": task.candidates_per_episode,
+        "fixed_correct_index": task.fixed_correct_index,
         "seed": seed,
         "allow_reasoning": prompts_reasoning,
     }
 
 
-def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning: bool) -> EpisodeSource:
-    named = f"env={options.env}"
-    arguments = _environment_arguments(options, seed, prompts_reasoning)
+def _construct_environment(task: TaskFlags, seed: int, prompts_reasoning: bool) -> EpisodeSource:
+    named = f"env={task.env}"
+    arguments = _environment_arguments(task, seed, prompts_reasoning)
     try:
         with folder_kept():
-            env_class: type[Any] = load_environment_class(options.env) if options.env else PickImageEnv
+            env_class: type[Any] = load_environment_class(task.env) if task.env else PickImageEnv
     except ValueError as error:
         raise UsageError(str(error)) from error
     try:
@@ -234,47 +242,47 @@ def _construct_environment(options: SharedOptions, seed: int, prompts_reasoning:
     except (ValueError, OSError) as error:
         words = " ".join(str(error).split())
         own = f"{named}: {words} (its constructor raised {type(error).__name__})"
-        raise UsageError(own if options.env else words) from error
+        raise UsageError(own if task.env else words) from error
     # an environment file is the user's code, may raise anything, and may leave by sys.exit
     except (Exception, SystemExit) as error:
         words = " ".join(str(error).split())
         raise UsageError(f"{named} failed with {type(error).__name__}: {words}; correct it") from error
 
 
-def try_own_environment(options: SharedOptions, env: EpisodeSource, seed: int) -> dict[str, str]:
+def try_own_environment(task: TaskFlags, env: EpisodeSource, seed: int, model_id: str) -> dict[str, str]:
     """The digests of its first episodes, once a user's environment gives the same sound ones however it is asked.
 
     seed: with which it was made. Empty for PickImageEnv itself, and where an image is bad and skipped. Raises
     UsageError.
     """
-    if options.env is None:
+    if task.env is None:
         return {}
     try:
-        require_pure(env, _construct_environment(options, seed, options.allow_reasoning))
-        require_usable(env, options.image_max_pixels)
-        require_plain_prompts(env, added_token_literals(base_of(options.model_id)))
+        require_pure(env, _construct_environment(task, seed, task.allow_reasoning))
+        require_usable(env, task.image_max_pixels)
+        require_plain_prompts(env, added_token_literals(base_of(model_id)))
         # one process a machine is enough
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            arguments = _environment_arguments(options, seed, options.allow_reasoning)
-            require_same_in_another_process(env, options.env, arguments)
+            arguments = _environment_arguments(task, seed, task.allow_reasoning)
+            require_same_in_another_process(env, task.env, arguments)
         return first_digests(env)
     except (BrokenEpisode, NotPlainText) as error:
-        raise UsageError(f"env={options.env}: {error}") from error
+        raise UsageError(f"env={task.env}: {error}") from error
     except (BadImage, OSError) as error:
-        if options.bad_images == "stop":
-            raise UsageError(f"env={options.env}: {error}") from error
+        if task.bad_images == "stop":
+            raise UsageError(f"env={task.env}: {error}") from error
         return {}
 
 
-def own_reward(options: Options) -> RewardProcess | None:
+def own_reward(reward: RewardFlags) -> RewardProcess | None:
     """The user's reward function that --reward names, its file run in its own process; None for Fleet's own.
 
     Raises UsageError.
     """
-    if options.reward is None:
+    if reward.reward is None:
         return None
     try:
-        return start_reward(options.reward, options.reward_timeout_s)
+        return start_reward(reward.reward, reward.reward_timeout_s)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -6,50 +6,40 @@ Imports no torch.
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fleet.command.flags import PATH_FLAGS, as_seen_from
-from fleet.command.idle_flags import idle_flags
 from fleet.command.image_check import MAX_NAMED, RunData
-from fleet.command.options import Options
+from fleet.command.options import MAY_CHANGE_ON_RESUME, PATH_FLAGS
 from fleet.command.output_dir import is_run_folder
+from fleet.command.parser import as_seen_from
+from fleet.command.training_flags import RunFlags
 from fleet.errors import UsageError
 from fleet.model_folder.files import read_json
 from fleet.run_folder import CONFIG_NAME, IMAGES_NAME, RUN_CONFIG_NAME
 from utils.plain_text import printable
 
-# What a resumed run may change; every other flag must be as it was, or it would be another run.
-MAY_CHANGE_ON_RESUME = frozenset(
-    {"train_steps", "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps",
-     "sample_steps", "bad_images", "eval_steps", "keep_best", "report_to", "dataloader_num_workers", "dry_run",
-     "merge_lora", "ds3_gather_for_generation", "vision_cache_mib", "vllm_server_host", "vllm_server_port",
-     "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "trust_checkpoint", "step_timeout_s", "reward_timeout_s",
-     "max_skipped_steps"}
-)  # fmt: skip
-
 # Learning rates that do not depend on how many steps there will be.
 ENDLESS_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
 
 
-def settle_resume(options: Options) -> Options:
-    """The options with --resume auto decided: true if output_dir holds a run, else false."""
-    if options.resume != "auto":
-        return options
-    return replace(options, resume=is_run_folder(Path(str(options.output_dir))))
+def resumes(run: RunFlags) -> bool:
+    """True if the run goes on: --resume true, or auto with a run in output_dir."""
+    return is_run_folder(Path(str(run.output_dir))) if run.resume == "auto" else bool(run.resume)
 
 
-def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, str] = os.environ) -> None:
-    """Raises UsageError if a resumed run's resolved flags or processes are not those it began with."""
-    if not options.resume:
+def require_same_run(run: RunFlags, now: Mapping[str, Any], idle: Collection[str], num_processes: int) -> None:
+    """Raises UsageError if the flags or the processes of a resumed run are not those that it began with.
+
+    now: the resolved flags by name. idle: the names of those that have no part in the run.
+    """
+    if not run.resume:
         return
-    folder = Path(str(options.output_dir))
+    folder = Path(str(run.output_dir))
     recorded = read_json(folder / CONFIG_NAME)
     before = recorded.get("options", {})
-    now = asdict(options)
-    # what decides whether a flag has a part in the run is compared itself
-    had_no_part = {*recorded.get("idle_flags", ()), *idle_flags(options, launch_variables)}
+    # the flags that decide this are compared themselves
+    had_no_part = {*recorded.get("idle_flags", ()), *idle}
     changed = [
         f"{name} (was {before[name]}, now {now[name]})"
         for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
@@ -59,22 +49,22 @@ def require_same_run_on_resume(options: Options, launch_variables: Mapping[str, 
         raise UsageError(
             f"resume: the run in {folder} had other flags: {', '.join(changed)}; pass the same ones, or start a new run"
         )
-    if options.lr_scheduler_type not in ENDLESS_SCHEDULES and before.get("train_steps") != options.train_steps:
+    if now["lr_scheduler_type"] not in ENDLESS_SCHEDULES and before.get("train_steps") != now["train_steps"]:
         raise UsageError(
-            f"resume: train_steps was {before.get('train_steps')} and is now {options.train_steps}, but the schedule "
-            f"{options.lr_scheduler_type} is drawn over all steps, so the learning rate would jump; pass the same "
+            f"resume: train_steps was {before.get('train_steps')} and is now {now['train_steps']}, but the schedule "
+            f"{now['lr_scheduler_type']} is drawn over all steps, so the learning rate would jump; pass the same "
             "--train_steps, or start a new run"
         )
-    num_before, num_now = recorded.get("num_processes"), int(launch_variables.get("WORLD_SIZE", "1"))
-    if num_before not in (None, num_now):
+    num_before = recorded.get("num_processes")
+    if num_before not in (None, num_processes):
         raise UsageError(
-            f"resume: the run in {folder} had {num_before} processes, and now there are {num_now}, which would deal "
-            f"its episodes differently; start {num_before}"
+            f"resume: the run in {folder} had {num_before} processes, and now there are {num_processes}, which would "
+            f"deal its episodes differently; start {num_before}"
         )
 
 
 def why_of_another_run(recorded: Mapping[str, Any], checkpoint: Path) -> str | None:
-    """Why a checkpoint in a run's folder is not that run's, in words; None if it is, or if nothing tells.
+    """The reason why a checkpoint in a run's folder is another run's; None if it is this run's, or nothing tells.
 
     recorded: the run's config.json. A run begun before runs had an id is told by its flags, images and processes.
     """
@@ -94,7 +84,7 @@ def why_of_another_run(recorded: Mapping[str, Any], checkpoint: Path) -> str | N
 
 
 def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """What two runs differ in that no resume may change."""
+    """The differences of two runs that no resume may make."""
     ours, theirs = here.get("options", {}), there.get("options", {})
     had_no_part = {*here.get("idle_flags", ()), *there.get("idle_flags", ())}
     found = [
@@ -108,10 +98,10 @@ def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]
     return found
 
 
-def images_of_beginning(options: Options) -> dict[str, str]:
+def images_of_beginning(run: RunFlags) -> dict[str, str]:
     """The SHA-256 in hex of each image that a resumed run drew from as it began, by its name; nothing if not known."""
-    path = Path(str(options.output_dir)) / IMAGES_NAME
-    if not options.resume or not path.is_file():
+    path = Path(str(run.output_dir)) / IMAGES_NAME
+    if not run.resume or not path.is_file():
         return {}
     sha256s = read_json(path)
     if not all(isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in sha256s.values()):
@@ -120,7 +110,7 @@ def images_of_beginning(options: Options) -> dict[str, str]:
 
 
 def _is_same_path(name: str, before: Any, now: Any, directory: str | None) -> bool:
-    """Whether two values of a flag name one file, `before` from the directory that the run was started in."""
+    """True if two values of a flag name one file, `before` from the directory that the run was started in."""
     if name not in PATH_FLAGS or directory is None or not isinstance(before, str) or not isinstance(now, str):
         return False
     return as_seen_from(directory, before) == as_seen_from(os.getcwd(), now)

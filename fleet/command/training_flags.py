@@ -1,300 +1,284 @@
-"""Every flag that training alone has, and its whole parser; the flags it shares with evaluation are in flags.py."""
+"""The flags that training alone has, each declared once, as in flags.py."""
 
-import argparse
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-from fleet.command.flags import (
-    add_held_out_flags,
-    add_model_flags,
-    add_sampling_flags,
-    add_switch,
-    add_task_flags,
-    make_parser,
-    true_false_or_auto,
-    true_or_false,
-    user_path,
-)
+from fleet.command.flags import A_SEED, A_SHARE, ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, by_model
+from fleet.command.parser import Bound, flag, true_false_or_auto, user_path
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line's parser, flags in readable groups. Every value has a unit and a default in its help."""
-    parser = make_parser(
-        "training.py",
-        "Train a Qwen2.5-VL model by RLOO (REINFORCE leave-one-out) to pick an image by one tool call. A flag that "
-        "would do nothing beside the others is refused.",
-    )
-    add_model_flags(parser.add_argument_group("model").add_argument)
-    _add_adapter_flags(parser.add_argument_group("what trains").add_argument)
-    add_task_flags(parser.add_argument_group("task").add_argument)
-    _add_rloo_flags(parser.add_argument_group("RLOO (names as in TRL's RLOOConfig)").add_argument)
-    generation = parser.add_argument_group("generation").add_argument
-    add_sampling_flags(generation)
-    _add_generation_flags(generation)
-    _add_evaluation_flags(parser.add_argument_group("held-out evaluation").add_argument)
-    _add_run_flags(parser.add_argument_group("run").add_argument)
-    return parser
+@dataclass(frozen=True)
+class TrainedPartFlags:
+    """The parts that train, and those that are frozen."""
 
-
-def _add_adapter_flags(add: Callable[..., Any]) -> None:
-    add_switch(add, "--use_lora", False, "train LoRA adapters on the language model, not all weights")
-    add("--lora_rank", type=int, default=16, metavar="N", help="rank of new adapters (default: 16)")
-    add("--lora_alpha", type=int, default=32, metavar="N", help="scale of new adapters (default: 32, twice the rank)")
-    add(
-        "--lora_dropout",
-        type=float,
-        default=0.0,
+    use_lora: bool = flag(False, "train LoRA adapters on the language model, not all weights")
+    lora_rank: int = flag(16, "rank of new adapters", bounds=(AT_LEAST_1,))
+    lora_alpha: int = flag(32, "scale of new adapters", "twice the rank", bounds=(AT_LEAST_1,))
+    lora_dropout: float = flag(
+        0.0,
+        "dropout in new adapters, 0 to 1",
+        "as old and new log-probabilities must agree",
         metavar="P",
-        help="dropout in new adapters, 0 to 1 (default: 0, as old and new log-probabilities must agree)",
+        bounds=(AT_LEAST_0, BELOW_1),
     )
-    add_switch(add, "--merge_lora", False, "also write the base model with the adapters merged in, as final_merged/")
-    add_switch(add, "--freeze_vision", False, "keep the vision tower and its merger as they are, as --use_lora does")
-    add(
-        "--vision_cache_mib",
-        type=int,
-        metavar="N",
-        help="host memory per process for features of images, each of which is then encoded once while it is held, in "
-        "MiB; 0 keeps none (default: 2048 where vision is frozen, as with LoRA; else 0, as features change)",
+    merge_lora: bool = flag(
+        False, "also write the base model with the adapters merged in, as final_merged/", may_change=True
+    )
+    freeze_vision: bool = flag(False, "keep the vision tower and its merger as they are, as --use_lora does")
+    vision_cache_mib: int | None = flag(
+        None,
+        "host memory per process for features of images, each of which is then encoded once while it is held, in MiB; "
+        "0 keeps none",
+        "2048 where vision is frozen, as with LoRA; else 0, as features change",
+        bounds=(AT_LEAST_0,),
+        may_change=True,
+        default_of=lambda case: (
+            (0, why) if (why := case.why_no_features) else (2048, "vision is frozen: features keep")
+        ),
     )
 
 
-def _add_rloo_flags(add: Callable[..., Any]) -> None:
-    add(
-        "--reward",
-        type=user_path,
+@dataclass(frozen=True)
+class RewardFlags:
+    """The worth of an answer."""
+
+    reward: str | None = flag(
+        None,
+        "a reward function of your own, as path/to/file.py:function; accuracy stays what the environment judges",
+        "Fleet's own, by reward_correct and reward_valid_call",
         metavar="FILE:FUNCTION",
-        help="a reward function of your own, as path/to/file.py:function; accuracy stays what the environment judges "
-        "(default: Fleet's own, by reward_correct and reward_valid_call)",
+        parse=user_path,
+        is_file=True,
     )
-    add(
-        "--reward_timeout_s",
-        type=float,
-        default=60.0,
-        metavar="X",
-        help="time that one call of the reward function may take before the run stops, in seconds (default: 60, far "
-        "above a rule's, enough for a model or a server that judges)",
+    reward_timeout_s: float = flag(
+        60.0,
+        "time that one call of the reward function may take before the run stops, in seconds",
+        "far above a rule's, enough for a model or a server that judges",
+        bounds=(ABOVE_0,),
+        may_change=True,
     )
-    add(
-        "--reward_correct",
-        type=float,
-        default=0.95,
-        metavar="X",
-        help="Fleet's own reward for the right index (default: 0.95)",
+    reward_correct: float = flag(0.95, "Fleet's own reward for the right index", bounds=(ABOVE_0,))
+    reward_valid_call: float = flag(
+        0.05,
+        "Fleet's own reward for any well-formed call in range",
+        "so that a right answer is worth 1",
+        bounds=(AT_LEAST_0,),
     )
-    add(
-        "--reward_valid_call",
-        type=float,
-        default=0.05,
-        metavar="X",
-        help="Fleet's own reward for any well-formed call in range (default: 0.05, so that a right answer is worth 1)",
+
+
+@dataclass(frozen=True)
+class RLOOFlags:
+    """The training of the policy on what was sampled. Names are TRL's where it has the same."""
+
+    train_steps: int | None = flag(
+        None,
+        "optimizer steps in all",
+        "60 for the toy, 100 where it must look, else 200",
+        bounds=(AT_LEAST_1, Bound("at most 10,000,000", lambda value: value <= 10_000_000)),
+        trl="max_steps",
+        may_change=True,
+        default_of=by_model(
+            toy=(60, "the toy learns in 60"), look=(100, "the toy learns to look in 100"), real=(200, "a real model")
+        ),
     )
-    add(
-        "--train_steps",
-        type=int,
-        metavar="N",
-        help="optimizer steps in all (default: 60 for the toy, 100 where it must look, else 200)",
+    num_rollouts: int = flag(4, "rollouts per episode, at least 2", metavar="G", trl="num_generations")
+    per_device_batch_size: int | None = flag(
+        None,
+        "episodes per device and micro-batch, each with its G rollouts",
+        "8 for the toy, 16 where it must look, else 1",
+        bounds=(AT_LEAST_1,),
+        default_of=by_model(
+            toy=(8, "the toy is small"),
+            look=(16, "looking takes many episodes"),
+            real=(1, "one group of a real model at a time"),
+        ),
     )
-    add("--num_rollouts", type=int, default=4, metavar="G", help="rollouts per episode, at least 2 (default: 4)")
-    add(
-        "--per_device_batch_size",
-        type=int,
-        metavar="N",
-        help="episodes per device and micro-batch, each with its G rollouts (default: 8 for the toy, 16 where it "
-        "must look, else 1)",
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", bounds=(AT_LEAST_1,), trl=True)
+    steps_per_generation: int | None = flag(
+        None,
+        "micro-batches per generation",
+        "gradient_accumulation_steps, which is on-policy",
+        bounds=(AT_LEAST_1,),
+        trl=True,
+        default_of=lambda case: (case.accumulation, "on-policy: one optimizer step a generation"),
     )
-    add(
-        "--gradient_accumulation_steps",
-        type=int,
-        default=1,
-        metavar="N",
-        help="micro-batches per optimizer step (default: 1)",
+    num_iterations: int = flag(1, "times each generation is trained on", "on-policy", bounds=(AT_LEAST_1,), trl=True)
+    learning_rate: float | None = flag(
+        None,
+        "AdamW's",
+        "1e-4 for the toy, 2e-4 where it must look, 5e-4 with LoRA; else 1e-6, 1e-5 with LoRA",
+        bounds=(ABOVE_0,),
+        trl=True,
+        default_of=lambda case: (
+            by_model(toy=(5e-4, "LoRA on the toy model"), real=(1e-5, "LoRA: ten times a full fine-tune's"))
+            if case.uses_lora
+            else by_model(
+                toy=(1e-4, "full fine-tune of the toy"),
+                look=(2e-4, "full fine-tune of the sighted toy"),
+                real=(1e-6, "full fine-tune, TRL's default"),
+            )
+        )(case),
     )
-    add(
-        "--steps_per_generation",
-        type=int,
-        metavar="N",
-        help="micro-batches per generation (default: gradient_accumulation_steps, which is on-policy)",
-    )
-    add(
-        "--num_iterations",
-        type=int,
-        default=1,
-        metavar="N",
-        help="times each generation is trained on (default: 1, on-policy)",
-    )
-    add(
-        "--learning_rate",
-        type=float,
-        metavar="X",
-        help="AdamW's (default: 1e-4 for the toy, 2e-4 where it must look, 5e-4 with LoRA; else 1e-6, 1e-5 with LoRA)",
-    )
-    add(
-        "--lr_scheduler_type",
-        default="constant",
+    lr_scheduler_type: str = flag(
+        "constant",
+        "learning-rate schedule: constant, constant_with_warmup, linear or cosine",
+        "so that a longer run begins like a shorter one",
         metavar="NAME",
-        choices=["constant", "constant_with_warmup", "linear", "cosine"],
-        help="learning-rate schedule: constant, constant_with_warmup, linear or cosine (default: constant, so that a "
-        "longer run begins like a shorter one)",
+        choices=("constant", "constant_with_warmup", "linear", "cosine"),
+        trl=True,
     )
-    add(
-        "--warmup_steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="optimizer steps of linear warm-up (default: 0; needs a schedule that warms up)",
+    warmup_steps: int = flag(
+        0, "optimizer steps of linear warm-up; needs a schedule that warms up", bounds=(AT_LEAST_0,), trl=True
     )
-    add("--weight_decay", type=float, default=0.0, metavar="X", help="AdamW's (default: 0)")
-    add("--max_grad_norm", type=float, default=1.0, metavar="X", help="gradients are clipped to this norm (default: 1)")
-    add(
-        "--beta",
-        type=float,
-        metavar="X",
-        help="weight of the KL to the reference model (default: 0, no reference model in memory)",
+    weight_decay: float = flag(0.0, "AdamW's", bounds=(AT_LEAST_0,), trl=True)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", bounds=(ABOVE_0,), trl=True)
+    beta: float | None = flag(
+        None,
+        "weight of the KL to the reference model",
+        "0, no reference model in memory",
+        bounds=(AT_LEAST_0,),
+        trl=True,
+        default_of=lambda case: (0.0, "no KL term, so no reference model in memory"),
     )
-    add(
-        "--epsilon",
-        type=float,
-        default=0.2,
-        metavar="X",
-        help="clip range of the ratio; off-policy only (default: 0.2)",
+    epsilon: float = flag(0.2, "clip range of the ratio; off-policy only", bounds=(ABOVE_0,), trl=True)
+    epsilon_high: float | None = flag(None, "upper clip range; off-policy only", "epsilon", bounds=(ABOVE_0,), trl=True)
+    max_skipped_steps: int = flag(
+        5,
+        "optimizer steps in a row that were skipped, for a loss or gradient that is not finite, or in which no group "
+        "had two rollouts that count, after which the run saves a checkpoint and stops",
+        "as one odd batch passes and a broken model or reward does not",
+        bounds=(AT_LEAST_1,),
+        may_change=True,
     )
-    add("--epsilon_high", type=float, metavar="X", help="upper clip range; off-policy only (default: epsilon)")
-    add(
-        "--max_skipped_steps",
-        type=int,
-        default=5,
-        metavar="N",
-        help="optimizer steps in a row that were skipped, for a loss or gradient that is not finite, or in which no "
-        "group had two rollouts that count, after which the run saves a checkpoint and stops (default: 5, as one odd "
-        "batch passes and a broken model or reward does not)",
-    )
-    add_switch(add, "--normalize_advantages", False, "scale advantages to unit deviation over the batch")
-    add_switch(add, "--mask_truncated_completions", False, "train on no completion that hit the length limit")
-    add(
-        "--gradient_checkpointing",
-        type=true_or_false,
-        nargs="?",
-        const=True,
-        metavar="true|false",
-        help="recompute activations to save memory (default: false for the toy, else true)",
+    normalize_advantages: bool = flag(False, "scale advantages to unit deviation over the batch", trl=True)
+    mask_truncated_completions: bool = flag(False, "train on no completion that hit the length limit", trl=True)
+    gradient_checkpointing: bool | None = flag(
+        None,
+        "recompute activations to save memory",
+        "false for the toy, else true",
+        trl=True,
+        default_of=by_model(toy=(False, "the toy model"), real=(True, "memory before speed for a real model")),
     )
 
 
-def _add_generation_flags(add: Callable[..., Any]) -> None:
-    add_switch(
-        add,
-        "--shared_prefix",
+@dataclass(frozen=True)
+class GenerationFlags:
+    """The engine of generation: Fleet, TRL or vLLM."""
+
+    shared_prefix: bool = flag(
         True,
-        "compute each prompt once per group in generation and training, as long as that is less work; false "
-        "takes TRL's own passes",
+        "compute each prompt once per group in generation and training, as long as that is less work; false takes "
+        "TRL's own passes",
     )
-    add_switch(add, "--use_vllm", False, "generate with vLLM, which must be installed")
-    add(
-        "--vllm_mode",
-        default="colocate",
-        choices=["colocate", "server"],
-        help="vLLM beside training on the same GPUs, or a server (default: colocate)",
-    )
-    add("--vllm_server_host", default="127.0.0.1", metavar="HOST", help="of the vLLM server (default: 127.0.0.1)")
-    add("--vllm_server_port", type=int, default=8000, metavar="PORT", help="of the vLLM server (default: 8000)")
-    add(
-        "--vllm_gpu_memory_utilization",
-        type=float,
-        default=0.3,
-        metavar="P",
-        help="share of the GPU that colocated vLLM takes, 0 to 1 (default: 0.3)",
-    )
-    add("--vllm_tensor_parallel_size", type=int, default=1, metavar="N", help="GPUs per colocated vLLM (default: 1)")
-    add(
-        "--vllm_max_logprob_gap",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="how far the log-probabilities of vLLM and of the trainer may be apart, on average over the tokens of the "
-        "first generation, in nats, before the run stops (default: 0.1; 16-bit rounding gives 0.01, other prompts 0.3)",
-    )
-
-
-def _add_evaluation_flags(add: Callable[..., Any]) -> None:
-    add(
-        "--eval_steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="optimizer steps between evaluations, the first before training, the last at its end; 0 for none "
-        "(default: 0)",
-    )
-    add_held_out_flags(add, 256, 10**9)
-    add_switch(add, "--keep_best", False, "also keep the checkpoint with the best held-out accuracy; needs eval_steps")
-
-
-def _add_run_flags(add: Callable[..., Any]) -> None:
-    add(
-        "--output_dir",
-        type=user_path,
-        metavar="DIR",
-        help="what the run leaves (default: a new runs/<date-time>-<model>)",
-    )
-    add_switch(add, "--overwrite", False, "empty a non-empty --output_dir first")
-    add(
-        "--resume",
-        type=true_false_or_auto,
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="true|false|auto",
-        help="continue the run in output_dir from its last whole checkpoint, or from its start if it has none yet; "
-        "auto: if there is a run, else begin one, for jobs that are restarted (default: false)",
-    )
-    add_switch(
-        add,
-        "--trust_checkpoint",
+    use_vllm: bool = flag(
         False,
-        "on resume, unpickle whatever the checkpoint's files hold, code included",
+        "generate with vLLM, which must be installed",
+        trl=True,
+        needs={True: ("vllm", "pip install 'vllm>=0.22,<0.32'")},
     )
-    add("--seed", type=int, default=0, metavar="N", help="of episodes, adapters and sampling (default: 0)")
-    add("--save_steps", type=int, default=50, metavar="N", help="optimizer steps between checkpoints (default: 50)")
-    add(
-        "--save_total_limit",
-        type=int,
-        default=2,
-        metavar="N",
-        help="checkpoints kept (default: 2, the last good one and its successor)",
+    vllm_mode: str = flag(
+        "colocate", "vLLM beside training on the same GPUs, or a server", choices=("colocate", "server"), trl=True
     )
-    add(
-        "--logging_steps",
-        type=int,
-        default=1,
-        metavar="N",
-        help="optimizer steps per line of metrics; the last step always has one (default: 1)",
+    vllm_server_host: str = flag("127.0.0.1", "of the vLLM server", metavar="HOST", trl=True, may_change=True)
+    vllm_server_port: int = flag(
+        8000,
+        "of the vLLM server",
+        metavar="PORT",
+        bounds=(Bound("from 1 to 65535", lambda value: 1 <= value <= 65535),),
+        trl=True,
+        may_change=True,
     )
-    add(
-        "--sample_steps",
-        type=int,
-        default=20,
-        metavar="N",
-        help="optimizer steps between tables of completions, printed and, with their pictures, sent to --report_to; 0 "
-        "for none (default: 20)",
+    vllm_gpu_memory_utilization: float = flag(
+        0.3,
+        "share of the GPU that colocated vLLM takes, 0 to 1",
+        metavar="P",
+        bounds=(A_SHARE,),
+        trl=True,
+        may_change=True,
     )
-    add(
-        "--report_to",
-        default="tensorboard",
-        choices=["tensorboard", "wandb", "trackio", "none"],
-        help="where metrics go besides metrics.jsonl (default: tensorboard, which sends nothing)",
+    vllm_tensor_parallel_size: int = flag(1, "GPUs per colocated vLLM", bounds=(AT_LEAST_1,), trl=True)
+    vllm_max_logprob_gap: float = flag(
+        0.1,
+        "how far the log-probabilities of vLLM and of the trainer may be apart, on average over the tokens of the "
+        "first generation, in nats, before the run stops; 16-bit rounding gives 0.01, other prompts 0.3",
+        bounds=(ABOVE_0,),
+        may_change=True,
     )
-    add(
-        "--dataloader_num_workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that open images ahead (default: 0, in the main one)",
+
+
+@dataclass(frozen=True)
+class EvaluationFlags:
+    """The scoring of held-out episodes during training."""
+
+    eval_steps: int = flag(
+        0,
+        "optimizer steps between evaluations, the first before training, the last at its end; 0 for none",
+        bounds=(AT_LEAST_0,),
+        may_change=True,
     )
-    add(
-        "--step_timeout_s",
-        type=float,
-        default=1800.0,
+    keep_best: bool = flag(
+        False, "also keep the checkpoint with the best held-out accuracy; needs eval_steps", may_change=True
+    )
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """The run's folder, records and processes."""
+
+    output_dir: str | None = flag(
+        None, "what the run leaves", "a new runs/<date-time>-<model>", metavar="DIR", parse=user_path, may_change=True
+    )
+    overwrite: bool = flag(False, "empty a non-empty --output_dir first", may_change=True)
+    resume: bool | str = flag(
+        False,
+        "continue the run in output_dir from its last whole checkpoint, or from its start if it has none yet; auto: if "
+        "there is a run, else begin one, for jobs that are restarted",
+        metavar="true|false|auto",
+        parse=true_false_or_auto,
+        may_change=True,
+    )
+    trust_checkpoint: bool = flag(
+        False, "on resume, unpickle whatever the checkpoint's files hold, code included", may_change=True
+    )
+    seed: int = flag(0, "of episodes, adapters and sampling", bounds=(AT_LEAST_0, A_SEED), trl=True)
+    save_steps: int = flag(50, "optimizer steps between checkpoints", bounds=(AT_LEAST_1,), trl=True, may_change=True)
+    save_total_limit: int = flag(
+        2, "checkpoints kept", "the last good one and its successor", bounds=(AT_LEAST_1,), may_change=True
+    )
+    logging_steps: int = flag(
+        1,
+        "optimizer steps per line of metrics; the last step always has one",
+        bounds=(AT_LEAST_1,),
+        trl=True,
+        may_change=True,
+    )
+    sample_steps: int = flag(
+        20,
+        "optimizer steps between tables of completions, printed and, with their pictures, sent to --report_to; 0 for "
+        "none",
+        bounds=(AT_LEAST_0,),
+        may_change=True,
+    )
+    report_to: str = flag(
+        "tensorboard",
+        "where metrics go besides metrics.jsonl",
+        "which sends nothing",
+        choices=("tensorboard", "wandb", "trackio", "none"),
+        trl=True,
+        needs={name: (name, f"pip install {name}") for name in ("tensorboard", "wandb", "trackio")},
+        may_change=True,
+    )
+    dataloader_num_workers: int = flag(
+        0, "processes that open images ahead", "in the main one", bounds=(AT_LEAST_0,), trl=True, may_change=True
+    )
+    step_timeout_s: float = flag(
+        1800.0,
+        "seconds without progress (a generation, a call of rewards, a pass, a save) after which the run ends with the "
+        "reason instead of hanging",
+        "beyond the slowest of these",
         metavar="S",
-        help="seconds without progress (a generation, a call of rewards, a pass, a save) after which the run ends with "
-        "the reason instead of hanging (default: 1800, beyond the slowest of these)",
+        bounds=(Bound("at least 10 seconds", lambda value: value >= 10),),
+        may_change=True,
     )
-    add_switch(add, "--dry_run", False, "check everything, print the resolved run, and stop before any weight loads")
+    dry_run: bool = flag(
+        False, "check everything, print the resolved run, and stop before any weight loads", may_change=True
+    )

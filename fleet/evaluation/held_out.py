@@ -1,4 +1,4 @@
-"""Which episodes are held out: those of another seed, less any that a run's own training draws the like of.
+"""The held-out episodes: those of another seed that match no episode used in training.
 
 Owns the draw and what counts as alike. Imports no torch.
 """
@@ -11,12 +11,11 @@ from itertools import chain
 
 from PIL import Image
 
-from fleet.command.options import Options, SharedOptions
+from fleet.command.flags import HeldOutFlags
 from fleet.command.preflight import make_environment
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode, checked_fields
 from fleet.errors import UsageError
 from fleet.evaluation.figures import EvaluationPlan
-from fleet.schedule import num_episodes_of_run
 from utils.images import BadImage, image_digest
 
 # Draws per held-out episode before a folder counts as too small to hold anything out.
@@ -30,7 +29,7 @@ class TooFewEpisodes(ValueError):
 
 
 def make_plan(
-    options: SharedOptions,
+    held_out: HeldOutFlags,
     runs: Iterable[tuple[EpisodeSource, int]],
     *,
     skipped_images: Collection[str] = (),
@@ -39,17 +38,17 @@ def make_plan(
     ks: tuple[int, ...] = (),
     prompt_style: str | None = None,
 ) -> EvaluationPlan:
-    """The evaluation that the options ask for, on episodes that none of these runs draws.
+    """The evaluation that the flags ask for, on episodes that none of these runs draws.
 
     runs: the environment of each run and how many episodes it draws from the first on. skipped_images: what is drawn
     from no more than in training. drawn_images: what is drawn from, deleted ones among them. prompt_style: compare
-    prompts under the parser that accepts text before the call; None takes prompt and parser from the options.
+    prompts under the parser that accepts text before the call; None takes prompt and parser from the flags.
     Raises UsageError if the folder holds too few unseen episodes, or an environment fails.
     """
-    prompts_reasoning = options.allow_reasoning if prompt_style is None else prompt_style == "reasoning"
+    prompts_reasoning = held_out.allow_reasoning if prompt_style is None else prompt_style == "reasoning"
     env = make_environment(
-        options,
-        seed=options.eval_seed,
+        held_out,
+        held_out.eval_seed,
         prompts_reasoning=prompts_reasoning,
         skipped_images=skipped_images,
         drawn_images=drawn_images,
@@ -59,35 +58,23 @@ def make_plan(
         for run_env, num_episodes in runs
     )
     try:
-        episodes, num_passed_over = draw_held_out(env, options.eval_episodes, drawn)
+        episodes, num_passed_over = draw_held_out(env, held_out.eval_episodes, drawn)
     except TooFewEpisodes as error:
-        raise UsageError(f"eval_episodes={options.eval_episodes}: {error}") from error
+        raise UsageError(f"eval_episodes={held_out.eval_episodes}: {error}") from error
     except BrokenEpisode as error:
-        raise UsageError(f"env={options.env}: {error}") from error
+        raise UsageError(f"env={held_out.env}: {error}") from error
     except (BadImage, OSError) as error:
-        raise UsageError(f"env={options.env}: a held-out episode cannot be drawn ({error})") from error
+        raise UsageError(f"env={held_out.env}: a held-out episode cannot be drawn ({error})") from error
     return EvaluationPlan(
         env=env,
         episodes=tuple(episodes),
-        seed=options.eval_seed,
+        seed=held_out.eval_seed,
         num_passed_over=num_passed_over,
         num_samples=num_samples,
         ks=ks,
-        allow_reasoning=options.allow_reasoning or prompt_style is not None,
+        allow_reasoning=held_out.allow_reasoning or prompt_style is not None,
         prompt_style="reasoning" if prompts_reasoning else "direct",
-        max_pixels=options.image_max_pixels,
-    )
-
-
-def num_episodes_drawn(options: Options, num_processes: int) -> int:
-    """How many episodes a run with these resolved options draws over all its processes."""
-    assert options.train_steps and options.steps_per_generation and options.per_device_batch_size
-    return num_episodes_of_run(
-        options.train_steps,
-        steps_per_generation=options.steps_per_generation,
-        num_iterations=options.num_iterations,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        episodes_per_micro_step=options.per_device_batch_size * num_processes,
+        max_pixels=held_out.image_max_pixels,
     )
 
 

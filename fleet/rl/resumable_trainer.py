@@ -58,15 +58,22 @@ class ResumableTrainer(RLOOTrainer):
     run's folder no longer, and None while it may.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        """As RLOOTrainer's."""
+    def __init__(
+        self,
+        *args: Any,
+        run_config: str = "{}\n",
+        trusts_checkpoint: bool = False,
+        num_kept_checkpoints: int = 10**9,
+        on_activity: Callable[[str], None] = lambda activity: None,
+        displaced_by: Callable[[], str | None] = lambda: None,
+        **kwargs: Any,
+    ):
+        """The others are RLOOTrainer's."""
         super().__init__(*args, **kwargs)
-        self.run_config = "{}\n"
-        self.trusts_checkpoint = False
+        self.run_config, self.trusts_checkpoint = run_config, trusts_checkpoint
         # Trainer's own limit stays unset: at its end it deletes checkpoints, whole or not, by that
-        self.num_kept_checkpoints = 10**9
-        self.on_activity: Callable[[str], None] = lambda activity: None
-        self.displaced_by: Callable[[], str | None] = lambda: None
+        self.num_kept_checkpoints = num_kept_checkpoints
+        self.on_activity, self.displaced_by = on_activity, displaced_by
         self._checkpoints: CheckpointFolder | None = None
         self._is_saving = False
         self.is_save_due = False

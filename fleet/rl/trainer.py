@@ -113,6 +113,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         vision_cache_bytes: int = 0,
         vllm_max_logprob_gap: float = 0.1,
         evaluation: tuple[EvaluationPlan, AnswerSettings] | None = None,
+        **resumable: Any,
     ):
         """args: `make_rloo_config` says how episodes become TRL's batch sizes. processing_class: pads left.
 
@@ -149,6 +150,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             eval_dataset=None if evaluation is None else dataset.as_hf_dataset(1),
             processing_class=processing_class,
             peft_config=peft_config,
+            **resumable,
         )
         policy = self.accelerator.unwrap_model(self.model)
         if self.is_deepspeed_enabled:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from environment import PickImageEnv
-from fleet.command.options import Options
+from fleet.command.flags import ModelFlags
 from fleet.episodes import BrokenEpisode, EpisodeSource, checked_episode
 from fleet.rl.rollouts import instruction_of
 from fleet.run_folder import FINAL_NAME, REPORT_NAME, SEPARATE_EVALUATION_NAME
@@ -17,10 +17,10 @@ NUM_EPISODES_TRIED = 20  # pictures may have broken since the run began
 LAUNCHERS = ("accelerate", "torchrun", "deepspeed")
 
 
-def resume_command(options: Options) -> str:
+def resume_command(output_dir: str) -> str:
     """The whole command that goes on with this run, on this machine."""
     words = _without_flags(launched_command(), ("--output_dir", "--resume", "--overwrite"))
-    return shlex.join([*words, "--output_dir", str(options.output_dir), "--resume", "true"])
+    return shlex.join([*words, "--output_dir", output_dir, "--resume", "true"])
 
 
 def launched_command(argv: Sequence[str] | None = None, parent_words: Sequence[str] | None = None) -> list[str]:
@@ -38,19 +38,18 @@ def launched_command(argv: Sequence[str] | None = None, parent_words: Sequence[s
     return [names[launcher], *parent[launcher + 1 :]]
 
 
-def next_commands(options: Options, env: EpisodeSource) -> str:
-    """What to do with a finished run: score it, look at it, use it; a command each that runs as it stands.
+def next_commands(folder: Path, base: ModelFlags, env: EpisodeSource) -> str:
+    """The commands for a finished run, which score it, show it and use it; each runs as it stands.
 
-    env: of the run, whose first sound episode is what the model is asked. Without one of two or more files and an
-    instruction among the first there is no last command.
+    folder: of the run. base: the model that it began with. env: of the run, whose first sound episode is what the
+    model is asked. Without one of two or more files and an instruction among the first there is no last command.
     """
-    folder = Path(str(options.output_dir))
     model = str(folder / FINAL_NAME)
     score = ["python", "evaluate.py", "--model_id", model]
-    if options.revision:
-        score += ["--revision", options.revision]
+    if base.revision:
+        score += ["--revision", base.revision]
     rows = [
-        ("score it", [*score, "--baseline", options.model_id, "--output", str(folder / SEPARATE_EVALUATION_NAME)]),
+        ("score it", [*score, "--baseline", base.model_id, "--output", str(folder / SEPARATE_EVALUATION_NAME)]),
         (f"look at it ({REPORT_NAME}, with the scores)", ["python", "report.py", str(folder)]),
     ]
     questions = (_question(env, index) for index in range(NUM_EPISODES_TRIED))

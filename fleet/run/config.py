@@ -1,4 +1,4 @@
-"""What config.json holds: the resolved flags, what is drawn from, and the files and versions that can change a result.
+"""The content of config.json: the resolved flags, what is drawn from, and the versions that count.
 
 Imports no torch.
 """
@@ -9,14 +9,12 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fleet.command.idle_flags import idle_flags, options_in_force
 from fleet.command.image_check import RunData
-from fleet.command.options import Options
 from utils.user_files import files_beside, folder_of
 
 RECORDED_PACKAGES = (
@@ -25,23 +23,26 @@ RECORDED_PACKAGES = (
 )  # fmt: skip
 
 
-def config_text(options: Options, data: RunData, num_episodes: int, num_processes: int, run_id: str) -> str:
-    """What config.json holds: the resolved flags, what is drawn from, processes, command, commit and versions.
+def config_text(
+    flags: Mapping[str, Any], idle: Sequence[str], code: Mapping[str, str], data: RunData, **others: Any
+) -> str:
+    """The text of config.json: the resolved flags, what is drawn from, processes, command, commit and versions.
 
-    run_id: drawn as the run begins and kept when it is resumed, by which its checkpoints are told from other runs'.
-    A flag that has no part in the run is null, and listed.
+    flags: by name, null for one that has no part in the run. idle: the names of these. code: the specs of the user's
+    own code, by flag. others: run_id (drawn as the run begins and kept when it is resumed; its checkpoints are told
+    from other runs' by it), num_episodes, num_processes.
     """
     config = {
-        "run_id": run_id,
-        "options": options_in_force(options),
-        "idle_flags": idle_flags(options),
-        "num_episodes": num_episodes,
-        "num_processes": num_processes,
+        "run_id": others["run_id"],
+        "options": flags,
+        "idle_flags": idle,
+        "num_episodes": others["num_episodes"],
+        "num_processes": others["num_processes"],
         "data_digest": data.data_digest,
         "skipped_images": list(data.skipped_images),
-        "user_files": sha256_of_user_files(options),
-        "imported_files": sha256_of_imported_files(options),
-        "model_files": sizes_of_model_files(options.model_id),
+        "user_files": sha256_of_user_files(code),
+        "imported_files": sha256_of_imported_files(code),
+        "model_files": sizes_of_model_files(flags["model_id"]),
         "command": sys.argv,
         "directory": os.getcwd(),
         "commit": git_commit(),
@@ -50,25 +51,16 @@ def config_text(options: Options, data: RunData, num_episodes: int, num_processe
     return json.dumps(config, indent=2) + "\n"
 
 
-def sha256_of_user_files(options: Options) -> dict[str, str]:
-    """Of the files that --env and --reward name, by their flag."""
+def sha256_of_user_files(code: Mapping[str, str]) -> dict[str, str | None]:
+    """The digest of each file that holds code of the user's own, by its flag."""
+    return {flag: sha256_of(Path(spec.rpartition(":")[0])) for flag, spec in code.items()}
+
+
+def sha256_of_imported_files(code: Mapping[str, str]) -> dict[str, dict[str, str | None]]:
+    """The digests of the files beside them that they have imported, by the flag and their place there."""
     return {
-        flag: hashlib.sha256(Path(spec.rpartition(":")[0]).read_bytes()).hexdigest()
-        for flag, spec in user_specs(options).items()
+        flag: {place: sha256_of(folder_of(spec) / place) for place in files_beside(spec)} for flag, spec in code.items()
     }
-
-
-def sha256_of_imported_files(options: Options) -> dict[str, dict[str, str | None]]:
-    """Of the files beside those of --env and --reward that they have imported, by the flag and their place there."""
-    return {
-        flag: {place: sha256_of(folder_of(spec) / place) for place in files_beside(spec)}
-        for flag, spec in user_specs(options).items()
-    }
-
-
-def user_specs(options: Options) -> dict[str, str]:
-    """What --env and --reward name, by their flag, as far as they are given."""
-    return {flag: spec for flag, spec in (("env", options.env), ("reward", options.reward)) if spec is not None}
 
 
 def sha256_of(path: Path) -> str | None:
@@ -76,26 +68,25 @@ def sha256_of(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def what_changed_since(recorded: Mapping[str, Any], options: Options) -> list[str]:
-    """What is not as a run's config.json has it and may change a result: versions, and the user's own files."""
+def what_changed_since(recorded: Mapping[str, Any], code: Mapping[str, str], model_id: str) -> list[str]:
+    """The versions and files that are not as a run's config.json has them, and may change a result."""
     before, now = recorded.get("versions", {}), installed_versions()
     changed = [
         f"{name} (was {before[name]}, now {now.get(name, 'gone')})"
         for name in sorted(before.keys() - {"python"})
         if before[name] != now.get(name)
     ]
-    files_before, files_now = recorded.get("user_files", {}), sha256_of_user_files(options)
+    files_before, files_now = recorded.get("user_files", {}), sha256_of_user_files(code)
     changed += [f"the file of --{flag}" for flag, digest in files_now.items() if files_before.get(flag) != digest]
-    specs = user_specs(options)
     changed += [
         f"{place} beside the file of --{flag}"
         for flag, digests in recorded.get("imported_files", {}).items()
         for place, digest in digests.items()
         # a file that is imported late is not yet imported now
-        if flag in specs and sha256_of(folder_of(specs[flag]) / place) != digest
+        if flag in code and sha256_of(folder_of(code[flag]) / place) != digest
     ]
-    model_before, model_now = recorded.get("model_files"), sizes_of_model_files(options.model_id)
-    return changed + ([f"the files in --model_id {options.model_id}"] if model_before not in (None, model_now) else [])
+    model_before, model_now = recorded.get("model_files"), sizes_of_model_files(model_id)
+    return changed + ([f"the files in --model_id {model_id}"] if model_before not in (None, model_now) else [])
 
 
 def sizes_of_model_files(model_id: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What the launcher says must agree with the flags, and is compared before a weight loads.
+"""The launcher must agree with the flags, which is checked before a weight loads.
 
 Owns what accelerate, its file and its DeepSpeed settings may ask for. Which process is which: preflight.py.
 """
@@ -8,7 +8,6 @@ import os
 import torch
 from trl import RLOOConfig
 
-from fleet.command.options import Options
 from fleet.errors import UsageError
 from fleet.run.model_setup import has_gpu
 
@@ -22,16 +21,16 @@ def require_one_gpu_or_a_launcher() -> None:
         )
 
 
-def require_launchers_dtype(options: Options) -> None:
+def require_launchers_dtype(dtype: str | None) -> None:
     """Raises UsageError if the launcher's mixed precision contradicts --dtype."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", "bf16"):
         raise UsageError(
             f"accelerate was told mixed_precision: {asked}, but Fleet computes in bf16 or float32; set bf16 or 'no'"
         )
-    if asked == "bf16" and options.dtype != "bfloat16":
+    if asked == "bf16" and dtype != "bfloat16":
         raise UsageError(
-            f"dtype={options.dtype}, but accelerate was told mixed_precision: bf16; pass --dtype bfloat16, or "
+            f"dtype={dtype}, but accelerate was told mixed_precision: bf16; pass --dtype bfloat16, or "
             "mixed_precision 'no' to accelerate launch"
         )
 

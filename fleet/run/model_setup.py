@@ -1,4 +1,4 @@
-"""What training and evaluation do alike: their processes and cores, and a model loaded for them.
+"""The start that training and evaluation share: devices and cores, and a model checked and loaded.
 
 Imports no TRL, whose import alone takes as long as a small evaluation.
 """
@@ -8,34 +8,26 @@ import os
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from dataset import RepeatableEpisodeDataset, VLMDataCollator
-from environment import Episode
-from fleet.command.command_line import result_or_problem
 from fleet.command.evaluate_options import run_options
-from fleet.command.flags import TOY_MODEL_ID
-from fleet.command.image_check import Findings, RunData, first_difference, listing_of, settle
-from fleet.command.options import SharedOptions, starts_sighted
-from fleet.episodes import BrokenEpisode, EpisodeSource
+from fleet.command.flags import TOY_MODEL_ID, ModelFlags, TaskFlags
+from fleet.command.options import starts_sighted
 from fleet.errors import AgreedUsageError, RunStopped, UsageError
 from fleet.model_folder.files import base_of
 from fleet.model_folder.hub import require_qwen_on_hub
 from fleet.model_folder.weights import first_weight_not_finite
-from fleet.own_code.environment_trial import TRIED, require_same_digests
+from fleet.processes import gather_by_rank, result_or_problem, together
 from fleet.run.watchdog import is_of_collective
-from fleet.toy.model import PLAIN, SIGHTED, CacheError, default_cache_root, folder_name, is_whole
+from fleet.toy.model import PLAIN, SIGHTED, CacheError
 from fleet.toy.pictures import untaught
 from fleet.toy.process import BuildError, build_in_own_process
-from model_utils import generate_tool_call, load_processor, load_qwen25_vl, require_loadable
-from utils.images import BadImage
+from model_utils import load_qwen25_vl, require_loadable
 
 logger = logging.getLogger("fleet")
 
@@ -62,56 +54,14 @@ def use_every_core() -> None:
         torch.set_num_threads(min(max(1, num_cores), 4))
 
 
-def require_agreement(options: SharedOptions, problem: str | None) -> None:
-    """Raises UsageError on every process if the checks of any failed, or any was started with other flags."""
-    of_ranks = gather_object([(problem, asdict(options))])
-    for rank, (found, _) in enumerate(of_ranks):
-        if found is not None:
-            raise AgreedUsageError(f"process {rank}: {found}" if len(of_ranks) > 1 else found)
-    first = of_ranks[0][1]
-    differing = [
-        f"{name}={sorted({str(flags[name]) for _, flags in of_ranks})}"
-        for name in sorted(first)
-        if any(flags[name] != first[name] for _, flags in of_ranks)
-    ]
-    if differing:
-        raise AgreedUsageError(
-            f"processes were started with different flags: {', '.join(differing)}; give all the same"
-        )
-
-
-def agree_on_data(options: SharedOptions, findings: Findings) -> RunData:
-    """What the run draws from, the same on every process. Every process takes part.
-
-    Raises UsageError on every process if images are bad and stop the run, if machines hold different folders, or if the
-    processes draw different episodes.
-    """
-    if findings.data is not None:
-        return findings.data
-    digests = [found for found in gather_object([dict(findings.episode_digests)]) if found]
-    try:
-        require_same_digests(digests)
-    except BrokenEpisode as error:
-        raise AgreedUsageError(f"env={options.env}: {error}") from error
-    found = gather_object([findings.share])
-    if len({None if share is None else share.names_digest for share in found}) > 1:
-        listings = gather_object([listing_of(findings.env, options.data_root)])
-        raise AgreedUsageError(
-            f"the machines hold different images: {first_difference(listings)}; give every machine the same data folder"
-        )
-    return settle(options, findings.env, found, findings.beginning)
-
-
-def local_model_path(options: SharedOptions) -> str:
-    """What `from_pretrained` is to open; builds the toy model if need be. Every process takes part.
+def local_model_path(model_id: str, task: TaskFlags) -> str:
+    """The path or hub id for `from_pretrained`; builds the toy model if need be. Every process takes part.
 
     Raises UsageError on every process if the toy model cannot be built or kept on any.
     """
-    if options.model_id != TOY_MODEL_ID:
-        return options.model_id
-    path, problem = result_or_problem(lambda: _built_toy(SIGHTED if starts_sighted(options) else PLAIN))
-    require_agreement(options, problem)
-    return str(path)
+    if model_id != TOY_MODEL_ID:
+        return model_id
+    return str(together(lambda: _built_toy(SIGHTED if starts_sighted(model_id, task) else PLAIN)))
 
 
 def _built_toy(kind: str) -> Path:
@@ -152,77 +102,16 @@ def _require_loadable(model_ids: Sequence[str], revision: str | None) -> None:
         transformers_logging.set_verbosity(verbosity)
 
 
-def say_what_the_toy_has_not_seen(options: SharedOptions, paths: Sequence[Path]) -> None:
+def say_what_the_toy_has_not_seen(model_id: str, task: TaskFlags, paths: Sequence[Path]) -> None:
     """Says in a line which share of the pictures the toy cannot know, where it is to pick them by name."""
-    run = run_options(options.model_id)
-    is_toy = TOY_MODEL_ID in (options.model_id, run.get("model_id"))
-    if not is_toy or options.env is not None or options.fixed_correct_index is not None:
+    run = run_options(model_id)
+    is_toy = TOY_MODEL_ID in (model_id, run.get("model_id"))
+    if not is_toy or task.env is not None or task.fixed_correct_index is not None:
         return
     if unseen := untaught(paths):
         logger.info(
             f"the toy model has been taught the pictures of toy_images alone, and not {len(unseen):,} of these "
             f"{len(paths):,}: it cannot know them by name; for pictures of your own pass --model_id with a real model\n"
-        )
-
-
-def answer_once(options: SharedOptions, episode: Episode, temperature: float = 0.0) -> str:
-    """The model's answer to one episode. Raises UsageError if the model or a picture cannot be opened."""
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    model, processor = load_model(options, local_model_path(options), dtype=dtype)
-    if has_gpu() and not options.load_in_4bit:
-        model = model.to("cuda")
-    torch.manual_seed(options.seed)
-    assert options.max_completion_length is not None
-    try:
-        return generate_tool_call(
-            model.eval(),
-            processor,
-            episode,
-            max_completion_length=options.max_completion_length,
-            temperature=temperature,
-            max_pixels=options.image_max_pixels,
-        )
-    except BadImage as error:
-        raise UsageError(str(error)) from error
-
-
-def problem_of_prompts(options: SharedOptions, findings: Findings | None) -> str | None:
-    """Why the first prompts of a user's environment cannot be encoded for the model; None if they can.
-
-    None too where the model's processor is not on this machine yet. Started alone, a process raises UsageError itself.
-    """
-    folder = _processor_folder(options.model_id)
-    if options.env is None or findings is None or folder is None:
-        return None
-    return result_or_problem(lambda: _require_encodable(options, findings.env, folder))[1]
-
-
-def _processor_folder(model_id: str) -> str | None:
-    if model_id == TOY_MODEL_ID:
-        path = default_cache_root() / folder_name(PLAIN)
-        return str(path) if is_whole(path) else None
-    return base_of(model_id) if Path(base_of(model_id)).is_dir() else None
-
-
-def _require_encodable(options: SharedOptions, env: EpisodeSource, folder: str) -> None:
-    with naming_the_model(options.model_id):
-        processor = load_processor(folder)
-    dataset = RepeatableEpisodeDataset(env, options.image_max_pixels)
-    try:
-        batch = VLMDataCollator(processor, 1)([dataset[index] for index in TRIED])
-    # what a processor raises depends on where it meets what it does not expect
-    except Exception as error:
-        words = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"env={options.env}: the prompts of episodes {TRIED[0]} to {TRIED[-1]} cannot be encoded for "
-            f"{options.model_id} ({type(error).__name__}: {words}); correct prompt_messages()"
-        ) from error
-    num_tokens = int((batch["mm_token_type_ids"] == 1).sum())
-    num_wanted = int(batch["image_grid_thw"].prod(dim=1).sum()) // processor.image_processor.merge_size**2
-    if num_tokens != num_wanted:
-        raise UsageError(
-            f"env={options.env}: the prompts of episodes {TRIED[0]} to {TRIED[-1]} have {num_tokens} image tokens for "
-            f"{num_wanted} of their pictures; correct prompt_messages()"
         )
 
 
@@ -251,7 +140,7 @@ def naming_the_model(model_id: str) -> Iterator[None]:
 
 
 def load_model(
-    options: SharedOptions,
+    flags: ModelFlags,
     model_path: str,
     *,
     dtype: torch.dtype,
@@ -263,19 +152,29 @@ def load_model(
     Raises UsageError if the model cannot be found or opened; on all processes if a weight on any of them is not finite.
     """
     transformers_logging.disable_progress_bar()
-    with naming_the_model(options.model_id):
+    with naming_the_model(flags.model_id):
         model, processor = load_qwen25_vl(
             model_path,
             use_lora=trains_adapter,
             freeze_vision=freeze_vision,
-            load_in_4bit=options.load_in_4bit,
+            load_in_4bit=flags.load_in_4bit,
             dtype=dtype,
-            attn_implementation=options.attn_implementation,
-            revision=options.revision,
+            attn_implementation=flags.attn_implementation,
+            revision=flags.revision,
         )
     # under ZeRO-3 a process sees its own shards alone
-    require_finite(options.model_id, gather_object([first_weight_not_finite(model)]))
+    require_finite(flags.model_id, gather_by_rank(first_weight_not_finite(model)))
     return model, processor
+
+
+def load_policy(flags: ModelFlags, task: TaskFlags) -> tuple[Any, Any]:
+    """(model, processor) that answer on this process's device. Raises UsageError if the model does not open."""
+    dtype = torch.bfloat16 if flags.dtype == "bfloat16" else torch.float32
+    model, processor = load_model(flags, local_model_path(flags.model_id, task), dtype=dtype)
+    if has_gpu() and not flags.load_in_4bit:
+        model = model.to("cuda")
+    torch.manual_seed(0)
+    return model.eval(), processor
 
 
 def require_finite(model_id: str, found_by_rank: Sequence[str | None]) -> None:

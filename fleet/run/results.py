@@ -13,38 +13,39 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.integrations import unset_hf_deepspeed_config
 
-from fleet.command.options import Options
+from fleet.command.flags import ModelFlags
 from fleet.episodes import EpisodeSource
 from fleet.errors import RunStopped, UsageError
+from fleet.report.page import training_seconds, write_report
 from fleet.rl.checkpoints import remedy_of
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.run.commands import next_commands
 from fleet.run.records import draw_curve
 from fleet.run_folder import CURVE_NAME, FINAL_NAME, MERGED_NAME, METRICS_NAME, UNFINISHED_NAME, read_jsonl
 from model_utils import open_base, read_adapter_config
-from report import training_seconds, write_report
 
 logger = logging.getLogger("fleet")
 
 
-def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
+def save_results(trainer: FleetRLOOTrainer, model: ModelFlags, *, merge_lora: bool) -> None:
     """Writes final/, final_merged/ if asked for, curve.png and report.html. Every process takes part.
 
+    model: that the run began with.
     Raises RunStopped if they cannot be written.
     """
-    folder = Path(str(options.output_dir))
+    folder = Path(str(trainer.args.output_dir))
     try:
-        _write_results(folder, options, trainer)
+        _write_results(folder, trainer, f"RLOO on {model.model_id}")
     except (OSError, SafetensorError) as error:
         raise RunStopped(
             f"the last step is saved, but the results could not be written to {folder} "
             f"({' '.join(str(error).split())}); {remedy_of(error, folder)}, and pass --resume",
             is_of_all=False,
         ) from error
-    if options.merge_lora and trainer.is_world_process_zero():
+    if merge_lora and trainer.is_world_process_zero():
         trainer.on_activity("merging the adapter")
         try:
-            merge_adapter(folder / FINAL_NAME, folder / MERGED_NAME, revision=options.revision)
+            merge_adapter(folder / FINAL_NAME, folder / MERGED_NAME, revision=model.revision)
         except (OSError, SafetensorError) as error:
             raise RunStopped(
                 f"{folder / FINAL_NAME} is written, but its adapter could not be merged "
@@ -53,14 +54,14 @@ def save_results(options: Options, trainer: FleetRLOOTrainer) -> None:
             ) from error
 
 
-def _write_results(folder: Path, options: Options, trainer: FleetRLOOTrainer) -> None:
+def _write_results(folder: Path, trainer: FleetRLOOTrainer, title: str) -> None:
     trainer.on_activity("writing the results")
     unfinished = folder / UNFINISHED_NAME / FINAL_NAME
     trainer.save_model(str(unfinished))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         replace_folder(unfinished, folder / FINAL_NAME)
-        draw_curve(read_jsonl(folder / METRICS_NAME), folder / CURVE_NAME, f"RLOO on {options.model_id}")
+        draw_curve(read_jsonl(folder / METRICS_NAME), folder / CURVE_NAME, title)
         try:
             write_report(folder)
         except UsageError as error:
@@ -86,11 +87,14 @@ def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None
     processor.save_pretrained(merged_path)
 
 
-def describe_results(options: Options, trainer: FleetRLOOTrainer, env: EpisodeSource) -> str:
-    """The end of the log: what was learnt, how long it took, where everything is, and what to do with it."""
+def describe_results(trainer: FleetRLOOTrainer, model: ModelFlags, env: EpisodeSource) -> str:
+    """The end of the log: the gain, how long it took, where everything is, and the commands for it.
+
+    model: that the run began with. env: of the run.
+    """
     lines = [line for line in trainer.state.log_history if "reward" in line]
-    left = f"in {options.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
-    left = f"{left}\n\n{next_commands(options, env)}"
+    left = f"in {trainer.args.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
+    left = f"{left}\n\n{next_commands(Path(str(trainer.args.output_dir)), model, env)}"
     if not lines:
         return f"\nresumed at step {trainer.state.global_step}, the last one; before it no step was logged\n{left}"
     window = max(1, min(3, len(lines) // 2))

@@ -6,6 +6,7 @@ progress is each call of `beat`. Time in which the process itself was stopped (C
 asleep) does not count.
 """
 
+import contextlib
 import faulthandler
 import os
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -145,6 +146,20 @@ class Watchdog:
             f"process {self.rank} {how} in {where} during {self._activity}: no progress for {still_s:.0f} s "
             "(--step_timeout_s)"
         )
+
+
+@contextlib.contextmanager
+def watched(timeout_s: float) -> Iterator[Watchdog]:
+    """Within it, a process that makes no progress for `timeout_s` seconds is ended, and says why."""
+    watchdog = Watchdog(timeout_s, int(os.environ.get("RANK", "0")))
+    watchdog.start_with("the start of all processes")
+    try:
+        yield watchdog
+    except BaseException:
+        # the others hear of it if they do not end for the same reason
+        watchdog.stop(is_at_end=False)
+        raise
+    watchdog.stop()
 
 
 def is_of_collective(calls: traceback.StackSummary) -> bool:

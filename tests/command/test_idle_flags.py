@@ -10,8 +10,8 @@ import pytest
 from fleet.command.evaluate_options import EvaluateOptions, parse_evaluate_options
 from fleet.command.idle_flags import IDLE_IN_EVALUATION, IDLE_IN_TRAINING, idle_flags, is_zero3, options_in_force
 from fleet.command.image_check import RunData
-from fleet.command.options import Options, parse_options, resolve_options
-from fleet.command.resume_check import require_same_run_on_resume
+from fleet.command.options import Options, own_code, parse_options, resolve_options
+from fleet.command.resume_check import require_same_run
 from fleet.errors import UsageError
 from fleet.run.config import config_text
 
@@ -163,7 +163,13 @@ def resolved(line: str) -> Options:
 def recorded(line: str) -> dict[str, Any]:
     """The config.json of a run with these flags."""
     no_environment: Any = None
-    return json.loads(config_text(resolved(line), RunData(no_environment), 8, 1, "id"))
+    options, others = resolved(line), {"run_id": "id", "num_episodes": 8, "num_processes": 1}
+    flags, idle = options_in_force(options), idle_flags(options)
+    return json.loads(config_text(flags, idle, own_code(options), RunData(no_environment), **others))
+
+
+def resume(options: Options) -> None:
+    require_same_run(options, dataclasses.asdict(options), idle_flags(options, {}), 1)
 
 
 def test_config_json_has_null_for_what_had_no_part() -> None:
@@ -191,20 +197,20 @@ def test_a_run_resumes_whatever_had_no_part(before: str, now: str, tmp_path: Pat
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(json.dumps(recorded(f"--output_dir {run} {before}")))
-    require_same_run_on_resume(resolved(f"--output_dir {run} --resume {now}"), {})
+    resume(resolved(f"--output_dir {run} --resume {now}"))
 
 
 def test_a_run_of_before_this_rule_resumes(tmp_path: Path) -> None:
     options = resolved(f"--output_dir {tmp_path} --resume")
     (tmp_path / "config.json").write_text(json.dumps({"options": dataclasses.asdict(options)}))
-    require_same_run_on_resume(options, {})
+    resume(options)
 
 
 def test_what_has_a_part_must_still_be_the_same(tmp_path: Path) -> None:
     line = f"--output_dir {tmp_path} --num_iterations 2 --use_lora"
     (tmp_path / "config.json").write_text(json.dumps(recorded(line)))
     with pytest.raises(UsageError, match=r"epsilon_high \(was None, now 0.3\), lora_rank \(was 16, now 8\); pass the"):
-        require_same_run_on_resume(resolved(f"{line} --resume --epsilon_high 0.3 --lora_rank 8"), {})
+        resume(resolved(f"{line} --resume --epsilon_high 0.3 --lora_rank 8"))
 
 
 def test_what_evaluation_takes_from_a_run_is_not_given(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_two_processes_settle_on_the_same(tmp_path: Path) -> None:
     renamed, repainted = (Path(shutil.copytree(sound, tmp_path / name)) for name in ("renamed", "repainted"))
     (renamed / "white_6.png").rename(renamed / "snow_6.png")
     save_picture(repainted / "pink_4.png", "grey")
-    expected = find_bad_images(make_environment(of(spoilt, "skip")), of(spoilt, "skip"), {}).data
+    expected = find_bad_images(make_environment(of(spoilt, "skip"), 0), of(spoilt, "skip"), "toy", {}).data
     assert expected is not None
     labels = [list(expected.env.episode(index).labels) for index in range(20)]
 

@@ -52,6 +52,10 @@ def shares_of(data: Path, stride: int) -> list[ImageShare]:
     return [check_share(env_of(data).images, data, first, stride) for first in range(stride)]
 
 
+def found_in(env, options: Options, variables, beginning=None):
+    return find_bad_images(env, options, options.model_id, variables, beginning)
+
+
 def refusal_of(check, *arguments) -> str:
     with pytest.raises(UsageError) as refusal:
         check(*arguments)
@@ -63,7 +67,7 @@ def refusal_of(check, *arguments) -> str:
 
 def test_one_bad_image_stops_the_run_with_the_reason_and_the_remedy(data: Path) -> None:
     save_picture(data / "red_6.png", size=(400, 2))
-    assert refusal_of(find_bad_images, env_of(data), options_of(data), ALONE) == (
+    assert refusal_of(found_in, env_of(data), options_of(data), ALONE) == (
         f"1 of 8 images in {data} cannot be used: red_6.png is 400x2 pixels, narrower than 1:200, which Qwen2.5-VL "
         "refuses; replace or remove what is bad, or pass --bad_images skip to leave it out"
     )
@@ -72,7 +76,7 @@ def test_one_bad_image_stops_the_run_with_the_reason_and_the_remedy(data: Path) 
 def test_the_first_five_of_many_are_named(data: Path) -> None:
     for color in COLORS[:7]:
         (next(data.glob(f"{color}_*"))).write_text("")
-    message = refusal_of(find_bad_images, env_of(data), options_of(data), ALONE)
+    message = refusal_of(found_in, env_of(data), options_of(data), ALONE)
     assert message == (
         f"7 of 8 images in {data} cannot be used: black_0.png is empty; blue_1.png is empty; green_2.png is empty; "
         "grey_3.png is empty; orange_4.png is empty; and 2 more; replace or remove what is bad, or pass --bad_images "
@@ -84,7 +88,7 @@ def test_skip_leaves_bad_images_out_and_says_so(data: Path, caplog: pytest.LogCa
     (data / "green_2.png").write_text("")
     (data / "white_7.png").write_text("")
     with caplog.at_level(logging.INFO, logger="fleet"):
-        found = find_bad_images(env_of(data), options_of(data, "--bad_images", "skip"), ALONE)
+        found = found_in(env_of(data), options_of(data, "--bad_images", "skip"), ALONE)
     assert found.data is not None and found.data.skipped_images == ("green_2.png", "white_7.png")
     assert [record.message for record in caplog.records] == [
         f"left out: 2 of 8 images in {data} cannot be used: green_2.png is empty; white_7.png is empty\n"
@@ -97,8 +101,8 @@ def test_skip_leaves_bad_images_out_and_says_so(data: Path, caplog: pytest.LogCa
 
 def test_skip_with_nothing_bad_changes_nothing_and_says_nothing(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fleet"):
-        skip = find_bad_images(env_of(data), options_of(data, "--bad_images", "skip"), ALONE).data
-    stop = find_bad_images(env_of(data), options_of(data), ALONE).data
+        skip = found_in(env_of(data), options_of(data, "--bad_images", "skip"), ALONE).data
+    stop = found_in(env_of(data), options_of(data), ALONE).data
     assert skip is not None and stop is not None and caplog.records == []
     assert (skip.skipped_images, skip.data_digest) == ((), stop.data_digest)
     assert skip.env.episode(3) == stop.env.episode(3) == env_of(data).episode(3)
@@ -119,7 +123,7 @@ def test_what_is_left_must_be_enough(tmp_path: Path, flags: list[str], words: st
         (tmp_path / name).write_text("")
     options = options_of(tmp_path, "--bad_images", "skip", *flags)
     env = PickImageEnv(tmp_path, options.candidates_per_episode, options.fixed_correct_index)
-    message = refusal_of(find_bad_images, env, options, ALONE)
+    message = refusal_of(found_in, env, options, ALONE)
     assert (
         f"2 of 8 images in {tmp_path} cannot be used: red_0.png is empty; white_0.png is empty; left out, " in message
     )
@@ -134,7 +138,7 @@ def test_shares_of_any_number_of_processes_amount_to_the_same(data: Path, stride
     save_truncated(data / "blue_1.png")
     save_truncated(data / "pink_5.png")
     options = options_of(data, "--bad_images", "skip")
-    alone = find_bad_images(env_of(data), options, ALONE).data
+    alone = found_in(env_of(data), options, ALONE).data
     assert alone is not None
     settled = settle(options, env_of(data), shares_of(data, stride))
     assert (settled.data_digest, settled.skipped_images) == (alone.data_digest, ("blue_1.png", "pink_5.png"))
@@ -151,7 +155,7 @@ def test_each_image_is_read_by_one_process_of_a_machine(data: Path, monkeypatch:
     monkeypatch.setattr(image_check, "checked_sha256", reading)
     variables = {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}
     for rank in range(3):
-        found = find_bad_images(env_of(data), options_of(data), variables | {"LOCAL_RANK": str(rank)})
+        found = found_in(env_of(data), options_of(data), variables | {"LOCAL_RANK": str(rank)})
         assert found.data is None, "what the others find is not known yet"
     assert read == [
         "black_0.png", "grey_3.png", "red_6.png",
@@ -161,7 +165,7 @@ def test_each_image_is_read_by_one_process_of_a_machine(data: Path, monkeypatch:
 
 
 def test_a_process_alone_reads_everything_whatever_its_local_rank_says(data: Path) -> None:
-    found = find_bad_images(env_of(data), options_of(data), {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    found = found_in(env_of(data), options_of(data), {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
     assert found.share is not None and len(found.share.sha256s) == 8 * 32
 
 
@@ -212,7 +216,7 @@ def test_the_first_difference_of_two_folders_is_named(other: list[tuple[str, str
 
 
 def digest_of(data: Path, *flags: str) -> str:
-    found = find_bad_images(env_of(data), options_of(data, *flags), ALONE)
+    found = found_in(env_of(data), options_of(data, *flags), ALONE)
     assert found.data is not None and found.data.data_digest is not None
     return found.data.data_digest
 
@@ -285,17 +289,17 @@ class Deriving(PickImageEnv):
 
 def test_environment_that_cannot_leave_images_out_says_so(data: Path) -> None:
     options = options_of(data, "--bad_images", "skip", "--env", "mine.py:Wrapping")
-    find_bad_images(Wrapping(data), options, ALONE)
+    found_in(Wrapping(data), options, ALONE)
     (data / "red_6.png").write_text("")
-    message = refusal_of(find_bad_images, Wrapping(data), options, ALONE)
+    message = refusal_of(found_in, Wrapping(data), options, ALONE)
     assert "red_6.png is empty; left out, env=mine.py:Wrapping has no method without_images(paths)" in message
     stop = dataclasses.replace(options, bad_images="stop")
-    assert "red_6.png is empty; replace or remove" in refusal_of(find_bad_images, Wrapping(data), stop, ALONE)
+    assert "red_6.png is empty; replace or remove" in refusal_of(found_in, Wrapping(data), stop, ALONE)
 
 
 def test_environment_that_can_is_asked_to(data: Path) -> None:
     (data / "red_6.png").write_text("")
-    found = find_bad_images(Deriving(data), options_of(data, "--bad_images", "skip"), ALONE)
+    found = found_in(Deriving(data), options_of(data, "--bad_images", "skip"), ALONE)
     assert found.data is not None and isinstance(found.data.env, Deriving)
     assert len(found.data.env.names) == 7 and "red_6.png" not in found.data.env.names
 
@@ -304,11 +308,11 @@ def test_environment_without_a_list_of_images_has_nothing_to_check(data: Path) -
     for images in (None, [data / "red_6.png"], "pictures", 7):
         env = Wrapping(data)
         env.images = images  # type: ignore[assignment]
-        found = find_bad_images(env, options_of(data), ALONE)
+        found = found_in(env, options_of(data), ALONE)
         assert found.share is None
         assert found.data == image_check.RunData(env, None, ())
         assert settle(options_of(data), env, [None, None]) == image_check.RunData(env)
-    several = find_bad_images(env, options_of(data), {"WORLD_SIZE": "2"})
+    several = found_in(env, options_of(data), {"WORLD_SIZE": "2"})
     assert several == Findings(env, None, None)
 
 

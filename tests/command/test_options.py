@@ -8,9 +8,7 @@ import pytest
 
 from fleet.ask import build_ask_parser
 from fleet.command.evaluate_options import build_evaluate_parser
-from fleet.command.options import Options, parse_options, resolve_options
-from fleet.command.resume_check import MAY_CHANGE_ON_RESUME
-from fleet.command.training_flags import build_parser
+from fleet.command.options import MAY_CHANGE_ON_RESUME, Options, build_parser, parse_options, resolve_options
 from fleet.errors import UsageError
 
 pytestmark = pytest.mark.fast

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from environment import PickImageEnv
+from environment import EpisodeSource, PickImageEnv
 from fleet.command import output_dir, preflight, resume_check
-from fleet.command.options import Options, parse_options
+from fleet.command.idle_flags import idle_flags
+from fleet.command.options import Options, own_code, parse_options
 from fleet.errors import UsageError
 from tests.conftest import save_picture, save_png_of_zeros, save_truncated
 
@@ -327,7 +328,7 @@ def test_folder_without_a_run_is_not_resumed(tmp_path):
 
 def test_resume_auto_goes_by_whether_there_is_a_run(tmp_path):
     def settled(folder):
-        return resume_check.settle_resume(options_of("--output_dir", folder, "--resume", "auto")).resume
+        return resume_check.resumes(options_of("--output_dir", folder, "--resume", "auto"))
 
     assert settled(leave_run(tmp_path / "run", with_checkpoint=False)) is True
     assert settled(tmp_path / "new") is False
@@ -345,6 +346,19 @@ def test_run_whose_flags_are_unknown_is_not_resumed(tmp_path):
 
 
 # --- the flags of a resumed run ---------------------------------------------------------------------------------------
+
+
+def make(options: Options) -> EpisodeSource:
+    return preflight.make_environment(options, options.seed)
+
+
+def resume(options: Options, num_processes: int = 1) -> None:
+    resume_check.require_same_run(options, dataclasses.asdict(options), idle_flags(options, {}), num_processes)
+
+
+def paths(options: Options) -> dict[str, str]:
+    return output_dir.paths_read(options.model_id, options.data_root, own_code(options))
+
 
 # everything else decides what is learnt
 MAY_CHANGE = {
@@ -392,7 +406,7 @@ HAD_NO_PART = {
 
 def test_same_flags_may_resume(tmp_path):
     options = options_of("--output_dir", leave_run(tmp_path), "--resume")
-    resume_check.require_same_run_on_resume(options)
+    resume(options)
 
 
 def test_only_what_does_not_change_the_run_may_change(tmp_path):
@@ -401,7 +415,7 @@ def test_only_what_does_not_change_the_run_may_change(tmp_path):
     for name, value in dataclasses.asdict(options).items():
         write_json(tmp_path / "config.json", {"options": {**dataclasses.asdict(options), name: "another"}})
         try:
-            resume_check.require_same_run_on_resume(options)
+            resume(options)
             allowed.add(name)
         except UsageError as refusal:
             assert f"had other flags: {name} (was another, now {value}); pass the same ones" in str(refusal)
@@ -411,7 +425,7 @@ def test_only_what_does_not_change_the_run_may_change(tmp_path):
 def test_every_changed_flag_is_listed(tmp_path):
     leave_run(tmp_path, options_of("--output_dir", tmp_path, "--seed", 1, "--beta", 0.1, "--save_steps", 5))
     now = options_of("--output_dir", tmp_path, "--resume", "--num_rollouts", 8, "--train_steps", 99)
-    assert refusal_of(resume_check.require_same_run_on_resume, now) == (
+    assert refusal_of(resume, now) == (
         f"resume: the run in {tmp_path} had other flags: beta (was 0.1, now None), num_rollouts (was 4, now 8), "
         "seed (was 1, now 0); pass the same ones, or start a new run"
     )
@@ -421,22 +435,22 @@ def test_every_changed_flag_is_listed(tmp_path):
 def test_a_schedule_over_all_steps_cannot_be_made_longer(tmp_path, schedule):
     flags = ["--output_dir", tmp_path, "--lr_scheduler_type", schedule]
     leave_run(tmp_path, options_of(*flags, "--train_steps", 10))
-    resume_check.require_same_run_on_resume(options_of(*flags, "--train_steps", 10, "--resume"))
-    message = refusal_of(resume_check.require_same_run_on_resume, options_of(*flags, "--train_steps", 20, "--resume"))
+    resume(options_of(*flags, "--train_steps", 10, "--resume"))
+    message = refusal_of(resume, options_of(*flags, "--train_steps", 20, "--resume"))
     assert f"train_steps was 10 and is now 20, but the schedule {schedule} is drawn over all steps" in message
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
     options = options_of("--output_dir", tmp_path, "--resume")
     write_json(tmp_path / "config.json", {"options": dataclasses.asdict(options), "num_processes": 8})
-    resume_check.require_same_run_on_resume(options, {"WORLD_SIZE": "8"})
-    message = refusal_of(resume_check.require_same_run_on_resume, options, {"WORLD_SIZE": "4"})
+    resume(options, 8)
+    message = refusal_of(resume, options, 4)
     assert f"the run in {tmp_path} had 8 processes, and now there are 4" in message
 
 
 def test_flags_of_a_run_that_is_not_resumed_are_its_own(tmp_path):
     leave_run(tmp_path, options_of("--output_dir", tmp_path, "--seed", 1))
-    resume_check.require_same_run_on_resume(options_of("--output_dir", tmp_path, "--overwrite"))
+    resume(options_of("--output_dir", tmp_path, "--overwrite"))
 
 
 # --- the data and the environment -------------------------------------------------------------------------------------
@@ -511,26 +525,24 @@ BAD_TASKS = {
 @pytest.mark.parametrize(("flags", "words"), BAD_TASKS.values(), ids=BAD_TASKS.keys())
 def test_bad_task_is_refused(workplace, flags, words):
     arguments = [f"--{flag}={value}" for flag, value in {"data_root": "pictures", **flags}.items()]
-    assert words in refusal_of(preflight.make_environment, options_of(*arguments))
+    assert words in refusal_of(make, options_of(*arguments))
 
 
 def test_too_few_labels_for_a_drawn_target(tmp_path):
     for number in range(4):
         save_picture(tmp_path / f"red_circle_{number}.png")
-    preflight.make_environment(options_of("--data_root", tmp_path))
-    message = refusal_of(
-        preflight.make_environment, options_of("--data_root", tmp_path, "--fixed_correct_index", "none")
-    )
+    make(options_of("--data_root", tmp_path))
+    message = refusal_of(make, options_of("--data_root", tmp_path, "--fixed_correct_index", "none"))
     assert "has 1 different labels (['red circle'])" in message
 
 
 def test_task_flags_reach_the_environment(workplace):
     line = "--data_root pictures --candidates_per_episode 3 --fixed_correct_index none --seed 5 --allow_reasoning"
-    env = preflight.make_environment(options_of(*line.split()))
+    env = make(options_of(*line.split()))
     assert isinstance(env, PickImageEnv)
     wanted = PickImageEnv("pictures", 3, None, 5, allow_reasoning=True)
     assert env.episode(7) == wanted.episode(7)
-    own = preflight.make_environment(options_of(*line.split(), "--env", "my_env.py:MyEnv"))
+    own = make(options_of(*line.split(), "--env", "my_env.py:MyEnv"))
     assert vars(own)["arguments"] == {
         "data_root": "pictures",
         "candidates_per_episode": 3,
@@ -557,7 +569,7 @@ def test_overwrite_never_deletes_what_the_run_reads(tmp_path, name):
     used = run / "final"
     used.mkdir()
     options = options_of("--output_dir", run, "--overwrite", f"--{name}", used)
-    assert "would be deleted before it is read" in refusal_of(output_dir.require_output_dir, options)
+    assert "would be deleted before it is read" in refusal_of(output_dir.require_output_dir, options, paths(options))
 
 
 def test_env_with_a_dataclass_and_late_annotations_loads(workplace):
@@ -566,12 +578,12 @@ def test_env_with_a_dataclass_and_late_annotations_loads(workplace):
         "@dataclass\nclass Note:\n    text: str\nclass Mine(PickImageEnv):\n    note = Note('x')\n"
     )
     options = options_of("--env", f"{workplace / 'mine.py'}:Mine", "--data_root", workplace / "pictures")
-    assert type(preflight.make_environment(options)).__name__ == "Mine"
+    assert type(make(options)).__name__ == "Mine"
 
 
 def test_env_of_its_own_pictures_needs_no_data_folder(workplace):
     options = options_of("--env", "my_env.py:MyEnv", "--data_root", "nowhere")
-    assert type(preflight.make_environment(options)).__name__ == "MyEnv"
+    assert type(make(options)).__name__ == "MyEnv"
 
 
 @pytest.mark.parametrize(
@@ -579,19 +591,19 @@ def test_env_of_its_own_pictures_needs_no_data_folder(workplace):
     [("OneImageShort", "2 images and 1 image placeholders"), ("Failing", "episode 0 failed with ZeroDivisionError")],
 )
 def test_env_whose_first_episode_is_unsound_is_refused(workplace, env_class, words):
-    assert words in refusal_of(preflight.make_environment, options_of("--env", f"my_env.py:{env_class}"))
+    assert words in refusal_of(make, options_of("--env", f"my_env.py:{env_class}"))
 
 
 def test_env_file_that_does_not_run_is_refused(workplace):
     (workplace / "broken.py").write_text("def episode(:\n")
-    words = refusal_of(preflight.make_environment, options_of("--env", "broken.py:Mine"))
+    words = refusal_of(make, options_of("--env", "broken.py:Mine"))
     assert "failed with SyntaxError" in words
 
 
 def test_adapter_without_use_lora_is_refused(tmp_path):
     write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"})
-    assert "add --use_lora true" in refusal_of(preflight.require_adapter_flags, options_of("--model_id", tmp_path))
-    preflight.require_adapter_flags(options_of("--model_id", tmp_path, "--use_lora"))
+    assert "add --use_lora true" in refusal_of(lambda: preflight.require_adapter_flags(str(tmp_path), use_lora=False))
+    preflight.require_adapter_flags(str(tmp_path), use_lora=True)
 
 
 def test_output_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -609,4 +621,6 @@ def test_overwrite_spares_an_adapters_base_and_the_environment_file(tmp_path):
     (run / "env.py").touch()
     for flags in (["--model_id", adapter], ["--env", f"{run / 'env.py'}:Mine"]):
         options = options_of("--output_dir", run, "--overwrite", *flags)
-        assert "would be deleted before it is read" in refusal_of(output_dir.require_output_dir, options)
+        assert "would be deleted before it is read" in refusal_of(
+            output_dir.require_output_dir, options, paths(options)
+        )

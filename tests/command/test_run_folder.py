@@ -4,21 +4,17 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from fleet.command.image_check import RunData
 from fleet.command.options import Options, parse_options, resolve_options
 from fleet.command.output_dir import make_new_output_dir, require_output_dir
 from fleet.errors import UsageError
-from fleet.run.build import take_output_dir
+from fleet.run.output import begin_folder
 from fleet.run_folder import LineFile, write_atomically
 from fleet.run_lock import RunLock
-from tests.helpers import toy_dataset
 
 OTHER_RUN = json.dumps({"options": {"seed": 7}})
 
@@ -50,11 +46,8 @@ def files_of_somebody(folder: Path) -> None:
 def take(folder: Path, *flags: str) -> None:
     """Takes the folder for a run whose checks are over and whose model is loaded."""
     options, _ = resolve_options(parse_options(["--output_dir", str(folder), *flags]), has_bf16_gpu=False)
-    trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(world_size=1, process_index=0), accelerator=SimpleNamespace(wait_for_everyone=lambda: None)
-    )
-    with RunLock(folder) as lock:
-        take_output_dir(options, trainer, RunData(toy_dataset().env, "digest", ()), lock)
+    with RunLock(folder):
+        begin_folder(folder, options, {}, json.dumps({"options": asdict(options)}), {}, 0)
 
 
 @pytest.mark.parametrize("before", [missing, empty, killed_as_it_began, run_of_before])
@@ -108,7 +101,7 @@ def test_what_is_no_folder_takes_no_run_named_or_not(
         require_output_dir(options)
     if name == "runs":
         with pytest.raises(UsageError, match="output_dir: runs/.* cannot be made .*; pass --output_dir with a folder"):
-            make_new_output_dir(options)
+            make_new_output_dir("toy")
 
 
 def test_a_folder_below_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
@@ -140,8 +133,7 @@ def test_a_new_folder_is_named_after_any_model(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    options = replace(options_of(), model_id=model_id)
-    folders = [make_new_output_dir(options) for _ in range(2)]
+    folders = [make_new_output_dir(model_id) for _ in range(2)]
     assert folders[0].is_dir() and folders[1].is_dir() and folders[0] != folders[1]
     assert re.fullmatch(rf"\d{{8}}-\d{{6}}-{re.escape(name)}(-2)?", folders[0].name)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fleet.command import preflight
-from fleet.command.options import parse_options
+from fleet.command.options import own_code, parse_options
 from fleet.errors import UsageError
 from fleet.run.config import sha256_of_imported_files, what_changed_since
 from tests.helpers_env import write_env
@@ -184,11 +184,11 @@ def test_what_changed_beside_a_file_is_said(tmp_path: Path) -> None:
     for name in ("words", "unused"):
         (tmp_path / f"{name}.py").write_text("WORD = 'one'\n")
     checked(env)
-    options = parse_options(["--env", env])
-    recorded = {"imported_files": sha256_of_imported_files(options), "user_files": {}}
+    code = own_code(parse_options(["--env", env]))
+    recorded = {"imported_files": sha256_of_imported_files(code), "user_files": {}}
     assert list(recorded["imported_files"]["env"]) == ["words.py"]
     (tmp_path / "unused.py").write_text("WORD = 'two'\n")
-    assert what_changed_since(recorded, options) == ["the file of --env"]
+    assert what_changed_since(recorded, code, "toy") == ["the file of --env"]
     for change in (lambda path: path.write_text("WORD = 'two'\n"), Path.unlink):
         change(tmp_path / "words.py")
-        assert what_changed_since(recorded, options) == ["the file of --env", "words.py beside the file of --env"]
+        assert what_changed_since(recorded, code, "toy") == ["the file of --env", "words.py beside the file of --env"]

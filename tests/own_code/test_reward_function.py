@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from fleet.command import command_line
-from fleet.command.options import parse_options
-from fleet.command.output_dir import what_the_run_reads
+from fleet.command.options import own_code, parse_options
+from fleet.command.output_dir import paths_read
 from fleet.command.preflight import own_reward
 from fleet.errors import RunStopped, UsageError
 from fleet.own_code.reward_function import KEYWORDS, BoundedReward, checked_value, load_reward_function
@@ -276,7 +276,8 @@ def test_what_is_no_reward_function_is_refused_before_a_weight_loads(
 
 
 def test_the_file_survives_an_overwrite(reward_file: Path) -> None:
-    assert ("reward", str(reward_file)) in what_the_run_reads(parse_options(["--reward", f"{reward_file}:score"]))
+    code = own_code(parse_options(["--reward", f"{reward_file}:score"]))
+    assert paths_read("toy", "data", code)["reward"] == str(reward_file)
 
 
 def test_the_readmes_reward_is_one(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from fleet.rl.vllm_sampling import (
     sampling_kwargs,
     where_prompts_part,
 )
-from fleet.run import build
+from fleet.run.build import training
 from tests.helpers import fleet_trainer, rloo_config, toy_model, toy_processor, weights_of
 
 PAD = toy_processor().image_token_id
@@ -217,7 +217,7 @@ def test_versions_that_trl_does_not_talk_to_are_refused(version: str | None, is_
 @pytest.mark.parametrize("error", [ConnectionError("can't be reached"), RuntimeError("no weight-transfer engine")])
 def test_a_server_that_cannot_be_used_is_said_in_a_line(error: Exception) -> None:
     def attempt(*flags: str) -> None:
-        with build.server_problems_said(parse_options(["--use_vllm", *flags])):
+        with training.server_problems_said(parse_options(["--use_vllm", *flags])):
             raise error
 
     server = ["--vllm_mode", "server", "--vllm_server_port", "8001"]

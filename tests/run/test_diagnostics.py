@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from fleet.command.training_flags import build_parser
+from fleet.command.options import build_parser
 from fleet.run.diagnostics import PARSE_REMEDIES, Diagnostics, Metrics, is_as_good_as_blind
 from utils.tool_calls import ParseStatus
 

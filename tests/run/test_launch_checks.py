@@ -58,4 +58,4 @@ def test_a_precision_that_fleet_does_not_compute_in_is_refused(precision: str, m
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     options = resolve_options(parse_options([]), has_bf16_gpu=False)[0]
     with pytest.raises(UsageError, match=f"mixed_precision: {precision}, but Fleet computes in bf16 or float32"):
-        require_launchers_dtype(options)
+        require_launchers_dtype(options.dtype)

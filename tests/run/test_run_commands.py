@@ -2,7 +2,6 @@
 
 import shlex
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,8 +57,7 @@ def test_the_resume_command_is_whole_and_can_be_parsed(
 ) -> None:
     monkeypatch.setattr(commands.sys, "argv", ["training.py", *flags.split()])
     monkeypatch.setattr(commands, "_words_of", lambda process_id: [])
-    options = replace(parse_options([]), output_dir="runs/x")
-    command = resume_command(options)
+    command = resume_command("runs/x")
     assert command == f"python training.py {wanted}"
     resumed = parse_options(shlex.split(command)[2:])
     assert (resumed.output_dir, resumed.resume) == ("runs/x", True)
@@ -67,8 +65,11 @@ def test_the_resume_command_is_whole_and_can_be_parsed(
 
 def test_a_finished_run_names_what_to_do_next() -> None:
     env = PickImageEnv(TOY_IMAGES, 4, fixed_correct_index=None)
-    options = replace(parse_options(["--fixed_correct_index", "none"]), output_dir="runs/x")
-    commands = [line.strip() for line in next_commands(options, env).splitlines() if line.startswith(" ")]
+    commands = [
+        line.strip()
+        for line in next_commands(Path("runs/x"), parse_options([]), env).splitlines()
+        if line.startswith(" ")
+    ]
     assert commands[:2] == [
         "python evaluate.py --model_id runs/x/final --baseline toy --output runs/x/evaluation.json",
         "python report.py runs/x",
@@ -81,23 +82,21 @@ def test_a_finished_run_names_what_to_do_next() -> None:
 
 
 def test_a_run_on_pictures_in_memory_has_no_command_that_asks_of_files() -> None:
-    options = replace(parse_options([]), output_dir="runs/x")
     env = load_environment_class(f"{REPOSITORY}/examples/most_dots.py:MostDotsEnv")(seed=0)
-    assert "fleet.ask" not in next_commands(options, env)
+    assert "fleet.ask" not in next_commands(Path("runs/x"), parse_options([]), env)
 
 
 def test_pictures_that_broke_meanwhile_are_in_no_command(tmp_path: Path) -> None:
     data = shutil.copytree(TOY_IMAGES, tmp_path / "data")
-    options = replace(parse_options([]), output_dir="runs/x")
     env = PickImageEnv(data, 4, fixed_correct_index=None)
     gone, broken = env.episode(0).images[0], env.episode(0).images[1]
     assert isinstance(gone, Path) and isinstance(broken, Path)
     gone.unlink()
     broken.write_bytes(b"")
-    words = shlex.split(next_commands(options, env).splitlines()[-1])
+    words = shlex.split(next_commands(Path("runs/x"), parse_options([]), env).splitlines()[-1])
     shown = words[words.index("--images") + 1 : words.index("--instruction")]
     first = next(index for index in range(1, 20) if not {gone, broken} & set(env.episode(index).images))
     assert shown == [str(image) for image in env.episode(first).images]
     for path in data.glob("*.png"):
         path.unlink()
-    assert "fleet.ask" not in next_commands(options, env)
+    assert "fleet.ask" not in next_commands(Path("runs/x"), parse_options([]), env)

@@ -30,11 +30,11 @@ def test_a_copy_under_another_name_is_known_and_a_changed_file_is_not(tmp_path: 
 def test_it_is_said_where_sight_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own = [save_picture(tmp_path / "red_circle.png"), TAUGHT[0]]
     with caplog.at_level(logging.INFO, logger="fleet"):
-        say_what_the_toy_has_not_seen(LOOKS, TAUGHT)
+        say_what_the_toy_has_not_seen("toy", LOOKS, TAUGHT)
         # what is always right needs no eyes; nor has Fleet taught another model
-        say_what_the_toy_has_not_seen(replace(LOOKS, fixed_correct_index=0), own)
-        say_what_the_toy_has_not_seen(replace(LOOKS, model_id="Qwen/Qwen2.5-VL-3B-Instruct"), own)
+        say_what_the_toy_has_not_seen("toy", replace(LOOKS, fixed_correct_index=0), own)
+        say_what_the_toy_has_not_seen("Qwen/Qwen2.5-VL-3B-Instruct", LOOKS, own)
         assert caplog.messages == []
-        say_what_the_toy_has_not_seen(LOOKS, own)
+        say_what_the_toy_has_not_seen("toy", LOOKS, own)
     (message,) = caplog.messages
     assert "and not 1 of these 2: it cannot know them by name" in message

@@ -15,7 +15,7 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> str
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("FLEET_CACHE", str(cache))
     with pytest.raises(UsageError) as error:
-        local_model_path(parse_options([]))
+        local_model_path("toy", parse_options([]))
     return str(error.value)
 
 

@@ -1,0 +1,298 @@
+"""The machine of the command line: a dataclass of flags becomes a parser, and argv and a YAML file become its values.
+
+A flag is a field of a dataclass in flags.py: `flag(...)` holds all there is to know of it. Imports no torch.
+"""
+
+import argparse
+import difflib
+import inspect
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import yaml
+
+from fleet.errors import UsageError
+from utils.file_kinds import kind_of
+
+MAX_VALUE_LENGTH = 4096  # Linux takes no longer path
+MAX_HELP_WIDTH = 110
+MAX_REASON_LENGTH = 300
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A condition on a number. words: it, behind "must be"."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """All that is known of a flag besides its name, type and default, which are its dataclass field's.
+
+    meaning: for --help, with its unit. why: the reason for the default in --help, or the words for a default of None.
+    metavar: of the value in --help. parse: from text, where the field's type does not say how. bounds: on a number.
+    default_of: (value, reason) of a default that depends on the case, given a Case (options.py). trl: its name in
+    TRL's RLOOConfig, True for the same one. needs: (package, how to install it) by the value that needs it. is_file:
+    it names a file or folder of the user's own. takes_several: its value is a list. may_change: a resumed run may have
+    another value.
+    """
+
+    meaning: str
+    why: str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    parse: Callable[[str], Any] | None = None
+    bounds: tuple[Bound, ...] = ()
+    default_of: Callable[[Any], tuple[Any, str]] | None = None
+    trl: str | bool = False
+    needs: Mapping[Any, tuple[str, str]] | None = None
+    is_file: bool = False
+    takes_several: bool = False
+    may_change: bool = False
+
+
+def flag(default: Any, meaning: str, why: str = "", **others: Any) -> Any:
+    """A dataclass field that is a flag. others: of Flag."""
+    return field(default=default, metadata={"flag": Flag(meaning, why, **others)})
+
+
+def replace_default(options_class: type[Any], name: str, default: Any) -> Any:
+    """The field of this name with another default, for a class that inherits it."""
+    declared = next(declared for declared in fields(options_class) if declared.name == name)
+    return field(default=default, metadata=declared.metadata)
+
+
+def flag_of(name_and_default: Field[Any]) -> Flag:
+    """The flag that a field of an options class is."""
+    return name_and_default.metadata["flag"]
+
+
+def names_where(options_class: type[Any], holds: Callable[[Flag], object]) -> tuple[str, ...]:
+    """The names of the flags of which something holds."""
+    return tuple(field.name for field in fields(options_class) if holds(flag_of(field)))
+
+
+def make_parser(
+    prog: str, description: str, groups: Mapping[str, Sequence[type[Any]]], options_class: type[Any]
+) -> argparse.ArgumentParser:
+    """The parser of a command, with --config, and errors as UsageError.
+
+    groups: the heading of each group in --help, and the dataclasses whose flags it has. options_class: has them all,
+    and its own defaults count.
+    """
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--FLAG VALUE ...]",
+        description=description,
+        formatter_class=_help_formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        type=user_path,
+        metavar="FILE",
+        help="YAML file that sets any flag; the command line wins over it (default: none)",
+    )
+    by_name, types = {field.name: field for field in fields(options_class)}, get_type_hints(options_class)
+    for heading, classes in groups.items():
+        group = parser.add_argument_group(heading)
+        for name in [name for flags_class in classes for name in inspect.get_annotations(flags_class)]:
+            group.add_argument(f"--{name}", **_argument(by_name[name], types[name]))
+    return parser
+
+
+def _argument(declared: Field[Any], kind: Any) -> dict[str, Any]:
+    """The keywords of argparse for a field. kind: its type, as int or int | None."""
+    known, default = flag_of(declared), declared.default
+    value_type = next((part for part in get_args(kind) if part is not type(None)), kind)
+    is_switch = value_type is bool or known.parse is true_false_or_auto
+    metavar = "true|false" if is_switch else {int: "N", float: "X"}.get(value_type)
+    shown = ", ".join(filter(None, ["" if default is None else _shown(default), known.why]))
+    argument: dict[str, Any] = {
+        "type": known.parse or (true_or_false if is_switch else value_type),
+        "default": default,
+        "help": f"{known.meaning} (default: {shown})",
+    }
+    if known.choices and not known.metavar:
+        argument["choices"] = known.choices
+    else:
+        argument |= {"metavar": known.metavar or metavar, "choices": known.choices}
+    if known.takes_several:
+        argument["nargs"] = "+"
+    return argument | ({"nargs": "?", "const": True} if is_switch else {})
+
+
+def _shown(default: Any) -> str:
+    return f"{default:g}" if isinstance(default, float) else as_flag_value(default)
+
+
+@dataclass(frozen=True)
+class ParsedFlags:
+    """The value of every flag of a parser, and which of them the user gave, on the command line or in a file."""
+
+    values: dict[str, Any]
+    given: frozenset[str]
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str], inherited: Sequence[str] = ()) -> ParsedFlags:
+    """The values that `argv` gives. They are from defaults, `inherited` flags, the `--config` file and `argv` itself.
+
+    Later ones win. Raises UsageError as parse_options does.
+    """
+    own_flags = list(argv)
+    config_path = _parse_known(parser, own_flags).config
+    if config_path is not None:
+        own_flags = [*_read_config_file(parser, Path(config_path)), *own_flags]
+    values = vars(_parse_known(parser, [*inherited, *own_flags]))
+    del values["config"]
+    return ParsedFlags(values, _flags_in(parser, own_flags))
+
+
+def user_path(text: str) -> str:
+    """A path, or what may be one, with `~` as the shell would have it: files of settings know no shell."""
+    return os.path.expanduser(text)
+
+
+def as_seen_from(directory: str, value: str) -> str:
+    """The absolute path of a flag that names a file or folder from `directory`, with any `:name` behind it.
+
+    >>> as_seen_from("/home/me", "mine/my_env.py:MyEnv")
+    '/home/me/mine/my_env.py:MyEnv'
+    """
+    return os.path.normpath(os.path.join(directory, value))
+
+
+def true_or_false(text: str) -> bool:
+    """The value of a switch."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted true or false")
+    return text.lower() == "true"
+
+
+def true_false_or_auto(text: str) -> bool | str:
+    """The value of a switch that may be left to what is found."""
+    if text.lower() not in ("true", "false", "auto"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted true, false or auto")
+    return "auto" if text.lower() == "auto" else true_or_false(text)
+
+
+def index_or_none(text: str) -> int | None:
+    """An index from 0 up, or None for the word none."""
+    if text.lower() == "none":
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted an index from 0 up, or none")
+    return int(text)
+
+
+def as_flag_value(value: Any) -> str:
+    """A value as the command line takes it."""
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    # two columns less than the terminal has, as argparse does: some wrap a full line
+    width = min(shutil.get_terminal_size().columns - 2, MAX_HELP_WIDTH)
+    return argparse.HelpFormatter(prog, max_help_position=min(36, width // 3), width=width)
+
+
+def _flags_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
+    """The flags that a command line names, whatever their values."""
+    nothing = object()
+    # a parser leaves alone what its namespace has, and sets what the command line names
+    blank = argparse.Namespace(**{action.dest: nothing for action in parser._actions})
+    return frozenset(name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not nothing)
+
+
+def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    _refuse_long_words(argv)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UsageError(f"unknown flag {flag}{_nearest(flag, [f'--{name}' for name in vars(namespace)])}; see --help")
+    return namespace
+
+
+def _refuse_long_words(argv: Sequence[str]) -> None:
+    for word in argv:
+        if len(word) > MAX_VALUE_LENGTH:
+            raise UsageError(
+                f"{word[:20]}... has {len(word):,} characters, but wanted at most {MAX_VALUE_LENGTH:,}; shorten it"
+            )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+    """The file's settings as command-line flags, so that they meet the same checks."""
+    try:
+        kind = kind_of(path)
+    except OSError as error:
+        raise UsageError(f"config file {path} cannot be read ({error.strerror}); correct --config") from error
+    if kind is None:
+        raise UsageError(f"config file {path} does not exist; correct --config")
+    if kind != "a file":
+        # every process and every restart reads it, and a pipe gives its content once
+        raise UsageError(f"config file {path} is {kind}; pass a file that can be read more than once")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_ConfigLoader)
+    except OSError as error:
+        raise UsageError(f"config file {path} cannot be read ({error.strerror}); correct --config") from error
+    except RecursionError as error:
+        raise UsageError(f"config file {path} is nested too deep, wanted lines of 'flag: value'; correct it") from error
+    # besides its own errors yaml lets through those of int, float and datetime
+    except (yaml.YAMLError, ValueError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:MAX_REASON_LENGTH]
+        raise UsageError(f"config file {path} is not YAML: {reason}; wanted lines of 'flag: value'") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"config file {path} holds a {type(settings).__name__}, wanted lines of 'flag: value'")
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    flags: list[str] = []
+    for key, value in settings.items():
+        if key not in known:
+            raise UsageError(f"config file {path}: unknown key {key!r}{_nearest(str(key), known)}; see --help")
+        if isinstance(value, (dict, list)):
+            raise UsageError(f"config file {path}: {key} is a {type(value).__name__}, wanted one value")
+        if value is not None or key == "fixed_correct_index":
+            flags.append(f"--{key}={as_flag_value(value)}")
+    try:
+        _refuse_long_words(flags)
+        parser.parse_args(flags)
+    except UsageError as error:
+        raise UsageError(f"config file {path}: {error}") from error
+    return flags
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """YAML's safe loader, except that a key given twice is an error, not the last one's win, and numbers stay text.
+
+    A flag's own type reads them, as on the command line: 010 is ten there, and a folder 1.10 keeps its zero.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in known if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]!r} is given twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")

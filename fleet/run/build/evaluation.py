@@ -1,0 +1,242 @@
+"""A checked evaluation becomes answers and a table: loads each model, alone or sharded, and scores it."""
+
+import gc
+import io
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers.utils import logging as transformers_logging
+from trl.models import prepare_deepspeed, unwrap_model_for_generation
+
+from fleet.command.evaluate_options import EvaluateOptions, resolve_evaluate_options, run_config, run_options
+from fleet.command.flags import TaskFlags
+from fleet.command.image_check import Findings, images_of
+from fleet.command.options import ResolvedDefault
+from fleet.command.preflight import make_environment
+from fleet.controls import CONTROL_MEANINGS
+from fleet.episodes import EpisodeSource
+from fleet.errors import UsageError
+from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
+from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, with_baseline
+from fleet.evaluation.held_out import make_plan
+from fleet.processes import raise_together, require_same_flags, together
+from fleet.progress import count_progress
+from fleet.run.data import agree_on_data, problem_of_prompts
+from fleet.run.model_setup import (
+    has_bfloat16,
+    has_gpu,
+    load_model,
+    local_model_path,
+    problem_of_models,
+    say_what_the_toy_has_not_seen,
+    use_every_core,
+)
+from fleet.run.records import resolved_table
+from utils.plain_text import printable
+
+logger = logging.getLogger("fleet")
+
+# of the flags that say what a run's episodes are
+TASK = ("data_root", "env", "candidates_per_episode", "fixed_correct_index")
+
+
+@dataclass(frozen=True)
+class PreparedEvaluation:
+    """An evaluation that is sound as far as it can be known before a weight loads, the same on every process."""
+
+    options: EvaluateOptions
+    accelerator: Accelerator
+    plan: EvaluationPlan
+
+
+def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | None) -> PreparedEvaluation:
+    """Resolves the options, starts the processes, and has all of them agree. Writes nothing.
+
+    findings, problem: of the checks on this process. Raises UsageError on all processes if any has a problem.
+    """
+    options, filled = resolve_evaluate_options(options, has_bf16_gpu=has_bfloat16())
+    problem = problem or problem_of_models(*options.models, revision=options.revision)
+    problem = problem or problem_of_prompts(options, findings, options.model_id)
+    use_every_core()
+    accelerator = Accelerator(cpu=not has_gpu())
+    raise_together(problem)
+    require_same_flags(asdict(options))
+    assert findings is not None, "a process without findings has a problem, which is raised by now"
+    data = agree_on_data(options, findings)
+    plan = together(
+        lambda: make_plan(
+            options,
+            [run for model in options.models for run in runs_behind(options, model)],
+            skipped_images=data.skipped_images,
+            num_samples=options.num_samples,
+            ks=options.ks,
+            prompt_style=options.prompt_style,
+        )
+    )
+    logger.info(describe(options.model_id, plan, filled), extra={"is_coloured": True})
+    say_what_the_toy_has_not_seen(options.model_id, options, [image.path for image in images_of(data.env) or ()])
+    return PreparedEvaluation(options, accelerator, plan)
+
+
+def runs_behind(task: TaskFlags, model_id: str) -> list[tuple[EpisodeSource, int]]:
+    """The environment of the run that left this model, and how many episodes it drew; of those before it likewise."""
+    runs, folders = [], set()
+    while (config := run_config(model_id)) and Path(model_id).resolve() not in folders:
+        folders.add(Path(model_id).resolve())
+        run = run_options(model_id)
+        try:
+            num_episodes = int(config["num_episodes"])
+            env = make_environment(
+                replace(task, **{name: run[name] for name in TASK}),
+                run["seed"],
+                skipped_images=config.get("skipped_images", ()),
+            )
+        except (KeyError, UsageError) as error:
+            logger.info(f"what the run of {model_id} trained on is not known, and not passed over: {error}")
+        else:
+            runs.append((env, num_episodes))
+        model_id = str(run.get("model_id"))
+    return runs
+
+
+def describe(model_id: str, plan: EvaluationPlan, filled: Sequence[ResolvedDefault]) -> str:
+    """The start of the log: the measurement, and the defaults that were chosen for it."""
+    passed_over = f", {plan.num_passed_over} like the run's own passed over" if plan.num_passed_over else ""
+    headline = (
+        f"Fleet: {printable(model_id)} on {len(plan.episodes)} held-out episodes of seed {plan.seed}"
+        f"{passed_over}; a greedy answer, {plan.num_samples} samples and 4 controls each"
+    )
+    return f"{headline}\n\n{resolved_table(filled)}"
+
+
+def score_all(run: PreparedEvaluation) -> Evaluation:
+    """The evaluation of the model, with that of the baseline beside it if there is one."""
+    evaluation = score(run, run.options.model_id)
+    if run.options.baseline is None:
+        return evaluation
+    return with_baseline(evaluation, score(run, run.options.baseline))
+
+
+def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
+    """The evaluation of one model, which is loaded for it and let go. Every process takes part.
+
+    Raises UsageError if an image has gone bad: models are compared on the same episodes, so none is left out.
+    """
+    options, plan, accelerator = replace(run.options, model_id=model_id), run.plan, run.accelerator
+    sound_part(plan, rank=accelerator.process_index, num_ranks=accelerator.num_processes, skips_bad_images=False)
+    transformers_logging.disable_progress_bar()
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    model, processor = load_model(options, local_model_path(model_id, options), dtype=dtype)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        wrapped = prepare_deepspeed(model, accelerator)
+    else:
+        # 4-bit weights are where they belong since they were loaded
+        wrapped = model if options.load_in_4bit else model.to(accelerator.device)
+    wrapped.eval()
+    num_rows = len(plan.episodes) * (1 + plan.num_samples + 4)
+    with (
+        unwrap_model_for_generation(
+            wrapped, accelerator, gather_deepspeed3_params=options.ds3_gather_for_generation
+        ) as policy_model,
+        count_progress(f"scoring {model_id}", num_rows, "answer", is_shown=accelerator.is_main_process) as note_answers,
+    ):
+        policy = ModelPolicy(
+            policy_model,
+            processor,
+            _answer_settings(options),
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            on_progress=note_answers,
+        )
+        start_s = time.perf_counter()
+        evaluation = evaluate(policy, plan, model_id)
+    logger.info(f"{model_id}: scored in {time.perf_counter() - start_s:.0f} s")
+    del model, wrapped, policy, policy_model
+    gc.collect()
+    return evaluation
+
+
+def _answer_settings(options: EvaluateOptions) -> AnswerSettings:
+    assert options.per_device_batch_size and options.max_completion_length
+    return AnswerSettings(
+        episodes_per_batch=options.per_device_batch_size,
+        max_completion_length=options.max_completion_length,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_pixels=options.image_max_pixels,
+        seed=options.seed,
+    )
+
+
+def table(document: dict[str, Any]) -> str:
+    """The figures as a table for the terminal, a column a model, and their paired difference below."""
+    baseline = document["baseline"]
+    columns = [document] if baseline is None else [baseline, document]
+    shown = Table(show_edge=False, pad_edge=False)
+    shown.add_column("")
+    for column in columns:
+        shown.add_column(Text(printable(column["model"])), justify="right", overflow="fold")
+    shown.add_column("")
+    for name, meaning, figures in _rows(columns):
+        shown.add_row(name, *(_percent(figure) for figure in figures), meaning)
+    is_terminal = sys.stderr.isatty()
+    target = io.StringIO()
+    Console(file=target, width=None if is_terminal else 120, force_terminal=is_terminal).print(shown)
+    if baseline is not None:
+        gain = baseline["difference"]
+        low, high = gain["ci95"]
+        points = f"{100 * gain['value']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+        target.write(
+            f"\n{printable(document['model'])} is right {points} oftener than {printable(baseline['model'])} "
+            f"on the same {gain['n']} episodes; alone right on {gain['only_model_right']} and "
+            f"{gain['only_baseline_right']} (McNemar's exact p = {gain['p_value']:.2g})\n"
+        )
+    return target.getvalue()
+
+
+def _rows(columns: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any] | None]]]:
+    def in_each_column(*path: str) -> list[dict[str, Any] | None]:
+        found: list[Any] = list(columns)
+        for name in path:
+            found = [None if figure is None else figure.get(name) for figure in found]
+        return found
+
+    first = columns[0]
+    yield "greedy accuracy", "", in_each_column("greedy_accuracy")
+    if first["sampled_accuracy"] is not None:
+        yield "sampled accuracy", f"{first['num_samples']} samples an episode", in_each_column("sampled_accuracy")
+    for k in first["pass_at_k"]:
+        yield f"pass@{k}", "", in_each_column("pass_at_k", k)
+    yield "chance", "", in_each_column("chance")
+    yield (
+        "best constant index",
+        f"always {first['best_constant_index']['index']}",
+        in_each_column("best_constant_index"),
+    )
+    for control, meaning in CONTROL_MEANINGS.items():
+        yield control.replace("_", " "), meaning, in_each_column("controls", control)
+    for family in ("outcome", "parse_status"):
+        for name in first[family]:
+            if any(column[family][name]["value"] for column in columns):
+                yield f"{family.replace('_', ' ')}: {name}", "", in_each_column(family, name)
+    for index in first["accuracy_by_correct_index"]:
+        yield f"right where index {index} is", "", in_each_column("accuracy_by_correct_index", index)
+
+
+def _percent(figure: dict[str, Any] | None) -> str:
+    if figure is None or figure["value"] is None:
+        return "-"
+    low, high = figure["ci95"]
+    interval = "" if low == high else f" ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * figure['value']:.1f} %{interval}"

@@ -1,0 +1,325 @@
+"""A checked training run becomes TRL's arguments, a model and a trainer.
+
+Owns how Fleet's flags reach the libraries. `prepare` writes nothing; `build_trainer` takes the run's folder last.
+"""
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import LoraConfig
+from transformers.trainer_callback import ProgressCallback
+from trl import RLOOConfig
+
+from dataset import RepeatableEpisodeDataset
+from fleet.command.flags import ModelFlags
+from fleet.command.idle_flags import idle_flags, options_in_force
+from fleet.command.image_check import Findings, RunData, images_of
+from fleet.command.options import Options, ResolvedDefault, own_code, resolve_options
+from fleet.command.output_dir import paths_read
+from fleet.command.parser import flag_of
+from fleet.command.preflight import own_reward
+from fleet.command.resume_check import require_same_run
+from fleet.command.training_flags import GenerationFlags
+from fleet.errors import Preempted, UsageError
+from fleet.evaluation.answering import AnswerSettings
+from fleet.evaluation.figures import EvaluationPlan
+from fleet.evaluation.held_out import make_plan
+from fleet.model_folder.files import read_json
+from fleet.processes import raise_together, require_same_flags, result_or_problem, together
+from fleet.qwen.vision_cache import vision_is_frozen
+from fleet.rl.checkpoints import ProcessPlace
+from fleet.rl.trainer import FleetRLOOTrainer
+from fleet.run.config import config_text
+from fleet.run.data import agree_on_data, problem_of_prompts, require_last_episode
+from fleet.run.launch_checks import (
+    require_launchers_deepspeed,
+    require_launchers_dtype,
+    require_one_gpu_or_a_launcher,
+)
+from fleet.run.model_setup import (
+    has_bfloat16,
+    has_gpu,
+    load_model,
+    local_model_path,
+    problem_of_models,
+    say_what_the_toy_has_not_seen,
+    use_every_core,
+)
+from fleet.run.output import begin_folder, find_checkpoint, held, name_output_dir, telling_how_to_go_on
+from fleet.run.peers import connect
+from fleet.run.preemption import Preemption
+from fleet.run.recorder import RunRecorder
+from fleet.run.records import resolved_table
+from fleet.run.watchdog import Watchdog
+from fleet.run_folder import CONFIG_NAME
+from fleet.run_lock import RunLock
+from fleet.schedule import num_episodes_of_run
+from model_utils import count_parameters, make_lora_config, read_adapter_config
+from reward import RewardWeights
+from utils.plain_text import printable
+from utils.split_folders import count_of
+
+logger = logging.getLogger("fleet")
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that is sound as far as it can be known before a weight loads, the same on every process.
+
+    options: resolved. args: TRL's. num_episodes: drawn over all processes. plan: of held-out evaluation, if any.
+    """
+
+    options: Options
+    args: RLOOConfig
+    data: RunData
+    num_episodes: int
+    plan: EvaluationPlan | None
+
+
+def prepare(options: Options, findings: Findings | None, problem: str | None, watchdog: Watchdog) -> PreparedRun:
+    """Resolves the options, starts the process group, and has all processes agree. Writes nothing.
+
+    findings, problem: of the checks on this process. Raises UsageError on all processes if any has a problem.
+    """
+    use_every_core()
+    require_one_gpu_or_a_launcher()
+    options, filled = resolve_options(options, has_bf16_gpu=has_bfloat16())
+    require_launchers_dtype(options.dtype)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    now, idle = asdict(options), idle_flags(options)
+    problem = problem or result_or_problem(lambda: require_same_run(options, now, idle, num_processes))[1]
+    logger.info(describe_run(options, filled), extra={"is_coloured": True})
+    problem = problem or problem_of_models(options.model_id, revision=options.revision)
+    problem = problem or problem_of_prompts(options, findings, options.model_id)
+    # from here on the processes hear of each other
+    args = make_rloo_config(options)
+    raise_together(problem or result_or_problem(lambda: require_launchers_deepspeed(args))[1])
+    require_same_flags(asdict(options))
+    watchdog.peers = connect(
+        args.process_index, args.world_size, os.environ.get("MASTER_ADDR", "127.0.0.1"), gather_object
+    )
+    assert findings is not None, "a process without findings has a problem, which is raised by now"
+    watchdog.start_with("the comparison of images and the plan of evaluation")
+    data = agree_on_data(options, findings)
+    say_what_the_toy_has_not_seen(options.model_id, options, [image.path for image in images_of(data.env) or ()])
+    num_episodes = num_episodes_of_run(
+        args.max_steps,
+        steps_per_generation=args.steps_per_generation,
+        num_iterations=args.num_iterations,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        episodes_per_micro_step=int(options.per_device_batch_size or 0) * num_processes,
+    )
+    if options.env is not None:
+        require_last_episode(data.env, options.env, num_episodes)
+    plan = None
+    if options.eval_steps:
+        runs = [(data.env, num_episodes)]
+        plan = together(lambda: make_plan(options, runs, skipped_images=data.skipped_images, drawn_images=data.sha256s))
+    return PreparedRun(options, args, data, num_episodes, plan)
+
+
+def describe_run(options: Options, filled: Sequence[ResolvedDefault]) -> str:
+    """The start of the log: the run in a line, and the defaults that were chosen for it."""
+    assert options.train_steps is not None, "resolved"
+    right = "drawn and named" if options.fixed_correct_index is None else f"always {options.fixed_correct_index}"
+    task = f"{options.candidates_per_episode} images, right index {right}"
+    if options.env is not None:
+        task = f"environment {printable(options.env)}"
+    headline = (
+        f"Fleet: RLOO on {printable(options.model_id)}, {count_of(options.train_steps, 'step')} of "
+        f"{options.per_device_batch_size} episodes x {options.num_rollouts} rollouts a device; "
+        f"{task}"
+    )
+    return f"{headline}\n\n{resolved_table(filled)}"
+
+
+def make_rloo_config(options: Options) -> RLOOConfig:
+    """TRL's arguments for these resolved options. Constructing them starts the process group and DeepSpeed.
+
+    The flags that TRL has too say so where they are declared. Fleet counts episodes where TRL counts rollouts: a
+    device's batch is per_device_batch_size x num_rollouts.
+    """
+    assert options.per_device_batch_size is not None
+    shared = {
+        name if flag_of(declared).trl is True else str(flag_of(declared).trl): getattr(options, name)
+        for declared in fields(options)
+        if (name := declared.name) and flag_of(declared).trl
+    }
+    return RLOOConfig(
+        **shared,
+        output_dir=options.output_dir or "runs",
+        per_device_train_batch_size=options.per_device_batch_size * options.num_rollouts,
+        # the watchdog, which says why, comes first
+        ddp_timeout=max(1800, int(options.step_timeout_s) + 120),
+        bf16=options.dtype == "bfloat16",
+        use_cpu=not has_gpu(),
+        dataloader_pin_memory=has_gpu(),
+        eval_strategy="steps" if options.eval_steps else "no",
+        eval_steps=options.eval_steps or None,
+        # Trainer's own evaluation loop, which is never run, wants whole groups
+        per_device_eval_batch_size=options.num_rollouts,
+        metric_for_best_model="greedy_accuracy" if options.keep_best else None,
+        greater_is_better=True if options.keep_best else None,
+        # read for the reference model alone, which a full fine-tune with beta > 0 loads again
+        model_init_kwargs={"revision": options.revision} if options.revision and options.beta else None,
+        # an episode's number is its randomness, so the order stays as it is
+        shuffle_dataset=False,
+    )
+
+
+@contextlib.contextmanager
+def built(run: PreparedRun, watchdog: Watchdog) -> Iterator[tuple[FleetRLOOTrainer, Path | None]]:
+    """Within it, the run holds its folder. Gives the trainer with its model loaded, and the checkpoint to go on from.
+
+    Raises UsageError on all processes if a checkpoint, the model or the folder cannot be used. A run that ends early
+    says how to go on with it.
+    """
+    options, rank = run.options, run.args.process_index
+    watchdog.start_with("the making of the toy model, or the reading of a checkpoint")
+    model_path = local_model_path(options.model_id, options)
+    folder = name_output_dir(options.output_dir, options.model_id, rank)
+    with held(folder, rank) as lock:
+        trainer, checkpoint = build_trainer(run, folder, model_path, watchdog, lock)
+        watchdog.start_with("the preparation of training")
+        with telling_how_to_go_on(folder):
+            yield trainer, checkpoint
+
+
+def build_trainer(
+    run: PreparedRun, folder: Path, model_path: str, watchdog: Watchdog, lock: RunLock | None
+) -> tuple[FleetRLOOTrainer, Path | None]:
+    """(the trainer with its model loaded, the checkpoint to go on from); the run's folder has been begun.
+
+    folder: of the run, whose lock the main process holds. model_path: what `from_pretrained` opens.
+    """
+    options, args = replace(run.options, output_dir=str(folder)), run.args
+    args.output_dir = str(folder)
+    place, code = ProcessPlace(args.process_index, args.world_size), own_code(options)
+    checkpoint = find_checkpoint(folder, options, run.data, place, code, options.model_id)
+    recorded_id = read_json(folder / CONFIG_NAME).get("run_id") if options.resume else None
+    config = config_text(
+        options_in_force(options),
+        idle_flags(options),
+        code,
+        run.data,
+        run_id=str(recorded_id or uuid.uuid4().hex),
+        num_episodes=run.num_episodes,
+        num_processes=args.world_size,
+    )
+    # a resumed run has that evaluation already
+    args.eval_on_start = bool(options.eval_steps) and checkpoint is None
+    watchdog.start_with("the loading of the model")
+    model, processor, lora, cache_mib = load_for_training(options, args, model_path)
+    with server_problems_said(options):
+        trainer = FleetRLOOTrainer(
+            model,
+            args,
+            RepeatableEpisodeDataset(run.data.env, options.image_max_pixels),
+            processor,
+            reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
+            skips_bad_images=options.bad_images == "skip",
+            allow_reasoning=options.allow_reasoning,
+            reward_function=own_reward(options),
+            reward_timeout_s=options.reward_timeout_s,
+            max_skipped_steps=options.max_skipped_steps,
+            peft_config=lora,
+            shared_prefix=options.shared_prefix,
+            vision_cache_bytes=cache_mib * 2**20,
+            vllm_max_logprob_gap=options.vllm_max_logprob_gap,
+            evaluation=None if run.plan is None else (run.plan, _answer_settings(options)),
+            run_config=config,
+            trusts_checkpoint=options.trust_checkpoint,
+            num_kept_checkpoints=options.save_total_limit,
+            on_activity=watchdog.beat,
+            displaced_by=(lambda: None) if lock is None else lock.displaced_by,
+        )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RunRecorder(trainer, options))
+    logger.info(describe_parameters(trainer.model))
+    paths = paths_read(options.model_id, options.data_root, code)
+    begin_folder(folder, options, paths, config, run.data.sha256s, args.process_index)
+    return trainer, checkpoint
+
+
+def load_for_training(options: Options, args: RLOOConfig, model_path: str) -> tuple[Any, Any, LoraConfig | None, int]:
+    """(model, processor, the adapter that TRL is to wrap it in, MiB for image features). Every process takes part."""
+    is_adapter = read_adapter_config(model_path) is not None
+    model, processor = load_model(
+        options,
+        model_path,
+        dtype=weight_dtype(options, is_deepspeed=args.deepspeed_plugin is not None, use_lora=options.use_lora),
+        # TRL wraps the model in a new adapter itself; an adapter that exists is opened here
+        trains_adapter=options.use_lora and is_adapter,
+        freeze_vision=options.freeze_vision,
+    )
+    lora = None
+    if options.use_lora and not is_adapter:
+        lora = make_lora_config(options.lora_rank, options.lora_alpha, options.lora_dropout)
+    cache_mib = int(options.vision_cache_mib or 0)
+    if cache_mib and lora is None and not vision_is_frozen(model):
+        logger.info(f"the adapter {options.model_id} trains the vision side, so no image features are kept\n")
+        cache_mib = 0
+    return model, processor, lora, cache_mib
+
+
+@contextlib.contextmanager
+def server_problems_said(flags: GenerationFlags) -> Iterator[None]:
+    """Within it, a vLLM server that is not there, or was started without what TRL needs, raises UsageError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not (flags.use_vllm and flags.vllm_mode == "server"):
+            raise
+        # memory and files of this machine are no fault of the server's
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "filename", None) is not None:
+            raise
+        raise UsageError(
+            f"no vLLM server can be used at {flags.vllm_server_host}:{flags.vllm_server_port} "
+            f"({' '.join(str(error).split())}); start one as README.md says under vLLM, or pass --vllm_mode colocate"
+        ) from error
+
+
+def _answer_settings(options: Options) -> AnswerSettings:
+    """Held-out episodes are answered with as many completions at a time as training generates."""
+    assert options.per_device_batch_size and options.steps_per_generation and options.max_completion_length
+    return AnswerSettings(
+        episodes_per_batch=options.per_device_batch_size * options.steps_per_generation * options.num_rollouts,
+        max_completion_length=options.max_completion_length,
+        max_pixels=options.image_max_pixels,
+    )
+
+
+def train(trainer: FleetRLOOTrainer, checkpoint: Path | None) -> None:
+    """Trains from a checkpoint on, or from the start. Raises Preempted once a run that was told to stop has saved."""
+    preemption = Preemption(trainer)
+    trainer.add_callback(preemption)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if preemption.is_stopping:
+        raise Preempted(
+            f"told to stop: saved step {trainer.state.global_step} of {trainer.args.max_steps} in "
+            f"{trainer.args.output_dir}"
+        )
+
+
+def weight_dtype(flags: ModelFlags, *, is_deepspeed: bool, use_lora: bool) -> torch.dtype:
+    """The dtype that the weights are held in.
+
+    bfloat16 keeps 8 bits of a weight, so a step of 1e-6 would round away: weights that train are held in float32 and
+    computed in bfloat16 by autocast, unless DeepSpeed keeps a float32 copy or only adapters train.
+    """
+    can_be_half = flags.dtype == "bfloat16" and (is_deepspeed or use_lora)
+    return torch.bfloat16 if can_be_half else torch.float32
+
+
+def describe_parameters(model: torch.nn.Module) -> str:
+    """Trainable and all parameters by part, in a line."""
+    parts = [f"{part} {trainable:,} of {total:,}" for part, (trainable, total) in count_parameters(model).items()]
+    return f"trainable parameters: {'; '.join(parts)}\n"

@@ -1,0 +1,119 @@
+"""The layout that design notes promise: few files in the root, parts that import one way, flags declared once."""
+
+import ast
+import dataclasses
+
+import pytest
+
+from fleet.command.evaluate_options import EvaluateOptions
+from fleet.command.options import Options
+from tests.helpers import REPOSITORY
+
+# The parts in their order: each may import those before it, and itself.
+PARTS = (
+    "utils", "fleet", "fleet.model_folder", "tasks", "fleet.own_code", "fleet.command", "fleet.qwen",
+    "fleet.evaluation", "fleet.rl", "fleet.toy", "fleet.report", "fleet.run", "commands",
+)  # fmt: skip
+# the files in the root, and the command that has no file there
+TASKS = ("environment", "dataset", "model_utils", "reward")
+COMMANDS = ("training", "evaluate", "report", "fleet.ask")
+IMPORT_NO_TORCH = ("utils", "fleet.own_code", "fleet.command", "fleet.report")
+HEAVY = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
+
+SOURCES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("", "utils", "fleet")
+    for path in sorted((REPOSITORY / folder).glob("*.py" if not folder else "**/*.py"))
+}
+
+
+def part_of(module: str) -> str:
+    if module in TASKS:
+        return "tasks"
+    if module in COMMANDS:
+        return "commands"
+    part = ".".join(module.split(".")[:2])
+    return "utils" if part.startswith("utils") else part if part in PARTS else "fleet"
+
+
+def imports_of(module: str, *, at_start: bool = False) -> set[str]:
+    """The modules that a module imports anywhere, or as it is imported itself."""
+    tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
+    nodes = tree.body if at_start else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & SOURCES.keys()
+            found |= inner or {node.module}
+    return found
+
+
+def test_the_root_has_few_files() -> None:
+    found = sorted(path.name for path in REPOSITORY.glob("*.py"))
+    assert found == sorted(f"{name}.py" for name in (*TASKS, "training", "evaluate", "report"))
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if module not in ("fleet", "utils")])
+def test_imports_point_one_way(module: str) -> None:
+    own = PARTS.index(part_of(module))
+    upward = [name for name in imports_of(module) & SOURCES.keys() if PARTS.index(part_of(name)) > own]
+    assert upward == [], f"{module} is in {PARTS[own]}, and imports from a part above it"
+
+
+def test_parts_without_torch_import_none() -> None:
+    """Follows each import that is made as a module is imported."""
+    for module in (name for name in SOURCES if part_of(name) in IMPORT_NO_TORCH or name in ("environment", "reward")):
+        seen, waiting = set(), [module]
+        while waiting:
+            name = waiting.pop()
+            found = imports_of(name, at_start=True)
+            heavy = {imported for imported in found if imported.split(".")[0] in HEAVY}
+            assert not heavy, f"{module} imports {heavy} through {name}"
+            new = (found & SOURCES.keys()) - seen
+            seen |= new
+            waiting += new
+
+
+def test_every_flag_is_declared_in_one_place() -> None:
+    """A flag's name is a field of one class; a default of another command may be declared again beside its reason."""
+    declared: dict[str, list[str]] = {}
+    for options in (Options, EvaluateOptions):
+        for base in options.__mro__[1:-1]:
+            for name in base.__annotations__:
+                declared.setdefault(name, []).append(base.__name__)
+    twice = {name: classes for name, classes in declared.items() if len(set(classes)) > 1}
+    assert twice.keys() == {"seed", "overwrite", "per_device_batch_size"}, "each means another thing in evaluate.py"
+    assert {field.name for field in dataclasses.fields(Options)} <= declared.keys()
+
+
+@pytest.mark.parametrize(
+    "flag", ["weight_decay", "dataloader_num_workers", "logging_steps", "mask_truncated_completions"]
+)
+def test_a_plain_flag_is_named_in_one_line(flag: str) -> None:
+    named = [
+        f"{module}: {line.strip()}"
+        for module, path in SOURCES.items()
+        if part_of(module) in ("fleet.command", "fleet.run", "commands")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if flag in line
+    ]
+    assert len(named) == 1, named
+
+
+def functions_with_all_options() -> list[str]:
+    found = []
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                types = [ast.unparse(argument.annotation) for argument in node.args.args if argument.annotation]
+                if {"Options", "EvaluateOptions", "AnyOptions"} & set(types):
+                    found.append(f"{module}.{node.name}")
+    return found
+
+
+def test_options_stop_at_the_door() -> None:
+    found = functions_with_all_options()
+    assert [name for name in found if not name.startswith(("fleet.command.", "fleet.run.build."))] == []
+    assert len(found) <= 12, found
