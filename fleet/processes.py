@@ -5,7 +5,7 @@ waiting in their next collective. Imports torch only where processes talk.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from fleet.errors import AgreedUsageError, UsageError
@@ -41,14 +41,22 @@ def gather_by_rank(value: Any) -> list[Any]:
     return gather_object([value])
 
 
-def raise_together(
-    problem: str | None, error_class: type[Exception] = AgreedUsageError, gather: Gather | None = None
-) -> None:
+def raise_together(problem: str | None, error_class: type[Exception] = AgreedUsageError) -> None:
     """Raises the problem of the first process that has one, on every process. All take part, with None or a problem."""
-    by_rank = gather_by_rank(problem) if gather is None else gather([problem])
-    for rank, found in enumerate(by_rank):
-        if found is not None:
-            raise error_class(f"process {rank}: {found}" if len(by_rank) > 1 else found)
+    raise_first(gather_by_rank(problem), error_class)
+
+
+def raise_first(
+    problem_by_rank: Sequence[str | None], error_class: type[Exception] = AgreedUsageError, who: str | None = None
+) -> None:
+    """Raises the first problem, as every process does that has the same list of them.
+
+    who: the words before it, with {rank} in them; by default the process, where there are several.
+    """
+    words = ("process {rank}: " if len(problem_by_rank) > 1 else "") if who is None else who
+    for rank, problem in enumerate(problem_by_rank):
+        if problem is not None:
+            raise error_class(words.format(rank=rank) + problem)
 
 
 def together(check: Callable[[], Result]) -> Result:

@@ -65,7 +65,8 @@ def test_imports_point_one_way(module: str) -> None:
 def test_parts_without_torch_import_none() -> None:
     """Follows each import that is made as a module is imported."""
     for module in (name for name in SOURCES if part_of(name) in IMPORT_NO_TORCH or name in ("environment", "reward")):
-        seen, waiting = set(), [module]
+        seen: set[str] = set()
+        waiting = [module]
         while waiting:
             name = waiting.pop()
             found = imports_of(name, at_start=True)

@@ -13,18 +13,16 @@ import random
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from environment import Outcome, load_environment_class
+from environment import Outcome, judge, load_environment_class
 from fleet.controls import with_order_permuted
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode
 from fleet.errors import RunStopped
-from fleet.rl.rollouts import make_records
-from fleet.run.records import group_lines
 from utils.child_process import command_of
 from utils.images import image_digest, open_image
 from utils.plain_text import require_plain_messages
@@ -178,19 +176,18 @@ def require_usable(env: EpisodeSource, max_pixels: int | None) -> None:
 
 
 def _require_verdicts(index: int, episode: Episode) -> None:
-    """Raises BrokenEpisode unless the right call is judged right, the next one not, and both can be recorded."""
-    answers = [make_tool_call_str(episode.correct_index), make_tool_call_str(episode.correct_index + 1)]
-    names = [[f"{place}.webp" for place in range(len(episode.images))]]
-    records = make_records(
-        [episode], names, [episode.messages], answers, [1.0, 0.0], [1.0, -1.0], allow_reasoning=False
-    )
-    verdicts = [record.judgement.outcome for record in records]
+    """Raises BrokenEpisode unless the right call is judged right and the next one is not."""
+    indices = episode.correct_index, episode.correct_index + 1
+    verdicts = [
+        judge(make_tool_call_str(chosen), episode.correct_index, episode.num_candidates).outcome for chosen in indices
+    ]
     if verdicts[0] is not Outcome.CORRECT or verdicts[1] is Outcome.CORRECT:
         raise BrokenEpisode(
-            f"episode {index}: the calls {episode.correct_index} and {episode.correct_index + 1} are judged "
-            f"{verdicts[0]} and {verdicts[1]}; leave num_candidates of Episode as it is"
+            f"episode {index}: the calls {indices[0]} and {indices[1]} are judged {verdicts[0]} and {verdicts[1]}; leave "
+            "num_candidates of Episode as it is"
         )
-    json.dumps(list(chain(group_lines(records, len(answers), 0), episode.messages)))
+    # as rollouts.jsonl records it
+    json.dumps([episode.labels, episode.target, episode.messages])
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fleet.errors import AgreedUsageError, RunStopped
+from fleet.processes import Gather, raise_first
 from fleet.run_folder import UNFINISHED_NAME, flush_folder, write_atomically
 from utils.file_kinds import kind_of
 
@@ -31,8 +32,6 @@ MAX_WAIT_FOR_PARTS_S = 1800
 FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
 DISPLACED_REMEDY = "this run writes there no more: let the other one go on, or stop it"
 
-# What accelerate.utils.gather_object does: every process's list, joined in their order.
-Gather = Callable[[list[Any]], list[Any]]
 # Why a checkpoint is another run's than the folder's, in words; None if it is the folder's own.
 WhyForeign = Callable[[Path], str | None]
 
@@ -209,9 +208,7 @@ class CheckpointFolder:
 
     def _raise_together(self, failures: list[str | None]) -> None:
         self._failure = None
-        for rank, failure in enumerate(failures):
-            if failure is not None:
-                raise RunStopped(f"process {rank} could not save a checkpoint: {failure}")
+        raise_first(failures, RunStopped, "process {rank} could not save a checkpoint: ")
 
     def _commit(self, step: int, kept_best: int | None) -> None:
         staged = self.staging / f"checkpoint-{step}"

@@ -26,8 +26,9 @@ from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
 
 from fleet.command.resume_check import why_of_another_run
-from fleet.errors import AgreedUsageError, RunEnded, RunStopped, UsageError
-from fleet.rl.checkpoints import CheckpointFolder, Gather, ProcessPlace, remedy_of
+from fleet.errors import RunEnded, RunStopped, UsageError
+from fleet.processes import Gather, gather_by_rank, raise_first
+from fleet.rl.checkpoints import CheckpointFolder, ProcessPlace, remedy_of
 from fleet.run_folder import CONFIG_NAME, RUN_CONFIG_NAME, write_atomically
 from fleet.schedule import optimizer_steps_per_generation
 
@@ -224,9 +225,7 @@ class ResumableTrainer(RLOOTrainer):
             problem = str(error)
         except Exception as error:
             problem = f"resume: the checkpoint cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
-        for found in gather_object([problem]):
-            if found is not None:
-                raise AgreedUsageError(found)
+        raise_first(gather_by_rank(problem), who="")
 
 
 class SnapToGeneration(TrainerCallback):
@@ -264,9 +263,7 @@ def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather)
         else:
             if unknown:
                 problems.append(_refusal_of_pickle(path, f"it names {unknown[0]}"))
-    found = gather(problems)
-    if found:
-        raise AgreedUsageError(found[0])
+    raise_first(gather(problems), who="")
 
 
 @contextlib.contextmanager

@@ -163,7 +163,12 @@ def load_model(
             revision=flags.revision,
         )
     # under ZeRO-3 a process sees its own shards alone
-    require_finite(flags.model_id, gather_by_rank(first_weight_not_finite(model)))
+    names = [name for name in gather_by_rank(first_weight_not_finite(model)) if name is not None]
+    if names:
+        raise AgreedUsageError(
+            f"model {flags.model_id} has weights that are not finite numbers, {names[0]} the first of them, but wanted "
+            "a model that can answer; pass another, or a checkpoint from before its training failed"
+        )
     return model, processor
 
 
@@ -175,13 +180,3 @@ def load_policy(flags: ModelFlags, task: TaskFlags) -> tuple[Any, Any]:
         model = model.to("cuda")
     torch.manual_seed(0)
     return model.eval(), processor
-
-
-def require_finite(model_id: str, found_by_rank: Sequence[str | None]) -> None:
-    """Raises UsageError, the same on all processes, if one found a weight that is not finite. found_by_rank: names."""
-    found = next((name for name in found_by_rank if name is not None), None)
-    if found is not None:
-        raise AgreedUsageError(
-            f"model {model_id} has weights that are not finite numbers, {found} the first of them, but wanted a model "
-            "that can answer; pass another, or a checkpoint from before its training failed"
-        )
