@@ -28,30 +28,23 @@ from fleet.errors import UsageError
 from fleet.model_folder.files import read_json
 
 
+# fmt: off
 @dataclass(frozen=True)
 class ScoringFlags:
     """The scoring of answers, and what becomes of the figures."""
 
-    baseline: str | None = flag(
-        None, "another model, scored on the same episodes and compared", "none", metavar="ID", parse=user_path
-    )
-    prompt_style: str | None = flag(
-        None,
-        "compare prompts under one parser, which then accepts text before the call for both",
-        "the prompt and parser of --allow_reasoning",
-        choices=("direct", "reasoning"),
-    )
+    baseline: str | None = flag(None, "another model, scored on the same episodes and compared", "none", metavar="ID",
+        parse=user_path)
+    prompt_style: str | None = flag(None, "compare prompts under one parser, which then accepts text before the call "
+        "for both", "the prompt and parser of --allow_reasoning", choices=("direct", "reasoning"))
     num_samples: int = flag(4, "samples per episode, 0 for none", bounds=(AT_LEAST_0,))
     pass_k: str | None = flag(None, "each k of pass@k", "1, 2 and num_samples", metavar="K,...")
-    per_device_batch_size: int | None = flag(
-        None,
-        "episodes that a device answers at a time, each with its samples",
-        "128 for the toy, else 4",
-        bounds=(AT_LEAST_1,),
-    )
+    per_device_batch_size: int | None = flag(None, "episodes that a device answers at a time, each with its samples",
+        "128 for the toy, else 4", bounds=(AT_LEAST_1,))
     seed: int = flag(0, "of the samples", bounds=(AT_LEAST_0,))
     output: str | None = flag(None, "where the figures go as JSON", "nowhere", metavar="FILE", parse=user_path)
     overwrite: bool = flag(False, "replace an output file that exists")
+    # fmt: on
 
     @property
     def ks(self) -> tuple[int, ...]:

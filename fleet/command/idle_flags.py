@@ -21,7 +21,7 @@ from fleet.schedule import optimizer_steps_per_generation
 class IdleFlags:
     """Flags that do nothing in some runs.
 
-    are_idle: whether they do nothing, given the options and the launcher's variables. remedy: what puts them to use.
+    are_idle: true where they do nothing, given the options and the launcher's variables. remedy: what puts them to use.
     off: the value that asks for nothing, and so may always be given.
     """
 
@@ -40,7 +40,7 @@ VLLM = (
 
 
 def is_zero3(launch_variables: Mapping[str, str]) -> bool:
-    """Whether the launcher was told to shard weights by DeepSpeed ZeRO-3."""
+    """True if the launcher was told to shard weights by DeepSpeed ZeRO-3."""
     if launch_variables.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return False
     path = launch_variables.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -64,122 +64,53 @@ def _is_on_policy(options: Any) -> bool:
 NOT_FROM_HUB = "only a hub model has revisions", "pass a hub id as the model"
 NOT_SHARDED = "weights are sharded under DeepSpeed ZeRO-3 alone", "launch with --config_file accelerate_config.yaml"
 
+# fmt: off
 IDLE_IN_TRAINING = (
     IdleFlags(("revision",), lambda options, launch: not _is_from_hub(options.model_id), *NOT_FROM_HUB),
     IdleFlags(LORA, lambda options, launch: not options.use_lora, "no adapter is trained", "add --use_lora true"),
-    IdleFlags(
-        LORA,
-        lambda options, launch: options.use_lora and is_adapter(options.model_id),
-        "the adapter in --model_id keeps its own",
-        "pass its base model as --model_id",
-    ),
-    IdleFlags(
-        ("merge_lora",),
-        lambda options, launch: not options.use_lora,
-        "there is no adapter to merge",
-        "add --use_lora true",
-        off=False,
-    ),
-    IdleFlags(
-        ("freeze_vision",),
-        lambda options, launch: options.use_lora and is_adapter(options.model_id),
-        "the adapter in --model_id trains the parts that it was made for",
-        "pass its base model as --model_id",
-        off=False,
-    ),
-    IdleFlags(
-        ("vision_cache_mib",),
-        lambda options, launch: not (options.freeze_vision or options.use_lora),
-        "the vision tower trains, so features change with every step",
-        "add --freeze_vision true",
-        off=0,
-    ),
-    IdleFlags(
-        ("vision_cache_mib",),
-        lambda options, launch: not options.shared_prefix,
-        "TRL's own passes take no features",
-        "drop --shared_prefix false",
-        off=0,
-    ),
-    IdleFlags(
-        ("reward_correct", "reward_valid_call"),
-        lambda options, launch: options.reward is not None,
-        "the function of --reward has its own values",
-        "drop --reward",
-    ),
-    IdleFlags(
-        ("warmup_steps",),
-        lambda options, launch: options.lr_scheduler_type == "constant",
-        "the schedule 'constant' does not warm up",
-        "add --lr_scheduler_type constant_with_warmup",
-        off=0,
-    ),
-    IdleFlags(
-        ("epsilon", "epsilon_high"),
-        lambda options, launch: _is_on_policy(options),
-        "each generation serves one optimizer step, whose ratio is 1",
-        "pass --num_iterations 2 or more --steps_per_generation",
-    ),
+    IdleFlags(LORA, lambda options, launch: options.use_lora and is_adapter(options.model_id),
+        "the adapter in --model_id keeps its own", "pass its base model as --model_id"),
+    IdleFlags(("merge_lora",), lambda options, launch: not options.use_lora, "there is no adapter to merge",
+        "add --use_lora true", off=False),
+    IdleFlags(("freeze_vision",), lambda options, launch: options.use_lora and is_adapter(options.model_id),
+        "the adapter in --model_id trains the parts that it was made for", "pass its base model as --model_id",
+        off=False),
+    IdleFlags(("vision_cache_mib",), lambda options, launch: not (options.freeze_vision or options.use_lora),
+        "the vision tower trains, so features change with every step", "add --freeze_vision true", off=0),
+    IdleFlags(("vision_cache_mib",), lambda options, launch: not options.shared_prefix, "TRL's own passes take no "
+        "features", "drop --shared_prefix false", off=0),
+    IdleFlags(("reward_correct", "reward_valid_call"), lambda options, launch: options.reward is not None,
+        "the function of --reward has its own values", "drop --reward"),
+    IdleFlags(("warmup_steps",), lambda options, launch: options.lr_scheduler_type == "constant",
+        "the schedule 'constant' does not warm up", "add --lr_scheduler_type constant_with_warmup", off=0),
+    IdleFlags(("epsilon", "epsilon_high"), lambda options, launch: _is_on_policy(options), "each generation serves "
+        "one optimizer step, whose ratio is 1", "pass --num_iterations 2 or more --steps_per_generation"),
     IdleFlags(VLLM, lambda options, launch: not options.use_vllm, "vLLM does not generate", "add --use_vllm true"),
-    IdleFlags(
-        ("vllm_server_host", "vllm_server_port"),
-        lambda options, launch: options.vllm_mode != "server",
-        "vLLM runs beside training",
-        "add --vllm_mode server",
-    ),
-    IdleFlags(
-        ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"),
-        lambda options, launch: options.vllm_mode == "server",
-        "the server was started with its own",
-        "drop --vllm_mode server",
-    ),
+    IdleFlags(("vllm_server_host", "vllm_server_port"), lambda options, launch: options.vllm_mode != "server",
+        "vLLM runs beside training", "add --vllm_mode server"),
+    IdleFlags(("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"),
+        lambda options, launch: options.vllm_mode == "server", "the server was started with its own",
+        "drop --vllm_mode server"),
     IdleFlags(("ds3_gather_for_generation",), lambda options, launch: not is_zero3(launch), *NOT_SHARDED, off=False),
-    IdleFlags(
-        ("ds3_gather_for_generation",),
-        lambda options, launch: options.use_vllm and not options.eval_steps,
-        "vLLM generates and nothing is evaluated",
-        "drop --use_vllm",
-        off=False,
-    ),
-    IdleFlags(
-        ("eval_episodes", "eval_seed"),
-        lambda options, launch: not options.eval_steps,
-        "nothing is evaluated",
-        "add --eval_steps 50",
-    ),
-    IdleFlags(
-        ("keep_best",),
-        lambda options, launch: not options.eval_steps,
-        "nothing is evaluated",
-        "add --eval_steps 50",
-        off=False,
-    ),
-    IdleFlags(
-        ("trust_checkpoint",),
-        lambda options, launch: not options.resume,
-        "no checkpoint is read",
-        "add --resume",
-        off=False,
-    ),
+    IdleFlags(("ds3_gather_for_generation",), lambda options, launch: options.use_vllm and not options.eval_steps,
+        "vLLM generates and nothing is evaluated", "drop --use_vllm", off=False),
+    IdleFlags(("eval_episodes", "eval_seed"), lambda options, launch: not options.eval_steps, "nothing is evaluated",
+        "add --eval_steps 50"),
+    IdleFlags(("keep_best",), lambda options, launch: not options.eval_steps, "nothing is evaluated",
+        "add --eval_steps 50", off=False),
+    IdleFlags(("trust_checkpoint",), lambda options, launch: not options.resume, "no checkpoint is read",
+        "add --resume", off=False),
 )
 
 IDLE_IN_EVALUATION = (
     IdleFlags(("revision",), lambda options, launch: not any(map(_is_from_hub, options.models)), *NOT_FROM_HUB),
-    IdleFlags(
-        ("temperature", "top_p", "seed"),
-        lambda options, launch: options.num_samples == 0,
-        "no sample is drawn",
-        "pass --num_samples 4",
-    ),
-    IdleFlags(
-        ("allow_reasoning",),
-        lambda options, launch: options.prompt_style is not None,
-        "--prompt_style says what is asked, and reasoning is accepted with either",
-        "drop --prompt_style",
-        off=False,
-    ),
+    IdleFlags(("temperature", "top_p", "seed"), lambda options, launch: options.num_samples == 0, "no sample is drawn",
+        "pass --num_samples 4"),
+    IdleFlags(("allow_reasoning",), lambda options, launch: options.prompt_style is not None,
+        "--prompt_style says what is asked, and reasoning is accepted with either", "drop --prompt_style", off=False),
     IdleFlags(("ds3_gather_for_generation",), lambda options, launch: not is_zero3(launch), *NOT_SHARDED, off=False),
 )
+# fmt: on
 
 
 def refuse_idle(

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from fleet.command.flags import A_SEED, A_SHARE, ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, by_model
 from fleet.command.parser import Bound, flag, true_false_or_auto, user_path
 
+LORA_RATE = by_model(toy=(5e-4, "LoRA on the toy model"), real=(1e-5, "LoRA: ten times a full fine-tune's"))
+FULL_RATE = by_model(
+    toy=(1e-4, "full fine-tune of the toy"),
+    look=(2e-4, "full fine-tune of the sighted toy"),
+    real=(1e-6, "full fine-tune, TRL's default"),
+)
 
+
+# fmt: off
 @dataclass(frozen=True)
 class TrainedPartFlags:
     """The parts that train, and those that are frozen."""
@@ -13,272 +21,132 @@ class TrainedPartFlags:
     use_lora: bool = flag(False, "train LoRA adapters on the language model, not all weights")
     lora_rank: int = flag(16, "rank of new adapters", bounds=(AT_LEAST_1,))
     lora_alpha: int = flag(32, "scale of new adapters", "twice the rank", bounds=(AT_LEAST_1,))
-    lora_dropout: float = flag(
-        0.0,
-        "dropout in new adapters, 0 to 1",
-        "as old and new log-probabilities must agree",
-        metavar="P",
-        bounds=(AT_LEAST_0, BELOW_1),
-    )
-    merge_lora: bool = flag(
-        False, "also write the base model with the adapters merged in, as final_merged/", may_change=True
-    )
+    lora_dropout: float = flag(0.0, "dropout in new adapters, 0 to 1", "as old and new log-probabilities must agree",
+        metavar="P", bounds=(AT_LEAST_0, BELOW_1))
+    merge_lora: bool = flag(False, "also write the base model with the adapters merged in, as final_merged/",
+        may_change=True)
     freeze_vision: bool = flag(False, "keep the vision tower and its merger as they are, as --use_lora does")
-    vision_cache_mib: int | None = flag(
-        None,
-        "host memory per process for features of images, each of which is then encoded once while it is held, in MiB; "
-        "0 keeps none",
-        "2048 where vision is frozen, as with LoRA; else 0, as features change",
-        bounds=(AT_LEAST_0,),
-        may_change=True,
-        default_of=lambda case: (
-            (0, why) if (why := case.why_no_features) else (2048, "vision is frozen: features keep")
-        ),
-    )
+    vision_cache_mib: int | None = flag(None, "host memory per process for features of images, each of which is then "
+        "encoded once while it is held, in MiB; 0 keeps none",
+        "2048 where vision is frozen, as with LoRA; else 0, as features change", bounds=(AT_LEAST_0,), may_change=True,
+        default_of=lambda case: (0, case.why_no_features) if case.why_no_features
+        else (2048, "vision is frozen: features keep"))
 
 
 @dataclass(frozen=True)
 class RewardFlags:
     """The worth of an answer."""
 
-    reward: str | None = flag(
-        None,
-        "a reward function of your own, as path/to/file.py:function; accuracy stays what the environment judges",
-        "Fleet's own, by reward_correct and reward_valid_call",
-        metavar="FILE:FUNCTION",
-        parse=user_path,
-        is_file=True,
-    )
-    reward_timeout_s: float = flag(
-        60.0,
-        "time that one call of the reward function may take before the run stops, in seconds",
-        "far above a rule's, enough for a model or a server that judges",
-        bounds=(ABOVE_0,),
-        may_change=True,
-    )
+    reward: str | None = flag(None, "a reward function of your own, as path/to/file.py:function; accuracy stays what "
+        "the environment judges", "Fleet's own, by reward_correct and reward_valid_call", metavar="FILE:FUNCTION",
+        parse=user_path, is_file=True)
+    reward_timeout_s: float = flag(60.0, "time that one call of the reward function may take before the run stops, in "
+        "seconds", "far above a rule's, enough for a model or a server that judges", bounds=(ABOVE_0,), may_change=True)
     reward_correct: float = flag(0.95, "Fleet's own reward for the right index", bounds=(ABOVE_0,))
-    reward_valid_call: float = flag(
-        0.05,
-        "Fleet's own reward for any well-formed call in range",
-        "so that a right answer is worth 1",
-        bounds=(AT_LEAST_0,),
-    )
+    reward_valid_call: float = flag(0.05, "Fleet's own reward for any well-formed call in range",
+        "so that a right answer is worth 1", bounds=(AT_LEAST_0,))
 
 
 @dataclass(frozen=True)
 class RLOOFlags:
     """The training of the policy on what was sampled. Names are TRL's where it has the same."""
 
-    train_steps: int | None = flag(
-        None,
-        "optimizer steps in all",
-        "60 for the toy, 100 where it must look, else 200",
-        bounds=(AT_LEAST_1, Bound("at most 10,000,000", lambda value: value <= 10_000_000)),
-        trl="max_steps",
-        may_change=True,
-        default_of=by_model(
-            toy=(60, "the toy learns in 60"), look=(100, "the toy learns to look in 100"), real=(200, "a real model")
-        ),
-    )
+    train_steps: int | None = flag(None, "optimizer steps in all", "60 for the toy, 100 where it must look, else 200",
+        bounds=(AT_LEAST_1, Bound("at most 10,000,000", lambda value: value <= 10_000_000)), trl="max_steps",
+        may_change=True, default_of=by_model(toy=(60, "the toy learns in 60"),
+                                             look=(100, "the toy learns to look in 100"), real=(200, "a real model")))
     num_rollouts: int = flag(4, "rollouts per episode, at least 2", metavar="G", trl="num_generations")
-    per_device_batch_size: int | None = flag(
-        None,
-        "episodes per device and micro-batch, each with its G rollouts",
-        "8 for the toy, 16 where it must look, else 1",
-        bounds=(AT_LEAST_1,),
-        default_of=by_model(
-            toy=(8, "the toy is small"),
-            look=(16, "looking takes many episodes"),
-            real=(1, "one group of a real model at a time"),
-        ),
-    )
+    per_device_batch_size: int | None = flag(None, "episodes per device and micro-batch, each with its G rollouts",
+        "8 for the toy, 16 where it must look, else 1", bounds=(AT_LEAST_1,),
+        default_of=by_model(toy=(8, "the toy is small"), look=(16, "looking takes many episodes"),
+                            real=(1, "one group of a real model at a time")))
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", bounds=(AT_LEAST_1,), trl=True)
-    steps_per_generation: int | None = flag(
-        None,
-        "micro-batches per generation",
-        "gradient_accumulation_steps, which is on-policy",
-        bounds=(AT_LEAST_1,),
-        trl=True,
-        default_of=lambda case: (case.accumulation, "on-policy: one optimizer step a generation"),
-    )
+    steps_per_generation: int | None = flag(None, "micro-batches per generation", "gradient_accumulation_steps, which "
+        "is on-policy", bounds=(AT_LEAST_1,), trl=True,
+        default_of=lambda case: (case.accumulation, "on-policy: one optimizer step a generation"))
     num_iterations: int = flag(1, "times each generation is trained on", "on-policy", bounds=(AT_LEAST_1,), trl=True)
-    learning_rate: float | None = flag(
-        None,
-        "AdamW's",
-        "1e-4 for the toy, 2e-4 where it must look, 5e-4 with LoRA; else 1e-6, 1e-5 with LoRA",
-        bounds=(ABOVE_0,),
-        trl=True,
-        default_of=lambda case: (
-            by_model(toy=(5e-4, "LoRA on the toy model"), real=(1e-5, "LoRA: ten times a full fine-tune's"))
-            if case.uses_lora
-            else by_model(
-                toy=(1e-4, "full fine-tune of the toy"),
-                look=(2e-4, "full fine-tune of the sighted toy"),
-                real=(1e-6, "full fine-tune, TRL's default"),
-            )
-        )(case),
-    )
-    lr_scheduler_type: str = flag(
-        "constant",
-        "learning-rate schedule: constant, constant_with_warmup, linear or cosine",
-        "so that a longer run begins like a shorter one",
-        metavar="NAME",
-        choices=("constant", "constant_with_warmup", "linear", "cosine"),
-        trl=True,
-    )
-    warmup_steps: int = flag(
-        0, "optimizer steps of linear warm-up; needs a schedule that warms up", bounds=(AT_LEAST_0,), trl=True
-    )
+    learning_rate: float | None = flag(None, "AdamW's",
+        "1e-4 for the toy, 2e-4 where it must look, 5e-4 with LoRA; else 1e-6, 1e-5 with LoRA", bounds=(ABOVE_0,),
+        trl=True, default_of=lambda case: (LORA_RATE if case.uses_lora else FULL_RATE)(case))
+    lr_scheduler_type: str = flag("constant", "learning-rate schedule: constant, constant_with_warmup, linear or "
+        "cosine", "so that a longer run begins like a shorter one", metavar="NAME",
+        choices=("constant", "constant_with_warmup", "linear", "cosine"), trl=True)
+    warmup_steps: int = flag(0, "optimizer steps of linear warm-up; needs a schedule that warms up",
+        bounds=(AT_LEAST_0,), trl=True)
     weight_decay: float = flag(0.0, "AdamW's", bounds=(AT_LEAST_0,), trl=True)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", bounds=(ABOVE_0,), trl=True)
-    beta: float | None = flag(
-        None,
-        "weight of the KL to the reference model",
-        "0, no reference model in memory",
-        bounds=(AT_LEAST_0,),
-        trl=True,
-        default_of=lambda case: (0.0, "no KL term, so no reference model in memory"),
-    )
+    beta: float | None = flag(None, "weight of the KL to the reference model", "0, no reference model in memory",
+        bounds=(AT_LEAST_0,), trl=True, default_of=lambda case: (0.0, "no KL term, so no reference model in memory"))
     epsilon: float = flag(0.2, "clip range of the ratio; off-policy only", bounds=(ABOVE_0,), trl=True)
     epsilon_high: float | None = flag(None, "upper clip range; off-policy only", "epsilon", bounds=(ABOVE_0,), trl=True)
-    max_skipped_steps: int = flag(
-        5,
-        "optimizer steps in a row that were skipped, for a loss or gradient that is not finite, or in which no group "
-        "had two rollouts that count, after which the run saves a checkpoint and stops",
-        "as one odd batch passes and a broken model or reward does not",
-        bounds=(AT_LEAST_1,),
-        may_change=True,
-    )
+    max_skipped_steps: int = flag(5, "optimizer steps in a row that were skipped, for a loss or gradient that is not "
+        "finite, or in which no group had two rollouts that count, after which the run saves a checkpoint and stops",
+        "as one odd batch passes and a broken model or reward does not", bounds=(AT_LEAST_1,), may_change=True)
     normalize_advantages: bool = flag(False, "scale advantages to unit deviation over the batch", trl=True)
     mask_truncated_completions: bool = flag(False, "train on no completion that hit the length limit", trl=True)
-    gradient_checkpointing: bool | None = flag(
-        None,
-        "recompute activations to save memory",
-        "false for the toy, else true",
-        trl=True,
-        default_of=by_model(toy=(False, "the toy model"), real=(True, "memory before speed for a real model")),
-    )
+    gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory",
+        "false for the toy, else true", trl=True,
+        default_of=by_model(toy=(False, "the toy model"), real=(True, "memory before speed for a real model")))
 
 
 @dataclass(frozen=True)
 class GenerationFlags:
     """The engine of generation: Fleet, TRL or vLLM."""
 
-    shared_prefix: bool = flag(
-        True,
-        "compute each prompt once per group in generation and training, as long as that is less work; false takes "
-        "TRL's own passes",
-    )
-    use_vllm: bool = flag(
-        False,
-        "generate with vLLM, which must be installed",
-        trl=True,
-        needs={True: ("vllm", "pip install 'vllm>=0.22,<0.32'")},
-    )
-    vllm_mode: str = flag(
-        "colocate", "vLLM beside training on the same GPUs, or a server", choices=("colocate", "server"), trl=True
-    )
+    shared_prefix: bool = flag(True, "compute each prompt once per group in generation and training, as long as that "
+        "is less work; false takes TRL's own passes")
+    use_vllm: bool = flag(False, "generate with vLLM, which must be installed", trl=True,
+        needs={True: ("vllm", "pip install 'vllm>=0.22,<0.32'")})
+    vllm_mode: str = flag("colocate", "vLLM beside training on the same GPUs, or a server",
+        choices=("colocate", "server"), trl=True)
     vllm_server_host: str = flag("127.0.0.1", "of the vLLM server", metavar="HOST", trl=True, may_change=True)
-    vllm_server_port: int = flag(
-        8000,
-        "of the vLLM server",
-        metavar="PORT",
-        bounds=(Bound("from 1 to 65535", lambda value: 1 <= value <= 65535),),
-        trl=True,
-        may_change=True,
-    )
-    vllm_gpu_memory_utilization: float = flag(
-        0.3,
-        "share of the GPU that colocated vLLM takes, 0 to 1",
-        metavar="P",
-        bounds=(A_SHARE,),
-        trl=True,
-        may_change=True,
-    )
+    vllm_server_port: int = flag(8000, "of the vLLM server", metavar="PORT",
+        bounds=(Bound("from 1 to 65535", lambda value: 1 <= value <= 65535),), trl=True, may_change=True)
+    vllm_gpu_memory_utilization: float = flag(0.3, "share of the GPU that colocated vLLM takes, 0 to 1", metavar="P",
+        bounds=(A_SHARE,), trl=True, may_change=True)
     vllm_tensor_parallel_size: int = flag(1, "GPUs per colocated vLLM", bounds=(AT_LEAST_1,), trl=True)
-    vllm_max_logprob_gap: float = flag(
-        0.1,
-        "how far the log-probabilities of vLLM and of the trainer may be apart, on average over the tokens of the "
-        "first generation, in nats, before the run stops; 16-bit rounding gives 0.01, other prompts 0.3",
-        bounds=(ABOVE_0,),
-        may_change=True,
-    )
+    vllm_max_logprob_gap: float = flag(0.1, "how far the log-probabilities of vLLM and of the trainer may be apart, "
+        "on average over the tokens of the first generation, in nats, before the run stops; 16-bit rounding gives "
+        "0.01, other prompts 0.3", bounds=(ABOVE_0,), may_change=True)
 
 
 @dataclass(frozen=True)
 class EvaluationFlags:
     """The scoring of held-out episodes during training."""
 
-    eval_steps: int = flag(
-        0,
-        "optimizer steps between evaluations, the first before training, the last at its end; 0 for none",
-        bounds=(AT_LEAST_0,),
-        may_change=True,
-    )
-    keep_best: bool = flag(
-        False, "also keep the checkpoint with the best held-out accuracy; needs eval_steps", may_change=True
-    )
+    eval_steps: int = flag(0, "optimizer steps between evaluations, the first before training, the last at its end; 0 "
+        "for none", bounds=(AT_LEAST_0,), may_change=True)
+    keep_best: bool = flag(False, "also keep the checkpoint with the best held-out accuracy; needs eval_steps",
+        may_change=True)
 
 
 @dataclass(frozen=True)
 class RunFlags:
     """The run's folder, records and processes."""
 
-    output_dir: str | None = flag(
-        None, "what the run leaves", "a new runs/<date-time>-<model>", metavar="DIR", parse=user_path, may_change=True
-    )
+    output_dir: str | None = flag(None, "what the run leaves", "a new runs/<date-time>-<model>", metavar="DIR",
+        parse=user_path, may_change=True)
     overwrite: bool = flag(False, "empty a non-empty --output_dir first", may_change=True)
-    resume: bool | str = flag(
-        False,
-        "continue the run in output_dir from its last whole checkpoint, or from its start if it has none yet; auto: if "
-        "there is a run, else begin one, for jobs that are restarted",
-        metavar="true|false|auto",
-        parse=true_false_or_auto,
-        may_change=True,
-    )
-    trust_checkpoint: bool = flag(
-        False, "on resume, unpickle whatever the checkpoint's files hold, code included", may_change=True
-    )
+    resume: bool | str = flag(False, "continue the run in output_dir from its last whole checkpoint, or from its "
+        "start if it has none yet; auto: if there is a run, else begin one, for jobs that are restarted",
+        metavar="true|false|auto", parse=true_false_or_auto, may_change=True)
+    trust_checkpoint: bool = flag(False, "on resume, unpickle whatever the checkpoint's files hold, code included",
+        may_change=True)
     seed: int = flag(0, "of episodes, adapters and sampling", bounds=(AT_LEAST_0, A_SEED), trl=True)
     save_steps: int = flag(50, "optimizer steps between checkpoints", bounds=(AT_LEAST_1,), trl=True, may_change=True)
-    save_total_limit: int = flag(
-        2, "checkpoints kept", "the last good one and its successor", bounds=(AT_LEAST_1,), may_change=True
-    )
-    logging_steps: int = flag(
-        1,
-        "optimizer steps per line of metrics; the last step always has one",
-        bounds=(AT_LEAST_1,),
-        trl=True,
-        may_change=True,
-    )
-    sample_steps: int = flag(
-        20,
-        "optimizer steps between tables of completions, printed and, with their pictures, sent to --report_to; 0 for "
-        "none",
-        bounds=(AT_LEAST_0,),
-        may_change=True,
-    )
-    report_to: str = flag(
-        "tensorboard",
-        "where metrics go besides metrics.jsonl",
-        "which sends nothing",
-        choices=("tensorboard", "wandb", "trackio", "none"),
-        trl=True,
-        needs={name: (name, f"pip install {name}") for name in ("tensorboard", "wandb", "trackio")},
-        may_change=True,
-    )
-    dataloader_num_workers: int = flag(
-        0, "processes that open images ahead", "in the main one", bounds=(AT_LEAST_0,), trl=True, may_change=True
-    )
-    step_timeout_s: float = flag(
-        1800.0,
-        "seconds without progress (a generation, a call of rewards, a pass, a save) after which the run ends with the "
-        "reason instead of hanging",
-        "beyond the slowest of these",
-        metavar="S",
-        bounds=(Bound("at least 10 seconds", lambda value: value >= 10),),
-        may_change=True,
-    )
-    dry_run: bool = flag(
-        False, "check everything, print the resolved run, and stop before any weight loads", may_change=True
-    )
+    save_total_limit: int = flag(2, "checkpoints kept", "the last good one and its successor", bounds=(AT_LEAST_1,),
+        may_change=True)
+    logging_steps: int = flag(1, "optimizer steps per line of metrics; the last step always has one",
+        bounds=(AT_LEAST_1,), trl=True, may_change=True)
+    sample_steps: int = flag(20, "optimizer steps between tables of completions, printed and, with their pictures, "
+        "sent to --report_to; 0 for none", bounds=(AT_LEAST_0,), may_change=True)
+    report_to: str = flag("tensorboard", "where metrics go besides metrics.jsonl", "which sends nothing",
+        choices=("tensorboard", "wandb", "trackio", "none"), trl=True,
+        needs={name: (name, f"pip install {name}") for name in ("tensorboard", "wandb", "trackio")}, may_change=True)
+    dataloader_num_workers: int = flag(0, "processes that open images ahead", "in the main one", bounds=(AT_LEAST_0,),
+        trl=True, may_change=True)
+    step_timeout_s: float = flag(1800.0, "seconds without progress (a generation, a call of rewards, a pass, a save) "
+        "after which the run ends with the reason instead of hanging", "beyond the slowest of these", metavar="S",
+        bounds=(Bound("at least 10 seconds", lambda value: value >= 10),), may_change=True)
+    dry_run: bool = flag(False, "check everything, print the resolved run, and stop before any weight loads",
+        may_change=True)

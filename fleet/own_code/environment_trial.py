@@ -183,8 +183,8 @@ def _require_verdicts(index: int, episode: Episode) -> None:
     ]
     if verdicts[0] is not Outcome.CORRECT or verdicts[1] is Outcome.CORRECT:
         raise BrokenEpisode(
-            f"episode {index}: the calls {indices[0]} and {indices[1]} are judged {verdicts[0]} and {verdicts[1]}; leave "
-            "num_candidates of Episode as it is"
+            f"episode {index}: the calls {indices[0]} and {indices[1]} are judged {verdicts[0]} and {verdicts[1]}; "
+            "leave num_candidates of Episode as it is"
         )
     # as rollouts.jsonl records it
     json.dumps([episode.labels, episode.target, episode.messages])
