@@ -1,8 +1,8 @@
-"""The features of images that a frozen vision tower has seen, kept in host memory for the whole run.
+"""Features of the images that a frozen vision tower has seen, kept in host memory for the whole run.
 
-Owns what is kept and for how long; knows images by a digest of their pixels, so nothing can go stale while the tower
-and its merger do not train, which `vision_is_frozen` says. Asks for one image at a time, so that a resumed run, whose
-cache is empty again, gets the same bits.
+Owns what is kept and for how long. Knows an image by a digest of its pixels, so nothing goes stale while the vision
+side is frozen. Asks for one image at a time, so that a resumed run, which begins with an empty cache, gets the same
+bits.
 """
 
 from collections import OrderedDict
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 
 def vision_is_frozen(model: nn.Module) -> bool:
-    """Whether nothing in the vision tower or its merger trains, adapters included."""
+    """True if nothing in the vision tower or its merger trains, adapters included."""
     return not any(parameter.requires_grad for name, parameter in model.named_parameters() if "visual." in name)
 
 
 class VisionCache:
-    """Least recently used features go first once `max_bytes` are held."""
+    """Holds at most `max_bytes` of features; the least recently used go first."""
 
     def __init__(self, model: nn.Module, max_bytes: int):
-        """Raises ValueError if a part of the model's vision side trains: its features would change under the cache."""
+        """Raises ValueError if a part of the model's vision side trains: features would change under the cache."""
         if not vision_is_frozen(model):
             raise ValueError(
                 "image features cannot be kept while the vision tower, its merger or an adapter in them trains; "
@@ -36,7 +36,7 @@ class VisionCache:
         """The features of these images in order, each (image tokens, width), in host memory.
 
         encode: the features of the image at one place; called for the first place of each unknown image.
-        num_calls: the least number of those calls, because another rank makes as many; the rest encode the first image.
+        num_calls: `encode` is called at least as often, because another rank does; the rest encode the first image.
         """
         unknown = self.unknown_places(digests)
         encoded = [encode(place) for place in unknown]
