@@ -1,8 +1,9 @@
 """Episodes become batches: an endless random-access dataset, and a collator that encodes each episode once.
 
-Owns the rows TRL sees and the batch the trainer gets. Knows the processor's outputs, but no model.
+Owns the rows that TRL sees and the batch that the trainer gets. Knows the processor's outputs, but no model.
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
@@ -18,15 +19,14 @@ from utils.plain_text import NotPlainText, require_plain_messages
 
 Row = dict[str, Any]
 
-# The episodes from which replacements are drawn: further on than any run gets, and prime, so that an environment that
-# repeats itself gives another one.
+# Replacements are drawn this far on: no run gets there, and a prime step leaves the period of a repeating environment.
 REPLACEMENT_STRIDE = 1_000_000_007
 MAX_REPLACEMENTS = 100
 STAND_IN_SIDE_PX = 56
 
 
 class EpisodeBatch(TypedDict):
-    """P distinct episodes, encoded once each, for groups of G rollouts. On one device; never split inside a group.
+    """P distinct episodes, encoded once each, for groups of G rollouts. On one device; a group is never split.
 
     L is the longest prompt, left-padded; I the images of all episodes in order; N the patches of all images.
     """
@@ -39,8 +39,8 @@ class EpisodeBatch(TypedDict):
     num_images: list[int]  # P ints that sum to I
     image_digests: list[bytes]  # I, equal for equal pictures
     episodes: list[Episode]  # P
-    faults: list[str | None]  # P; why an episode's number shows another one's, None where it does not
-    broken: list[str | None]  # P; why there is no such episode, so that the run stops, None where there is
+    faults: list[str | None]  # P; the reason why another episode stands in, or None
+    broken: list[str | None]  # P; the reason why there is no such episode, which stops the run, or None
     images: list[list[Image.Image]]  # P lists of RGB pictures, for vLLM and for reports
     prompts: list[list[Message]]  # P conversations
     group_size: int  # G
@@ -49,25 +49,24 @@ class EpisodeBatch(TypedDict):
 class RepeatableEpisodeDataset:
     """Endless episodes by number: item i is `env.episode(i)`, on every rank, in every run and after every resume.
 
-    An episode of which an image has gone bad since it was checked is replaced by number i + k * 1,000,000,007 for the
-    first k that is sound, the same one every time; its row says so in `fault`, and `count_faults` decides what follows.
-    Where the environment gives something that is no episode, the row says so in `broken`, and the run stops as it comes
-    to it: until then a worker that reads ahead must not end it, nor one process alone.
+    An episode with an image that has gone bad since it was checked is replaced by number i + k * 1,000,000,007, for the
+    first k that is sound. Its row gives the reason in `fault`, and `count_faults` decides what follows. Where the
+    environment gives something that is no episode, the row gives the reason in `broken`. The run stops when it comes
+    to that row: a worker that reads ahead must not end it earlier, nor one process alone.
     """
 
     def __init__(self, env: EpisodeSource, max_pixels: int | None = None):
         """max_pixels: budget of one image in pixels (see utils.images.open_image); None keeps the file's size.
 
-        The budget is spent here, before any processor or vLLM sees the image, so that all of them see the same pixels.
+        Images are shrunk here, so that every processor and vLLM see the same pixels.
         """
-        self.env = env
-        self.max_pixels = max_pixels
+        self.env, self.max_pixels = env, max_pixels
         self._latest_rows: dict[int, Row] = {}
 
     def __getitem__(self, index: int) -> Row:
         """The row (see episode_row) of episode `index` (0 or greater); costs the same for every index.
 
-        Raises RunStopped if it cannot be shown and neither can any of 100 in its place.
+        Raises RunStopped if neither the episode nor any of 100 in its place can be shown.
         """
         fault = None
         for number in range(index, index + (1 + MAX_REPLACEMENTS) * REPLACEMENT_STRIDE, REPLACEMENT_STRIDE):
@@ -79,21 +78,18 @@ class RepeatableEpisodeDataset:
             except BrokenEpisode as error:
                 return broken_row(index, str(error) if fault is None else f"{fault}; in its place, {error}")
             else:
-                return episode_row(episode, index, episode.messages, pictures, fault)
+                return episode_row(episode, index, pictures, fault)
         raise ProcessStopped(
             f"{fault}; {MAX_REPLACEMENTS} other episodes cannot be shown either: is the data folder gone?"
         )
 
     def __iter__(self) -> Iterator[Row]:
-        index = 0
-        while True:
-            yield self[index]
-            index += 1
+        return map(self.__getitem__, itertools.count())
 
     def as_hf_dataset(self, num_episodes: int) -> datasets.Dataset:
         """The first `num_episodes` episodes as the map-style data set that TRL's trainers accept.
 
-        Holds one integer an episode; rows are made when they are read, so skipping to step n on resume reads nothing.
+        Holds one integer per episode. Rows are made when they are read, so a resumed run skips to step n at no cost.
         """
         indices = datasets.Dataset.from_dict({"episode_index": range(num_episodes)})
         return indices.with_transform(self._rows_by_column)
@@ -102,7 +98,7 @@ class RepeatableEpisodeDataset:
         if torch.utils.data.get_worker_info() is not None and os.getpgrp() != os.getpid():
             # launchers stop a process by its group; a worker must outlive its process's last step
             os.setpgid(0, 0)
-        # a group asks for its episode G times in a row, and TRL for a whole batch once per step that reuses it
+        # a group reads its episode G times in a row, and TRL a whole batch again for every step that reuses it
         self._latest_rows = {
             index: self._latest_rows.get(index) or self[index] for index in dict.fromkeys(batch["episode_index"])
         }
@@ -111,22 +107,17 @@ class RepeatableEpisodeDataset:
 
 
 def episode_row(
-    episode: Episode,
-    index: int,
-    messages: Sequence[Message],
-    pictures: list[Image.Image],
-    fault: str | None = None,
-    broken: str | None = None,
+    episode: Episode, index: int, pictures: list[Image.Image], fault: str | None = None, broken: str | None = None
 ) -> Row:
     """An episode as a row of the data set.
 
     Its columns: `episode_index`; `prompt` (chat messages) and `images` (RGB pictures), which TRL's own trainer reads
-    too; `correct_index` and `num_candidates`, which the reward reads; `episode`; `fault`, why it is not the episode of
-    that index, or None; `broken`, why there is none and a stand-in is shown, or None.
+    too; `correct_index` and `num_candidates`, which a reward of TRL's reads; `episode`; `fault`, the reason why it is
+    not the episode of that index, or None; `broken`, the reason why it is a stand-in for none, or None.
     """
     return {
         "episode_index": index,
-        "prompt": list(messages),
+        "prompt": list(episode.messages),
         "images": pictures,
         "correct_index": episode.correct_index,
         "num_candidates": episode.num_candidates,
@@ -137,34 +128,31 @@ def episode_row(
 
 
 def broken_row(index: int, reason: str) -> Row:
-    """A row in the place of an episode that does not exist; the run stops before anything is generated for it."""
+    """A row in place of an episode that does not exist; the run stops before anything is generated for it."""
     picture = Image.new("RGB", (STAND_IN_SIDE_PX, STAND_IN_SIDE_PX))
-    messages: list[Message] = [{"role": "user", "content": [{"type": "image"}]}]
-    episode = Episode((picture,), tuple(messages), 0, ("",), None, 0)
-    return episode_row(episode, index, messages, [picture], broken=reason)
+    episode = Episode((picture,), ({"role": "user", "content": [{"type": "image"}]},), 0, ("",), None, 0)
+    return episode_row(episode, index, [picture], broken=reason)
 
 
 def require_episodes(broken_by_rank: Sequence[Sequence[str | None]]) -> None:
-    """Raises RunStopped, the same on every rank, if the environment gave something that is no episode to any.
+    """Raises RunStopped, the same on every rank, if the environment gave any rank something that is no episode.
 
-    broken_by_rank: of each rank's episodes, the reason where one is broken.
+    broken_by_rank: `broken` of each rank's batch.
     """
-    for rank, reasons in enumerate(broken_by_rank):
-        for reason in reasons:
-            if reason is not None:
-                raise RunStopped(
-                    f"process {rank}: the environment is broken: {reason}; the last checkpoint is whole: correct the "
-                    "file of --env and pass --resume"
-                )
+    for rank, reason in _with_ranks(broken_by_rank):
+        raise RunStopped(
+            f"process {rank}: the environment is broken: {reason}; the last checkpoint is whole: correct the file of "
+            "--env and pass --resume"
+        )
 
 
-def count_faults(faults_of_ranks: Sequence[Sequence[str | None]], *, skips_bad_images: bool) -> int:
-    """How many episodes of a generation were replaced, over all ranks.
+def count_faults(faults_by_rank: Sequence[Sequence[str | None]], *, skips_bad_images: bool) -> int:
+    """The number of episodes of a generation that were replaced, over all ranks.
 
-    faults_of_ranks: by rank, those of its episodes. Raises RunStopped, the same on every rank, for the first of them
-    unless bad images are skipped.
+    faults_by_rank: `faults` of each rank's batch. Raises RunStopped, the same on every rank, for the first fault unless
+    bad images are skipped.
     """
-    faults = [(rank, fault) for rank, of_rank in enumerate(faults_of_ranks) for fault in of_rank if fault is not None]
+    faults = _with_ranks(faults_by_rank)
     if faults and not skips_bad_images:
         rank, fault = faults[0]
         raise RunStopped(
@@ -173,33 +161,35 @@ def count_faults(faults_of_ranks: Sequence[Sequence[str | None]], *, skips_bad_i
     return len(faults)
 
 
+def _with_ranks(reasons_by_rank: Sequence[Sequence[str | None]]) -> list[tuple[int, str]]:
+    return [(rank, reason) for rank, reasons in enumerate(reasons_by_rank) for reason in reasons if reason is not None]
+
+
 class VLMDataCollator:
-    """Rows of P episodes, G in a row each, become one EpisodeBatch in which every episode is encoded once."""
+    """Makes one EpisodeBatch of P episodes' rows, G neighbouring rows each; encodes every episode once."""
 
     def __init__(self, processor: Any, num_rollouts: int):
         """processor: a Qwen2.5-VL processor. num_rollouts: G, the rows that each episode must have.
 
-        Raises ValueError if the processor pads on the right: generation would continue from padding, and training
-        would go wrong without a word.
+        Raises ValueError if the processor pads on the right: generation would go on from padding, without a word.
         """
         if processor.tokenizer.padding_side != "left":
             raise ValueError(
                 f"the processor pads on the {processor.tokenizer.padding_side}, but generation needs left padding; "
                 "load it with padding_side='left', as load_qwen25_vl does"
             )
-        self.processor = processor
-        self.num_rollouts = num_rollouts
+        self.processor, self.num_rollouts = processor, num_rollouts
         self._literals = frozenset(processor.tokenizer.get_added_vocab())
         self._latest: tuple[list[int], EpisodeBatch] | None = None
 
     def __call__(self, rows: Sequence[Row]) -> EpisodeBatch:
         """The batch of these rows.
 
-        Raises ValueError if an episode has not exactly G neighbouring rows, RunStopped if its messages hold a literal
+        Raises ValueError unless each episode has exactly G neighbouring rows, RunStopped if its messages hold a literal
         that is a token to the model.
         """
         firsts = self._one_row_per_group(rows)
-        # TRL reads a batch again for every step that reuses its generations; it is not encoded again
+        # TRL reads a batch again for every step that reuses its generations; it is encoded once
         indices = [row["episode_index"] for row in firsts]
         if self._latest is None or self._latest[0] != indices:
             self._latest = indices, self._encode(firsts)
@@ -234,7 +224,7 @@ class VLMDataCollator:
         )
 
     def _one_row_per_group(self, rows: Sequence[Row]) -> list[Row]:
-        # the episode's number makes a group: two episodes can have equal token ids and different pictures
+        # the episode's number makes a group: two episodes may have equal token ids and different pictures
         indices = [row["episode_index"] for row in rows]
         starts = range(0, len(rows), self.num_rollouts)
         groups = [indices[start : start + self.num_rollouts] for start in starts]

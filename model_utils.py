@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as Fleet uses it: loading, what trains and what is frozen, and one tool call from one episode.
+"""Qwen2.5-VL as Fleet uses it: loading, LoRA and freezing, and one tool call from one episode.
 
 Owns every decision about weights: dtype, attention, LoRA targets, freezing. Knows no trainer.
 """
@@ -6,7 +6,6 @@ Owns every decision about weights: dtype, attention, LoRA targets, freezing. Kno
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +23,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from environment import Episode, ImageSource, Message
+from fleet.model_folder.files import is_adapter
 from fleet.model_folder.generation_settings import describe_unused, tokens_alone
 from fleet.model_folder.weights import require_every_weight, require_fitting_adapter
 from utils.images import open_image
 
 logger = logging.getLogger("fleet")
 
-# Every linear layer of the language model. A pattern, because `gate_proj` and its kin also name vision layers.
+# Every linear layer of the language model. A pattern, because vision layers have names such as `gate_proj` too.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 PARTS = ("vision tower", "merger", "language model")
 
@@ -52,11 +52,11 @@ def load_qwen25_vl(
 
     use_lora: wrap the language model's linear layers in new adapters, everything else frozen; an adapter folder is
     opened with its adapter either way. freeze_vision: the vision tower and its merger get no gradient. load_in_4bit:
-    NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only. Weights are read from safetensors alone, and no
-    code that a model brings is run. The vision tower uses flash attention where it is
-    installed and the dtype allows it. Under DeepSpeed ZeRO-3 the weights are sharded while they load.
-    Of the model's generation_config, end and padding tokens are taken and no other setting; what else it asks for is
-    logged in a line, and is in the files again when the model is saved.
+    NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only.
+    Weights are read from safetensors alone, and no code that a model brings is run. The vision tower uses flash
+    attention where it is installed and the dtype allows it. Under DeepSpeed ZeRO-3 the weights are sharded while they
+    load. Of the model's generation_config, only end and padding tokens are used. Its other settings are logged in a
+    line, and saved with the model again.
     Raises ValueError if the model is another architecture, its files and its weights do not fit each other, nothing
     ends its answers, or its processor does not pad left.
     """
@@ -81,16 +81,16 @@ def load_qwen25_vl(
     if read_adapter_config(model_id) is not None:
         model = PeftModel.from_pretrained(model, model_id, is_trainable=use_lora)
     elif use_lora:
-        config_of_lora = make_lora_config(lora_rank, lora_alpha, lora_dropout)
+        lora = make_lora_config(lora_rank, lora_alpha, lora_dropout)
         # mixed dtypes break ZeRO-3's gather of small parameters
-        model = get_peft_model(model, config_of_lora, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+        model = get_peft_model(model, lora, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     return model, processor
 
 
 def require_loadable(folder: str) -> None:
     """Raises ValueError or OSError if load_qwen25_vl would refuse this folder; reads no weight.
 
-    Must be called before a DeepSpeed configuration is made, beside which the meta device is refused.
+    Must be called before a DeepSpeed configuration is made, which excludes the meta device.
     """
     open_base(folder, device_map="meta", dtype="auto")
 
@@ -98,9 +98,9 @@ def require_loadable(folder: str) -> None:
 def open_base(
     model_id: str, revision: str | None = None, **loading_arguments: Any
 ) -> tuple[PreTrainedModel, Any, str | None]:
-    """(base model, processor, what its generation_config asks for in vain) of a model or of the base of an adapter.
+    """(base model, processor, its unused generation settings) of a model, or of an adapter's base.
 
-    loading_arguments: of `from_pretrained`. Raises as load_qwen25_vl, for an adapter's weights as well.
+    loading_arguments: of `from_pretrained`. Raises as load_qwen25_vl, also for an adapter's weights.
     """
     adapter = read_adapter_config(model_id)
     base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
@@ -112,7 +112,7 @@ def open_base(
     model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         base_id,
         output_loading_info=True,
-        # another shape is refused by name below; transformers itself would name none
+        # require_every_weight refuses another shape by name; transformers itself would name none
         ignore_mismatched_sizes=True,
         revision=revision,
         use_safetensors=True,
@@ -125,7 +125,7 @@ def open_base(
 
 
 def _read_config(base_id: str, revision: str | None) -> PreTrainedConfig:
-    # transformers opens an adapter with its base, and says nothing
+    # transformers opens an adapter with its base, without a word
     if find_adapter_config_file(base_id, revision=revision) is not None:
         raise ValueError(
             f"{base_id} is an adapter on the hub, but wanted a Qwen2.5-VL or an adapter in a folder; download it (hf "
@@ -150,7 +150,7 @@ def load_processor(model_id: str, *, revision: str | None = None) -> Any:
 
 
 def _require_fitting_processor(processor: Any, config: PreTrainedConfig, model_id: str) -> None:
-    """Raises ValueError unless pictures are cut as the model takes them, and every token has its place in the model."""
+    """Raises ValueError unless processor and model agree on patches and on tokens."""
     images, vision = processor.image_processor, config.vision_config
     tokenizer, num_embedded = processor.tokenizer, config.get_text_config().vocab_size
     for what, found, wanted in (
@@ -192,7 +192,7 @@ def _require_chat_template(processor: Any, model_id: str) -> None:
 
 def read_adapter_config(model_id: str) -> LoraConfig | None:
     """The LoRA configuration of an adapter folder; None for anything else. Raises ValueError if it is not LoRA's."""
-    if not (Path(model_id) / "adapter_config.json").is_file():
+    if not is_adapter(model_id):
         return None
     config = PeftConfig.from_pretrained(model_id)
     if not isinstance(config, LoraConfig):
@@ -201,7 +201,7 @@ def read_adapter_config(model_id: str) -> LoraConfig | None:
 
 
 def vision_attention(attn_implementation: str, dtype: torch.dtype) -> str:
-    """The vision tower's attention: flash if it is installed and can run, else the language model's."""
+    """The vision tower's attention: flash in place of sdpa if it is installed and can run."""
     can_run_flash = torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16)
     if can_run_flash and find_spec("flash_attn") is not None and attn_implementation == "sdpa":
         return "flash_attention_2"
@@ -243,7 +243,7 @@ def generate_tool_call(
 ) -> str:
     """The model's answer to one episode, as text without its end-of-turn token, ready for `judge`.
 
-    model: from load_qwen25_vl, so that its folder's generation_config has no say in what is sampled.
+    model: from load_qwen25_vl, which keeps the folder's generation_config from deciding how it samples.
     episode_or_messages: an Episode, or chat messages with an image placeholder for each of `images`.
     max_completion_length: tokens. temperature: 0 is greedy; above, it samples. max_pixels: budget of one image.
     """
@@ -266,12 +266,12 @@ def generate_tool_call(
 
 
 def media_token_ids(config: Any) -> list[int]:
-    """Tokens that stand for pixels and must never be sampled: one without its features stops the run."""
+    """Tokens that stand for pixels. They are never sampled: without features, one would stop the run."""
     return [config.image_token_id, config.video_token_id]
 
 
 def end_token_ids(model: Any) -> list[int]:
-    """Every token that ends a completion, as load_qwen25_vl has decided; TRL reads the same place."""
+    """Every token that ends a completion, from the generation_config that load_qwen25_vl set and TRL reads too."""
     ids = model.generation_config.eos_token_id
     return [ids] if isinstance(ids, int) else list(ids or [])
 
@@ -283,6 +283,6 @@ def up_to_end(completion_ids: list[int], end_ids: Sequence[int]) -> list[int]:
 
 
 def decode_completion(processor: Any, completion_ids: Sequence[int], end_ids: Sequence[int]) -> str:
-    """A completion's text without its one end token. Other special tokens stay visible, so the parser sees them."""
+    """A completion's text without its one end token. Other special tokens stay, so that the parser sees them."""
     ids = list(completion_ids[:-1] if completion_ids and completion_ids[-1] in end_ids else completion_ids)
     return processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

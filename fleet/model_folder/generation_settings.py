@@ -37,8 +37,8 @@ class TokensAlone(GenerationConfig):
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Writes the settings of the folder that the model is from."""
-        settings = super() if self._replaced is None else self._replaced
-        settings.save_pretrained(save_directory, *args, **kwargs)
+        save = super().save_pretrained if self._replaced is None else self._replaced.save_pretrained
+        save(save_directory, *args, **kwargs)
 
 
 def tokens_alone(asked: GenerationConfig, tokenizer: Any, vocabulary_size: int) -> TokensAlone:

@@ -5,7 +5,7 @@ products, two operations per multiply-add. Leaves out norms, rotations and softm
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 
@@ -96,8 +96,8 @@ def compare_work(
 
 def add_up(work_by_rank: Sequence[WorkComparison]) -> WorkComparison:
     """The work of all ranks together; the largest mask is the largest of any."""
-    *counts, mask_pairs = zip(*map(astuple, work_by_rank), strict=True)
-    return WorkComparison(*map(sum, counts), max(mask_pairs))
+    total = WorkComparison(*map(sum, zip(*map(astuple, work_by_rank), strict=True)))
+    return replace(total, largest_mask_pairs=max(work.largest_mask_pairs for work in work_by_rank))
 
 
 def _packed_work(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> TextWork:

@@ -1,8 +1,8 @@
-"""Peers: the processes of a run hear from each other that they are there, whatever their main threads do.
+"""Peers: the processes of a run hear from each other that they are alive, whatever their main threads do.
 
-A collective that waits for a process that was killed or stopped may wait for half an hour, most of all before the
-first generation. Here every process is connected to the first one, both send a byte a tick, and an end without a
-goodbye or a long silence is a loss. Imports no torch.
+A collective may wait half an hour for a process that was killed or stopped. Here every process is connected to the
+first one, and both send a byte per tick. An end without a goodbye is a loss, and so is a long silence. Imports no
+torch.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Peer:
             self.closed_s += tick_s
             return
         try:
-            # first, as a goodbye may lie before an end that a sending would run into
+            # read before sending: a goodbye may have come before the end that sending would meet
             content = self.connection.recv(4096)
             self.silent_s = 0.0
             self.is_closed = not content
@@ -55,9 +55,9 @@ class Peers:
         self.peers = tuple(peers)
 
     def first_lost(self, tick_s: float, silence_s: float, closed_s: float) -> str | None:
-        """The first process that is lost, in words; None if there is none. Must be called every `tick_s` seconds.
+        """The first process that is lost, in words; None if none is lost. Must be called every `tick_s` seconds.
 
-        silence_s: without a sign, after which one is lost. closed_s: after its connection closed without a goodbye.
+        A process is lost `silence_s` after its last sign, or `closed_s` after its connection closed without a goodbye.
         """
         for peer in self.peers:
             peer.tick(tick_s)
@@ -77,9 +77,9 @@ class Peers:
 
 
 def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers | None:
-    """The connected peers of this process; None for a run of one. Every process takes part.
+    """The connected peers of this process; None for a run of one, or if the first process is out of reach.
 
-    host: of the first process, as the others reach it. A machine that cannot be reached there is not heard from.
+    Every process takes part. host: the first process's, as the others reach it.
     """
     if num_processes == 1:
         return None
@@ -98,7 +98,7 @@ def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers |
 
 
 def _accept(server: socket.socket, token: bytes, num_others: int) -> list[Peer]:
-    """The others, as far as they come in time."""
+    """The other processes that connect in time."""
     peers: list[Peer] = []
     server.settimeout(CONNECT_S)
     while len(peers) < num_others:
@@ -108,7 +108,7 @@ def _accept(server: socket.socket, token: bytes, num_others: int) -> list[Peer]:
             hello = connection.recv(HELLO.size, socket.MSG_WAITALL)
         except OSError:
             return peers
-        if len(hello) == HELLO.size and HELLO.unpack(hello)[0] == token:
+        if len(hello) == HELLO.size and hello.startswith(token):
             peers.append(Peer(HELLO.unpack(hello)[1], connection))
         else:
             connection.close()

@@ -1,11 +1,11 @@
 """Watchdog: ends a process that makes no progress, with the reason in a line, so that no job hangs for ever.
 
-Where one process stalls, the others wait for it in a collective: the one that stalls ends first and says where, and
-its launcher ends the rest. A process that is stopped or lost is reported by those that wait for it. What counts as
-progress is each call of `beat`. Time in which the process itself was stopped (Ctrl-Z, a frozen container, a laptop
-asleep) does not count.
+Each call of `beat` is progress. Where one process stalls, the others wait for it in a collective: the stalled one ends
+first and says where, and its launcher ends the rest. The waiting ones report a process that is stopped or lost. Time in
+which the process itself was stopped (Ctrl-Z, a frozen container, a laptop asleep) does not count.
 """
 
+import contextlib
 import faulthandler
 import os
 import subprocess
@@ -15,18 +15,14 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from fleet.run.peers import Peers
 from utils.child_process import command_of
 
 STALLED_EXIT_CODE = 70  # sysexits.h: an internal software error
-# Those that wait for a stalled process leave it this much time to say so itself.
-WAITING_GRACE_S = 10.0
-# Code that runs without giving Python's threads a turn is ended from outside Python.
-FROZEN_GRACE_S = 20.0
-# Until the first generation a process may be reading a large model from a slow disk.
-STARTING_S = 1800.0
+WAITING_GRACE_S = 10.0  # the others wait so much longer, so that a stalled process says so itself
+FROZEN_GRACE_S = 20.0  # until code that gives Python's threads no turn is ended from outside Python
+STARTING_S = 1800.0  # before the first generation, a large model may be read from a slow disk
 STDERR = 2  # also where sys.stderr is no file
 COLLECTIVES = (
     "torch/distributed/",
@@ -39,10 +35,10 @@ COLLECTIVES = (
 
 
 class StillTime:
-    """Seconds since the last beat in which the process could run, told in ticks."""
+    """Seconds since the last beat in which the process could run, counted in ticks."""
 
     def __init__(self, tick_s: float, clock: Callable[[], float] = time.monotonic):
-        """tick_s: how long a tick should take."""
+        """tick_s: wanted length of a tick."""
         self.tick_s, self.clock = tick_s, clock
         self._still_s, self._last_tick_s = 0.0, clock()
 
@@ -51,7 +47,7 @@ class StillTime:
         self._still_s = 0.0
 
     def tick(self) -> float:
-        """The seconds, with those of the tick that has just ended. A tick far longer than it should be was a stop."""
+        """Ends a tick and returns the seconds so far. A tick of more than twice its length held a stop."""
         now_s = self.clock()
         self._still_s += min(now_s - self._last_tick_s, 2 * self.tick_s)
         self._last_tick_s = now_s
@@ -67,7 +63,6 @@ class Watchdog:
         self.peers: Peers | None = None
         self._activity, self._limit_s = "", timeout_s
         self._is_watching = False
-        self._main_thread_id = threading.main_thread().ident
         self._still = StillTime(min(1.0, timeout_s / 10))
         self._frozen_watch: subprocess.Popen[bytes] | None = None
 
@@ -76,11 +71,11 @@ class Watchdog:
         self._note(activity, max(self.timeout_s, STARTING_S))
 
     def beat(self, activity: str) -> None:
-        """Notes progress. activity: what the process now does, for the report."""
+        """Notes progress. activity: the process's next one, for the report."""
         self._note(activity, self.timeout_s)
 
     def stop(self, *, is_at_end: bool = True) -> None:
-        """No longer watches. is_at_end: tells the other processes that this one may be gone from now on."""
+        """Stops watching. is_at_end: tells the other processes that this one may be gone from now on."""
         self._is_watching = False
         if self.peers is not None and is_at_end:
             self.peers.say_goodbye()
@@ -112,7 +107,11 @@ class Watchdog:
             if not self._is_watching:
                 return
             limit_s = self._limit_s
-            self._tell_frozen_watch(f"{limit_s + FROZEN_GRACE_S} {self._activity}\n")
+            assert self._frozen_watch is not None and self._frozen_watch.stdin is not None
+            # it may be stopped or ended by somebody, and training may just have ended
+            with contextlib.suppress(OSError, ValueError):
+                line = f"{limit_s + FROZEN_GRACE_S} {self._activity}\n"
+                os.write(self._frozen_watch.stdin.fileno(), line.encode())
             lost = None
             if self.peers is not None:
                 lost = self.peers.first_lost(self._still.tick_s, self.timeout_s + FROZEN_GRACE_S, WAITING_GRACE_S)
@@ -120,26 +119,18 @@ class Watchdog:
                 self._end(f"process {self.rank} ends during {self._activity}, as {lost}")
             if still_s < limit_s:
                 continue
-            frame = sys._current_frames().get(self._main_thread_id or 0)
-            is_waiting = frame is not None and is_of_collective(traceback.extract_stack(frame))
+            calls = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
+            is_waiting = is_of_collective(calls)
             if still_s > limit_s + WAITING_GRACE_S * is_waiting and self._is_watching:
-                self._end(self._where(frame, is_waiting, still_s))
+                self._end(self._describe(calls, is_waiting, still_s))
 
-    def _tell_frozen_watch(self, line: str) -> None:
-        assert self._frozen_watch is not None and self._frozen_watch.stdin is not None
-        try:
-            os.write(self._frozen_watch.stdin.fileno(), line.encode())
-        except (OSError, ValueError):
-            # it is stopped, was ended by somebody, or training has just ended
-            return
-
-    def _end(self, what: str) -> None:
-        print(f"error: {what}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
+    def _end(self, reason: str) -> None:
+        print(f"error: {reason}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
         os._exit(STALLED_EXIT_CODE)
 
-    def _where(self, frame: FrameType | None, is_waiting: bool, still_s: float) -> str:
-        place = traceback.extract_stack(frame)[-1] if frame is not None else None
-        where = "an unknown place" if place is None else f"{Path(place.filename).name}:{place.lineno} ({place.name})"
+    def _describe(self, calls: traceback.StackSummary, is_waiting: bool, still_s: float) -> str:
+        place = calls[-1]
+        where = f"{Path(place.filename).name}:{place.lineno} ({place.name})"
         how = "waits for another process, which has stalled or is lost," if is_waiting else "has stalled"
         return (
             f"process {self.rank} {how} in {where} during {self._activity}: no progress for {still_s:.0f} s "
@@ -148,5 +139,5 @@ class Watchdog:
 
 
 def is_of_collective(calls: traceback.StackSummary) -> bool:
-    """Whether the innermost calls of a stack are those of a library that exchanges data between processes."""
+    """True if a stack's innermost calls are those of a library that exchanges data between processes."""
     return any(name in call.filename for call in calls[-4:] for name in COLLECTIVES)
