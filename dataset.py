@@ -22,7 +22,7 @@ Row = dict[str, Any]
 # Replacements are drawn this far on: no run gets there, and a prime step leaves the period of a repeating environment.
 REPLACEMENT_STRIDE = 1_000_000_007
 MAX_REPLACEMENTS = 100
-STAND_IN_SIDE_PX = 56
+STAND_IN_SIZE_PX = (56, 56)
 
 
 class EpisodeBatch(TypedDict):
@@ -129,7 +129,7 @@ def episode_row(
 
 def broken_row(index: int, reason: str) -> Row:
     """A row in place of an episode that does not exist; the run stops before anything is generated for it."""
-    picture = Image.new("RGB", (STAND_IN_SIDE_PX, STAND_IN_SIDE_PX))
+    picture = Image.new("RGB", STAND_IN_SIZE_PX)
     episode = Episode((picture,), ({"role": "user", "content": [{"type": "image"}]},), 0, ("",), None, 0)
     return episode_row(episode, index, [picture], broken=reason)
 
@@ -188,9 +188,15 @@ class VLMDataCollator:
         Raises ValueError unless each episode has exactly G neighbouring rows, RunStopped if its messages hold a literal
         that is a token to the model.
         """
-        firsts = self._one_row_per_group(rows)
+        # the episode's number makes a group: two episodes may have equal token ids and different pictures
+        firsts, given = rows[:: self.num_rollouts], [row["episode_index"] for row in rows]
+        indices = given[:: self.num_rollouts]
+        if given != [index for index in indices for _ in range(self.num_rollouts)]:
+            raise ValueError(
+                f"rows of episodes {given}, but wanted each episode {self.num_rollouts} times in a row; make the batch "
+                "size a multiple of num_rollouts and do not shuffle rows"
+            )
         # TRL reads a batch again for every step that reuses its generations; it is encoded once
-        indices = [row["episode_index"] for row in firsts]
         if self._latest is None or self._latest[0] != indices:
             self._latest = indices, self._encode(firsts)
         return self._latest[1]
@@ -201,11 +207,8 @@ class VLMDataCollator:
                 require_plain_messages(row["prompt"], f"episode {row['episode_index']}", self._literals)
             except NotPlainText as error:
                 raise ProcessStopped(f"{error}, and correct the environment or its data") from error
-        texts = [
-            self.processor.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-            for row in firsts
-        ]
-        images = [row["images"] for row in firsts]
+        prompts, images = [row["prompt"] for row in firsts], [row["images"] for row in firsts]
+        texts = self.processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
         encoded = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         return EpisodeBatch(
             input_ids=encoded["input_ids"],
@@ -219,32 +222,16 @@ class VLMDataCollator:
             faults=[row["fault"] for row in firsts],
             broken=[row["broken"] for row in firsts],
             images=images,
-            prompts=[row["prompt"] for row in firsts],
+            prompts=prompts,
             group_size=self.num_rollouts,
         )
-
-    def _one_row_per_group(self, rows: Sequence[Row]) -> list[Row]:
-        # the episode's number makes a group: two episodes may have equal token ids and different pictures
-        indices = [row["episode_index"] for row in rows]
-        starts = range(0, len(rows), self.num_rollouts)
-        groups = [indices[start : start + self.num_rollouts] for start in starts]
-        if any(group != [group[0]] * self.num_rollouts for group in groups):
-            raise ValueError(
-                f"rows of episodes {indices}, but wanted each episode {self.num_rollouts} times in a row; "
-                "make the batch size a multiple of num_rollouts and do not shuffle rows"
-            )
-        return [rows[start] for start in starts]
 
 
 def prompts_of_rollouts(batch: EpisodeBatch) -> tuple[list[list[int]], list[list[Image.Image]]]:
     """Each rollout's prompt ids without padding, and its pictures; B = P * G of each, group after group."""
-    masked_rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    prompts = [ids[mask.bool()].tolist() for ids, mask in masked_rows]
-    size = batch["group_size"]
-    return (
-        [prompt for prompt in prompts for _ in range(size)],
-        [pictures for pictures in batch["images"] for _ in range(size)],
-    )
+    pairs = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    prompts = [prompt for ids, mask in pairs for prompt in [ids[mask].tolist()] * batch["group_size"]]
+    return prompts, [pictures for pictures in batch["images"] for _ in range(batch["group_size"])]
 
 
 def repeat_episodes(batch: EpisodeBatch, first: int, last: int) -> dict[str, Any]:

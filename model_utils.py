@@ -32,7 +32,6 @@ logger = logging.getLogger("fleet")
 
 # Every linear layer of the language model. A pattern, because vision layers have names such as `gate_proj` too.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-PARTS = ("vision tower", "merger", "language model")
 
 
 def load_qwen25_vl(
@@ -63,15 +62,12 @@ def load_qwen25_vl(
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
+    vision = vision_attention(attn_implementation, dtype)
     model, processor, unused = open_base(
         model_id,
         revision,
         dtype=dtype,
-        attn_implementation={
-            "": attn_implementation,
-            "text_config": attn_implementation,
-            "vision_config": vision_attention(attn_implementation, dtype),
-        },
+        attn_implementation={"": attn_implementation, "text_config": attn_implementation, "vision_config": vision},
         quantization_config=quantization if load_in_4bit else None,
     )
     if unused is not None:
@@ -217,12 +213,10 @@ def make_lora_config(rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> L
 
 def count_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """(trainable, all) parameters of the vision tower, the merger and the language model, adapters included."""
-    counts = dict.fromkeys(PARTS, (0, 0))
+    counts = dict.fromkeys(("vision tower", "merger", "language model"), (0, 0))
     for name, parameter in model.named_parameters():
-        if "visual.merger." in name:
-            part = "merger"
-        else:
-            part = "vision tower" if "visual." in name else "language model"
+        vision_part = "merger" if "visual.merger." in name else "vision tower"
+        part = vision_part if "visual." in name else "language model"
         # a ZeRO-3 shard has no elements of its own; DeepSpeed keeps the full count beside it
         size = int(getattr(parameter, "ds_numel", parameter.numel()))
         trainable, total = counts[part]

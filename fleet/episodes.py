@@ -37,11 +37,9 @@ class EpisodeSource(Protocol):
 
     def episode(self, index: int) -> "Episode":
         """Episode `index` (0 or greater): a pure function of the environment's seed and `index`."""
-        ...
 
     def prompt_messages(self, episode: "Episode") -> list[Message]:
         """The episode's chat messages, with one `{"type": "image"}` placeholder per image."""
-        ...
 
 
 @dataclass(frozen=True)

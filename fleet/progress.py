@@ -37,8 +37,9 @@ class StepProgress:
     def logged(self, step: int, figures: Mapping[str, float | None]) -> None:
         """Shows those of FIGURES that a logged step has; a figure of None could not be measured."""
         if self._bar.disable:
-            words = [*_in_words(figures, FIGURES), f"{self._time_left(step)} left"]
-            self.say(f"step {step}/{self.last_step}: {', '.join(words)}")
+            seconds_a_step = (self._clock() - self._start_s) / max(step - self.first_step, 1)
+            left = f"{duration(seconds_a_step * (self.last_step - step))} left"
+            self.say(f"step {step}/{self.last_step}: {', '.join([*_in_words(figures, FIGURES), left])}")
         elif "reward" in figures:
             self._bar.set_postfix_str(", ".join(_in_words(figures, FIGURES[:2])))
 
@@ -49,10 +50,6 @@ class StepProgress:
     def close(self) -> None:
         """Leaves the bar as it is."""
         self._bar.close()
-
-    def _time_left(self, step: int) -> str:
-        seconds_a_step = (self._clock() - self._start_s) / max(step - self.first_step, 1)
-        return duration(seconds_a_step * (self.last_step - step))
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class ModelPolicy:
         size = self.settings.episodes_per_batch
         # under ZeRO-3 every rank must generate as often as the others: the last ones may answer an episode again
         per_rank = -(-len(episodes) // self.num_ranks)
-        own = [(number * self.num_ranks + self.rank) % max(len(episodes), 1) for number in range(per_rank)]
+        own = [(number * self.num_ranks + self.rank) % len(episodes) for number in range(per_rank)]
         collator = VLMDataCollator(self.processor, 1 + num_samples)
         answered: list[tuple[int, Answers]] = []
         devices = [self.model.device] if self.model.device.type == "cuda" else []

@@ -44,7 +44,6 @@ class Reward(Protocol):
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
         """The values of B completions. Never raises."""
-        ...
 
 
 class BoundedReward:
@@ -54,21 +53,10 @@ class BoundedReward:
     (reward_process.py), which gives it a main thread and can be ended.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        timeout_s: float = 60.0,
-        name: str | None = None,
-        *,
-        gives_copies: bool = True,
-    ):
-        """timeout_s: limit of one call. name: of the function in metrics and messages; by default its own.
-
-        gives_copies: True for a function that may change its arguments; it gets a copy of each prompt and episode.
-        """
+    def __init__(self, function: Callable[..., Any], timeout_s: float = 60.0, *, gives_copies: bool = True):
+        """timeout_s: limit of one call. gives_copies: the function, which may change them, gets copies of COPIED."""
         self.function, self.timeout_s, self.gives_copies = function, timeout_s, gives_copies
-        # TRL logs a reward function under this name
-        self.__name__ = name or name_of(function)
+        self.__name__ = name_of(function)
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
         """The function's values for B completions. Never raises, and takes `timeout_s` at most.
@@ -91,7 +79,7 @@ class BoundedReward:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The name under which a reward function is logged."""
+    """The name under which TRL logs a reward function."""
     return str(getattr(function, "__name__", type(function).__name__))
 
 

@@ -164,7 +164,4 @@ class RewardProcess:
         self._reader.close()
 
 
-@lru_cache
-def start_reward(spec: str, timeout_s: float) -> RewardProcess:
-    """The one RewardProcess of this function in this process. Raises ValueError as RewardProcess does."""
-    return RewardProcess(spec, timeout_s)
+start_reward = lru_cache(RewardProcess)  # gives the one RewardProcess of a function and time limit

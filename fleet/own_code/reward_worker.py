@@ -20,15 +20,7 @@ from dataclasses import asdict
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-from fleet.own_code.reward_function import (
-    CheckedRewards,
-    broken,
-    cannot_cross,
-    checked_call,
-    describe_error,
-    load_reward_function,
-    name_of,
-)
+from fleet.own_code import reward_function
 from utils.child_process import end_with_parent
 
 
@@ -66,28 +58,22 @@ class ColumnUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class Worker:
-    """Answers calls of one reward function."""
-
-    def __init__(self, function: Callable[..., Any], files: dict[str, str]):
-        self.function, self.files = function, files
-        self.log_history: list[dict[str, Any]] = []
-
-    def answer(self, request: dict[str, Any]) -> CheckedRewards:
-        """The function's values; each entry of a column is a copy of its own."""
-        name, completions = name_of(self.function), request["completions"]
-        try:
-            columns: dict[str, Any] = {
-                key: [ColumnUnpickler(entry, self.files).load() for entry in entries]
-                for key, entries in request["columns"].items()
-            }
-        except BaseException as error:
-            return broken(name, len(completions), cannot_cross(error))
-        if request["trainer_state"] is not None:
-            del self.log_history[request["num_logs_before"] :]
-            self.log_history += request["new_logs"]
-            columns["trainer_state"] = SimpleNamespace(**request["trainer_state"], log_history=self.log_history)
-        return checked_call(self.function, name, completions, columns)
+def answer(
+    function: Callable[..., Any], request: dict[str, Any], files: dict[str, str], log_history: list[dict[str, Any]]
+) -> reward_function.CheckedRewards:
+    """The function's values; each entry of a column is a copy of its own. log_history: of the last call; kept up."""
+    name, completions = reward_function.name_of(function), request["completions"]
+    try:
+        columns: dict[str, Any] = {
+            key: [ColumnUnpickler(entry, files).load() for entry in entries]
+            for key, entries in request["columns"].items()
+        }
+    except BaseException as error:
+        return reward_function.broken(name, len(completions), reward_function.cannot_cross(error))
+    if request["trainer_state"] is not None:
+        log_history[request["num_logs_before"] :] = request["new_logs"]
+        columns["trainer_state"] = SimpleNamespace(**request["trainer_state"], log_history=log_history)
+    return reward_function.checked_call(function, name, completions, columns)
 
 
 def main() -> None:
@@ -102,19 +88,20 @@ def main() -> None:
     first = pickle.load(reader)
     sys.path[:] = first["path"]
     try:
-        worker = Worker(load_reward_function(first["spec"]), first["files"])
+        function = reward_function.load_reward_function(first["spec"])
     except BaseException as error:
-        failed = f"reward={first['spec']} failed with {describe_error(error)}; correct it"
+        failed = f"reward={first['spec']} failed with {reward_function.describe_error(error)}; correct it"
         problem = str(error) if isinstance(error, ValueError) else failed
         send_answer(connection, {"problem": " ".join(problem.split())})
         return
-    send_answer(connection, {"problem": None, "name": name_of(worker.function)})
+    send_answer(connection, {"problem": None, "name": reward_function.name_of(function)})
+    log_history: list[dict[str, Any]] = []
     while True:
         try:
             request = pickle.load(reader)
         except (EOFError, pickle.UnpicklingError, ConnectionError):
             return
-        rewards = worker.answer(request)
+        rewards = answer(function, request, first["files"], log_history)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

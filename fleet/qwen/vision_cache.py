@@ -45,19 +45,14 @@ class VisionCache:
         fresh = {digests[place]: features.to("cpu") for place, features in zip(unknown, encoded, strict=True)}
         found = [fresh[digest] if digest in fresh else self._features[digest] for digest in digests]
         for digest, features in zip(digests, found, strict=True):
-            self._keep(digest, features)
+            self.num_bytes += 0 if digest in self._features else features.nbytes
+            self._features[digest] = features
+            self._features.move_to_end(digest)
+            while self.num_bytes > self.max_bytes:
+                self.num_bytes -= self._features.popitem(last=False)[1].nbytes
         return found
 
     def unknown_places(self, digests: Sequence[bytes]) -> list[int]:
         """The first place of each image that is not held."""
         first_places = {digest: place for place, digest in reversed(list(enumerate(digests)))}
         return sorted(place for digest, place in first_places.items() if digest not in self._features)
-
-    def _keep(self, digest: bytes, features: Tensor) -> None:
-        if digest not in self._features:
-            self.num_bytes += features.nbytes
-            self._features[digest] = features
-        self._features.move_to_end(digest)
-        while self.num_bytes > self.max_bytes:
-            _, dropped = self._features.popitem(last=False)
-            self.num_bytes -= dropped.nbytes

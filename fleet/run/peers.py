@@ -83,12 +83,12 @@ def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers |
     """
     if num_processes == 1:
         return None
-    server = socket.create_server(("", 0), backlog=num_processes) if rank == 0 else None
-    own = None if server is None else (server.getsockname()[1], secrets.token_bytes(16))
-    port, token = gather([own])[0]
-    if server is not None:
-        with server:
+    if rank == 0:
+        token = secrets.token_bytes(16)
+        with socket.create_server(("", 0), backlog=num_processes) as server:
+            gather([(server.getsockname()[1], token)])
             return Peers(_accept(server, token, num_processes - 1))
+    port, token = gather([None])[0]
     try:
         connection = socket.create_connection((host, port), CONNECT_S)
         connection.sendall(HELLO.pack(token, rank))

@@ -68,24 +68,11 @@ class Watchdog:
 
     def start_with(self, activity: str) -> None:
         """Notes progress before the first generation, where one activity may take STARTING_S."""
-        self._note(activity, max(self.timeout_s, STARTING_S))
+        self.beat(activity, max(self.timeout_s, STARTING_S))
 
-    def beat(self, activity: str) -> None:
-        """Notes progress. activity: the process's next one, for the report."""
-        self._note(activity, self.timeout_s)
-
-    def stop(self, *, is_at_end: bool = True) -> None:
-        """Stops watching. is_at_end: tells the other processes that this one may be gone from now on."""
-        self._is_watching = False
-        if self.peers is not None and is_at_end:
-            self.peers.say_goodbye()
-        if self._frozen_watch is not None and self._frozen_watch.stdin is not None:
-            self._frozen_watch.kill()
-            self._frozen_watch.wait()
-            self._frozen_watch.stdin.close()
-
-    def _note(self, activity: str, limit_s: float) -> None:
-        self._activity, self._limit_s, self._is_watching = activity, limit_s, True
+    def beat(self, activity: str, limit_s: float | None = None) -> None:
+        """Notes progress. activity: what begins now, for the report. limit_s: in place of timeout_s."""
+        self._activity, self._limit_s, self._is_watching = activity, limit_s or self.timeout_s, True
         self._still.beat()
         if self._frozen_watch is None:
             # prints every thread's stack where frozen_watch.py ends this process
@@ -99,6 +86,15 @@ class Watchdog:
             assert self._frozen_watch.stdin is not None
             os.set_blocking(self._frozen_watch.stdin.fileno(), False)
             threading.Thread(target=self._watch, daemon=True).start()
+
+    def stop(self, *, is_at_end: bool = True) -> None:
+        """Stops watching. is_at_end: tells the other processes that this one may be gone from now on."""
+        self._is_watching = False
+        if self.peers is not None and is_at_end:
+            self.peers.say_goodbye()
+        if self._frozen_watch is not None:
+            with self._frozen_watch as watch:
+                watch.kill()
 
     def _watch(self) -> None:
         while True:
