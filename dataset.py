@@ -99,10 +99,9 @@ class RepeatableEpisodeDataset:
             # launchers stop a process by its group; a worker must outlive its process's last step
             os.setpgid(0, 0)
         # a group reads its episode G times in a row, and TRL a whole batch again for every step that reuses it
-        self._latest_rows = {
-            index: self._latest_rows.get(index) or self[index] for index in dict.fromkeys(batch["episode_index"])
-        }
-        rows = [self._latest_rows[index] for index in batch["episode_index"]]
+        indices = batch["episode_index"]
+        self._latest_rows = {index: self._latest_rows.get(index) or self[index] for index in dict.fromkeys(indices)}
+        rows = [self._latest_rows[index] for index in indices]
         return {column: [row[column] for row in rows] for column in rows[0]}
 
 
@@ -240,15 +239,14 @@ def repeat_episodes(batch: EpisodeBatch, first: int, last: int) -> dict[str, Any
     With B = (last - first) * G rows: `prompt_ids`, `prompt_mask` and `mm_token_type_ids` are (B, L) int64,
     `pixel_values` and `image_grid_thw` hold the images of row after row, `num_images` is B ints.
     """
-    size, num_images = batch["group_size"], batch["num_images"]
-    grids = batch["image_grid_thw"].split(num_images)
+    chosen = [episode for episode in range(first, last) for _ in range(batch["group_size"])]
+    grids = batch["image_grid_thw"].split(batch["num_images"])
     patches = batch["pixel_values"].split([int(grid.prod(dim=1).sum()) for grid in grids])
-    chosen = [episode for episode in range(first, last) for _ in range(size)]
     return {
-        "prompt_ids": batch["input_ids"][first:last].repeat_interleave(size, dim=0),
-        "prompt_mask": batch["attention_mask"][first:last].repeat_interleave(size, dim=0),
-        "mm_token_type_ids": batch["mm_token_type_ids"][first:last].repeat_interleave(size, dim=0),
+        "prompt_ids": batch["input_ids"][chosen],
+        "prompt_mask": batch["attention_mask"][chosen],
+        "mm_token_type_ids": batch["mm_token_type_ids"][chosen],
         "pixel_values": torch.cat([patches[episode] for episode in chosen]),
         "image_grid_thw": torch.cat([grids[episode] for episode in chosen]),
-        "num_images": [num_images[episode] for episode in chosen],
+        "num_images": [batch["num_images"][episode] for episode in chosen],
     }

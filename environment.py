@@ -183,9 +183,8 @@ class PickImageEnv:
 
     def prompt_messages(self, episode: Episode) -> list[Message]:
         """The chat messages that ask for the episode's target: numbered image placeholders, then the instruction."""
-        return pick_image_messages(
-            episode.num_candidates, self.instruction(episode), allow_reasoning=self.allow_reasoning
-        )
+        instruction = self.instruction(episode)
+        return pick_image_messages(episode.num_candidates, instruction, allow_reasoning=self.allow_reasoning)
 
     def instruction(self, episode: Episode) -> str:
         """The sentence that says which image to pick; environments of your own override it."""

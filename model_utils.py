@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
@@ -242,21 +243,27 @@ def generate_tool_call(
     max_completion_length: tokens. temperature: 0 is greedy; above, it samples. max_pixels: budget of one image.
     """
     if isinstance(episode_or_messages, Episode):
-        messages, images = list(episode_or_messages.messages), episode_or_messages.images
-    else:
-        messages = list(episode_or_messages)
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        images, episode_or_messages = episode_or_messages.images, episode_or_messages.messages
+    text = processor.apply_chat_template(list(episode_or_messages), tokenize=False, add_generation_prompt=True)
     pictures = [open_image(image, max_pixels) for image in images or ()]
     inputs = processor(text=[text], images=pictures or None, return_tensors="pt").to(model.device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        # transformers samples from the likeliest 50 unless it is told otherwise
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-    generated = model.generate(
-        **inputs, max_new_tokens=max_completion_length, suppress_tokens=media_token_ids(model.config), **sampling
-    )
+    generated = model.generate(**inputs, generation_config=answer_config(model, max_completion_length, temperature))
     completion_ids = generated[0, inputs["input_ids"].shape[1] :].tolist()
     return decode_completion(processor, completion_ids, end_token_ids(model))
+
+
+def answer_config(model: Any, max_completion_length: int, temperature: float, top_p: float = 1.0) -> GenerationConfig:
+    """Draws from the policy itself, without media tokens; greedy at temperature 0. model: as loaded, for its ends."""
+    # transformers samples from the likeliest 50 unless it is told otherwise
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(
+        do_sample=temperature > 0,
+        max_new_tokens=max_completion_length,
+        eos_token_id=end_token_ids(model),
+        pad_token_id=model.generation_config.pad_token_id,
+        suppress_tokens=media_token_ids(model.config),
+        **sampling,
+    )
 
 
 def media_token_ids(config: Any) -> list[int]:

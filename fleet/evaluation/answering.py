@@ -15,14 +15,14 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from dataset import VLMDataCollator, episode_row
 from environment import Episode
 from fleet.errors import RunStopped
 from fleet.evaluation.figures import Answers, EvaluationPlan
 from fleet.qwen.group_passes import generate_groups
-from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
+from model_utils import answer_config, decode_completion, end_token_ids, up_to_end
 from utils.images import BadImage, image_digest, open_image
 
 logger = logging.getLogger("fleet")
@@ -98,8 +98,9 @@ class ModelPolicy:
         firsts = [episode_row(episode, number, self._pictures(episode)) for number, episode in episodes.items()]
         batch = send_to_device(collator([row for row in firsts for _ in range(group_size)]), self.model.device)
         processors = LogitsProcessorList([FirstOfGroupIsGreedy(group_size)] if num_samples else [])
-        config = generation_config(self.model, self.settings, is_sampling=num_samples > 0)
-        ends = end_token_ids(self.model)
+        settings, ends = self.settings, end_token_ids(self.model)
+        temperature = settings.temperature if num_samples else 0.0
+        config = answer_config(self.model, settings.max_completion_length, temperature, settings.top_p)
         completions = generate_groups(self.model, batch, None, config, processors).tolist()
         texts = [decode_completion(self.processor, up_to_end(ids, ends), ends) for ids in completions]
         starts = range(0, len(texts), group_size)
@@ -164,16 +165,3 @@ class FirstOfGroupIsGreedy(LogitsProcessor):
         firsts = scores[:: self.group_size]
         firsts.copy_(torch.full_like(firsts, -torch.inf).scatter(1, firsts.argmax(dim=1, keepdim=True), 0.0))
         return scores
-
-
-def generation_config(model: Any, settings: AnswerSettings, *, is_sampling: bool) -> GenerationConfig:
-    """Draws from the policy itself, without media tokens; the loaded model has the end and padding tokens."""
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if is_sampling else {}
-    return GenerationConfig(
-        do_sample=is_sampling,
-        max_new_tokens=settings.max_completion_length,
-        eos_token_id=end_token_ids(model),
-        pad_token_id=model.generation_config.pad_token_id,
-        suppress_tokens=media_token_ids(model.config),
-        **sampling,
-    )

@@ -76,13 +76,13 @@ class Peers:
                 peer.connection.send(GOODBYE)
 
 
-def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers | None:
-    """The connected peers of this process; None for a run of one, or if the first process is out of reach.
+def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers:
+    """The connected peers of this process; none for a run of one, or if the first process is out of reach.
 
     Every process takes part. host: the first process's, as the others reach it.
     """
     if num_processes == 1:
-        return None
+        return Peers([])
     if rank == 0:
         token = secrets.token_bytes(16)
         with socket.create_server(("", 0), backlog=num_processes) as server:
@@ -93,7 +93,7 @@ def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers |
         connection = socket.create_connection((host, port), CONNECT_S)
         connection.sendall(HELLO.pack(token, rank))
     except OSError:
-        return None
+        return Peers([])
     return Peers([Peer(0, connection)])
 
 

@@ -60,7 +60,7 @@ class Watchdog:
     def __init__(self, timeout_s: float, rank: int):
         """timeout_s: at least 1."""
         self.timeout_s, self.rank = timeout_s, rank
-        self.peers: Peers | None = None
+        self.peers = Peers([])
         self._activity, self._limit_s = "", timeout_s
         self._is_watching = False
         self._still = StillTime(min(1.0, timeout_s / 10))
@@ -90,7 +90,7 @@ class Watchdog:
     def stop(self, *, is_at_end: bool = True) -> None:
         """Stops watching. is_at_end: tells the other processes that this one may be gone from now on."""
         self._is_watching = False
-        if self.peers is not None and is_at_end:
+        if is_at_end:
             self.peers.say_goodbye()
         if self._frozen_watch is not None:
             with self._frozen_watch as watch:
@@ -108,9 +108,7 @@ class Watchdog:
             with contextlib.suppress(OSError, ValueError):
                 line = f"{limit_s + FROZEN_GRACE_S} {self._activity}\n"
                 os.write(self._frozen_watch.stdin.fileno(), line.encode())
-            lost = None
-            if self.peers is not None:
-                lost = self.peers.first_lost(self._still.tick_s, self.timeout_s + FROZEN_GRACE_S, WAITING_GRACE_S)
+            lost = self.peers.first_lost(self._still.tick_s, self.timeout_s + FROZEN_GRACE_S, WAITING_GRACE_S)
             if lost is not None and self._is_watching:
                 self._end(f"process {self.rank} ends during {self._activity}, as {lost}")
             if still_s < limit_s:
