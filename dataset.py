@@ -56,18 +56,12 @@ class RepeatableEpisodeDataset:
     """
 
     def __init__(self, env: EpisodeSource, max_pixels: int | None = None):
-        """max_pixels: budget of one image in pixels (see utils.images.open_image); None keeps the file's size.
-
-        Images are shrunk here, so that every processor and vLLM see the same pixels.
-        """
+        """max_pixels: budget of one image; None keeps its size. Spent here, so that vLLM sees the same pixels."""
         self.env, self.max_pixels = env, max_pixels
         self._latest_rows: dict[int, Row] = {}
 
     def __getitem__(self, index: int) -> Row:
-        """The row (see episode_row) of episode `index` (0 or greater); costs the same for every index.
-
-        Raises RunStopped if neither the episode nor any of 100 in its place can be shown.
-        """
+        """The row of episode `index`, 0 or greater. Raises RunStopped if neither it nor 100 others can be shown."""
         fault = None
         for number in range(index, index + (1 + MAX_REPLACEMENTS) * REPLACEMENT_STRIDE, REPLACEMENT_STRIDE):
             try:
@@ -87,10 +81,7 @@ class RepeatableEpisodeDataset:
         return map(self.__getitem__, itertools.count())
 
     def as_hf_dataset(self, num_episodes: int) -> datasets.Dataset:
-        """The first `num_episodes` episodes as the map-style data set that TRL's trainers accept.
-
-        Holds one integer per episode. Rows are made when they are read, so a resumed run skips to step n at no cost.
-        """
+        """The first episodes as TRL's map-style data set. Rows are made when read, so a resume skips at no cost."""
         indices = datasets.Dataset.from_dict({"episode_index": range(num_episodes)})
         return indices.with_transform(self._rows_by_column)
 
@@ -134,10 +125,7 @@ def broken_row(index: int, reason: str) -> Row:
 
 
 def require_episodes(broken_by_rank: Sequence[Sequence[str | None]]) -> None:
-    """Raises RunStopped, the same on every rank, if the environment gave any rank something that is no episode.
-
-    broken_by_rank: `broken` of each rank's batch.
-    """
+    """Raises RunStopped, the same on every rank, if `broken` of any rank's batch holds a reason."""
     for rank, reason in _with_ranks(broken_by_rank):
         raise RunStopped(
             f"process {rank}: the environment is broken: {reason}; the last checkpoint is whole: correct the file of "
@@ -146,11 +134,7 @@ def require_episodes(broken_by_rank: Sequence[Sequence[str | None]]) -> None:
 
 
 def count_faults(faults_by_rank: Sequence[Sequence[str | None]], *, skips_bad_images: bool) -> int:
-    """The number of episodes of a generation that were replaced, over all ranks.
-
-    faults_by_rank: `faults` of each rank's batch. Raises RunStopped, the same on every rank, for the first fault unless
-    bad images are skipped.
-    """
+    """The number of replaced episodes of all ranks. Raises RunStopped for one unless bad images are skipped."""
     faults = _with_ranks(faults_by_rank)
     if faults and not skips_bad_images:
         rank, fault = faults[0]
@@ -168,10 +152,7 @@ class VLMDataCollator:
     """Makes one EpisodeBatch of P episodes' rows, G neighbouring rows each; encodes every episode once."""
 
     def __init__(self, processor: Any, num_rollouts: int):
-        """processor: a Qwen2.5-VL processor. num_rollouts: G, the rows that each episode must have.
-
-        Raises ValueError if the processor pads on the right: generation would go on from padding, without a word.
-        """
+        """num_rollouts: G, the rows of each episode. Raises ValueError if the processor pads on the right."""
         if processor.tokenizer.padding_side != "left":
             raise ValueError(
                 f"the processor pads on the {processor.tokenizer.padding_side}, but generation needs left padding; "
@@ -182,11 +163,7 @@ class VLMDataCollator:
         self._latest: tuple[list[int], EpisodeBatch] | None = None
 
     def __call__(self, rows: Sequence[Row]) -> EpisodeBatch:
-        """The batch of these rows.
-
-        Raises ValueError unless each episode has exactly G neighbouring rows, RunStopped if its messages hold a literal
-        that is a token to the model.
-        """
+        """The batch of these rows. Raises ValueError for split groups, RunStopped for text that is a model's token."""
         # the episode's number makes a group: two episodes may have equal token ids and different pictures
         firsts, given = rows[:: self.num_rollouts], [row["episode_index"] for row in rows]
         indices = given[:: self.num_rollouts]

@@ -153,8 +153,8 @@ class PickImageEnv:
             raise ValueError(
                 f"data folder {self.data_root} has {len(self.paths_by_label)} different labels "
                 f"({sorted(self.paths_by_label)[:6]}), but with --fixed_correct_index none each of the "
-                f"candidates_per_episode={num_shown} images needs its own; add classes, or lower "
-                "--candidates_per_episode"
+                f"candidates_per_episode={num_shown} images needs its own; "
+                "add classes, or lower --candidates_per_episode"
             )
 
     def episode(self, index: int) -> Episode:
@@ -200,10 +200,7 @@ class PickImageEnv:
         return observation, {"episode": self._current}
 
     def step(self, action: str) -> tuple[None, float, bool, bool, dict[str, Any]]:
-        """(None, reward, terminated, truncated, info) of answering with the text `action`.
-
-        An episode ends with its first step, so no observation follows. Raises RuntimeError before `reset`.
-        """
+        """(None, reward, True, False, info) of answering with the text `action`. Raises RuntimeError before `reset`."""
         if self._current is None:
             raise RuntimeError("step() without an episode: each has one step; call reset() first")
         episode, self._current = self._current, None
@@ -230,11 +227,7 @@ def pick_image_messages(num_images: int, instruction: str, *, allow_reasoning: b
 
 
 def load_environment_class(spec: str) -> type:
-    """The class that `path/to/file.py:ClassName` names. Runs that file.
-
-    Raises ValueError if the spec has another form, the file or the class is missing, or the class lacks a method that
-    training calls.
-    """
+    """The class that `path/to/file.py:ClassName` names. Runs that file. Raises ValueError if training cannot use it."""
     module, class_name = load_user_file(spec, "env", "path/to/file.py:ClassName")
     env_class = getattr(module, class_name, None)
     missing = [name for name in ("episode", "prompt_messages") if not callable(getattr(env_class, name, None))]
@@ -248,10 +241,7 @@ def load_environment_class(spec: str) -> type:
 
 @lru_cache
 def system_text(allow_reasoning: bool = False) -> str:
-    """The system message's account of the tool: its schema, and the form of a call.
-
-    allow_reasoning: asks for text before the call, which --allow_reasoning then accepts.
-    """
+    """The tool's schema and the form of a call, for a system message. allow_reasoning: asks for text before it."""
     strict = "Reply with exactly one call and nothing else, in this form:"
     lenient = "Think first if it helps, then end your reply with exactly one call, in this form:"
     rule = lenient if allow_reasoning else strict

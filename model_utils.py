@@ -85,20 +85,15 @@ def load_qwen25_vl(
 
 
 def require_loadable(folder: str) -> None:
-    """Raises ValueError or OSError if load_qwen25_vl would refuse this folder; reads no weight.
-
-    Must be called before a DeepSpeed configuration is made, which excludes the meta device.
-    """
+    """Raises ValueError or OSError if load_qwen25_vl would refuse this folder; reads no weight."""
+    # must come before a DeepSpeed configuration is made, which excludes the meta device
     open_base(folder, device_map="meta", dtype="auto")
 
 
 def open_base(
     model_id: str, revision: str | None = None, **loading_arguments: Any
 ) -> tuple[PreTrainedModel, Any, str | None]:
-    """(base model, processor, its unused generation settings) of a model, or of an adapter's base.
-
-    loading_arguments: of `from_pretrained`. Raises as load_qwen25_vl, also for an adapter's weights.
-    """
+    """(base model, processor, unused generation settings) of a model or an adapter's base. Raises as load_qwen25_vl."""
     adapter = read_adapter_config(model_id)
     base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
     config = _read_config(base_id, revision)
@@ -172,10 +167,8 @@ def _require_chat_template(processor: Any, model_id: str) -> None:
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "USER-TEXT"}]},
     ]
     try:
-        prompt, question = (
-            processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
-            for opens_answer in (True, False)
-        )
+        prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        question = processor.apply_chat_template(messages, tokenize=False)
     except (ValueError, TypeError, TemplateError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model {model_id} has no chat template that can be used ({reason}); {remedy}") from error

@@ -25,10 +25,7 @@ MAX_SCALE_CHANGE, MAX_SHIFT, MAX_SHADE_CHANGE = 0.25, 0.14, 0.2
 
 
 def blanked(episode: Episode, max_pixels: int | None = None) -> Episode:
-    """The episode with every picture grey, which leaves text, position and the pictures' sizes.
-
-    max_pixels: budget of one image, see utils.images.open_image.
-    """
+    """The episode with every picture grey; text, places and sizes are left. max_pixels: budget of one image."""
     sizes = [open_image(image, max_pixels).size for image in episode.images]
     return replace(episode, images=tuple(Image.new("RGB", size, BLANK_GREY) for size in sizes))
 
@@ -71,10 +68,7 @@ def with_order_permuted(env: EpisodeSource, episode: Episode, index: int, rng: r
 
 
 def redrawn(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """The picture in another size (up to 25 % more or less), place (14 % of a side) and shade (20 %).
-
-    The sides that come into view have the colour of the first pixel.
-    """
+    """The picture in another size (up to 25 % more or less), place (14 % of a side) and shade (20 %)."""
     width, height = picture.size
     scale = 1 + rng.uniform(-MAX_SCALE_CHANGE, MAX_SCALE_CHANGE)
     centre_x = width * (0.5 + rng.uniform(-MAX_SHIFT, MAX_SHIFT))

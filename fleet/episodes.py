@@ -89,10 +89,7 @@ def checked_fields(env: EpisodeSource, index: int) -> Episode:
 
 
 def checked_messages(env: EpisodeSource, episode: Episode, name: str) -> tuple[Message, ...]:
-    """The messages that `prompt_messages` makes of a sound episode: a role and a list of parts each.
-
-    name: of the episode, for errors, such as "episode 7". Raises as `checked_episode` does.
-    """
+    """The checked messages of a sound episode. name: its name in errors. Raises as `checked_episode` does."""
     check = partial(_sound_messages, num_images=episode.num_candidates)
     return _asked(lambda: env.prompt_messages(episode), check, name, "prompt_messages")
 

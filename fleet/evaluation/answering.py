@@ -30,18 +30,14 @@ logger = logging.getLogger("fleet")
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """Settings of generation.
+    """Settings of generation."""
 
-    episodes_per_batch: answered by one device at a time, each with its samples. max_pixels: budget of one image.
-    seed: of samples.
-    """
-
-    episodes_per_batch: int
+    episodes_per_batch: int  # that one device answers at a time, each with its samples
     max_completion_length: int
     temperature: float = 1.0
     top_p: float = 1.0
-    max_pixels: int | None = None
-    seed: int = 0
+    max_pixels: int | None = None  # budget of one image
+    seed: int = 0  # of samples
 
 
 class ModelPolicy:
@@ -108,16 +104,13 @@ class ModelPolicy:
 
     def _prompt_key(self, episode: Episode) -> tuple[str, ...]:
         """Equal for episodes whose messages are the same and whose pictures have the same pixels or files."""
-        shown = [
-            image_digest(image).hex() if isinstance(image, Image.Image) else str(image) for image in episode.images
-        ]
-        return (json.dumps(episode.messages), *shown)
+        key = [image_digest(image).hex() if isinstance(image, Image.Image) else str(image) for image in episode.images]
+        return (json.dumps(episode.messages), *key)
 
     def _pictures(self, episode: Episode) -> list[Image.Image]:
-        return [
-            open_image(image, self.settings.max_pixels) if isinstance(image, Image.Image) else self._open(image)
-            for image in episode.images
-        ]
+        budget = self.settings.max_pixels
+        images = episode.images
+        return [open_image(image, budget) if isinstance(image, Image.Image) else self._open(image) for image in images]
 
 
 def sound_part(plan: EvaluationPlan, *, rank: int, num_ranks: int, skips_bad_images: bool) -> EvaluationPlan:

@@ -33,18 +33,14 @@ Policy = Callable[[Sequence[Episode], int], list[Answers]]
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """The held-out episodes of a seed, in order, and how they are answered.
-
-    num_passed_over: episodes that were left out, as the run had drawn the same. num_samples: per episode, besides the
-    greedy answer. ks: of pass@k, each from 1 to num_samples.
-    """
+    """The held-out episodes of a seed, in order, and how they are answered."""
 
     env: EpisodeSource
     episodes: tuple[Episode, ...]
     seed: int
-    num_passed_over: int = 0
-    num_samples: int = 0
-    ks: tuple[int, ...] = ()
+    num_passed_over: int = 0  # episodes that were left out, as the run had drawn the same
+    num_samples: int = 0  # per episode, besides the greedy answer
+    ks: tuple[int, ...] = ()  # of pass@k, each from 1 to num_samples
     allow_reasoning: bool = False
     prompt_style: str = "direct"
     max_pixels: int | None = None  # budget of one image, which changed pictures keep to as well

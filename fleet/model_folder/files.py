@@ -28,13 +28,10 @@ def base_of(model_id: str) -> str:
 
 
 def require_whole_folder(folder: Path) -> None:
-    """Raises UsageError if a folder's index names a file that is not there, or its generation settings are not JSON.
-
-    The libraries would make up generation settings of their own.
-    """
+    """Raises UsageError if a folder's index names a missing file, or its generation settings are not JSON."""
     settings, index = folder / GENERATION_CONFIG_NAME, folder / SHARDS_INDEX_NAME
     if settings.is_file():
-        read_json(settings)
+        read_json(settings)  # for which the libraries would make up settings of their own
     if not index.is_file():
         return
     places = read_json(index).get("weight_map")

@@ -1,8 +1,7 @@
 """Of a model folder's generation settings, the end and padding tokens decide how the model answers, and no other.
 
-`generate` takes each setting that its caller leaves unset from the model's own generation_config. So a loaded model
-gets one of these tokens alone, through which no setting of a later transformers leaks either. The folder's own
-settings are written wherever the model is saved.
+`generate` takes each setting that its caller leaves unset from the model's generation_config. So a loaded model gets
+one of these tokens alone, and no setting leaks. The folder's own settings are written wherever the model is saved.
 """
 
 from os import PathLike

@@ -18,8 +18,7 @@ TIMEOUT_S = 10.0
 def require_qwen_on_hub(model_id: str, revision: str | None = None, *, endpoint: str | None = None) -> None:
     """Raises UsageError if the hub says that it has no such model, or that the model is no Qwen2.5-VL.
 
-    Reads the copy in the hub's cache if there is one, else asks the hub once, for up to TIMEOUT_S seconds. Logs a line
-    if neither answers. endpoint: the hub's address, by default huggingface_hub's own.
+    Reads the hub's cache, else asks the hub (endpoint) once, for up to TIMEOUT_S. Logs a line if neither answers.
     """
     try:
         cached = try_to_load_from_cache(model_id, CONFIG_NAME, revision=revision)

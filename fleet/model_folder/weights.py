@@ -21,10 +21,7 @@ OLD_PREFIX, PREFIX = "base_model.model.model.layers.", "base_model.model.model.l
 
 
 def require_every_weight(loading: Mapping[str, Any]) -> None:
-    """Raises ValueError if a model's files lacked a weight, held one in another shape, or one that nothing takes.
-
-    loading: from `from_pretrained` with output_loading_info and ignore_mismatched_sizes.
-    """
+    """Raises ValueError if a weight is missing, unknown or of another shape. loading: `from_pretrained`'s info."""
     _refuse("its files", loading["missing_keys"], loading["unexpected_keys"])
     for name, saved, wanted in sorted(loading["mismatched_keys"]):
         raise ValueError(
@@ -63,11 +60,7 @@ def require_fitting_adapter(folder: str, adapter: LoraConfig, base_config: PreTr
 
 @torch.no_grad()
 def first_weight_not_finite(model: nn.Module) -> str | None:
-    """The name of the model's first weight that holds an infinity or NaN; None if all are finite.
-
-    Costs one pass over the weights where they are, without a copy of any. Under ZeRO-3 it reads this process's shards
-    alone; of 4-bit weights it reads the scales.
-    """
+    """The name of the first weight, or own shard, that holds an infinity or NaN; None if all are finite."""
     for name, parameter in model.named_parameters():
         for numbers in _local_tensors(parameter):
             can_be_infinite = numbers.is_floating_point() and numbers.numel() and not numbers.is_meta
@@ -93,12 +86,9 @@ def _local_tensors(parameter: nn.Parameter) -> list[Tensor]:
 
 
 def _refuse(whose: str, missing: Collection[str], unknown: Collection[str]) -> None:
-    """Raises ValueError if any weight is missing or unknown. whose: the start of the sentence."""
-    found = [
-        f"{word} {len(names)} weights, {min(names)} among them"
-        for word, names in (("lack", missing), ("have unknown", unknown))
-        if names
-    ]
+    """Raises ValueError if any weight is missing or unknown. whose: the start of the message."""
+    kinds = (("lack", missing), ("have unknown", unknown))
+    found = [f"{word} {len(names)} weights, {min(names)} among them" for word, names in kinds if names]
     if not found:
         return
     remedy = "restore the files that were saved together"

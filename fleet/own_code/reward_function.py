@@ -50,7 +50,7 @@ class BoundedReward:
     """A Python function as a reward that always answers in time, with numbers that are finite or NaN.
 
     The function runs in a thread of this process. The function of a user's file has a process of its own instead
-    (reward_process.py), which gives it a main thread and can be ended.
+    (reward_process.py), with a main thread, which is ended when it hangs.
     """
 
     def __init__(self, function: Callable[..., Any], timeout_s: float = 60.0, *, gives_copies: bool = True):
@@ -61,8 +61,7 @@ class BoundedReward:
     def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
         """The function's values for B completions. Never raises, and takes `timeout_s` at most.
 
-        A function that hangs is left behind in a thread that ends with the process. A function that hangs in C code
-        and holds Python's lock cannot be left. columns: the other KEYWORDS.
+        A function that hangs is left in its thread, unless it is C code that holds Python's lock. columns: KEYWORDS.
         """
         found: list[CheckedRewards] = []
 
@@ -86,10 +85,7 @@ def name_of(function: Callable[..., Any]) -> str:
 def checked_call(
     function: Callable[..., Any], name: str, completions: list[str], columns: dict[str, Any]
 ) -> CheckedRewards:
-    """The function's values for B completions. Never raises, whatever the function does or returns.
-
-    The function may return a sequence of B numbers, or of B sequences of one number each, which is shape (B, 1).
-    """
+    """The function's values for B completions; it may return shape (B,) or (B, 1). Never raises."""
     num_completions = len(completions)
     try:
         returned = function(completions=completions, **columns)
@@ -142,11 +138,7 @@ def checked_value(value: Any) -> float:
 
 
 def load_reward_function(spec: str) -> Callable[..., Any]:
-    """The function that `path/to/file.py:function` names. Runs that file.
-
-    Raises ValueError if the spec has another form, the file or the function is missing, or the function does not take
-    KEYWORDS.
-    """
+    """The function that `path/to/file.py:function` names. Runs that file. Raises ValueError if none takes KEYWORDS."""
     module, name = load_user_file(spec, "reward", "path/to/file.py:function")
     function = getattr(module, name, None)
     if not callable(function):

@@ -34,22 +34,15 @@ class RewardProcess:
     """
 
     def __init__(self, spec: str, timeout_s: float = 60.0):
-        """Runs the file, however long that takes. timeout_s: limit of one call.
-
-        Raises ValueError if the function is missing or does not take KEYWORDS, or the file fails.
-        """
+        """Runs the file, however long it takes. timeout_s: of one call. Raises ValueError as load_reward_function."""
         self.spec, self.timeout_s = spec, timeout_s
         self._process: subprocess.Popen[bytes] | None = None
-        self._num_logs_sent = 0
         self._owner_pid = os.getpid()
         self.__name__ = self._start()
         atexit.register(self.close)
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
-        """The function's values for B completions. Never raises, and takes about `timeout_s` at most.
-
-        columns: the other KEYWORDS; lists of B entries, each of which crosses as a copy of its own.
-        """
+        """The function's values for B completions, in about `timeout_s`. Never raises. columns: the other KEYWORDS."""
         try:
             if self._process is None:
                 self._start()
@@ -86,11 +79,8 @@ class RewardProcess:
             )
         self._reader = self._connection.makefile("rb")
         self._num_logs_sent = 0
-        files = {
-            name: str(module.__file__)
-            for name, module in list(sys.modules.items())
-            if name.startswith(USER_MODULES) and getattr(module, "__file__", None)
-        }
+        modules = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
+        files = {name: file for name, file in modules if name.startswith(USER_MODULES) and file}
         answer = self._ask(pickle.dumps({"spec": self.spec, "path": sys.path, "files": files}), None)
         problem = f"reward={self.spec} {answer}" if isinstance(answer, str) else answer["problem"]
         if problem is not None:

@@ -25,10 +25,7 @@ from utils.child_process import end_with_parent
 
 
 def outlive_signals(numbers: tuple[int, ...]) -> None:
-    """Ignores signals that a terminal or a scheduler sends to all: the parent decides when this process ends.
-
-    Processes that the user's code starts do not ignore them, so they can be terminated.
-    """
+    """Ignores signals that are sent to all, as the parent ends this process. Processes that it starts heed them."""
     own_pid, before = os.getpid(), {number: signal.getsignal(number) for number in numbers}
 
     def pass_over(number: int, frame: FrameType | None) -> None:

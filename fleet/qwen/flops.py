@@ -35,9 +35,8 @@ def text_flops(config: Any, work: TextWork) -> int:
     head_dim = text.hidden_size // text.num_attention_heads
     projections = 2 * text.hidden_size * head_dim * (text.num_attention_heads + text.num_key_value_heads)
     per_token = 2 * (projections + 3 * text.hidden_size * text.intermediate_size)
-    per_pair = 4 * text.hidden_size
     return (
-        text.num_hidden_layers * (work.num_tokens * per_token + work.num_pairs * per_pair)
+        text.num_hidden_layers * (work.num_tokens * per_token + work.num_pairs * 4 * text.hidden_size)
         + 2 * work.num_scored * text.hidden_size * text.vocab_size
     )
 
@@ -50,9 +49,7 @@ def vision_flops(config: Any, grids_thw: Sequence[Sequence[int]]) -> int:
     # a window is counted whole: its side in patches is a multiple of the merged side
     side = vision.window_size // vision.patch_size
     full_pairs = sum(time * (height * width) ** 2 for time, height, width in grids_thw)
-    window_pairs = sum(
-        time * _sum_of_squares(height, side) * _sum_of_squares(width, side) for time, height, width in grids_thw
-    )
+    window_pairs = sum(time * _squares(height, side) * _squares(width, side) for time, height, width in grids_thw)
     num_full = len(vision.fullatt_block_indexes)
     patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     per_patch = 2 * hidden * (4 * hidden + 3 * vision.intermediate_size)
@@ -107,6 +104,6 @@ def _packed_work(prompt_lengths: Sequence[int], completion_lengths: Sequence[Seq
     return TextWork(len(totals) * num_slots, len(totals) * num_slots**2, sum(totals))
 
 
-def _sum_of_squares(length: int, side: int) -> int:
+def _squares(length: int, side: int) -> int:
     """Sum of the squares of the pieces that windows of `side` cut `length` into."""
     return length // side * side**2 + (length % side) ** 2

@@ -52,13 +52,12 @@ def why_not_to_pack(attention: str, work: WorkComparison) -> str | None:
 
 def prompt_positions(model: nn.Module, batch: EpisodeBatch) -> Tensor:
     """Positions of the prompts' tokens, images included: (3, P, L) int64, L as in the batch."""
-    positions_3PL, _ = base_qwen(model).model.get_rope_index(
+    return base_qwen(model).model.get_rope_index(
         batch["input_ids"],
         mm_token_type_ids=batch["mm_token_type_ids"],
         image_grid_thw=batch["image_grid_thw"],
         attention_mask=batch["attention_mask"],
-    )
-    return positions_3PL
+    )[0]
 
 
 def image_inputs(batch: EpisodeBatch, groups: slice, features: Sequence[Tensor] | None) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 A packed row is the prompt without its last token, then G branches, then padding. Branch g is the last prompt token and
 then completion g without its last token, so its slots predict all tokens of the completion. A branch continues the
-prompt's positions and sees the prompt and itself. So each slot computes what its token computes behind a prompt of its
-own: one prompt's work instead of G.
+prompt's positions and sees the prompt and itself, so each slot computes what it would behind a prompt of its own.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Features of the images that a frozen vision tower has seen, kept in host memory for the whole run.
 
 Owns what is kept and for how long. Knows an image by a digest of its pixels, so nothing goes stale while the vision
-side is frozen. Asks for one image at a time, so that a resumed run, which begins with an empty cache, gets the same
-bits.
+side is frozen. Asks for one image at a time, so that a resumed run, whose cache is empty, gets the same bits.
 """
 
 from collections import OrderedDict
@@ -26,8 +25,7 @@ class VisionCache:
                 "image features cannot be kept while the vision tower, its merger or an adapter in them trains; "
                 "pass --freeze_vision true or --vision_cache_mib 0"
             )
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
+        self.max_bytes, self.num_bytes = max_bytes, 0
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def features_of(

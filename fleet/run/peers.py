@@ -1,8 +1,7 @@
 """Peers: the processes of a run hear from each other that they are alive, whatever their main threads do.
 
 A collective may wait half an hour for a process that was killed or stopped. Here every process is connected to the
-first one, and both send a byte per tick. An end without a goodbye is a loss, and so is a long silence. Imports no
-torch.
+first one, and both send a byte per tick. An end without a goodbye, or a long silence, is a loss. Imports no torch.
 """
 
 import contextlib
@@ -77,10 +76,7 @@ class Peers:
 
 
 def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers:
-    """The connected peers of this process; none for a run of one, or if the first process is out of reach.
-
-    Every process takes part. host: the first process's, as the others reach it.
-    """
+    """The connected peers of this process; none if the first one is out of reach. host: of that one."""
     if num_processes == 1:
         return Peers([])
     if rank == 0:

@@ -1,8 +1,7 @@
 """The end of a run between two steps, at SIGTERM or SIGINT, or when another run has taken over its folder.
 
-A signalled run finishes its step, saves on all processes, and exits with a code. A scheduler that takes a machine back
-sends SIGTERM to one process or to all. A second signal exits at once. Signals before the first step and after the last
-one do what they always do.
+A signalled run finishes its step, saves on all processes, and exits with a code. A scheduler sends SIGTERM to one
+process or to all. A second signal exits at once. Before the first step and after the last, signals act as always.
 """
 
 import logging

@@ -123,8 +123,7 @@ class Watchdog:
         os._exit(STALLED_EXIT_CODE)
 
     def _describe(self, calls: traceback.StackSummary, is_waiting: bool, still_s: float) -> str:
-        place = calls[-1]
-        where = f"{Path(place.filename).name}:{place.lineno} ({place.name})"
+        where = f"{Path(calls[-1].filename).name}:{calls[-1].lineno} ({calls[-1].name})"
         how = "waits for another process, which has stalled or is lost," if is_waiting else "has stalled"
         return (
             f"process {self.rank} {how} in {where} during {self._activity}: no progress for {still_s:.0f} s "
