@@ -27,8 +27,8 @@ class StepProgress:
         """first_step: the last one before this process began, from which the time left is estimated. clock: seconds."""
         self.first_step, self.last_step, self._clock = first_step, last_step, clock
         self._start_s = clock()
-        has_bar = sys.stderr.isatty()
-        self._bar = tqdm(total=last_step, initial=first_step, dynamic_ncols=True, unit="step", disable=not has_bar)
+        # None: no bar where stderr is no terminal
+        self._bar = tqdm(total=last_step, initial=first_step, dynamic_ncols=True, unit="step", disable=None)
 
     def step_done(self, step: int) -> None:
         """Moves the bar to a step."""

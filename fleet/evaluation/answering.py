@@ -108,8 +108,7 @@ class ModelPolicy:
         return (json.dumps(episode.messages), *key)
 
     def _pictures(self, episode: Episode) -> list[Image.Image]:
-        budget = self.settings.max_pixels
-        images = episode.images
+        budget, images = self.settings.max_pixels, episode.images
         return [open_image(image, budget) if isinstance(image, Image.Image) else self._open(image) for image in images]
 
 

@@ -29,7 +29,6 @@ class TokensAlone(GenerationConfig):
     _replaced: GenerationConfig | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that `generate` reads."""
         settings = super().to_dict()
         settings.pop("_replaced", None)
         return settings

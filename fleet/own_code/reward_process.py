@@ -68,12 +68,12 @@ class RewardProcess:
 
     def _start(self) -> str:
         """Starts the process and has it run the file. Returns the function's name. Raises ValueError if that fails."""
-        self._connection, of_worker = socket.socketpair()
-        with of_worker:
+        self._connection, worker_end = socket.socketpair()
+        with worker_end:
             self._process = subprocess.Popen(
-                command_of("fleet.own_code.reward_worker", of_worker.fileno(), os.getpid()),
+                command_of("fleet.own_code.reward_worker", worker_end.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,
-                pass_fds=[of_worker.fileno()],
+                pass_fds=[worker_end.fileno()],
                 # a terminal or a launcher signals this process's group, and does not mean the function
                 process_group=0,
             )

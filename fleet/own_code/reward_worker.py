@@ -46,7 +46,6 @@ class ColumnUnpickler(pickle.Unpickler):
         self.files = files
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class of that name in the module."""
         if module in self.files and module not in sys.modules:
             spec = importlib.util.spec_from_file_location(module, self.files[module])
             assert spec is not None and spec.loader is not None

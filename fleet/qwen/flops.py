@@ -50,10 +50,9 @@ def vision_flops(config: Any, grids_thw: Sequence[Sequence[int]]) -> int:
     side = vision.window_size // vision.patch_size
     full_pairs = sum(time * (height * width) ** 2 for time, height, width in grids_thw)
     window_pairs = sum(time * _squares(height, side) * _squares(width, side) for time, height, width in grids_thw)
-    num_full = len(vision.fullatt_block_indexes)
+    num_full, merged_width = len(vision.fullatt_block_indexes), hidden * merge**2
     patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     per_patch = 2 * hidden * (4 * hidden + 3 * vision.intermediate_size)
-    merged_width = hidden * merge**2
     return (
         2 * num_patches * patch_values * hidden
         + vision.depth * num_patches * per_patch

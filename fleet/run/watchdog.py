@@ -38,7 +38,6 @@ class StillTime:
     """Seconds since the last beat in which the process could run, counted in ticks."""
 
     def __init__(self, tick_s: float, clock: Callable[[], float] = time.monotonic):
-        """tick_s: wanted length of a tick."""
         self.tick_s, self.clock = tick_s, clock
         self._still_s, self._last_tick_s = 0.0, clock()
 
