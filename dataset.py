@@ -1,8 +1,9 @@
 """Episodes become batches: an endless random-access dataset, and a collator that encodes each episode once.
 
-Owns the rows TRL sees and the batch the trainer gets. Knows the processor's outputs, but no model.
+Owns the rows that TRL sees and the batch that the trainer gets. Knows the processor's outputs, but no model.
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
@@ -18,15 +19,14 @@ from utils.plain_text import NotPlainText, require_plain_messages
 
 Row = dict[str, Any]
 
-# The episodes from which replacements are drawn: further on than any run gets, and prime, so that an environment that
-# repeats itself gives another one.
+# Replacements are drawn this far on: no run gets there, and a prime step leaves the period of a repeating environment.
 REPLACEMENT_STRIDE = 1_000_000_007
 MAX_REPLACEMENTS = 100
-STAND_IN_SIDE_PX = 56
+STAND_IN_SIZE_PX = (56, 56)
 
 
 class EpisodeBatch(TypedDict):
-    """P distinct episodes, encoded once each, for groups of G rollouts. On one device; never split inside a group.
+    """P distinct episodes, encoded once each, for groups of G rollouts. On one device; a group is never split.
 
     L is the longest prompt, left-padded; I the images of all episodes in order; N the patches of all images.
     """
@@ -39,8 +39,8 @@ class EpisodeBatch(TypedDict):
     num_images: list[int]  # P ints that sum to I
     image_digests: list[bytes]  # I, equal for equal pictures
     episodes: list[Episode]  # P
-    faults: list[str | None]  # P; why an episode's number shows another one's, None where it does not
-    broken: list[str | None]  # P; why there is no such episode, so that the run stops, None where there is
+    faults: list[str | None]  # P; the reason why another episode stands in, or None
+    broken: list[str | None]  # P; the reason why there is no such episode, which stops the run, or None
     images: list[list[Image.Image]]  # P lists of RGB pictures, for vLLM and for reports
     prompts: list[list[Message]]  # P conversations
     group_size: int  # G
@@ -49,26 +49,19 @@ class EpisodeBatch(TypedDict):
 class RepeatableEpisodeDataset:
     """Endless episodes by number: item i is `env.episode(i)`, on every rank, in every run and after every resume.
 
-    An episode of which an image has gone bad since it was checked is replaced by number i + k * 1,000,000,007 for the
-    first k that is sound, the same one every time; its row says so in `fault`, and `count_faults` decides what follows.
-    Where the environment gives something that is no episode, the row says so in `broken`, and the run stops as it comes
-    to it: until then a worker that reads ahead must not end it, nor one process alone.
+    An episode with an image that has gone bad since it was checked is replaced by number i + k * 1,000,000,007, for the
+    first k that is sound. Its row gives the reason in `fault`, and `count_faults` decides what follows. Where the
+    environment gives something that is no episode, the row gives the reason in `broken`. The run stops when it comes
+    to that row: a worker that reads ahead must not end it earlier, nor one process alone.
     """
 
     def __init__(self, env: EpisodeSource, max_pixels: int | None = None):
-        """max_pixels: budget of one image in pixels (see utils.images.open_image); None keeps the file's size.
-
-        The budget is spent here, before any processor or vLLM sees the image, so that all of them see the same pixels.
-        """
-        self.env = env
-        self.max_pixels = max_pixels
+        """max_pixels: budget of one image; None keeps its size. Spent here, so that vLLM sees the same pixels."""
+        self.env, self.max_pixels = env, max_pixels
         self._latest_rows: dict[int, Row] = {}
 
     def __getitem__(self, index: int) -> Row:
-        """The row (see episode_row) of episode `index` (0 or greater); costs the same for every index.
-
-        Raises RunStopped if it cannot be shown and neither can any of 100 in its place.
-        """
+        """The row of episode `index`, 0 or greater. Raises RunStopped if neither it nor 100 others can be shown."""
         fault = None
         for number in range(index, index + (1 + MAX_REPLACEMENTS) * REPLACEMENT_STRIDE, REPLACEMENT_STRIDE):
             try:
@@ -79,22 +72,16 @@ class RepeatableEpisodeDataset:
             except BrokenEpisode as error:
                 return broken_row(index, str(error) if fault is None else f"{fault}; in its place, {error}")
             else:
-                return episode_row(episode, index, episode.messages, pictures, fault)
+                return episode_row(episode, index, pictures, fault)
         raise ProcessStopped(
             f"{fault}; {MAX_REPLACEMENTS} other episodes cannot be shown either: is the data folder gone?"
         )
 
     def __iter__(self) -> Iterator[Row]:
-        index = 0
-        while True:
-            yield self[index]
-            index += 1
+        return map(self.__getitem__, itertools.count())
 
     def as_hf_dataset(self, num_episodes: int) -> datasets.Dataset:
-        """The first `num_episodes` episodes as the map-style data set that TRL's trainers accept.
-
-        Holds one integer an episode; rows are made when they are read, so skipping to step n on resume reads nothing.
-        """
+        """The first episodes as TRL's map-style data set. Rows are made when read, so a resume skips at no cost."""
         indices = datasets.Dataset.from_dict({"episode_index": range(num_episodes)})
         return indices.with_transform(self._rows_by_column)
 
@@ -102,31 +89,25 @@ class RepeatableEpisodeDataset:
         if torch.utils.data.get_worker_info() is not None and os.getpgrp() != os.getpid():
             # launchers stop a process by its group; a worker must outlive its process's last step
             os.setpgid(0, 0)
-        # a group asks for its episode G times in a row, and TRL for a whole batch once per step that reuses it
-        self._latest_rows = {
-            index: self._latest_rows.get(index) or self[index] for index in dict.fromkeys(batch["episode_index"])
-        }
-        rows = [self._latest_rows[index] for index in batch["episode_index"]]
+        # a group reads its episode G times in a row, and TRL a whole batch again for every step that reuses it
+        indices = batch["episode_index"]
+        self._latest_rows = {index: self._latest_rows.get(index) or self[index] for index in dict.fromkeys(indices)}
+        rows = [self._latest_rows[index] for index in indices]
         return {column: [row[column] for row in rows] for column in rows[0]}
 
 
 def episode_row(
-    episode: Episode,
-    index: int,
-    messages: Sequence[Message],
-    pictures: list[Image.Image],
-    fault: str | None = None,
-    broken: str | None = None,
+    episode: Episode, index: int, pictures: list[Image.Image], fault: str | None = None, broken: str | None = None
 ) -> Row:
     """An episode as a row of the data set.
 
     Its columns: `episode_index`; `prompt` (chat messages) and `images` (RGB pictures), which TRL's own trainer reads
-    too; `correct_index` and `num_candidates`, which the reward reads; `episode`; `fault`, why it is not the episode of
-    that index, or None; `broken`, why there is none and a stand-in is shown, or None.
+    too; `correct_index` and `num_candidates`, which a reward of TRL's reads; `episode`; `fault`, the reason why it is
+    not the episode of that index, or None; `broken`, the reason why it is a stand-in for none, or None.
     """
     return {
         "episode_index": index,
-        "prompt": list(messages),
+        "prompt": list(episode.messages),
         "images": pictures,
         "correct_index": episode.correct_index,
         "num_candidates": episode.num_candidates,
@@ -137,34 +118,24 @@ def episode_row(
 
 
 def broken_row(index: int, reason: str) -> Row:
-    """A row in the place of an episode that does not exist; the run stops before anything is generated for it."""
-    picture = Image.new("RGB", (STAND_IN_SIDE_PX, STAND_IN_SIDE_PX))
-    messages: list[Message] = [{"role": "user", "content": [{"type": "image"}]}]
-    episode = Episode((picture,), tuple(messages), 0, ("",), None, 0)
-    return episode_row(episode, index, messages, [picture], broken=reason)
+    """A row in place of an episode that does not exist; the run stops before anything is generated for it."""
+    picture = Image.new("RGB", STAND_IN_SIZE_PX)
+    episode = Episode((picture,), ({"role": "user", "content": [{"type": "image"}]},), 0, ("",), None, 0)
+    return episode_row(episode, index, [picture], broken=reason)
 
 
 def require_episodes(broken_by_rank: Sequence[Sequence[str | None]]) -> None:
-    """Raises RunStopped, the same on every rank, if the environment gave something that is no episode to any.
-
-    broken_by_rank: of each rank's episodes, the reason where one is broken.
-    """
-    for rank, reasons in enumerate(broken_by_rank):
-        for reason in reasons:
-            if reason is not None:
-                raise RunStopped(
-                    f"process {rank}: the environment is broken: {reason}; the last checkpoint is whole: correct the "
-                    "file of --env and pass --resume"
-                )
+    """Raises RunStopped, the same on every rank, if `broken` of any rank's batch holds a reason."""
+    for rank, reason in _with_ranks(broken_by_rank):
+        raise RunStopped(
+            f"process {rank}: the environment is broken: {reason}; the last checkpoint is whole: correct the file of "
+            "--env and pass --resume"
+        )
 
 
-def count_faults(faults_of_ranks: Sequence[Sequence[str | None]], *, skips_bad_images: bool) -> int:
-    """How many episodes of a generation were replaced, over all ranks.
-
-    faults_of_ranks: by rank, those of its episodes. Raises RunStopped, the same on every rank, for the first of them
-    unless bad images are skipped.
-    """
-    faults = [(rank, fault) for rank, of_rank in enumerate(faults_of_ranks) for fault in of_rank if fault is not None]
+def count_faults(faults_by_rank: Sequence[Sequence[str | None]], *, skips_bad_images: bool) -> int:
+    """The number of replaced episodes of all ranks. Raises RunStopped for one unless bad images are skipped."""
+    faults = _with_ranks(faults_by_rank)
     if faults and not skips_bad_images:
         rank, fault = faults[0]
         raise RunStopped(
@@ -173,34 +144,35 @@ def count_faults(faults_of_ranks: Sequence[Sequence[str | None]], *, skips_bad_i
     return len(faults)
 
 
+def _with_ranks(reasons_by_rank: Sequence[Sequence[str | None]]) -> list[tuple[int, str]]:
+    return [(rank, reason) for rank, reasons in enumerate(reasons_by_rank) for reason in reasons if reason is not None]
+
+
 class VLMDataCollator:
-    """Rows of P episodes, G in a row each, become one EpisodeBatch in which every episode is encoded once."""
+    """Makes one EpisodeBatch of P episodes' rows, G neighbouring rows each; encodes every episode once."""
 
     def __init__(self, processor: Any, num_rollouts: int):
-        """processor: a Qwen2.5-VL processor. num_rollouts: G, the rows that each episode must have.
-
-        Raises ValueError if the processor pads on the right: generation would continue from padding, and training
-        would go wrong without a word.
-        """
+        """num_rollouts: G, the rows of each episode. Raises ValueError if the processor pads on the right."""
         if processor.tokenizer.padding_side != "left":
             raise ValueError(
                 f"the processor pads on the {processor.tokenizer.padding_side}, but generation needs left padding; "
                 "load it with padding_side='left', as load_qwen25_vl does"
             )
-        self.processor = processor
-        self.num_rollouts = num_rollouts
+        self.processor, self.num_rollouts = processor, num_rollouts
         self._literals = frozenset(processor.tokenizer.get_added_vocab())
         self._latest: tuple[list[int], EpisodeBatch] | None = None
 
     def __call__(self, rows: Sequence[Row]) -> EpisodeBatch:
-        """The batch of these rows.
-
-        Raises ValueError if an episode has not exactly G neighbouring rows, RunStopped if its messages hold a literal
-        that is a token to the model.
-        """
-        firsts = self._one_row_per_group(rows)
-        # TRL reads a batch again for every step that reuses its generations; it is not encoded again
-        indices = [row["episode_index"] for row in firsts]
+        """The batch of these rows. Raises ValueError for split groups, RunStopped for text that is a model's token."""
+        # the episode's number makes a group: two episodes may have equal token ids and different pictures
+        firsts, given = rows[:: self.num_rollouts], [row["episode_index"] for row in rows]
+        indices = given[:: self.num_rollouts]
+        if given != [index for index in indices for _ in range(self.num_rollouts)]:
+            raise ValueError(
+                f"rows of episodes {given}, but wanted each episode {self.num_rollouts} times in a row; make the batch "
+                "size a multiple of num_rollouts and do not shuffle rows"
+            )
+        # TRL reads a batch again for every step that reuses its generations; it is encoded once
         if self._latest is None or self._latest[0] != indices:
             self._latest = indices, self._encode(firsts)
         return self._latest[1]
@@ -211,11 +183,8 @@ class VLMDataCollator:
                 require_plain_messages(row["prompt"], f"episode {row['episode_index']}", self._literals)
             except NotPlainText as error:
                 raise ProcessStopped(f"{error}, and correct the environment or its data") from error
-        texts = [
-            self.processor.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-            for row in firsts
-        ]
-        images = [row["images"] for row in firsts]
+        prompts, images = [row["prompt"] for row in firsts], [row["images"] for row in firsts]
+        texts = self.processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
         encoded = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         return EpisodeBatch(
             input_ids=encoded["input_ids"],
@@ -229,32 +198,16 @@ class VLMDataCollator:
             faults=[row["fault"] for row in firsts],
             broken=[row["broken"] for row in firsts],
             images=images,
-            prompts=[row["prompt"] for row in firsts],
+            prompts=prompts,
             group_size=self.num_rollouts,
         )
-
-    def _one_row_per_group(self, rows: Sequence[Row]) -> list[Row]:
-        # the episode's number makes a group: two episodes can have equal token ids and different pictures
-        indices = [row["episode_index"] for row in rows]
-        starts = range(0, len(rows), self.num_rollouts)
-        groups = [indices[start : start + self.num_rollouts] for start in starts]
-        if any(group != [group[0]] * self.num_rollouts for group in groups):
-            raise ValueError(
-                f"rows of episodes {indices}, but wanted each episode {self.num_rollouts} times in a row; "
-                "make the batch size a multiple of num_rollouts and do not shuffle rows"
-            )
-        return [rows[start] for start in starts]
 
 
 def prompts_of_rollouts(batch: EpisodeBatch) -> tuple[list[list[int]], list[list[Image.Image]]]:
     """Each rollout's prompt ids without padding, and its pictures; B = P * G of each, group after group."""
-    masked_rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    prompts = [ids[mask.bool()].tolist() for ids, mask in masked_rows]
-    size = batch["group_size"]
-    return (
-        [prompt for prompt in prompts for _ in range(size)],
-        [pictures for pictures in batch["images"] for _ in range(size)],
-    )
+    pairs = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    prompts = [prompt for ids, mask in pairs for prompt in [ids[mask].tolist()] * batch["group_size"]]
+    return prompts, [pictures for pictures in batch["images"] for _ in range(batch["group_size"])]
 
 
 def repeat_episodes(batch: EpisodeBatch, first: int, last: int) -> dict[str, Any]:
@@ -263,15 +216,14 @@ def repeat_episodes(batch: EpisodeBatch, first: int, last: int) -> dict[str, Any
     With B = (last - first) * G rows: `prompt_ids`, `prompt_mask` and `mm_token_type_ids` are (B, L) int64,
     `pixel_values` and `image_grid_thw` hold the images of row after row, `num_images` is B ints.
     """
-    size, num_images = batch["group_size"], batch["num_images"]
-    grids = batch["image_grid_thw"].split(num_images)
+    chosen = [episode for episode in range(first, last) for _ in range(batch["group_size"])]
+    grids = batch["image_grid_thw"].split(batch["num_images"])
     patches = batch["pixel_values"].split([int(grid.prod(dim=1).sum()) for grid in grids])
-    chosen = [episode for episode in range(first, last) for _ in range(size)]
     return {
-        "prompt_ids": batch["input_ids"][first:last].repeat_interleave(size, dim=0),
-        "prompt_mask": batch["attention_mask"][first:last].repeat_interleave(size, dim=0),
-        "mm_token_type_ids": batch["mm_token_type_ids"][first:last].repeat_interleave(size, dim=0),
+        "prompt_ids": batch["input_ids"][chosen],
+        "prompt_mask": batch["attention_mask"][chosen],
+        "mm_token_type_ids": batch["mm_token_type_ids"][chosen],
         "pixel_values": torch.cat([patches[episode] for episode in chosen]),
         "image_grid_thw": torch.cat([grids[episode] for episode in chosen]),
-        "num_images": [num_images[episode] for episode in chosen],
+        "num_images": [batch["num_images"][episode] for episode in chosen],
     }

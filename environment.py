@@ -1,7 +1,6 @@
-"""PickImageEnv: what is asked, and what counts as right.
+"""PickImageEnv: the question of an episode, and the judgement of an answer.
 
-Owns the draw of an episode and the judgement of an answer; what an Episode may hold is in fleet/episodes.py. It
-turns no answer into a training reward (reward.py does), and touches no tensor.
+fleet/episodes.py says what an Episode may hold, and reward.py turns verdicts into training rewards. Touches no tensor.
 """
 
 import json
@@ -21,11 +20,10 @@ from utils.user_files import load_user_file
 
 Item = TypeVar("Item")
 
-# what a task is made of, for those who write one
+# the parts of a task, for those who write one
 __all__ = [
     "Episode", "EpisodeSource", "ImageSource", "Judgement", "Message", "Outcome", "ParseStatus", "PickImageEnv",
-    "judge", "load_environment_class", "sample_distinct",
-    "system_text",
+    "judge", "load_environment_class", "sample_distinct", "system_text",
 ]  # fmt: skip
 
 TOOL_NAME = "pick_image"
@@ -37,7 +35,7 @@ TOOL_SCHEMA = {
 
 
 class Outcome(StrEnum):
-    """What an answer amounts to."""
+    """The outcomes of an answer."""
 
     CORRECT = "correct"
     WRONG_INDEX = "wrong_index"  # a valid call that picks another candidate
@@ -55,7 +53,7 @@ class Judgement:
 
 
 def judge(text: str, correct_index: int, num_candidates: int, *, allow_reasoning: bool = False) -> Judgement:
-    """The verdict on a completion: the one place that decides what counts as right.
+    """The verdict on a completion. No other function decides what is right.
 
     text: a whole completion without its end-of-turn token. A wrong answer is a verdict, never an exception.
 
@@ -84,9 +82,9 @@ class PickImageEnv:
     | truncated   | always False                                                                                  |
     | info        | reset: "episode"; step: "outcome", "parse_status", "index", "correct_index"                   |
 
-    `fixed_correct_index=k`: the answer is always k and the instruction names no picture, the toy that proves the
-    loop. `fixed_correct_index=None`: the target is drawn per episode and named ("Pick the red circle."), and the N
-    candidates have N different labels, so only a model that looks can win.
+    `fixed_correct_index=k`: the answer is always k and the instruction names no picture. This toy proves the loop.
+    `fixed_correct_index=None`: the target is drawn per episode and named ("Pick the red circle."), and the N candidates
+    have N different labels, so only a model that looks can win.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class PickImageEnv:
 
         candidates_per_episode: N >= 2. fixed_correct_index: in [0, N), or None. seed: any int.
         Raises ValueError for numbers out of range or a folder with too few images; FileNotFoundError or
-        NotADirectoryError for a folder that is none.
+        NotADirectoryError if `data_root` is not a folder.
         """
         if candidates_per_episode < 2:
             raise ValueError(
@@ -117,47 +115,54 @@ class PickImageEnv:
             )
         self.candidates_per_episode = candidates_per_episode
         self.fixed_correct_index = fixed_correct_index
-        self.seed = seed
-        self.allow_reasoning = allow_reasoning
-        self.data_root = data_root
+        self.seed, self.allow_reasoning, self.data_root = seed, allow_reasoning, data_root
         folder = list_folder(data_root)
         self.folder_notes = folder.notes
         self._draw_from(folder.images)
-        self._reset_seed = seed
-        self._next_index = 0
+        self._reset_seed, self._next_index = seed, 0
         self._current: Episode | None = None
 
     def without_images(self, paths: Collection[Path]) -> Self:
-        """This environment on the rest of its images. Raises ValueError if they are too few.
+        """This environment on the rest of its images. Raises ValueError if too few are left.
 
         An environment of your own that derives more than episodes from `images` overrides this and derives it anew.
         """
-        left_out = set(paths)
-        narrowed = copy(self)
+        narrowed, left_out = copy(self), set(paths)
         narrowed._draw_from(tuple(image for image in self.images if image.path not in left_out))
         return narrowed
 
     def with_images(self, names: Collection[str]) -> Self:
-        """This environment as it was when its folder held these images too, by their paths from the folder on."""
+        """This environment as it was when its folder still held these images. names: paths within the folder."""
         widened = copy(self)
         widened._draw_from(list_folder(self.data_root, gone=names).images)
         return widened
 
     def _draw_from(self, images: tuple[LabelledImage, ...]) -> None:
-        self.images = images
-        self.paths_by_label = _group_by_label(images)
+        self.images, num_shown = images, self.candidates_per_episode
+        self.paths_by_label: dict[str, list[Path]] = {}
+        for image in images:
+            self.paths_by_label.setdefault(image.label, []).append(image.path)
         if self.fixed_correct_index is None:
             require_distinct_labels(images)
-        _require_enough(
-            images, self.paths_by_label, self.data_root, self.candidates_per_episode, self.fixed_correct_index
-        )
+        if len(images) < num_shown:
+            raise ValueError(
+                f"data folder {self.data_root} has {len(images)} images, but candidates_per_episode={num_shown} "
+                "distinct ones are shown; add images or lower --candidates_per_episode"
+            )
+        if self.fixed_correct_index is None and len(self.paths_by_label) < num_shown:
+            raise ValueError(
+                f"data folder {self.data_root} has {len(self.paths_by_label)} different labels "
+                f"({sorted(self.paths_by_label)[:6]}), but with --fixed_correct_index none each of the "
+                f"candidates_per_episode={num_shown} images needs its own; "
+                "add classes, or lower --candidates_per_episode"
+            )
 
     def episode(self, index: int) -> Episode:
         """Episode `index` (0 or greater): a pure function of (seed, index), the same on every machine."""
         return self.draw_episode(self.seed, index)
 
     def draw_episode(self, seed: int, index: int) -> Episode:
-        """Episode `index` of another seed; environments of your own override this and keep it a pure function."""
+        """Episode `index` of any seed; environments of your own override this and keep it a pure function."""
         if index < 0:
             raise ValueError(f"episode index {index} is negative; episodes are numbered from 0")
         rng = random.Random(f"fleet/{seed}/{index}")
@@ -178,9 +183,8 @@ class PickImageEnv:
 
     def prompt_messages(self, episode: Episode) -> list[Message]:
         """The chat messages that ask for the episode's target: numbered image placeholders, then the instruction."""
-        return pick_image_messages(
-            episode.num_candidates, self.instruction(episode), allow_reasoning=self.allow_reasoning
-        )
+        instruction = self.instruction(episode)
+        return pick_image_messages(episode.num_candidates, instruction, allow_reasoning=self.allow_reasoning)
 
     def instruction(self, episode: Episode) -> str:
         """The sentence that says which image to pick; environments of your own override it."""
@@ -196,10 +200,7 @@ class PickImageEnv:
         return observation, {"episode": self._current}
 
     def step(self, action: str) -> tuple[None, float, bool, bool, dict[str, Any]]:
-        """(observation, reward, terminated, truncated, info) of answering with the text `action`.
-
-        The observation is None: an episode ends with its first step. Raises RuntimeError before `reset`.
-        """
+        """(None, reward, True, False, info) of answering with the text `action`. Raises RuntimeError before `reset`."""
         if self._current is None:
             raise RuntimeError("step() without an episode: each has one step; call reset() first")
         episode, self._current = self._current, None
@@ -226,11 +227,7 @@ def pick_image_messages(num_images: int, instruction: str, *, allow_reasoning: b
 
 
 def load_environment_class(spec: str) -> type:
-    """The class that `path/to/file.py:ClassName` names.
-
-    Runs that file. Raises ValueError if the spec has another form, the file or the class is missing, or the class
-    lacks a method that training calls.
-    """
+    """The class that `path/to/file.py:ClassName` names. Runs that file. Raises ValueError if training cannot use it."""
     module, class_name = load_user_file(spec, "env", "path/to/file.py:ClassName")
     env_class = getattr(module, class_name, None)
     missing = [name for name in ("episode", "prompt_messages") if not callable(getattr(env_class, name, None))]
@@ -244,44 +241,12 @@ def load_environment_class(spec: str) -> type:
 
 @lru_cache
 def system_text(allow_reasoning: bool = False) -> str:
-    """What a system message says of the tool: its schema, and the form of a call.
-
-    allow_reasoning: whether text before the call is asked for, as --allow_reasoning then accepts it.
-    """
-    if allow_reasoning:
-        rule = "Think first if it helps, then end your reply with exactly one call, in this form:"
-    else:
-        rule = "Reply with exactly one call and nothing else, in this form:"
+    """The tool's schema and the form of a call, for a system message. allow_reasoning: asks for text before it."""
+    strict = "Reply with exactly one call and nothing else, in this form:"
+    lenient = "Think first if it helps, then end your reply with exactly one call, in this form:"
+    rule = lenient if allow_reasoning else strict
     form = f'{CALL_OPEN}\n{{"name": "{TOOL_NAME}", "arguments": {{"index": NUMBER}}}}\n{CALL_CLOSE}'
     return f"You have one tool:\n{json.dumps(TOOL_SCHEMA)}\n{rule}\n{form}"
-
-
-def _group_by_label(images: Sequence[LabelledImage]) -> dict[str, list[Path]]:
-    paths_by_label: dict[str, list[Path]] = {}
-    for image in images:
-        paths_by_label.setdefault(image.label, []).append(image.path)
-    return paths_by_label
-
-
-def _require_enough(
-    images: Sequence[LabelledImage],
-    paths_by_label: dict[str, list[Path]],
-    data_root: str | Path,
-    candidates_per_episode: int,
-    fixed_correct_index: int | None,
-) -> None:
-    if len(images) < candidates_per_episode:
-        raise ValueError(
-            f"data folder {data_root} has {len(images)} images, but candidates_per_episode={candidates_per_episode} "
-            "distinct ones are shown; add images or lower --candidates_per_episode"
-        )
-    if fixed_correct_index is None and len(paths_by_label) < candidates_per_episode:
-        raise ValueError(
-            f"data folder {data_root} has {len(paths_by_label)} different labels ({sorted(paths_by_label)[:6]}), "
-            "but with --fixed_correct_index none each of the "
-            f"candidates_per_episode={candidates_per_episode} images needs its own; "
-            "add classes, or lower --candidates_per_episode"
-        )
 
 
 def sample_distinct(population: Sequence[Item], count: int, rng: random.Random) -> list[Item]:

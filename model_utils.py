@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as Fleet uses it: loading, what trains and what is frozen, and one tool call from one episode.
+"""Qwen2.5-VL as Fleet uses it: loading, LoRA and freezing, and one tool call from one episode.
 
 Owns every decision about weights: dtype, attention, LoRA targets, freezing. Knows no trainer.
 """
@@ -6,7 +6,6 @@ Owns every decision about weights: dtype, attention, LoRA targets, freezing. Kno
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
@@ -24,15 +24,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from environment import Episode, ImageSource, Message
+from fleet.model_folder.files import is_adapter
 from fleet.model_folder.generation_settings import describe_unused, tokens_alone
 from fleet.model_folder.weights import require_every_weight, require_fitting_adapter
 from utils.images import open_image
 
 logger = logging.getLogger("fleet")
 
-# Every linear layer of the language model. A pattern, because `gate_proj` and its kin also name vision layers.
+# Every linear layer of the language model. A pattern, because vision layers have names such as `gate_proj` too.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-PARTS = ("vision tower", "merger", "language model")
 
 
 def load_qwen25_vl(
@@ -52,26 +52,23 @@ def load_qwen25_vl(
 
     use_lora: wrap the language model's linear layers in new adapters, everything else frozen; an adapter folder is
     opened with its adapter either way. freeze_vision: the vision tower and its merger get no gradient. load_in_4bit:
-    NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only. Weights are read from safetensors alone, and no
-    code that a model brings is run. The vision tower uses flash attention where it is
-    installed and the dtype allows it. Under DeepSpeed ZeRO-3 the weights are sharded while they load.
-    Of the model's generation_config, end and padding tokens are taken and no other setting; what else it asks for is
-    logged in a line, and is in the files again when the model is saved.
+    NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only.
+    Weights are read from safetensors alone, and no code that a model brings is run. The vision tower uses flash
+    attention where it is installed and the dtype allows it. Under DeepSpeed ZeRO-3 the weights are sharded while they
+    load. Of the model's generation_config, only end and padding tokens are used. Its other settings are logged in a
+    line, and saved with the model again.
     Raises ValueError if the model is another architecture, its files and its weights do not fit each other, nothing
     ends its answers, or its processor does not pad left.
     """
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
+    vision = vision_attention(attn_implementation, dtype)
     model, processor, unused = open_base(
         model_id,
         revision,
         dtype=dtype,
-        attn_implementation={
-            "": attn_implementation,
-            "text_config": attn_implementation,
-            "vision_config": vision_attention(attn_implementation, dtype),
-        },
+        attn_implementation={"": attn_implementation, "text_config": attn_implementation, "vision_config": vision},
         quantization_config=quantization if load_in_4bit else None,
     )
     if unused is not None:
@@ -81,27 +78,22 @@ def load_qwen25_vl(
     if read_adapter_config(model_id) is not None:
         model = PeftModel.from_pretrained(model, model_id, is_trainable=use_lora)
     elif use_lora:
-        config_of_lora = make_lora_config(lora_rank, lora_alpha, lora_dropout)
+        lora = make_lora_config(lora_rank, lora_alpha, lora_dropout)
         # mixed dtypes break ZeRO-3's gather of small parameters
-        model = get_peft_model(model, config_of_lora, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+        model = get_peft_model(model, lora, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     return model, processor
 
 
 def require_loadable(folder: str) -> None:
-    """Raises ValueError or OSError if load_qwen25_vl would refuse this folder; reads no weight.
-
-    Must be called before a DeepSpeed configuration is made, beside which the meta device is refused.
-    """
+    """Raises ValueError or OSError if load_qwen25_vl would refuse this folder; reads no weight."""
+    # must come before a DeepSpeed configuration is made, which excludes the meta device
     open_base(folder, device_map="meta", dtype="auto")
 
 
 def open_base(
     model_id: str, revision: str | None = None, **loading_arguments: Any
 ) -> tuple[PreTrainedModel, Any, str | None]:
-    """(base model, processor, what its generation_config asks for in vain) of a model or of the base of an adapter.
-
-    loading_arguments: of `from_pretrained`. Raises as load_qwen25_vl, for an adapter's weights as well.
-    """
+    """(base model, processor, unused generation settings) of a model or an adapter's base. Raises as load_qwen25_vl."""
     adapter = read_adapter_config(model_id)
     base_id = model_id if adapter is None else str(adapter.base_model_name_or_path)
     config = _read_config(base_id, revision)
@@ -112,7 +104,7 @@ def open_base(
     model, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         base_id,
         output_loading_info=True,
-        # another shape is refused by name below; transformers itself would name none
+        # require_every_weight refuses another shape by name; transformers itself would name none
         ignore_mismatched_sizes=True,
         revision=revision,
         use_safetensors=True,
@@ -125,7 +117,7 @@ def open_base(
 
 
 def _read_config(base_id: str, revision: str | None) -> PreTrainedConfig:
-    # transformers opens an adapter with its base, and says nothing
+    # transformers opens an adapter with its base, without a word
     if find_adapter_config_file(base_id, revision=revision) is not None:
         raise ValueError(
             f"{base_id} is an adapter on the hub, but wanted a Qwen2.5-VL or an adapter in a folder; download it (hf "
@@ -150,7 +142,7 @@ def load_processor(model_id: str, *, revision: str | None = None) -> Any:
 
 
 def _require_fitting_processor(processor: Any, config: PreTrainedConfig, model_id: str) -> None:
-    """Raises ValueError unless pictures are cut as the model takes them, and every token has its place in the model."""
+    """Raises ValueError unless processor and model agree on patches and on tokens."""
     images, vision = processor.image_processor, config.vision_config
     tokenizer, num_embedded = processor.tokenizer, config.get_text_config().vocab_size
     for what, found, wanted in (
@@ -175,10 +167,8 @@ def _require_chat_template(processor: Any, model_id: str) -> None:
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "USER-TEXT"}]},
     ]
     try:
-        prompt, question = (
-            processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
-            for opens_answer in (True, False)
-        )
+        prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        question = processor.apply_chat_template(messages, tokenize=False)
     except (ValueError, TypeError, TemplateError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model {model_id} has no chat template that can be used ({reason}); {remedy}") from error
@@ -192,7 +182,7 @@ def _require_chat_template(processor: Any, model_id: str) -> None:
 
 def read_adapter_config(model_id: str) -> LoraConfig | None:
     """The LoRA configuration of an adapter folder; None for anything else. Raises ValueError if it is not LoRA's."""
-    if not (Path(model_id) / "adapter_config.json").is_file():
+    if not is_adapter(model_id):
         return None
     config = PeftConfig.from_pretrained(model_id)
     if not isinstance(config, LoraConfig):
@@ -201,7 +191,7 @@ def read_adapter_config(model_id: str) -> LoraConfig | None:
 
 
 def vision_attention(attn_implementation: str, dtype: torch.dtype) -> str:
-    """The vision tower's attention: flash if it is installed and can run, else the language model's."""
+    """The vision tower's attention: flash in place of sdpa if it is installed and can run."""
     can_run_flash = torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16)
     if can_run_flash and find_spec("flash_attn") is not None and attn_implementation == "sdpa":
         return "flash_attention_2"
@@ -217,12 +207,10 @@ def make_lora_config(rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> L
 
 def count_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """(trainable, all) parameters of the vision tower, the merger and the language model, adapters included."""
-    counts = dict.fromkeys(PARTS, (0, 0))
+    counts = dict.fromkeys(("vision tower", "merger", "language model"), (0, 0))
     for name, parameter in model.named_parameters():
-        if "visual.merger." in name:
-            part = "merger"
-        else:
-            part = "vision tower" if "visual." in name else "language model"
+        vision_part = "merger" if "visual.merger." in name else "vision tower"
+        part = vision_part if "visual." in name else "language model"
         # a ZeRO-3 shard has no elements of its own; DeepSpeed keeps the full count beside it
         size = int(getattr(parameter, "ds_numel", parameter.numel()))
         trainable, total = counts[part]
@@ -243,35 +231,41 @@ def generate_tool_call(
 ) -> str:
     """The model's answer to one episode, as text without its end-of-turn token, ready for `judge`.
 
-    model: from load_qwen25_vl, so that its folder's generation_config has no say in what is sampled.
+    model: from load_qwen25_vl, which keeps the folder's generation_config from deciding how it samples.
     episode_or_messages: an Episode, or chat messages with an image placeholder for each of `images`.
     max_completion_length: tokens. temperature: 0 is greedy; above, it samples. max_pixels: budget of one image.
     """
     if isinstance(episode_or_messages, Episode):
-        messages, images = list(episode_or_messages.messages), episode_or_messages.images
-    else:
-        messages = list(episode_or_messages)
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        images, episode_or_messages = episode_or_messages.images, episode_or_messages.messages
+    text = processor.apply_chat_template(list(episode_or_messages), tokenize=False, add_generation_prompt=True)
     pictures = [open_image(image, max_pixels) for image in images or ()]
     inputs = processor(text=[text], images=pictures or None, return_tensors="pt").to(model.device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        # transformers samples from the likeliest 50 unless it is told otherwise
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-    generated = model.generate(
-        **inputs, max_new_tokens=max_completion_length, suppress_tokens=media_token_ids(model.config), **sampling
-    )
+    generated = model.generate(**inputs, generation_config=answer_config(model, max_completion_length, temperature))
     completion_ids = generated[0, inputs["input_ids"].shape[1] :].tolist()
     return decode_completion(processor, completion_ids, end_token_ids(model))
 
 
+def answer_config(model: Any, max_completion_length: int, temperature: float, top_p: float = 1.0) -> GenerationConfig:
+    """Draws from the policy itself, without media tokens; greedy at temperature 0. model: as loaded, for its ends."""
+    # transformers samples from the likeliest 50 unless it is told otherwise
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(
+        do_sample=temperature > 0,
+        max_new_tokens=max_completion_length,
+        eos_token_id=end_token_ids(model),
+        pad_token_id=model.generation_config.pad_token_id,
+        suppress_tokens=media_token_ids(model.config),
+        **sampling,
+    )
+
+
 def media_token_ids(config: Any) -> list[int]:
-    """Tokens that stand for pixels and must never be sampled: one without its features stops the run."""
+    """Tokens that stand for pixels. They are never sampled: without features, one would stop the run."""
     return [config.image_token_id, config.video_token_id]
 
 
 def end_token_ids(model: Any) -> list[int]:
-    """Every token that ends a completion, as load_qwen25_vl has decided; TRL reads the same place."""
+    """Every token that ends a completion, from the generation_config that load_qwen25_vl set and TRL reads too."""
     ids = model.generation_config.eos_token_id
     return [ids] if isinstance(ids, int) else list(ids or [])
 
@@ -283,6 +277,6 @@ def up_to_end(completion_ids: list[int], end_ids: Sequence[int]) -> list[int]:
 
 
 def decode_completion(processor: Any, completion_ids: Sequence[int], end_ids: Sequence[int]) -> str:
-    """A completion's text without its one end token. Other special tokens stay visible, so the parser sees them."""
+    """A completion's text without its one end token. Other special tokens stay, so that the parser sees them."""
     ids = list(completion_ids[:-1] if completion_ids and completion_ids[-1] in end_ids else completion_ids)
     return processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,7 +1,7 @@
-"""Changes to an episode after which it is known what a policy that looks answers, and what a habit answers.
+"""Changes to an episode that tell a policy that looks from a policy with a habit.
 
-Owns the changes, of pictures and their order; how the answers to them count is in evaluation/figures.py. Each is a pure
-function of the episode and a seeded generator.
+Owns the changes, of pictures and their order; evaluation/figures.py counts the answers. Each change is a pure function
+of the episode and a seeded generator.
 """
 
 import random
@@ -13,7 +13,7 @@ from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_messag
 from fleet.errors import RunStopped
 from utils.images import BadImage, open_image
 
-# of each control: what its figure counts, and which figure is good
+# each control: what its figure counts, and which figure is good
 CONTROL_MEANINGS = {
     "blank_images": "right with every picture grey: good near chance, far above it the answer is not in the pictures",
     "swapped_images": "follows the picture it chose to its new place: good near 100 %",
@@ -25,10 +25,7 @@ MAX_SCALE_CHANGE, MAX_SHIFT, MAX_SHADE_CHANGE = 0.25, 0.14, 0.2
 
 
 def blanked(episode: Episode, max_pixels: int | None = None) -> Episode:
-    """The episode with every picture grey: all that is left to go by is text, position and the pictures' sizes.
-
-    max_pixels: budget of one image, see utils.images.open_image.
-    """
+    """The episode with every picture grey; text, places and sizes are left. max_pixels: budget of one image."""
     sizes = [open_image(image, max_pixels).size for image in episode.images]
     return replace(episode, images=tuple(Image.new("RGB", size, BLANK_GREY) for size in sizes))
 
@@ -39,14 +36,13 @@ def with_pictures_redrawn(episode: Episode, rng: random.Random, max_pixels: int 
 
 
 def with_picture_swapped(episode: Episode, index: int, rng: random.Random) -> tuple[Episode, int] | None:
-    """The episode with the picture at `index` and another one in each other's place, and where the picture went.
+    """The episode with the pictures at `index` and at another place swapped, and that place.
 
     The messages stay, so that a policy that looks follows the picture. None if all pictures are the same.
     """
-    others = _different(episode, index)
-    if not others:
+    partner = _other_place(episode, index, rng)
+    if partner is None:
         return None
-    partner = others[int(rng.random() * len(others))]
     order = list(range(episode.num_candidates))
     order[index], order[partner] = partner, index
     return _reordered(episode, order), partner
@@ -55,17 +51,15 @@ def with_picture_swapped(episode: Episode, index: int, rng: random.Random) -> tu
 def with_order_permuted(env: EpisodeSource, episode: Episode, index: int, rng: random.Random) -> Episode | None:
     """The episode with its candidates in another order, in which `index` shows another picture; messages made anew.
 
-    A policy with a habit stays at `index`, one that looks does not. None if all pictures are the same. Raises
-    RunStopped if the environment makes no messages of it, as every process does the same.
+    A policy with a habit stays at `index`; a policy that looks leaves it. None if all pictures are the same. Raises
+    RunStopped, the same on every process, if the environment makes no messages of it.
     """
-    others = _different(episode, index)
-    if not others:
+    newcomer = _other_place(episode, index, rng)
+    if newcomer is None:
         return None
-    newcomer = others[int(rng.random() * len(others))]
     rest = [place for place in range(episode.num_candidates) if place != newcomer]
     rng.shuffle(rest)
-    order = [*rest[:index], newcomer, *rest[index:]]
-    permuted = _reordered(episode, order)
+    permuted = _reordered(episode, [*rest[:index], newcomer, *rest[index:]])
     try:
         messages = checked_messages(env, permuted, "an episode in another order")
     except (BrokenEpisode, BadImage, OSError) as error:
@@ -74,10 +68,7 @@ def with_order_permuted(env: EpisodeSource, episode: Episode, index: int, rng: r
 
 
 def redrawn(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """The picture in another size (up to 25 % more or less), place (14 % of a side) and shade (20 %).
-
-    What comes into view at the sides has the colour of the first pixel.
-    """
+    """The picture in another size (up to 25 % more or less), place (14 % of a side) and shade (20 %)."""
     width, height = picture.size
     scale = 1 + rng.uniform(-MAX_SCALE_CHANGE, MAX_SCALE_CHANGE)
     centre_x = width * (0.5 + rng.uniform(-MAX_SHIFT, MAX_SHIFT))
@@ -90,9 +81,10 @@ def redrawn(picture: Image.Image, rng: random.Random) -> Image.Image:
     return ImageEnhance.Brightness(moved).enhance(1 + rng.uniform(-MAX_SHADE_CHANGE, MAX_SHADE_CHANGE))
 
 
-def _different(episode: Episode, index: int) -> list[int]:
-    """The places whose picture is not the one at `index`."""
-    return [place for place, image in enumerate(episode.images) if image != episode.images[index]]
+def _other_place(episode: Episode, index: int, rng: random.Random) -> int | None:
+    """A random place with another picture than the one at `index`; None if all pictures are the same."""
+    others = [place for place, image in enumerate(episode.images) if image != episode.images[index]]
+    return others[int(rng.random() * len(others))] if others else None
 
 
 def _reordered(episode: Episode, order: list[int]) -> Episode:

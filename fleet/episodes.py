@@ -1,8 +1,8 @@
-"""Episode: one prompt with its pictures and its right answer, and the rule of what an environment may give for it.
+"""Episode: one prompt with its pictures and its right answer, and the check of all that an environment gives for it.
 
 Owns the border between a user's environment and Fleet: every consumer takes its episodes from `checked_episode` and
-its messages from `checked_messages`. A value whose meaning is plain is converted (numpy's integers, lists, arrays of
-pixels, messages of plain text); any other is a BrokenEpisode that names it. Imports no torch and no numpy.
+its messages from `checked_messages`. Values of plain meaning are converted: numpy's integers, lists, arrays of pixels,
+messages of plain text. Any other value is a BrokenEpisode that names it. Imports no torch and no numpy.
 """
 
 import inspect
@@ -11,6 +11,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -28,19 +29,17 @@ CHANNELS = (1, 3, 4)  # of an array of pixels: grey, RGB, RGBA
 
 
 class BrokenEpisode(ValueError):
-    """An environment gave something that is no episode. One line: the episode, what it gave, and what is wanted."""
+    """An environment gave something that is no episode. One line: the episode, got, wanted, remedy."""
 
 
 class EpisodeSource(Protocol):
-    """The two methods that training calls on an environment; PickImageEnv and any class given by `--env` have them."""
+    """The two methods that training calls on an environment, PickImageEnv's or that of a class given by `--env`."""
 
     def episode(self, index: int) -> "Episode":
         """Episode `index` (0 or greater): a pure function of the environment's seed and `index`."""
-        ...
 
     def prompt_messages(self, episode: "Episode") -> list[Message]:
         """The episode's chat messages, with one `{"type": "image"}` placeholder per image."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class Episode:
     each image shows. target: the label asked for, or None if the instruction names none. seed: of the draw, for the
     record. messages: () where `prompt_messages` alone makes them.
 
-    Takes what means the same: paths as text, arrays of uint8 pixels (height, width, 3), any integer that is no bool,
-    any iterable for a tuple. Raises BrokenEpisode, a ValueError, for anything else.
+    Converts paths as text, arrays of uint8 pixels (height, width, 3), any integer that is no bool, and any iterable for
+    a tuple. Raises BrokenEpisode, a ValueError, for anything else.
 
     >>> Episode(["a.png", "b.png"], (), 1, ["cat", "dog"], "dog", 0).images
     (PosixPath('a.png'), PosixPath('b.png'))
@@ -75,10 +74,10 @@ class Episode:
 
 
 def checked_episode(env: EpisodeSource, index: int) -> Episode:
-    """Episode `index` of an environment, its messages made by `prompt_messages`, and all of it sound.
+    """Episode `index` of an environment, checked, with the messages that `prompt_messages` makes.
 
-    Raises BrokenEpisode, which names the episode and the field. An OSError or BadImage that the environment raises
-    passes: the picture is at fault, and --bad_images decides.
+    Raises BrokenEpisode, which names the episode and the field. An OSError or BadImage of the environment passes: the
+    picture is at fault, and --bad_images decides.
     """
     episode = checked_fields(env, index)
     return replace(episode, messages=checked_messages(env, episode, f"episode {index}"))
@@ -86,34 +85,24 @@ def checked_episode(env: EpisodeSource, index: int) -> Episode:
 
 def checked_fields(env: EpisodeSource, index: int) -> Episode:
     """Episode `index` as `checked_episode` gives it, but with the messages that the environment put into it."""
-    name = f"episode {index}"
-    episode: object = _asked(lambda: env.episode(index), name, "episode")
-    if not isinstance(episode, Episode):
-        raise BrokenEpisode(
-            f"{name}: episode() returned {_shown(episode)}, but wanted an Episode; return environment.Episode(images, "
-            "messages, correct_index, labels, target, seed)"
-        )
-    return _asked(lambda: _settle(episode), name, "episode")
+    return _asked(lambda: env.episode(index), _sound_episode, f"episode {index}", "episode")
 
 
 def checked_messages(env: EpisodeSource, episode: Episode, name: str) -> tuple[Message, ...]:
-    """The messages that `prompt_messages` makes of a sound episode: a role and a list of parts each.
-
-    name: of the episode, for errors, as "episode 7". Raises as `checked_episode` does.
-    """
-    given = _asked(lambda: env.prompt_messages(episode), name, "prompt_messages")
-    return _asked(lambda: _sound_messages(given, episode.num_candidates), name, "prompt_messages")
+    """The checked messages of a sound episode. name: its name in errors. Raises as `checked_episode` does."""
+    check = partial(_sound_messages, num_images=episode.num_candidates)
+    return _asked(lambda: env.prompt_messages(episode), check, name, "prompt_messages")
 
 
-def _asked(ask: Callable[[], Value], name: str, method: str) -> Value:
-    """What `ask` returns. Raises BrokenEpisode that names the episode for whatever the user's code raises."""
+def _asked(ask: Callable[[], Any], check: Callable[[Any], Value], name: str, method: str) -> Value:
+    """check(ask()). Raises BrokenEpisode that names the episode for anything that the user's code raises."""
     try:
         with folder_kept():
             given = ask()
-        if inspect.iscoroutine(given):
-            given.close()  # never awaited, of which Python would warn
-            raise BrokenEpisode(f"{method}() is async, but wanted a plain method; call asyncio.run in it")
-        return given
+            if inspect.iscoroutine(given):
+                given.close()  # Python would warn that it was never awaited
+                raise BrokenEpisode(f"{method}() is async, but wanted a plain method; call asyncio.run in it")
+            return check(given)
     except (BadImage, OSError):
         raise
     except BrokenEpisode as error:
@@ -128,8 +117,17 @@ def _asked(ask: Callable[[], Value], name: str, method: str) -> Value:
         ) from error
 
 
+def _sound_episode(given: Any) -> Episode:
+    if not isinstance(given, Episode):
+        raise BrokenEpisode(
+            f"episode() returned {_shown(given)}, but wanted an Episode; return environment.Episode(images, messages, "
+            "correct_index, labels, target, seed)"
+        )
+    return _settle(given)
+
+
 def _settle(episode: Episode) -> Episode:
-    """The same episode, its fields converted to their types. Raises BrokenEpisode for one that cannot be."""
+    """The same episode, its fields converted to their types. Raises BrokenEpisode for a field of another meaning."""
     images = tuple(_image(image, place) for place, image in enumerate(_items(episode.images, "images")))
     if not images:
         raise BrokenEpisode("images is empty, but an episode shows at least one; give it images")
@@ -139,9 +137,7 @@ def _settle(episode: Episode) -> Episode:
             f"correct_index={correct_index}, but the episode has {len(images)} images, numbered from 0; "
             "correct the environment's episode()"
         )
-    labels = tuple(
-        sound_text(label, f"labels[{place}]") for place, label in enumerate(_items(episode.labels, "labels"))
-    )
+    labels = tuple(_text(label, f"labels[{place}]") for place, label in enumerate(_items(episode.labels, "labels")))
     if len(labels) != len(images):
         raise BrokenEpisode(f"{len(labels)} labels for {len(images)} images; give each image one, in the same order")
     settled = {
@@ -149,7 +145,7 @@ def _settle(episode: Episode) -> Episode:
         "messages": tuple(_items(episode.messages, "messages")),
         "correct_index": correct_index,
         "labels": labels,
-        "target": None if episode.target is None else sound_text(episode.target, "target"),
+        "target": None if episode.target is None else _text(episode.target, "target"),
         "seed": _integer(episode.seed, "seed"),
     }
     for field, value in settled.items():
@@ -170,16 +166,12 @@ def _integer(value: Any, field: str) -> int:
         if not is_bool:
             return operator.index(value)
     except (TypeError, ValueError, RuntimeError):
-        # numpy's and torch's numbers that are not whole, and their arrays
-        pass
+        pass  # numpy's and torch's numbers that are not whole, and their arrays
     raise BrokenEpisode(f"{field} is {_shown(value)}, but wanted a whole number; give an int")
 
 
-def sound_text(value: Any, what: str) -> str:
-    """A label, a target or the text of a message as a plain str. what: its name, for errors.
-
-    Every text that an environment gives goes through here before a tokenizer or a record sees it.
-    """
+def _text(value: Any, what: str) -> str:
+    """A label, a target or a message's text as a plain str that UTF-8 can hold. what: its name, for errors."""
     if not isinstance(value, str):
         raise BrokenEpisode(f"{what} is {_shown(value)}, but wanted text; give a str")
     text = str.__str__(value)
@@ -211,10 +203,9 @@ def _image(image: Any, place: int) -> ImageSource:
     return Image.fromarray(pixels.reshape(shape[:2]) if len(shape) == 3 and shape[2] == 1 else pixels)
 
 
-def _sound_messages(messages: Any, num_images: int) -> tuple[Message, ...]:
-    sound = tuple(
-        _message(message, place) for place, message in enumerate(_items(messages, "what prompt_messages() returned"))
-    )
+def _sound_messages(given: Any, num_images: int) -> tuple[Message, ...]:
+    messages = _items(given, "what prompt_messages() returned")
+    sound = tuple(_message(message, place) for place, message in enumerate(messages))
     num_placeholders = sum(part["type"] == "image" for message in sound for part in message["content"])
     if num_placeholders != num_images:
         raise BrokenEpisode(
@@ -228,8 +219,9 @@ def _message(message: Any, place: int) -> Message:
     if not isinstance(message, Mapping):
         raise BrokenEpisode(f'{what} is {_shown(message)}, but wanted {{"role": "user", "content": [...]}}')
     if set(message) != {"role", "content"}:
-        raise BrokenEpisode(f"{what} has the keys {_keys(message)}, but wanted role and content; correct it")
-    role = sound_text(message["role"], f"{what}: role")
+        keys = ", ".join(sorted(map(str, message))) or "none"
+        raise BrokenEpisode(f"{what} has the keys {keys}, but wanted role and content; correct it")
+    role = _text(message["role"], f"{what}: role")
     if role not in ROLES:
         raise BrokenEpisode(f"{what} has role {role!r}, but wanted one of {', '.join(ROLES)}; correct it")
     content = message["content"]
@@ -239,11 +231,11 @@ def _message(message: Any, place: int) -> Message:
 
 def _part(part: Any, what: str) -> dict[str, str]:
     if isinstance(part, str):
-        return {"type": "text", "text": sound_text(part, what)}
-    # rows of a data set have every key, None where a part has no such thing
+        return {"type": "text", "text": _text(part, what)}
+    # a data set's rows have every key, with None where a part has no such thing
     given = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
     if given.keys() == {"type", "text"} and given["type"] == "text":
-        return {"type": "text", "text": sound_text(given["text"], f"{what}: text")}
+        return {"type": "text", "text": _text(given["text"], f"{what}: text")}
     if given.keys() == {"type"} and given["type"] == "image":
         return {"type": "image"}
     raise BrokenEpisode(
@@ -252,11 +244,7 @@ def _part(part: Any, what: str) -> dict[str, str]:
     )
 
 
-def _keys(mapping: Mapping[Any, Any]) -> str:
-    return ", ".join(sorted(str(key) for key in mapping)) or "none"
-
-
 def _shown(value: Any) -> str:
-    """A value for an error: its type, and its beginning where that is a line."""
+    """A value in an error: the beginning of its repr, on one line, and its type."""
     text = " ".join(repr(value).split())
     return f"{text[:60]}{'…' if len(text) > 60 else ''} ({type(value).__name__})"

@@ -1,13 +1,13 @@
 """A Qwen2.5-VL as a policy for evaluation: batches of episodes in, texts out, each prompt computed once.
 
-Owns batching, the split over processes and decoding. What the answers are worth is decided in figures.py.
+Owns batching, the split over processes and decoding. figures.py judges the answers.
 """
 
 import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from dataset import Row, VLMDataCollator, episode_row
-from environment import Episode, ImageSource
+from dataset import VLMDataCollator, episode_row
+from environment import Episode
 from fleet.errors import RunStopped
 from fleet.evaluation.figures import Answers, EvaluationPlan
 from fleet.qwen.group_passes import generate_groups
-from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
+from model_utils import answer_config, decode_completion, end_token_ids, up_to_end
 from utils.images import BadImage, image_digest, open_image
 
 logger = logging.getLogger("fleet")
@@ -30,22 +30,18 @@ logger = logging.getLogger("fleet")
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How answers are generated.
+    """Settings of generation."""
 
-    episodes_per_batch: that one device answers at a time, each with its samples. max_pixels: budget of one image.
-    seed: of samples.
-    """
-
-    episodes_per_batch: int
+    episodes_per_batch: int  # that one device answers at a time, each with its samples
     max_completion_length: int
     temperature: float = 1.0
     top_p: float = 1.0
-    max_pixels: int | None = None
-    seed: int = 0
+    max_pixels: int | None = None  # budget of one image
+    seed: int = 0  # of samples
 
 
 class ModelPolicy:
-    """Answers episodes with a model; an evaluation.Policy. Every process takes part, and every one gets all answers."""
+    """Answers episodes with a model; a figures.Policy. Every process takes part, and every one gets all answers."""
 
     def __init__(
         self,
@@ -57,7 +53,7 @@ class ModelPolicy:
         num_ranks: int = 1,
         on_progress: Callable[[int], object] = lambda num_rows: None,
     ):
-        """model: unwrapped, on its device, in eval mode. on_progress: is told how many rows are done, on all ranks."""
+        """model: unwrapped, on its device, in eval mode. on_progress: called with each number of rows newly done."""
         self.model, self.processor, self.settings = model, processor, settings
         self.rank, self.num_ranks, self.on_progress = rank, num_ranks, on_progress
         self._greedy_answers: dict[tuple[str, ...], Answers] = {}
@@ -78,7 +74,7 @@ class ModelPolicy:
         size = self.settings.episodes_per_batch
         # under ZeRO-3 every rank must generate as often as the others: the last ones may answer an episode again
         per_rank = -(-len(episodes) // self.num_ranks)
-        own = [(number * self.num_ranks + self.rank) % max(len(episodes), 1) for number in range(per_rank)]
+        own = [(number * self.num_ranks + self.rank) % len(episodes) for number in range(per_rank)]
         collator = VLMDataCollator(self.processor, 1 + num_samples)
         answered: list[tuple[int, Answers]] = []
         devices = [self.model.device] if self.model.device.type == "cuda" else []
@@ -93,46 +89,52 @@ class ModelPolicy:
         return [by_number[number] for number in range(len(episodes))]
 
     def _answer_batch(self, episodes: dict[int, Episode], num_samples: int, collator: VLMDataCollator) -> list[Answers]:
+        group_size = 1 + num_samples
         # the collator knows a batch by its episodes' numbers
-        rows = [self._row(episode, number) for number, episode in episodes.items() for _ in range(1 + num_samples)]
-        batch = send_to_device(collator(rows), self.model.device)
-        processors = LogitsProcessorList([FirstOfGroupIsGreedy(1 + num_samples)] if num_samples else [])
-        config = generation_config(self.model, self.settings, is_sampling=num_samples > 0)
-        ends = end_token_ids(self.model)
+        firsts = [episode_row(episode, number, self._pictures(episode)) for number, episode in episodes.items()]
+        batch = send_to_device(collator([row for row in firsts for _ in range(group_size)]), self.model.device)
+        processors = LogitsProcessorList([FirstOfGroupIsGreedy(group_size)] if num_samples else [])
+        settings, ends = self.settings, end_token_ids(self.model)
+        temperature = settings.temperature if num_samples else 0.0
+        config = answer_config(self.model, settings.max_completion_length, temperature, settings.top_p)
         completions = generate_groups(self.model, batch, None, config, processors).tolist()
         texts = [decode_completion(self.processor, up_to_end(ids, ends), ends) for ids in completions]
-        starts = range(0, len(texts), 1 + num_samples)
-        return [Answers(texts[start], tuple(texts[start + 1 : start + 1 + num_samples])) for start in starts]
+        starts = range(0, len(texts), group_size)
+        return [Answers(texts[start], tuple(texts[start + 1 : start + group_size])) for start in starts]
 
     def _prompt_key(self, episode: Episode) -> tuple[str, ...]:
         """Equal for episodes whose messages are the same and whose pictures have the same pixels or files."""
-        shown = [
-            image_digest(image).hex() if isinstance(image, Image.Image) else str(image) for image in episode.images
-        ]
-        return (json.dumps(episode.messages), *shown)
+        key = [image_digest(image).hex() if isinstance(image, Image.Image) else str(image) for image in episode.images]
+        return (json.dumps(episode.messages), *key)
 
-    def _row(self, episode: Episode, number: int) -> Row:
-        return episode_row(episode, number, episode.messages, [self._picture(image) for image in episode.images])
-
-    def _picture(self, image: ImageSource) -> Image.Image:
-        return open_image(image, self.settings.max_pixels) if isinstance(image, Image.Image) else self._open(image)
+    def _pictures(self, episode: Episode) -> list[Image.Image]:
+        budget, images = self.settings.max_pixels, episode.images
+        return [open_image(image, budget) if isinstance(image, Image.Image) else self._open(image) for image in images]
 
 
 def sound_part(plan: EvaluationPlan, *, rank: int, num_ranks: int, skips_bad_images: bool) -> EvaluationPlan:
     """The plan without the episodes of which an image has gone bad since it was checked. Every process takes part.
 
-    Each opens the images of its share of the episodes. Raises RunStopped on all of them if an image is bad, unless bad
-    ones are skipped, or if no episode is left.
+    Each opens the images of its share of the episodes. Raises RunStopped on all of them for a bad image, unless bad
+    images are skipped and an episode is left.
     """
+
     # a file is opened once, however many episodes show it
-    problem_of = lru_cache(maxsize=None)(lambda path: _problem_of(path, plan.max_pixels))
+    @cache
+    def problem_of(path: Path) -> str | None:
+        try:
+            open_image(path, plan.max_pixels)
+        except BadImage as error:
+            return str(error)
+        return None
+
     faults = {}
     for number in range(rank, len(plan.episodes), num_ranks):
         paths = [image for image in plan.episodes[number].images if not isinstance(image, Image.Image)]
-        problems = [problem for problem in map(problem_of, paths) if problem is not None]
-        if problems:
-            faults[number] = f"process {rank}: held-out episode {number}: {problems[0]}"
-    found = {number: fault for of_rank in gather_object([faults]) for number, fault in of_rank.items()}
+        problem = next(filter(None, map(problem_of, paths)), None)
+        if problem is not None:
+            faults[number] = f"process {rank}: held-out episode {number}: {problem}"
+    found = {number: fault for rank_faults in gather_object([faults]) for number, fault in rank_faults.items()}
     if not found:
         return plan
     first = found[min(found)]
@@ -143,38 +145,15 @@ def sound_part(plan: EvaluationPlan, *, rank: int, num_ranks: int, skips_bad_ima
     return replace(plan, episodes=rest)
 
 
-def _problem_of(path: Path, max_pixels: int | None) -> str | None:
-    try:
-        open_image(path, max_pixels)
-    except BadImage as error:
-        return str(error)
-    return None
-
-
 class FirstOfGroupIsGreedy(LogitsProcessor):
-    """Leaves the likeliest token alone to the first row of each group, so that greedy and samples share a prefill."""
+    """Makes the first row of each group greedy, so that a greedy answer and samples share a prefill."""
 
     def __init__(self, group_size: int):
         self.group_size = group_size
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores: (B, vocabulary) float, rows group after group; returned with the first of each group one-hot."""
-        firsts = scores[:: self.group_size]
         scores = scores.clone()
-        scores[:: self.group_size] = torch.full_like(firsts, -torch.inf).scatter(
-            1, firsts.argmax(dim=1, keepdim=True), 0.0
-        )
+        firsts = scores[:: self.group_size]
+        firsts.copy_(torch.full_like(firsts, -torch.inf).scatter(1, firsts.argmax(dim=1, keepdim=True), 0.0))
         return scores
-
-
-def generation_config(model: Any, settings: AnswerSettings, *, is_sampling: bool) -> GenerationConfig:
-    """The policy itself, without media tokens; end and padding tokens are those of the loaded model."""
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if is_sampling else {}
-    return GenerationConfig(
-        do_sample=is_sampling,
-        max_new_tokens=settings.max_completion_length,
-        eos_token_id=end_token_ids(model),
-        pad_token_id=model.generation_config.pad_token_id,
-        suppress_tokens=media_token_ids(model.config),
-        **sampling,
-    )

@@ -1,7 +1,7 @@
-"""An honest evaluation: held-out episodes, what a policy answers to them, and what it answers once they are changed.
+"""An honest evaluation: a policy's answers to held-out episodes, and to changed copies of them, become figures.
 
-Owns how answers become figures; which episodes are held out is in held_out.py. Knows a policy only as a function from
-episodes to answers, so that a model, a script with known figures and a model in training are measured alike.
+held_out.py owns which episodes are held out. Here a policy is a function from episodes to answers, so that a model, a
+model in training and a script with known figures are measured alike.
 """
 
 import random
@@ -11,42 +11,36 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from environment import Episode, EpisodeSource, Judgement, Outcome, judge
-from fleet.controls import blanked, with_order_permuted, with_picture_swapped, with_pictures_redrawn
+from fleet import controls
 from fleet.evaluation.intervals import exactly, paired_difference, pass_at_k, share
 from fleet.run_folder import EVALUATION_SCHEMA_VERSION
 from utils.tool_calls import ParseStatus
 
-CONTROLS = ("blank_images", "swapped_images", "permuted_order", "redrawn_images")
-# Changed pictures are held in memory, eight or so an episode.
-CHANGED_AT_A_TIME = 64
+CHANGED_AT_A_TIME = 64  # episodes; their changed pictures, eight or so each, are held in memory
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a policy says to one episode: its greedy answer, and samples."""
+    """A policy's answers to one episode: the greedy one, and samples."""
 
     greedy: str
     samples: tuple[str, ...] = ()
 
 
-# Answers these episodes in order, each with a greedy answer and so many samples.
+# (episodes, number of samples) -> an Answers for each episode, in order
 Policy = Callable[[Sequence[Episode], int], list[Answers]]
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is measured: the held-out episodes of a seed, in order, and how.
-
-    num_passed_over: episodes that were left out because the run had drawn their like. num_samples: per episode, besides
-    the greedy answer. ks: of pass@k, each from 1 to num_samples.
-    """
+    """The held-out episodes of a seed, in order, and how they are answered."""
 
     env: EpisodeSource
     episodes: tuple[Episode, ...]
     seed: int
-    num_passed_over: int = 0
-    num_samples: int = 0
-    ks: tuple[int, ...] = ()
+    num_passed_over: int = 0  # episodes that were left out, as the run had drawn the same
+    num_samples: int = 0  # per episode, besides the greedy answer
+    ks: tuple[int, ...] = ()  # of pass@k, each from 1 to num_samples
     allow_reasoning: bool = False
     prompt_style: str = "direct"
     max_pixels: int | None = None  # budget of one image, which changed pictures keep to as well
@@ -54,7 +48,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures as a JSON document (docs/evaluation.schema.json), and which greedy answers were right."""
+    """The figures as a JSON document (docs/evaluation.schema.json); True for each greedy answer that is right."""
 
     document: dict[str, Any]
     is_right: tuple[bool, ...]
@@ -62,20 +56,24 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Change:
-    """A changed episode. `index` is the answer that counts as a hit, None if that is the episode's right one."""
+    """A changed episode, and the index that is a hit."""
 
     control: str
     episode: Episode
-    index: int | None = None
+    wanted_index: int
 
 
 def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
     """The figures of a policy on the plan's episodes. model: its name, for the document."""
     answers = policy(plan.episodes, plan.num_samples)
     verdicts = [_judge(said.greedy, episode, plan) for said, episode in zip(answers, plan.episodes, strict=True)]
-    hits: dict[str, list[bool]] = {control: [] for control in CONTROLS}
+    hits: dict[str, list[bool]] = {control: [] for control in controls.CONTROL_MEANINGS}
     for start in range(0, len(verdicts), CHANGED_AT_A_TIME):
-        _count_hits(policy, plan, start, verdicts[start : start + CHANGED_AT_A_TIME], hits)
+        numbered = enumerate(verdicts[start : start + CHANGED_AT_A_TIME], start)
+        changes = [change for number, verdict in numbered for change in _changes(plan, number, verdict)]
+        said_to_changes = policy([change.episode for change in changes], 0)
+        for change, said in zip(changes, said_to_changes, strict=True):
+            hits[change.control].append(_judge(said.greedy, change.episode, plan).index == change.wanted_index)
     is_right = tuple(verdict.outcome is Outcome.CORRECT for verdict in verdicts)
     document = {
         "schema_version": EVALUATION_SCHEMA_VERSION,
@@ -90,9 +88,7 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
         "candidates": max(episode.num_candidates for episode in plan.episodes),
         **_figures_of_answers(verdicts, plan.episodes),
         **_figures_of_samples(answers, plan),
-        "controls": {
-            control: share(sum(of_control), len(of_control)).as_json() for control, of_control in hits.items()
-        },
+        "controls": {control: share(sum(found), len(found)).as_json() for control, found in hits.items()},
         "baseline": None,
     }
     return Evaluation(document, is_right)
@@ -100,8 +96,8 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
 
 def with_baseline(evaluation: Evaluation, baseline: Evaluation) -> Evaluation:
     """The evaluation with another model's on the same episodes beside it, and their paired difference."""
-    of_both = paired_difference(evaluation.is_right, baseline.is_right)
-    difference = {**asdict(of_both), "ci95": list(of_both.ci95)}
+    paired = paired_difference(evaluation.is_right, baseline.is_right)
+    difference = {**asdict(paired), "ci95": list(paired.ci95)}
     difference["only_model_right"] = difference.pop("only_first_right")
     difference["only_baseline_right"] = difference.pop("only_second_right")
     beside = {key: value for key, value in baseline.document.items() if key != "baseline"}
@@ -118,40 +114,28 @@ def _judge(text: str, episode: Episode, plan: EvaluationPlan) -> Judgement:
     return judge(text, episode.correct_index, episode.num_candidates, allow_reasoning=plan.allow_reasoning)
 
 
-def _is_pick(verdict: Judgement) -> bool:
-    return verdict.outcome in (Outcome.CORRECT, Outcome.WRONG_INDEX)
-
-
-def _count_hits(
-    policy: Policy, plan: EvaluationPlan, start: int, verdicts: Sequence[Judgement], hits: dict[str, list[bool]]
-) -> None:
-    """Adds to `hits` what the policy answers to the changes of the episodes from number `start` on."""
-    changes = [change for number, verdict in enumerate(verdicts, start) for change in _changes(plan, number, verdict)]
-    answers = policy([change.episode for change in changes], 0)
-    for change, said in zip(changes, answers, strict=True):
-        verdict = _judge(said.greedy, change.episode, plan)
-        if change.index is None:
-            is_hit = verdict.outcome is Outcome.CORRECT
-        else:
-            is_hit = _is_pick(verdict) and verdict.index == change.index
-        hits[change.control].append(is_hit)
+def _picked_index(verdict: Judgement) -> int | None:
+    """The candidate that an answer picks; None if it picks none."""
+    return verdict.index if verdict.outcome in (Outcome.CORRECT, Outcome.WRONG_INDEX) else None
 
 
 def _changes(plan: EvaluationPlan, number: int, verdict: Judgement) -> list[_Change]:
-    """What one episode is changed to; pictures move only around one that was picked."""
-    env, episode, rng = plan.env, plan.episodes[number], random.Random(f"controls/{plan.seed}/{number}")
+    """The changes of one episode; pictures move only around one that was picked."""
+    episode, rng = plan.episodes[number], random.Random(f"controls/{plan.seed}/{number}")
+    redrawn = controls.with_pictures_redrawn(episode, rng, plan.max_pixels)
     changes = [
-        _Change("blank_images", blanked(episode, plan.max_pixels)),
-        _Change("redrawn_images", with_pictures_redrawn(episode, rng, plan.max_pixels)),
+        _Change("blank_images", controls.blanked(episode, plan.max_pixels), episode.correct_index),
+        _Change("redrawn_images", redrawn, episode.correct_index),
     ]
-    if not _is_pick(verdict) or verdict.index is None:
+    picked = _picked_index(verdict)
+    if picked is None:
         return changes
-    swapped = with_picture_swapped(episode, verdict.index, rng)
+    swapped = controls.with_picture_swapped(episode, picked, rng)
     if swapped is not None:
         changes.append(_Change("swapped_images", *swapped))
-    permuted = with_order_permuted(env, episode, verdict.index, rng)
+    permuted = controls.with_order_permuted(plan.env, episode, picked, rng)
     if permuted is not None:
-        changes.append(_Change("permuted_order", permuted, verdict.index))
+        changes.append(_Change("permuted_order", permuted, picked))
     return changes
 
 
@@ -164,8 +148,8 @@ def _figures_of_answers(verdicts: Sequence[Judgement], episodes: Sequence[Episod
     # the last column counts answers that pick no candidate
     confusion = [[0] * (size + 1) for _ in range(size)]
     for episode, verdict in zip(episodes, verdicts, strict=True):
-        column = verdict.index if _is_pick(verdict) and verdict.index is not None else size
-        confusion[episode.correct_index][column] += 1
+        picked = _picked_index(verdict)
+        confusion[episode.correct_index][size if picked is None else picked] += 1
     best_index, best_count = max(sorted(correct.items()), key=lambda item: item[1])
     return {
         "greedy_accuracy": share(outcomes[Outcome.CORRECT], n).as_json(),

@@ -13,7 +13,7 @@ Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share in [0, 1] of `n` independent trials with its 95 % interval; None with n = 0, where nothing is known."""
+    """A share in [0, 1] of `n` independent trials with its 95 % interval; `value` is None with n = 0."""
 
     value: float | None
     ci95: tuple[float, float]
@@ -26,15 +26,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Share right of one policy minus that of another on the same trials.
-
-    p_value: of McNemar's exact test that both are right equally often.
-    """
+    """The share that one policy gets right minus another's, on the same trials; `value` is None with n = 0."""
 
     value: float | None
     ci95: tuple[float, float]
     n: int
-    p_value: float
+    p_value: float  # of McNemar's exact test that both are right equally often
     only_first_right: int
     only_second_right: int
 
@@ -42,8 +39,8 @@ class PairedDifference:
 def share(num_hits: float, n: int) -> Estimate:
     """num_hits of n as a share with Wilson's score interval.
 
-    num_hits: 0 to n; may be a sum of n numbers in [0, 1], such as pass@k of n episodes, whose interval is then wider
-    than need be, because such numbers vary less than zeros and ones. Raises ValueError outside 0 to n.
+    num_hits: 0 to n; may be a sum of n numbers in [0, 1], such as pass@k of n episodes. Such numbers vary less than
+    zeros and ones, so the interval is then wider than it need be. Raises ValueError outside 0 to n.
     Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22, 1927.
 
     >>> share(7, 10)
@@ -79,7 +76,7 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def paired_difference(first_right: Sequence[bool], second_right: Sequence[bool]) -> PairedDifference:
-    """How much oftener the first policy is right than the second, on the same trials in the same order.
+    """The share that the first policy gets right minus the second's, on the same trials in the same order.
 
     The interval is Newcombe's hybrid of Wilson intervals, which allows for the correlation of the two.
     Raises ValueError for unequal lengths. Sources: Newcombe, "Improved confidence intervals for the difference between
@@ -110,8 +107,8 @@ def _wilson(value: float, n: int) -> tuple[float, float]:
     return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
 
 
-def _hybrid(of_first: float, of_second: float, correlation: float) -> float:
-    return math.sqrt(max(0.0, of_first**2 - 2 * correlation * of_first * of_second + of_second**2))
+def _hybrid(first: float, second: float, correlation: float) -> float:
+    return math.sqrt(max(0.0, first**2 - 2 * correlation * first * second + second**2))
 
 
 def _correlation(both: int, only_first: int, only_second: int, neither: int) -> float:

@@ -1,4 +1,4 @@
-"""What a model's folder says of itself in JSON: an adapter or a whole model, its base, its shards. Imports no torch."""
+"""A model's folder by its files' names, JSON and headers: adapter or model, its base, its shards. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -16,41 +16,40 @@ MODEL_FILE_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".jinja"})  # 
 
 
 def is_adapter(model_id: str) -> bool:
-    """Whether this is the folder of an adapter."""
+    """True if this is the folder of an adapter."""
     return (Path(model_id) / ADAPTER_CONFIG_NAME).is_file()
 
 
 def base_of(model_id: str) -> str:
-    """The model whose weights are opened: an adapter's base, else the model itself. Raises UsageError."""
+    """The model whose weights are opened: an adapter's base, else the model itself. Raises as read_json."""
     if not is_adapter(model_id):
         return model_id
     return str(read_json(Path(model_id) / ADAPTER_CONFIG_NAME).get("base_model_name_or_path"))
 
 
 def require_whole_folder(folder: Path) -> None:
-    """Raises UsageError if a folder's index names a file that is not there, or its generation settings are no JSON.
-
-    The libraries would make up generation settings of their own.
-    """
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        read_json(folder / GENERATION_CONFIG_NAME)
-    if not (folder / SHARDS_INDEX_NAME).is_file():
+    """Raises UsageError if a folder's index names a missing file, or its generation settings are not JSON."""
+    settings, index = folder / GENERATION_CONFIG_NAME, folder / SHARDS_INDEX_NAME
+    if settings.is_file():
+        read_json(settings)  # for which the libraries would make up settings of their own
+    if not index.is_file():
         return
-    places = read_json(folder / SHARDS_INDEX_NAME).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise UsageError(f"{folder / SHARDS_INDEX_NAME} has no weight_map of names and files; restore it")
-    missing = sorted({name for name in map(str, places.values()) if not (folder / name).is_file()})
+        raise UsageError(f"{index} has no weight_map of names and files; restore it")
+    named = set(map(str, places.values()))
+    missing = sorted(name for name in named if not (folder / name).is_file())
     if missing:
         raise UsageError(
-            f"model folder {folder} lacks {len(missing)} of the {len(set(places.values()))} files that its "
-            f"{SHARDS_INDEX_NAME} names, {missing[0]} among them; copy them there from the original model"
+            f"model folder {folder} lacks {len(missing)} of the {len(named)} files that its {SHARDS_INDEX_NAME} names, "
+            f"{missing[0]} among them; copy them there from the original model"
         )
 
 
 def require_whole_weights(folder: Path) -> None:
-    """Raises UsageError if a weights file is cut off, as a broken download leaves it, or stands for one to be fetched.
+    """Raises UsageError if a weights file is cut off by a broken download, or is a pointer of Git LFS.
 
-    A safetensors file begins with the length of its header, which says how many bytes follow it. Reads headers alone.
+    A safetensors file begins with its header's length, and the header says how many bytes follow. Reads headers alone.
     """
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -81,22 +80,21 @@ def _problem_of_weights(path: Path) -> str | None:
 
 
 def require_regular_files(folder: Path) -> None:
-    """Raises UsageError if what is named like a model's file is a pipe, a device or a link to nothing."""
+    """Raises UsageError if a pipe, a device or a link to nothing has the name of a model's file."""
     for path in sorted(folder.iterdir()):
         if path.suffix in MODEL_FILE_SUFFIXES and (kind := kind_of(path)) not in ("a file", "a folder"):
             raise UsageError(f"model folder {folder}: {path.name} is {kind}; put the original model's file there")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UsageError if there is none."""
+    """The JSON object in a file. Raises UsageError if the file is missing or holds anything else."""
     try:
-        if (kind := kind_of(path)) not in (None, "a file"):
-            raise UsageError(f"{path} is {kind}, wanted a file; restore it")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except UsageError:
-        raise
+        kind = kind_of(path) or "a file"
+        content = json.loads(path.read_text(encoding="utf-8")) if kind == "a file" else None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); restore it") from error
+    if kind != "a file":
+        raise UsageError(f"{path} is {kind}, wanted a file; restore it")
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, wanted a JSON object; restore it")
     return content

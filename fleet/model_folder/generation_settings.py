@@ -1,17 +1,15 @@
-"""What of a model's folder decides how it answers: its end and padding tokens, and nothing else.
+"""Of a model folder's generation settings, the end and padding tokens decide how the model answers, and no other.
 
-`generate` takes whatever its caller leaves unset from the model's own generation_config. So a loaded model gets one
-that holds these tokens alone, and settings that a later transformers adds cannot leak either. The folder's own
-settings are kept beside them and written wherever the model is saved.
+`generate` takes each setting that its caller leaves unset from the model's generation_config. So a loaded model gets
+one of these tokens alone, and no setting leaks. The folder's own settings are written wherever the model is saved.
 """
 
-from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
 from transformers import GenerationConfig
 
-# What a folder may name without asking for anything that Fleet does not do: tokens, and values that do nothing.
+# A folder may name these and still ask for nothing that Fleet does not do: tokens, and values without effect.
 TOKEN_SETTINGS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
 NEUTRAL_VALUES = {
     "do_sample": True,
@@ -26,29 +24,26 @@ NEUTRAL_VALUES = {
 
 
 class TokensAlone(GenerationConfig):
-    """A generation config of end and padding tokens that is saved as the one in whose place it stands."""
+    """A generation config of end and padding tokens; in its place the folder's own is saved."""
 
     _replaced: GenerationConfig | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that `generate` reads."""
         settings = super().to_dict()
         settings.pop("_replaced", None)
         return settings
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Writes the settings of the folder that the model is from."""
-        if self._replaced is None:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        else:
-            self._replaced.save_pretrained(save_directory, *args, **kwargs)
+        save = super().save_pretrained if self._replaced is None else self._replaced.save_pretrained
+        save(save_directory, *args, **kwargs)
 
 
 def tokens_alone(asked: GenerationConfig, tokenizer: Any, vocabulary_size: int) -> TokensAlone:
-    """The generation config of a loaded model, in place of the one that its folder asks for.
+    """The generation config of a loaded model, in place of `asked`, its folder's.
 
-    A completion ends at the tokenizer's end-of-turn token and at each that `asked` names. Padding is the tokenizer's
-    own, as prompts are padded with it, else what `asked` names, else the first end token.
+    A completion ends at the tokenizer's end-of-turn token and at each that `asked` names. Padding is the tokenizer's,
+    which pads prompts, else `asked`'s, else the first end token.
     Raises ValueError if nothing ends a completion, or a token is not in the vocabulary.
     """
     named = asked.eos_token_id if isinstance(asked.eos_token_id, list) else [asked.eos_token_id]
@@ -59,15 +54,19 @@ def tokens_alone(asked: GenerationConfig, tokenizer: Any, vocabulary_size: int) 
             "eos_token in tokenizer_config.json"
         )
     padding = next(token for token in (tokenizer.pad_token_id, asked.pad_token_id, end_ids[0]) if token is not None)
-    _require_tokens("eos_token_id", end_ids, vocabulary_size)
-    _require_tokens("pad_token_id", [padding], vocabulary_size)
+    for setting, token in (*(("eos_token_id", token) for token in end_ids), ("pad_token_id", padding)):
+        if type(token) is not int or not 0 <= token < vocabulary_size:
+            raise ValueError(
+                f"its generation_config.json or tokenizer has {setting} {token!r}, but its vocabulary is of ids from 0 "
+                f"to {vocabulary_size - 1}; correct generation_config.json"
+            )
     config = TokensAlone(eos_token_id=end_ids, pad_token_id=padding)
     config._replaced = asked
     return config
 
 
 def describe_unused(asked: GenerationConfig) -> str | None:
-    """The settings that a folder asks for and Fleet does not take, with their values; None if there are none."""
+    """The settings, with their values, that a folder asks for and Fleet does not take; None without any."""
     unused = [
         f"{name}={value}"
         for name, value in sorted(asked.to_diff_dict().items())
@@ -76,12 +75,3 @@ def describe_unused(asked: GenerationConfig) -> str | None:
         and value != NEUTRAL_VALUES.get(name)
     ]
     return ", ".join(unused) or None
-
-
-def _require_tokens(setting: str, token_ids: Sequence[Any], vocabulary_size: int) -> None:
-    for token in token_ids:
-        if type(token) is not int or not 0 <= token < vocabulary_size:
-            raise ValueError(
-                f"its generation_config.json or tokenizer has {setting} {token!r}, but its vocabulary is of ids from 0 "
-                f"to {vocabulary_size - 1}; correct generation_config.json"
-            )

@@ -1,4 +1,4 @@
-"""A model on the hub: what it says of itself, before anything large is fetched. Imports no torch."""
+"""A hub model's type, asked before anything large is fetched. Imports no torch."""
 
 import logging
 from pathlib import Path
@@ -18,14 +18,15 @@ TIMEOUT_S = 10.0
 def require_qwen_on_hub(model_id: str, revision: str | None = None, *, endpoint: str | None = None) -> None:
     """Raises UsageError if the hub says that it has no such model, or that the model is no Qwen2.5-VL.
 
-    Reads the copy in the hub's cache if there is one, else asks the hub once, for up to TIMEOUT_S seconds. Says in a
-    line where neither answers. endpoint: the hub's address, by default huggingface_hub's own.
+    Reads the hub's cache, else asks the hub (endpoint) once, for up to TIMEOUT_S. Logs a line if neither answers.
     """
     try:
-        model_type = _cached_model_type(model_id, revision)
+        cached = try_to_load_from_cache(model_id, CONFIG_NAME, revision=revision)
+        model_type = read_json(Path(cached)).get("model_type") if isinstance(cached, str) else None
         if model_type is None:
             found = HfApi(endpoint).model_info(model_id, revision=revision, timeout=TIMEOUT_S)
             model_type = (found.config or {}).get("model_type")
+        unknown = "the hub does not name its type"
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = f" at revision {revision}" if revision else ""
         raise UsageError(
@@ -34,23 +35,15 @@ def require_qwen_on_hub(model_id: str, revision: str | None = None, *, endpoint:
         ) from error
     except UsageError:
         raise
-    # no answer may stop a run; what a broken connection raises is of an HTTP library that huggingface_hub has changed
+    # no answer may stop a run, and a broken connection raises errors of whatever HTTP library huggingface_hub uses
     except Exception as error:
-        _say_unknown(model_id, " ".join(str(error).split())[:200] or type(error).__name__)
-        return
+        model_type, unknown = None, " ".join(str(error).split())[:200] or type(error).__name__
     if model_type is None:
-        _say_unknown(model_id, "the hub does not name its type")
+        logger.info(
+            f"{model_id} could not be asked whether it is a Qwen2.5-VL ({unknown}); it is checked as it loads\n"
+        )
     elif model_type != "qwen2_5_vl":
         raise UsageError(
             f"model {model_id} on the hub is a {model_type}, but Fleet trains qwen2_5_vl; pass a Qwen2.5-VL such as "
             "Qwen/Qwen2.5-VL-3B-Instruct"
         )
-
-
-def _cached_model_type(model_id: str, revision: str | None) -> str | None:
-    cached = try_to_load_from_cache(model_id, CONFIG_NAME, revision=revision)
-    return read_json(Path(cached)).get("model_type") if isinstance(cached, str) else None
-
-
-def _say_unknown(model_id: str, reason: str) -> None:
-    logger.info(f"{model_id} could not be asked whether it is a Qwen2.5-VL ({reason}); it is checked as it loads\n")

@@ -1,7 +1,7 @@
 """The weights in a model's files are those that the model takes, and once loaded they are finite numbers.
 
 The libraries start a missing weight at random and pass over an unknown one, with a warning. Here either stops the run.
-Names and shapes are compared without reading a weight; what the weights hold is looked at where they were loaded to.
+Names and shapes are compared without reading a weight; numbers are checked after loading, where the weights are.
 """
 
 import copy
@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
-# how transformers before 4.52 named the language model's layers
+# the names of the language model's layers before transformers 4.52, and since
 OLD_PREFIX, PREFIX = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
 
 
 def require_every_weight(loading: Mapping[str, Any]) -> None:
-    """Raises ValueError if a model's files lacked a weight, held one in another shape, or one that nothing takes.
-
-    loading: what `from_pretrained` says with output_loading_info and ignore_mismatched_sizes.
-    """
+    """Raises ValueError if a weight is missing, unknown or of another shape. loading: `from_pretrained`'s info."""
     _refuse("its files", loading["missing_keys"], loading["unexpected_keys"])
     for name, saved, wanted in sorted(loading["mismatched_keys"]):
         raise ValueError(
@@ -38,8 +35,8 @@ def require_fitting_adapter(folder: str, adapter: LoraConfig, base_config: PreTr
 
     PEFT itself places the file's names and shapes, on a model without content.
     """
+    # in training mode the adapter's weights, and no other, require a gradient; their first values do not matter
     wanted = copy.deepcopy(adapter)
-    # only what trains is the adapter's own, and how it would begin does not matter
     wanted.inference_mode, wanted.init_lora_weights = False, True
     with torch.device("meta"):
         model = get_peft_model(Qwen2_5_VLForConditionalGeneration(base_config), wanted)
@@ -63,41 +60,23 @@ def require_fitting_adapter(folder: str, adapter: LoraConfig, base_config: PreTr
 
 @torch.no_grad()
 def first_weight_not_finite(model: nn.Module) -> str | None:
-    """The name of the model's first weight that holds an infinity or NaN; None if there is none.
-
-    Costs one pass over the weights where they are, without a copy of any. Under ZeRO-3 it looks at this process's
-    shards alone, of 4-bit weights at their scales.
-    """
-    named = [
-        (name, numbers)
-        for name, parameter in model.named_parameters()
-        for numbers in _numbers_of(parameter)
-        if numbers.is_floating_point() and numbers.numel() and not numbers.is_meta
-    ]
-    # the least and the greatest number are NaN where any is; stacked by device, they are read once
-    extremes: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for name, numbers in named:
-        pair = torch.stack(torch.aminmax(numbers)).float()
-        extremes.setdefault(pair.device, []).append((name, pair))
-    not_finite = {
-        name
-        for pairs in extremes.values()
-        for (name, _), is_finite in zip(
-            pairs, torch.stack([pair for _, pair in pairs]).isfinite().all(dim=1).tolist(), strict=True
-        )
-        if not is_finite
-    }
-    return next((name for name, _ in named if name in not_finite), None)
+    """The name of the first weight, or own shard, that holds an infinity or NaN; None if all are finite."""
+    for name, parameter in model.named_parameters():
+        for numbers in _local_tensors(parameter):
+            can_be_infinite = numbers.is_floating_point() and numbers.numel() and not numbers.is_meta
+            # the least and the greatest number are NaN where any is
+            if can_be_infinite and not torch.stack(torch.aminmax(numbers)).float().isfinite().all():
+                return name
+    return None
 
 
-def _numbers_of(parameter: nn.Parameter) -> list[Tensor]:
+def _local_tensors(parameter: nn.Parameter) -> list[Tensor]:
     """The tensors on this process that a weight is made of."""
     shard = getattr(parameter, "ds_tensor", None)
     if shard is not None:
         size = int(shard.ds_numel)
         first = size * torch.distributed.get_rank(parameter.ds_process_group)
-        # behind the weight's own numbers the last shard is filled up with whatever memory held; one that was moved to
-        # a disk is not here
+        # the last shard is filled up with whatever memory held; a shard that was moved to a disk is not here
         return [shard.view(-1)[: max(0, min(size, parameter.ds_numel - first))]] if shard.numel() == size else []
     scales = getattr(parameter, "quant_state", None)
     if scales is not None:
@@ -107,12 +86,9 @@ def _numbers_of(parameter: nn.Parameter) -> list[Tensor]:
 
 
 def _refuse(whose: str, missing: Collection[str], unknown: Collection[str]) -> None:
-    """Raises ValueError if there are any names. whose: the start of the sentence."""
-    found = [
-        f"{word} {len(names)} weights, {min(names)} among them"
-        for word, names in (("lack", missing), ("have unknown", unknown))
-        if names
-    ]
+    """Raises ValueError if any weight is missing or unknown. whose: the start of the message."""
+    kinds = (("lack", missing), ("have unknown", unknown))
+    found = [f"{word} {len(names)} weights, {min(names)} among them" for word, names in kinds if names]
     if not found:
         return
     remedy = "restore the files that were saved together"

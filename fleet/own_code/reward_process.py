@@ -1,8 +1,8 @@
 """RewardProcess: a user's reward function in a process of its own, asked by this one.
 
 There the function runs as ordinary code does: in a main thread, in its own working directory, beside no model. It gets
-copies of what it is called with, its process is ended where it hangs, and it ends with this process, however that ends.
-Owns the asking; what happens in the process is in reward_worker.py. Imports no torch.
+copies of its arguments. Its process is ended where it hangs, and ends with this process in every case. Owns the asking;
+reward_worker.py owns the work in that process. Imports no torch.
 """
 
 import atexit
@@ -19,47 +19,36 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from fleet.own_code.reward_function import CheckedRewards, broken, describe_error, late
-from fleet.own_code.reward_worker import receive_frame, send_frame
+from fleet.own_code.reward_function import CheckedRewards, broken, cannot_cross, late
 from utils.child_process import command_of
 
-# a process that is gone, and whose socket others still hold, is noticed after this
-LOOK_S = 0.2
-# a function's process has this long to tidy up at the end of the run
-END_S = 5.0
-USER_MODULES = "fleet_"  # how utils/user_files.py begins the names of modules
+LOOK_S = 0.2  # a process that is gone, and whose socket others still hold, is noticed after this
+END_S = 5.0  # a function's process may tidy up for so long at the end of the run
+USER_MODULES = "fleet_"  # utils/user_files.py begins the names of modules so
 
 
 class RewardProcess:
     """The function that `path/to/file.py:function` names, as a reward that always answers in time.
 
-    Its process starts with this object. One that was ended starts again at the next call, with a fresh module.
+    Its process starts with this object. After it was ended, the next call starts another, with a fresh module.
     """
 
     def __init__(self, spec: str, timeout_s: float = 60.0):
-        """Runs the file, however long that takes. timeout_s: that one call may take.
-
-        Raises ValueError if there is no such function, it cannot be called with KEYWORDS, or the file fails.
-        """
+        """Runs the file, however long it takes. timeout_s: of one call. Raises ValueError as load_reward_function."""
         self.spec, self.timeout_s = spec, timeout_s
         self._process: subprocess.Popen[bytes] | None = None
-        self._num_logs_sent = 0
         self._owner_pid = os.getpid()
         self.__name__ = self._start()
         atexit.register(self.close)
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
-        """The function's values for B completions. Never raises, and takes about `timeout_s` at most.
-
-        columns: the other KEYWORDS; lists of B entries, each of which crosses as a copy of its own.
-        """
+        """The function's values for B completions, in about `timeout_s`. Never raises. columns: the other KEYWORDS."""
         try:
             if self._process is None:
                 self._start()
             request = self._request(completions, columns)
         except Exception as error:
-            reason = f"cannot be given its columns: {describe_error(error)}; let episodes hold plain data"
-            return broken(self.__name__, len(completions), reason)
+            return broken(self.__name__, len(completions), cannot_cross(error))
         answer = self._ask(request, self.timeout_s)
         if isinstance(answer, str):
             self._kill()
@@ -67,35 +56,31 @@ class RewardProcess:
         return CheckedRewards(**answer)
 
     def close(self) -> None:
-        """Ends the process: it may tidy up for a few seconds."""
-        process = self._process
+        """Ends the process, which may tidy up for a few seconds."""
         # a process forked from this one has the object, but not the child
-        if process is None or os.getpid() != self._owner_pid:
+        if self._process is None or os.getpid() != self._owner_pid:
             return
         self._connection.close()
         self._reader.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END_S)
+            self._process.wait(END_S)
         self._kill()
 
     def _start(self) -> str:
-        """Starts the process and has it run the file; the function's name. Raises ValueError if that fails."""
-        self._connection, of_worker = socket.socketpair()
-        with of_worker:
+        """Starts the process and has it run the file. Returns the function's name. Raises ValueError if that fails."""
+        self._connection, worker_end = socket.socketpair()
+        with worker_end:
             self._process = subprocess.Popen(
-                command_of("fleet.own_code.reward_worker", of_worker.fileno(), os.getpid()),
+                command_of("fleet.own_code.reward_worker", worker_end.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,
-                pass_fds=[of_worker.fileno()],
-                # what a terminal or a launcher sends to this process's group is not meant for the function
+                pass_fds=[worker_end.fileno()],
+                # a terminal or a launcher signals this process's group, and does not mean the function
                 process_group=0,
             )
         self._reader = self._connection.makefile("rb")
         self._num_logs_sent = 0
-        files = {
-            name: str(module.__file__)
-            for name, module in list(sys.modules.items())
-            if name.startswith(USER_MODULES) and getattr(module, "__file__", None)
-        }
+        modules = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
+        files = {name: file for name, file in modules if name.startswith(USER_MODULES) and file}
         answer = self._ask(pickle.dumps({"spec": self.spec, "path": sys.path, "files": files}), None)
         problem = f"reward={self.spec} {answer}" if isinstance(answer, str) else answer["problem"]
         if problem is not None:
@@ -107,11 +92,8 @@ class RewardProcess:
     def _request(self, completions: Sequence[str], columns: dict[str, Any]) -> bytes:
         state = columns.pop("trainer_state", None)
         # siblings share one prompt: pickled once, and unpickled once an entry
-        pickled: dict[int, bytes] = {}
-        for column in columns.values():
-            for entry in column:
-                if id(entry) not in pickled:
-                    pickled[id(entry)] = pickle.dumps(entry)
+        entries = {id(entry): entry for column in columns.values() for entry in column}
+        pickled = {key: pickle.dumps(entry) for key, entry in entries.items()}
         request: dict[str, Any] = {
             "completions": list(completions),
             "columns": {key: [pickled[id(entry)] for entry in column] for key, column in columns.items()},
@@ -127,27 +109,28 @@ class RewardProcess:
         return pickle.dumps(request)
 
     def _ask(self, request: bytes, timeout_s: float | None) -> dict[str, Any] | str:
-        """The answer to a request; or in words, why there is none."""
+        """The answer to a request; in words, why there is none."""
         assert self._process is not None
         waited_s = 0.0
         try:
             self._connection.settimeout(timeout_s)
-            send_frame(self._connection, request)
+            self._connection.sendall(request)
             self._connection.settimeout(None)
             while not select.select([self._connection], [], [], LOOK_S)[0]:
-                # a look that took longer than it should was one of a process that was stopped itself
+                # a look counts as it should last: in a longer one this process was stopped itself
                 waited_s += LOOK_S
                 if timeout_s is not None and waited_s >= timeout_s:
                     return late(timeout_s)
                 if self._process.poll() is not None:
-                    return self._how_it_ended()
-            return dict(json.loads(receive_frame(self._reader.read)))
+                    return self._end_in_words()
+            return dict(json.loads(self._reader.readline()))
         except TimeoutError:
             return late(timeout_s or 0)
-        except (EOFError, OSError):
-            return self._how_it_ended()
+        # ValueError: the line is empty or cut off
+        except (ValueError, OSError):
+            return self._end_in_words()
 
-    def _how_it_ended(self) -> str:
+    def _end_in_words(self) -> str:
         assert self._process is not None
         try:
             code = self._process.wait(END_S)
@@ -171,7 +154,4 @@ class RewardProcess:
         self._reader.close()
 
 
-@lru_cache
-def start_reward(spec: str, timeout_s: float) -> RewardProcess:
-    """The one RewardProcess of this function in this process. Raises ValueError as RewardProcess does."""
-    return RewardProcess(spec, timeout_s)
+start_reward = lru_cache(RewardProcess)  # gives the one RewardProcess of a function and time limit

@@ -1,17 +1,17 @@
-"""How much arithmetic a forward pass of a Qwen2.5-VL is, from its configuration and the lengths of its input.
+"""Operations of a Qwen2.5-VL's forward pass, counted from its configuration and the lengths of its input.
 
-Owns the count that decides whether packing a group pays, and the ideal that benchmarks are held against. Counts the
-matrix products (two operations per multiply-add); norms, rotations and softmax are left out, as is usual.
+Owns the count that decides if packing a group pays, and the ideal that benchmarks are held against. Counts matrix
+products, two operations per multiply-add. Leaves out norms, rotations and softmax, as is usual.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 
 @dataclass(frozen=True)
 class TextWork:
-    """What the language model is given: how many tokens, query-key pairs and scored tokens (through the LM head)."""
+    """The language model's input: tokens, query-key pairs, and scored tokens, which pass through the LM head."""
 
     num_tokens: int
     num_pairs: int
@@ -35,9 +35,8 @@ def text_flops(config: Any, work: TextWork) -> int:
     head_dim = text.hidden_size // text.num_attention_heads
     projections = 2 * text.hidden_size * head_dim * (text.num_attention_heads + text.num_key_value_heads)
     per_token = 2 * (projections + 3 * text.hidden_size * text.intermediate_size)
-    per_pair = 4 * text.hidden_size
     return (
-        text.num_hidden_layers * (work.num_tokens * per_token + work.num_pairs * per_pair)
+        text.num_hidden_layers * (work.num_tokens * per_token + work.num_pairs * 4 * text.hidden_size)
         + 2 * work.num_scored * text.hidden_size * text.vocab_size
     )
 
@@ -50,11 +49,10 @@ def vision_flops(config: Any, grids_thw: Sequence[Sequence[int]]) -> int:
     # a window is counted whole: its side in patches is a multiple of the merged side
     side = vision.window_size // vision.patch_size
     full_pairs = sum(time * (height * width) ** 2 for time, height, width in grids_thw)
-    window_pairs = sum(time * _pieces(height, side) * _pieces(width, side) for time, height, width in grids_thw)
-    num_full = len(vision.fullatt_block_indexes)
+    window_pairs = sum(time * _squares(height, side) * _squares(width, side) for time, height, width in grids_thw)
+    num_full, merged_width = len(vision.fullatt_block_indexes), hidden * merge**2
     patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     per_patch = 2 * hidden * (4 * hidden + 3 * vision.intermediate_size)
-    merged_width = hidden * merge**2
     return (
         2 * num_patches * patch_values * hidden
         + vision.depth * num_patches * per_patch
@@ -73,14 +71,15 @@ def compare_work(
     are_features_known: bool,
     groups_per_step: int,
 ) -> WorkComparison:
-    """What packing P groups, `groups_per_step` in a forward pass, saves or costs.
+    """The work of P groups, `groups_per_step` in a forward pass, packed and as TRL's rows.
 
     prompt_lengths: P, completion_lengths: P lists of G, in tokens. padded_lengths: of prompts and completions in TRL's
     rows. grids_thw: patches of every image of the P prompts. are_features_known: packed rows need no encoder.
     """
     steps = [slice(first, first + groups_per_step) for first in range(0, len(prompt_lengths), groups_per_step)]
-    packed = [packed_work(prompt_lengths[step], completion_lengths[step]) for step in steps]
-    unpacked = unpacked_work(sum(map(len, completion_lengths)), *padded_lengths)
+    packed = [_packed_work(prompt_lengths[step], completion_lengths[step]) for step in steps]
+    num_rows, length = sum(map(len, completion_lengths)), sum(padded_lengths)
+    unpacked = TextWork(num_rows * length, num_rows * length * (length + 1) // 2, num_rows * padded_lengths[1])
     vision = vision_flops(config, grids_thw)
     return WorkComparison(
         packed_flops=sum(text_flops(config, work) for work in packed) + (0 if are_features_known else vision),
@@ -91,30 +90,19 @@ def compare_work(
     )
 
 
-def add_up(of_ranks: Sequence[WorkComparison]) -> WorkComparison:
+def add_up(work_by_rank: Sequence[WorkComparison]) -> WorkComparison:
     """The work of all ranks together; the largest mask is the largest of any."""
-    return WorkComparison(
-        packed_flops=sum(work.packed_flops for work in of_ranks),
-        unpacked_flops=sum(work.unpacked_flops for work in of_ranks),
-        packed_tokens=sum(work.packed_tokens for work in of_ranks),
-        unpacked_tokens=sum(work.unpacked_tokens for work in of_ranks),
-        largest_mask_pairs=max(work.largest_mask_pairs for work in of_ranks),
-    )
+    total = WorkComparison(*map(sum, zip(*map(astuple, work_by_rank), strict=True)))
+    return replace(total, largest_mask_pairs=max(work.largest_mask_pairs for work in work_by_rank))
 
 
-def unpacked_work(num_rows: int, prompt_length: int, completion_length: int) -> TextWork:
-    """Every rollout as a row with its own prompt, all rows of one length, as stock TRL has them."""
-    length = prompt_length + completion_length
-    return TextWork(num_rows * length, num_rows * length * (length + 1) // 2, num_rows * completion_length)
-
-
-def packed_work(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> TextWork:
-    """Every group as one packed row behind a dense mask, each row as long as the longest."""
+def _packed_work(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> TextWork:
+    """Each group as one packed row behind a dense mask, every row as long as the longest."""
     totals = [sum(lengths) for lengths in completion_lengths]
     num_slots = max(prompt - 1 + total for prompt, total in zip(prompt_lengths, totals, strict=True))
     return TextWork(len(totals) * num_slots, len(totals) * num_slots**2, sum(totals))
 
 
-def _pieces(length: int, side: int) -> int:
-    """The sum of the squares of the pieces that windows of `side` cut `length` into."""
+def _squares(length: int, side: int) -> int:
+    """Sum of the squares of the pieces that windows of `side` cut `length` into."""
     return length // side * side**2 + (length % side) ** 2

@@ -1,7 +1,7 @@
 """The passes of whole groups through a Qwen2.5-VL: prefill once and decode, score packed rows, encode images.
 
-The only code that leans on the model's internals (mrope positions, `rope_deltas`, precomputed image features). Works
-on a bare model, under PEFT, and under DDP or DeepSpeed as far as each function says. Knows no trainer.
+The only code that leans on the model's internals: mrope positions, `rope_deltas`, precomputed image features. Works
+on a bare model and under PEFT; each function says how it works under DDP or DeepSpeed. Knows no trainer.
 """
 
 import inspect
@@ -17,8 +17,8 @@ from dataset import EpisodeBatch
 from fleet.qwen.flops import WorkComparison
 from fleet.qwen.shared_prefix import PackedGroups, attention_mask
 
-# The attention that takes a mask which keeps the branches of a packed row apart; flash attention takes none.
-# The most query-key pairs that a packed step may have: sdpa holds a byte or four for each, eager four for every head.
+# Query-key pairs that a packed step may have. sdpa holds a byte or four for each, eager four for every head; flash
+# attention takes no mask.
 MAX_MASK_PAIRS = {"sdpa": 2**29, "eager": 2**25}
 
 
@@ -28,14 +28,14 @@ def base_qwen(model: nn.Module) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def takes_image_features() -> bool:
-    """Whether this version of transformers lets a model be given its images' features (from 5.18 on)."""
+    """True if this version of transformers (from 5.18 on) lets a model be given its images' features."""
     return "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 
 
 def why_not_to_pack(attention: str, work: WorkComparison) -> str | None:
-    """Why a generation had better be scored in unpacked rows; None if packed rows are right.
+    """The reason to score a generation in unpacked rows; None if packed rows are right.
 
-    attention: the language model's implementation. work: of all devices together, so that all decide the same.
+    attention: the language model's. work: of all devices together, so that all decide the same.
     """
     if attention not in MAX_MASK_PAIRS:
         return f"attention {attention} takes no mask that keeps branches apart; pass --attn_implementation sdpa"
@@ -51,37 +51,36 @@ def why_not_to_pack(attention: str, work: WorkComparison) -> str | None:
 
 
 def prompt_positions(model: nn.Module, batch: EpisodeBatch) -> Tensor:
-    """The model's positions of the prompts, images included: (3, P, L) int64, L as in the batch."""
-    positions_3PL, _ = base_qwen(model).model.get_rope_index(
+    """Positions of the prompts' tokens, images included: (3, P, L) int64, L as in the batch."""
+    return base_qwen(model).model.get_rope_index(
         batch["input_ids"],
         mm_token_type_ids=batch["mm_token_type_ids"],
         image_grid_thw=batch["image_grid_thw"],
         attention_mask=batch["attention_mask"],
-    )
-    return positions_3PL
+    )[0]
 
 
 def image_inputs(batch: EpisodeBatch, groups: slice, features: Sequence[Tensor] | None) -> dict[str, Any]:
-    """What a forward pass over these episodes takes for their images: features if there are any, else pixels.
+    """A forward pass's arguments for these episodes' images: their features if there are any, else their pixels.
 
-    features: of each image of the whole batch, (image tokens, width), or None for the encoder to run.
+    features: of each image of the whole batch, (image tokens, width); with None the encoder runs.
     """
     starts = [sum(batch["num_images"][:episode]) for episode in (groups.start, groups.stop)]
-    if features is not None:
-        device = batch["input_ids"].device
-        chosen = tuple(values.to(device) for values in features[slice(*starts)])
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=chosen)}}
     grids = batch["image_grid_thw"]
-    patches = [int(grids[:start].prod(dim=1).sum()) for start in starts]
-    return {"pixel_values": batch["pixel_values"][slice(*patches)], "image_grid_thw": grids[slice(*starts)]}
+    inputs: dict[str, Any] = {"image_grid_thw": grids[slice(*starts)]}
+    if features is None:
+        patches = [int(grids[:start].prod(dim=1).sum()) for start in starts]
+        return inputs | {"pixel_values": batch["pixel_values"][slice(*patches)]}
+    chosen = tuple(values.to(grids.device) for values in features[slice(*starts)])
+    return inputs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=chosen)}}
 
 
 @torch.no_grad()
 def encode_image(model: nn.Module, batch: EpisodeBatch, place: int) -> Tensor:
-    """The features (image tokens, width) of the batch's image at this place, from a call of the encoder for it alone.
+    """Features (image tokens, width) of the batch's image at this place; the encoder sees it alone.
 
-    Their last bits would depend on the images that are encoded with it: a matrix library chooses its kernel by the
-    number of rows. Alone, an image has one set of bits, in whatever batch or resumed run it first appears.
+    A matrix library chooses its kernel by the number of rows, so other images in the call would change the last bits.
+    Alone, an image has the same bits in every batch and every resumed run.
     """
     grids = batch["image_grid_thw"]
     first = int(grids[:place].prod(dim=1).sum())
@@ -98,14 +97,14 @@ def generate_groups(
     generation_config: GenerationConfig,
     logits_processor: LogitsProcessorList | None = None,
 ) -> Tensor:
-    """G completions of each prompt, whose images and tokens are computed once: (P * G, T) int64, group after group.
+    """G completions of each prompt, which is computed once: (P * G, T) int64, group after group.
 
     Equal, token for token, to `generate` on every prompt repeated G times. model: unwrapped, as for `generate`. Under
-    ZeRO-3 every rank must call it with as many prompts; completions may be of any lengths.
+    ZeRO-3 every rank must call it with the same number of prompts; completions may have any lengths.
     """
     group_size, config = batch["group_size"], model.config.get_text_config()
     cache = DynamicCache(config=config)
-    # the last token is left for `generate`, which wants at least one to go on from
+    # `generate` needs at least one token to go on from, so the last one is left out here
     model(
         input_ids=batch["input_ids"][:, :-1],
         attention_mask=batch["attention_mask"][:, :-1],
@@ -113,10 +112,10 @@ def generate_groups(
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-        **{"image_grid_thw": batch["image_grid_thw"], **image_inputs(batch, slice(0, len(batch["prompts"])), features)},
+        **image_inputs(batch, slice(0, len(batch["prompts"])), features),
     )
     cache.batch_repeat_interleave(group_size)
-    # how far a row's positions are from its token count; the last token is text, so its prompt's is its prefix's
+    # the distance of positions from token counts; the last token is text, so a prompt has the distance of its prefix
     qwen = base_qwen(model).model
     qwen.rope_deltas = qwen.rope_deltas.repeat_interleave(group_size, dim=0)
     sequences = model.generate(
@@ -132,10 +131,10 @@ def generate_groups(
 def score_packed(
     model: nn.Module, packed: PackedGroups, images: dict[str, Any], attention: str
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability and entropy of what each slot predicts, (P, S) float each, from one forward pass.
+    """Log-probability and entropy of the token that each slot predicts, (P, S) float each, from one forward pass.
 
-    model: with TRL's fused head, which gives no entropy if it was not asked for at its making; may be wrapped by
-    DDP or DeepSpeed. images: from image_inputs. attention: the language model's, one of MAX_MASK_PAIRS.
+    model: with TRL's fused head, which gives an entropy only if it was made to; may be wrapped by DDP or DeepSpeed.
+    images: from image_inputs. attention: the language model's, one of MAX_MASK_PAIRS.
     """
     mask_P1SS = attention_mask(packed.branch_PS)
     if attention == "eager":

@@ -1,9 +1,8 @@
 """A group of rollouts behind one copy of its prompt, as one row, and back. Pure tensor functions; knows no model.
 
-A packed row is the prompt without its last token, then G branches, then padding. Branch g is the last prompt token
-followed by completion g without its last token, so that every completion token, the first included, is predicted in
-its own branch. A branch continues the prompt's positions and sees the prompt and itself, so each of its slots computes
-what the same token computes behind a prompt of its own: one prompt's work instead of G.
+A packed row is the prompt without its last token, then G branches, then padding. Branch g is the last prompt token and
+then completion g without its last token, so its slots predict all tokens of the completion. A branch continues the
+prompt's positions and sees the prompt and itself, so each slot computes what it would behind a prompt of its own.
 """
 
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ class PackedGroups:
     position_ids_3PS: Tensor  # int64
     branch_PS: Tensor  # int64: 0 in the prompt, 1 to G in the branches, PADDING behind them
     shift_labels_PS: Tensor  # int64, the token that each slot predicts; -100 outside the branches
-    slot_PGT: Tensor  # int64, the slot that predicts each completion token; 0 where there is none
-    is_token_PGT: Tensor  # bool, false behind a completion's end
+    slot_PGT: Tensor  # int64, the slot that predicts each completion token; 0 behind a completion's end
+    is_token_PGT: Tensor  # bool, False behind a completion's end
 
 
 def pack_groups(
@@ -43,9 +42,12 @@ def pack_groups(
     completion_lengths_PG from 0 to T. Only tokens take slots, so rows of unequal lengths are padded at their ends.
     Raises ValueError if a prompt is empty or does not end in its last column, or a length is not from 0 to T.
     """
-    _require_sound(prompt_mask_PL, completion_ids_PGT, completion_lengths_PG)
     device, (num_prompts, longest_prompt) = prompt_ids_PL.device, prompt_ids_PL.shape
-    longest_completion = completion_ids_PGT.shape[2]
+    num_rollouts, longest = completion_ids_PGT.shape[1:]
+    if not bool((prompt_mask_PL[:, -1] == 1).all()):
+        raise ValueError("a prompt is empty or padded on the right, but its last token opens every branch; pad left")
+    if not bool(((completion_lengths_PG >= 0) & (completion_lengths_PG <= longest)).all()):
+        raise ValueError(f"completion lengths {completion_lengths_PG.tolist()}, but wanted 0 to {longest} tokens")
     prefix_lengths_P = prompt_mask_PL.sum(dim=1) - 1
     ends_PG = prefix_lengths_P[:, None] + completion_lengths_PG.cumsum(dim=1)
     num_slots = int(ends_PG[:, -1].max())
@@ -60,15 +62,15 @@ def pack_groups(
     branch_PS = torch.where(is_prefix_PS, 0, PADDING)
     shift_labels_PS = torch.full_like(input_ids_PS, -100)
 
-    steps_T = torch.arange(longest_completion, device=device)
+    steps_T = torch.arange(longest, device=device)
     is_token_PGT = steps_T < completion_lengths_PG[:, :, None]
     slot_PGT = torch.where(is_token_PGT, (ends_PG - completion_lengths_PG)[:, :, None] + steps_T, 0)
     prompts_PGT = torch.arange(num_prompts, device=device)[:, None, None].expand_as(slot_PGT)
     targets = prompts_PGT[is_token_PGT], slot_PGT[is_token_PGT]
 
-    last_PG1 = prompt_ids_PL[:, -1, None, None].expand(-1, completion_ids_PGT.shape[1], 1)
+    last_PG1 = prompt_ids_PL[:, -1, None, None].expand(-1, num_rollouts, 1)
     branch_ids_PGT = torch.cat([last_PG1, completion_ids_PGT[:, :, :-1]], dim=2)
-    branches_G = torch.arange(1, completion_ids_PGT.shape[1] + 1, device=device)
+    branches_G = torch.arange(1, num_rollouts + 1, device=device)
     input_ids_PS[targets] = branch_ids_PGT[is_token_PGT]
     branch_PS[targets] = branches_G[None, :, None].expand_as(slot_PGT)[is_token_PGT]
     shift_labels_PS[targets] = completion_ids_PGT[is_token_PGT]
@@ -78,31 +80,19 @@ def pack_groups(
     return PackedGroups(input_ids_PS, position_ids_3PS, branch_PS, shift_labels_PS, slot_PGT, is_token_PGT)
 
 
-def may_see(branch_of_query: Tensor, branch_of_key: Tensor) -> Tensor:
-    """Whether a slot may see an earlier one, by their branches: bool, of the shape that both broadcast to.
-
-    >>> may_see(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 2])).tolist()
-    [True, True, False, True]
-    """
-    return (branch_of_key == 0) | (branch_of_key == branch_of_query)
-
-
 def attention_mask(branch_PS: Tensor) -> Tensor:
-    """Which slot sees which: (P, 1, S, S) bool, query before key. Every slot sees itself, padding too."""
-    num_slots = branch_PS.shape[1]
-    is_causal_SS = torch.ones(num_slots, num_slots, dtype=torch.bool, device=branch_PS.device).tril()
-    return (may_see(branch_PS[:, :, None], branch_PS[:, None, :]) & is_causal_SS)[:, None]
+    """True where a slot (first S) sees another (second S): (P, 1, S, S) bool.
+
+    A slot sees itself and, before it, the prompt and its own branch. Padding sees itself too.
+
+    >>> attention_mask(torch.tensor([[0, 1, 2]]))[0, 0].int().tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    """
+    query_PS1, key_P1S = branch_PS[:, :, None], branch_PS[:, None, :]
+    return ((key_P1S == 0) | (key_P1S == query_PS1)).tril()[:, None]
 
 
 def unpack(values_PS: Tensor, packed: PackedGroups) -> Tensor:
-    """What the rows hold for each completion token: (P, G, T) of the values' dtype, 0 behind a completion's end."""
+    """The rows' values by completion token: (P, G, T) of the values' dtype, 0 behind a completion's end."""
     values_PGT = values_PS.gather(1, packed.slot_PGT.flatten(1)).view(packed.slot_PGT.shape)
     return values_PGT.masked_fill(~packed.is_token_PGT, 0)
-
-
-def _require_sound(prompt_mask_PL: Tensor, completion_ids_PGT: Tensor, completion_lengths_PG: Tensor) -> None:
-    if not bool((prompt_mask_PL[:, -1] == 1).all()):
-        raise ValueError("a prompt is empty or padded on the right, but its last token opens every branch; pad left")
-    longest = completion_ids_PGT.shape[2]
-    if not bool(((completion_lengths_PG >= 0) & (completion_lengths_PG <= longest)).all()):
-        raise ValueError(f"completion lengths {completion_lengths_PG.tolist()}, but wanted 0 to {longest} tokens")

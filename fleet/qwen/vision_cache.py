@@ -1,8 +1,7 @@
-"""The features of images that a frozen vision tower has seen, kept in host memory for the whole run.
+"""Features of the images that a frozen vision tower has seen, kept in host memory for the whole run.
 
-Owns what is kept and for how long; knows images by a digest of their pixels, so nothing can go stale while the tower
-and its merger do not train, which `vision_is_frozen` says. Asks for one image at a time, so that a resumed run, whose
-cache is empty again, gets the same bits.
+Owns what is kept and for how long. Knows an image by a digest of its pixels, so nothing goes stale while the vision
+side is frozen. Asks for one image at a time, so that a resumed run, whose cache is empty, gets the same bits.
 """
 
 from collections import OrderedDict
@@ -12,22 +11,21 @@ from torch import Tensor, nn
 
 
 def vision_is_frozen(model: nn.Module) -> bool:
-    """Whether nothing in the vision tower or its merger trains, adapters included."""
+    """True if nothing in the vision tower or its merger trains, adapters included."""
     return not any(parameter.requires_grad for name, parameter in model.named_parameters() if "visual." in name)
 
 
 class VisionCache:
-    """Least recently used features go first once `max_bytes` are held."""
+    """Holds at most `max_bytes` of features; the least recently used go first."""
 
     def __init__(self, model: nn.Module, max_bytes: int):
-        """Raises ValueError if a part of the model's vision side trains: its features would change under the cache."""
+        """Raises ValueError if a part of the model's vision side trains: features would change under the cache."""
         if not vision_is_frozen(model):
             raise ValueError(
                 "image features cannot be kept while the vision tower, its merger or an adapter in them trains; "
                 "pass --freeze_vision true or --vision_cache_mib 0"
             )
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
+        self.max_bytes, self.num_bytes = max_bytes, 0
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def features_of(
@@ -36,7 +34,7 @@ class VisionCache:
         """The features of these images in order, each (image tokens, width), in host memory.
 
         encode: the features of the image at one place; called for the first place of each unknown image.
-        num_calls: the least number of those calls, because another rank makes as many; the rest encode the first image.
+        num_calls: `encode` is called at least as often, because another rank does; the rest encode the first image.
         """
         unknown = self.unknown_places(digests)
         encoded = [encode(place) for place in unknown]
@@ -45,19 +43,14 @@ class VisionCache:
         fresh = {digests[place]: features.to("cpu") for place, features in zip(unknown, encoded, strict=True)}
         found = [fresh[digest] if digest in fresh else self._features[digest] for digest in digests]
         for digest, features in zip(digests, found, strict=True):
-            self._keep(digest, features)
+            self.num_bytes += 0 if digest in self._features else features.nbytes
+            self._features[digest] = features
+            self._features.move_to_end(digest)
+            while self.num_bytes > self.max_bytes:
+                self.num_bytes -= self._features.popitem(last=False)[1].nbytes
         return found
 
     def unknown_places(self, digests: Sequence[bytes]) -> list[int]:
         """The first place of each image that is not held."""
         first_places = {digest: place for place, digest in reversed(list(enumerate(digests)))}
         return sorted(place for digest, place in first_places.items() if digest not in self._features)
-
-    def _keep(self, digest: bytes, features: Tensor) -> None:
-        if digest not in self._features:
-            self.num_bytes += features.nbytes
-            self._features[digest] = features
-        self._features.move_to_end(digest)
-        while self.num_bytes > self.max_bytes:
-            _, dropped = self._features.popitem(last=False)
-            self.num_bytes -= dropped.nbytes

@@ -1,9 +1,9 @@
-"""Run beside a process of a run: ends it where it no longer gives Python's threads a turn, which no thread could tell.
+"""Run beside a process of a run: ends it when it gives Python's threads no turn, which no thread of its own could do.
 
     python frozen_watch.py <process id> <rank>
 
-The watchdog's thread writes a line a tick to standard input: the seconds without a line that end the process, and what
-it is at. Time in which the process or this one is stopped does not count.
+The watchdog's thread writes a line per tick to standard input: the seconds without a line that end the process, and its
+activity. Time in which the process or this one is stopped does not count.
 """
 
 import os
@@ -17,8 +17,7 @@ from pathlib import Path
 from utils.child_process import end_with_parent
 
 LOOK_S = 1.0
-# for the stacks that a process prints as it ends
-LAST_WORDS_S = 5.0
+LAST_WORDS_S = 5.0  # for the stacks that a process prints as it ends
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
                 return
             latest, silent_s = content.splitlines()[-1], 0.0
             continue
-        # a look adds what it should have taken: in a longer one this process was stopped
+        # a look counts as it should last: in a longer one this process was stopped
         silent_s += 0.0 if is_stopped(pid) else LOOK_S
         limit_s, _, activity = latest.decode(errors="replace").partition(" ")
         if latest and silent_s >= float(limit_s):
@@ -44,7 +43,7 @@ def main() -> None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, by a signal or a debugger."""
+    """True if a process is stopped, by a signal or a debugger."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in ("T", "t")
     except OSError:
@@ -62,6 +61,6 @@ def end(pid: int, rank: str, activity: str, silent_s: float) -> None:
     # no core file of a model's size
     resource.prlimit(pid, resource.RLIMIT_CORE, (0, resource.prlimit(pid, resource.RLIMIT_CORE)[1]))
     os.kill(pid, signal.SIGABRT)
-    # this process ends with the other, if that has printed them
+    # once the other has printed its stacks and ended, this process ends with it
     time.sleep(LAST_WORDS_S)
     os.kill(pid, signal.SIGKILL)

@@ -1,8 +1,7 @@
-"""Peers: the processes of a run hear from each other that they are there, whatever their main threads do.
+"""Peers: the processes of a run hear from each other that they are alive, whatever their main threads do.
 
-A collective that waits for a process that was killed or stopped may wait for half an hour, most of all before the
-first generation. Here every process is connected to the first one, both send a byte a tick, and an end without a
-goodbye or a long silence is a loss. Imports no torch.
+A collective may wait half an hour for a process that was killed or stopped. Here every process is connected to the
+first one, and both send a byte per tick. An end without a goodbye, or a long silence, is a loss. Imports no torch.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ class Peer:
             self.closed_s += tick_s
             return
         try:
-            # first, as a goodbye may lie before an end that a sending would run into
+            # read before sending: a goodbye may have come before the end that sending would meet
             content = self.connection.recv(4096)
             self.silent_s = 0.0
             self.is_closed = not content
@@ -55,9 +54,9 @@ class Peers:
         self.peers = tuple(peers)
 
     def first_lost(self, tick_s: float, silence_s: float, closed_s: float) -> str | None:
-        """The first process that is lost, in words; None if there is none. Must be called every `tick_s` seconds.
+        """The first process that is lost, in words; None if none is lost. Must be called every `tick_s` seconds.
 
-        silence_s: without a sign, after which one is lost. closed_s: after its connection closed without a goodbye.
+        A process is lost `silence_s` after its last sign, or `closed_s` after its connection closed without a goodbye.
         """
         for peer in self.peers:
             peer.tick(tick_s)
@@ -76,29 +75,26 @@ class Peers:
                 peer.connection.send(GOODBYE)
 
 
-def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers | None:
-    """The connected peers of this process; None for a run of one. Every process takes part.
-
-    host: of the first process, as the others reach it. A machine that cannot be reached there is not heard from.
-    """
+def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers:
+    """The connected peers of this process; none if the first one is out of reach. host: of that one."""
     if num_processes == 1:
-        return None
-    server = socket.create_server(("", 0), backlog=num_processes) if rank == 0 else None
-    own = None if server is None else (server.getsockname()[1], secrets.token_bytes(16))
-    port, token = gather([own])[0]
-    if server is not None:
-        with server:
+        return Peers([])
+    if rank == 0:
+        token = secrets.token_bytes(16)
+        with socket.create_server(("", 0), backlog=num_processes) as server:
+            gather([(server.getsockname()[1], token)])
             return Peers(_accept(server, token, num_processes - 1))
+    port, token = gather([None])[0]
     try:
         connection = socket.create_connection((host, port), CONNECT_S)
         connection.sendall(HELLO.pack(token, rank))
     except OSError:
-        return None
+        return Peers([])
     return Peers([Peer(0, connection)])
 
 
 def _accept(server: socket.socket, token: bytes, num_others: int) -> list[Peer]:
-    """The others, as far as they come in time."""
+    """The other processes that connect in time."""
     peers: list[Peer] = []
     server.settimeout(CONNECT_S)
     while len(peers) < num_others:
@@ -108,7 +104,7 @@ def _accept(server: socket.socket, token: bytes, num_others: int) -> list[Peer]:
             hello = connection.recv(HELLO.size, socket.MSG_WAITALL)
         except OSError:
             return peers
-        if len(hello) == HELLO.size and HELLO.unpack(hello)[0] == token:
+        if len(hello) == HELLO.size and hello.startswith(token):
             peers.append(Peer(HELLO.unpack(hello)[1], connection))
         else:
             connection.close()

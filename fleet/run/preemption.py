@@ -1,9 +1,7 @@
-"""What ends a run between two steps: SIGTERM and SIGINT, or another run that has taken over its folder.
+"""The end of a run between two steps, at SIGTERM or SIGINT, or when another run has taken over its folder.
 
-Signalled, it finishes the step it is in, saves on all processes, and exits with a code.
-
-A scheduler that takes a machine back sends SIGTERM, and may send it to one process or to all. A second signal exits at
-once. Signals before the first step and after the last one do what they always do.
+A signalled run finishes its step, saves on all processes, and exits with a code. A scheduler sends SIGTERM to one
+process or to all. A second signal exits at once. Before the first step and after the last, signals act as always.
 """
 
 import logging
@@ -22,20 +20,16 @@ from fleet.rl.checkpoints import DISPLACED_REMEDY
 logger = logging.getLogger("fleet")
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
-# A launcher passes on a signal that its workers may have had already; those two are one.
-SAME_SIGNAL_S = 1.0
+SAME_SIGNAL_S = 1.0  # a launcher passes on a signal that its workers may have had already: these two are one
 
 
 class Preemption(TrainerCallback):
-    """Stops the training loop, with a checkpoint, at the end of the step in which any process was signalled.
-
-    `is_stopping` is True once all processes have agreed to stop.
-    """
+    """Stops the training loop, with a checkpoint, at the end of the step in which any process was signalled."""
 
     def __init__(self, trainer: Any):
         """trainer: a FleetRLOOTrainer."""
         self.trainer = trainer
-        self.is_stopping = False
+        self.is_stopping = False  # True once all processes have agreed to stop
         self._signal: int | None = None
         self._signal_time_s = 0.0
         self._handlers_before: dict[int, Any] = {}
@@ -45,27 +39,24 @@ class Preemption(TrainerCallback):
         self._handlers_before = {number: signal.signal(number, self._on_signal) for number in HANDLED}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gives the signals back, and one that came too late to be agreed on its usual effect."""
+        """Gives the signals back; one that came too late to be agreed on has its usual effect now."""
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         if self._signal is not None and not self.is_stopping:
             signal.raise_signal(self._signal)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Has the loop save and stop, if any process was signalled and the step ends its generation."""
-        self._agree()
-        if self.is_stopping and self.trainer.is_at_generation_end():
+        if self._agree_to_stop():
             control.should_save = control.should_training_stop = True
-        return control
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Stops at once for a signal during the save: what there is to save has just been saved."""
-        self._agree()
-        if self.is_stopping and self.trainer.is_at_generation_end():
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops at once for a signal during the save, as all has just been saved."""
+        if self._agree_to_stop():
             control.should_training_stop = True
-        return control
 
-    def _agree(self) -> None:
+    def _agree_to_stop(self) -> bool:
+        """True, on all processes, if any was signalled and the step ends its generation."""
         displaced_by = self.trainer.displaced_by()
         own = [float(self._signal is not None), float(displaced_by is not None)]
         flags = torch.tensor(own, device=self.trainer.accelerator.device)
@@ -77,6 +68,7 @@ class Preemption(TrainerCallback):
         if is_any and not self.is_stopping:
             logger.warning("told to stop: this step is finished and saved first; a second signal stops at once")
         self.is_stopping = is_any
+        return is_any and self.trainer.is_at_generation_end()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()

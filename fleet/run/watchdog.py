@@ -1,9 +1,8 @@
 """Watchdog: ends a process that makes no progress, with the reason in a line, so that no job hangs for ever.
 
-Where one process stalls, the others wait for it in a collective: the one that stalls ends first and says where, and
-its launcher ends the rest. A process that is stopped or lost is reported by those that wait for it. What counts as
-progress is each call of `beat`. Time in which the process itself was stopped (Ctrl-Z, a frozen container, a laptop
-asleep) does not count.
+Each call of `beat` is progress. Where one process stalls, the others wait for it in a collective: the stalled one ends
+first and says where, and its launcher ends the rest. The waiting ones report a process that is stopped or lost. Time in
+which the process itself was stopped (Ctrl-Z, a frozen container, a laptop asleep) does not count.
 """
 
 import contextlib
@@ -16,18 +15,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 from fleet.run.peers import Peers
 from utils.child_process import command_of
 
 STALLED_EXIT_CODE = 70  # sysexits.h: an internal software error
-# Those that wait for a stalled process leave it this much time to say so itself.
-WAITING_GRACE_S = 10.0
-# Code that runs without giving Python's threads a turn is ended from outside Python.
-FROZEN_GRACE_S = 20.0
-# Until the first generation a process may be reading a large model from a slow disk.
-STARTING_S = 1800.0
+WAITING_GRACE_S = 10.0  # the others wait so much longer, so that a stalled process says so itself
+FROZEN_GRACE_S = 20.0  # until code that gives Python's threads no turn is ended from outside Python
+STARTING_S = 1800.0  # before the first generation, a large model may be read from a slow disk
 STDERR = 2  # also where sys.stderr is no file
 COLLECTIVES = (
     "torch/distributed/",
@@ -40,10 +35,9 @@ COLLECTIVES = (
 
 
 class StillTime:
-    """Seconds since the last beat in which the process could run, told in ticks."""
+    """Seconds since the last beat in which the process could run, counted in ticks."""
 
     def __init__(self, tick_s: float, clock: Callable[[], float] = time.monotonic):
-        """tick_s: how long a tick should take."""
         self.tick_s, self.clock = tick_s, clock
         self._still_s, self._last_tick_s = 0.0, clock()
 
@@ -52,7 +46,7 @@ class StillTime:
         self._still_s = 0.0
 
     def tick(self) -> float:
-        """The seconds, with those of the tick that has just ended. A tick far longer than it should be was a stop."""
+        """Ends a tick and returns the seconds so far. A tick of more than twice its length held a stop."""
         now_s = self.clock()
         self._still_s += min(now_s - self._last_tick_s, 2 * self.tick_s)
         self._last_tick_s = now_s
@@ -65,33 +59,19 @@ class Watchdog:
     def __init__(self, timeout_s: float, rank: int):
         """timeout_s: at least 1."""
         self.timeout_s, self.rank = timeout_s, rank
-        self.peers: Peers | None = None
+        self.peers = Peers([])
         self._activity, self._limit_s = "", timeout_s
         self._is_watching = False
-        self._main_thread_id = threading.main_thread().ident
         self._still = StillTime(min(1.0, timeout_s / 10))
         self._frozen_watch: subprocess.Popen[bytes] | None = None
 
     def start_with(self, activity: str) -> None:
         """Notes progress before the first generation, where one activity may take STARTING_S."""
-        self._note(activity, max(self.timeout_s, STARTING_S))
+        self.beat(activity, max(self.timeout_s, STARTING_S))
 
-    def beat(self, activity: str) -> None:
-        """Notes progress. activity: what the process now does, for the report."""
-        self._note(activity, self.timeout_s)
-
-    def stop(self, *, is_at_end: bool = True) -> None:
-        """No longer watches. is_at_end: tells the other processes that this one may be gone from now on."""
-        self._is_watching = False
-        if self.peers is not None and is_at_end:
-            self.peers.say_goodbye()
-        if self._frozen_watch is not None and self._frozen_watch.stdin is not None:
-            self._frozen_watch.kill()
-            self._frozen_watch.wait()
-            self._frozen_watch.stdin.close()
-
-    def _note(self, activity: str, limit_s: float) -> None:
-        self._activity, self._limit_s, self._is_watching = activity, limit_s, True
+    def beat(self, activity: str, limit_s: float | None = None) -> None:
+        """Notes progress. activity: what begins now, for the report. limit_s: in place of timeout_s."""
+        self._activity, self._limit_s, self._is_watching = activity, limit_s or self.timeout_s, True
         self._still.beat()
         if self._frozen_watch is None:
             # prints every thread's stack where frozen_watch.py ends this process
@@ -106,6 +86,15 @@ class Watchdog:
             os.set_blocking(self._frozen_watch.stdin.fileno(), False)
             threading.Thread(target=self._watch, daemon=True).start()
 
+    def stop(self, *, is_at_end: bool = True) -> None:
+        """Stops watching. is_at_end: tells the other processes that this one may be gone from now on."""
+        self._is_watching = False
+        if is_at_end:
+            self.peers.say_goodbye()
+        if self._frozen_watch is not None:
+            with self._frozen_watch as watch:
+                watch.kill()
+
     def _watch(self) -> None:
         while True:
             time.sleep(self._still.tick_s)
@@ -113,34 +102,27 @@ class Watchdog:
             if not self._is_watching:
                 return
             limit_s = self._limit_s
-            self._tell_frozen_watch(f"{limit_s + FROZEN_GRACE_S} {self._activity}\n")
-            lost = None
-            if self.peers is not None:
-                lost = self.peers.first_lost(self._still.tick_s, self.timeout_s + FROZEN_GRACE_S, WAITING_GRACE_S)
+            assert self._frozen_watch is not None and self._frozen_watch.stdin is not None
+            # it may be stopped or ended by somebody, and training may just have ended
+            with contextlib.suppress(OSError, ValueError):
+                line = f"{limit_s + FROZEN_GRACE_S} {self._activity}\n"
+                os.write(self._frozen_watch.stdin.fileno(), line.encode())
+            lost = self.peers.first_lost(self._still.tick_s, self.timeout_s + FROZEN_GRACE_S, WAITING_GRACE_S)
             if lost is not None and self._is_watching:
                 self._end(f"process {self.rank} ends during {self._activity}, as {lost}")
             if still_s < limit_s:
                 continue
-            frame = sys._current_frames().get(self._main_thread_id or 0)
-            is_waiting = frame is not None and is_of_collective(traceback.extract_stack(frame))
+            calls = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
+            is_waiting = is_of_collective(calls)
             if still_s > limit_s + WAITING_GRACE_S * is_waiting and self._is_watching:
-                self._end(self._where(frame, is_waiting, still_s))
+                self._end(self._describe(calls, is_waiting, still_s))
 
-    def _tell_frozen_watch(self, line: str) -> None:
-        assert self._frozen_watch is not None and self._frozen_watch.stdin is not None
-        try:
-            os.write(self._frozen_watch.stdin.fileno(), line.encode())
-        except (OSError, ValueError):
-            # it is stopped, was ended by somebody, or training has just ended
-            return
-
-    def _end(self, what: str) -> None:
-        print(f"error: {what}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
+    def _end(self, reason: str) -> None:
+        print(f"error: {reason}; go on from the last checkpoint with --resume", file=sys.stderr, flush=True)
         os._exit(STALLED_EXIT_CODE)
 
-    def _where(self, frame: FrameType | None, is_waiting: bool, still_s: float) -> str:
-        place = traceback.extract_stack(frame)[-1] if frame is not None else None
-        where = "an unknown place" if place is None else f"{Path(place.filename).name}:{place.lineno} ({place.name})"
+    def _describe(self, calls: traceback.StackSummary, is_waiting: bool, still_s: float) -> str:
+        where = f"{Path(calls[-1].filename).name}:{calls[-1].lineno} ({calls[-1].name})"
         how = "waits for another process, which has stalled or is lost," if is_waiting else "has stalled"
         return (
             f"process {self.rank} {how} in {where} during {self._activity}: no progress for {still_s:.0f} s "
@@ -163,5 +145,5 @@ def watched(timeout_s: float) -> Iterator[Watchdog]:
 
 
 def is_of_collective(calls: traceback.StackSummary) -> bool:
-    """Whether the innermost calls of a stack are those of a library that exchanges data between processes."""
+    """True if a stack's innermost calls are those of a library that exchanges data between processes."""
     return any(name in call.filename for call in calls[-4:] for name in COLLECTIVES)

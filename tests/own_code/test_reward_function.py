@@ -149,7 +149,8 @@ BROKEN = {
 
 @pytest.mark.parametrize(("function", "words"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_function_is_told_in_one_line(function: Any, words: str) -> None:
-    checked = BoundedReward(function, name="score")(["a", "b", "c"], correct_index=[0, 0, 0])
+    function.__name__ = "score"
+    checked = BoundedReward(function)(["a", "b", "c"], correct_index=[0, 0, 0])
     assert checked.problem is not None and "\n" not in checked.problem
     assert checked.problem.startswith(f"reward function score {words}")
     assert [math.isnan(value) for value in checked.values] == [True] * 3
