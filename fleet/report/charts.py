@@ -1,6 +1,6 @@
 """The curves of a report as inline SVG: one small chart per figure, in colours that the page's style sheet decides.
 
-Owns which figures are drawn and how they are smoothed. Legends are the page's, as text that wraps on a phone.
+Owns the choice of figures and their smoothing. The page writes the legends, as text that wraps on a phone.
 """
 
 import io
@@ -23,7 +23,8 @@ from utils.tool_calls import ParseStatus
 
 MAX_POINTS = 500  # drawn of a line; of longer runs, every second step or fewer
 SIZE_INCHES = (4.2, 2.5)
-# what matplotlib draws with, and the style sheet's variable that takes its place
+Metrics = Sequence[Mapping[str, Any]]
+# the colour that matplotlib draws with, by the style sheet's variable that takes its place
 SENTINELS = {
     name: f"#0102{number:02x}"
     for number, name in enumerate(
@@ -65,7 +66,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawing with its words. `svg` is markup of our own making; every text in it is escaped."""
+    """One drawing with its words. `svg` is Fleet's own markup; every text in it is escaped."""
 
     title: str
     unit: str
@@ -77,7 +78,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Stack:
-    """A family of shares that sum to 1, drawn as areas. rest: the name of what a family leaves open, if it does."""
+    """A family of shares, drawn as areas. rest: the name of the area from their sum to 1, if it may be less than 1."""
 
     title: str
     unit: str
@@ -116,7 +117,7 @@ STACKS = (
 
 
 def running_mean_steps(num_steps: int) -> int:
-    """How many logged steps the strong lines and the areas average over: a twentieth of the run.
+    """The number of logged steps that the strong lines and the areas average over: a twentieth of the run.
 
     >>> running_mean_steps(200), running_mean_steps(12)
     (10, 1)
@@ -124,26 +125,19 @@ def running_mean_steps(num_steps: int) -> int:
     return max(1, num_steps // 20)
 
 
-def draw_charts(
-    metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Document], levels: Sequence[Level]
-) -> list[Chart]:
+def draw_charts(metrics: Metrics, evaluations: Sequence[Document], levels: Sequence[Level]) -> list[Chart]:
     """Every chart that there are finite figures for. evaluations: those of no step are not drawn."""
     stepped = [document for document in evaluations if document.get("step") is not None]
     charts = [_line(metrics, "reward", "Reward", "mean per rollout"), _accuracy(metrics, stepped, levels)]
     charts += [_stacked(metrics, stack) for stack in STACKS]
-    charts += [_line(metrics, key, title, unit) for key, title, unit in LINE_CHARTS if _says_something(metrics, key)]
+    charts += [_line(metrics, key, title, unit) for key, title, unit in LINE_CHARTS]
     return [chart for chart in charts if chart is not None]
 
 
-def _says_something(metrics: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """False for lengths that hardly change: a bare call has one length, so their curve matters with reasoning only."""
-    _, values = _series(metrics, key)
-    return key != LENGTH_KEY or (len(values) > 0 and values.max() > 1.25 * values.min())
-
-
-def _line(metrics: Sequence[Mapping[str, Any]], key: str, title: str, unit: str) -> Chart | None:
+def _line(metrics: Metrics, key: str, title: str, unit: str) -> Chart | None:
     steps, values = _series(metrics, key)
-    if not len(steps):
+    # a bare call has one length: without reasoning, lengths hardly change
+    if not len(steps) or (key == LENGTH_KEY and values.max() <= 1.25 * values.min()):
         return None
     smooth, note = _running_mean(values), ""
     figure, axes = _new_axes(steps[0], steps[-1])
@@ -166,9 +160,7 @@ def _top_of_frame(values: np.ndarray) -> float:
     return 1.12 * (usual if highest > 3 * usual else highest)
 
 
-def _accuracy(
-    metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Document], levels: Sequence[Level]
-) -> Chart | None:
+def _accuracy(metrics: Metrics, evaluations: Sequence[Document], levels: Sequence[Level]) -> Chart | None:
     steps, values = _series(metrics, "accuracy")
     held_out = [(document["step"], estimate_at(document, "greedy_accuracy")) for document in evaluations]
     points = [(step, found) for step, found in held_out if found is not None and found.value is not None]
@@ -198,13 +190,13 @@ def _accuracy(
     return Chart("Accuracy", "share of right picks", latest, tuple(legend), "", svg)
 
 
-def _stacked(metrics: Sequence[Mapping[str, Any]], stack: Stack) -> Chart | None:
+def _stacked(metrics: Metrics, stack: Stack) -> Chart | None:
     rows = [{name: finite(row[name]) for name in row if name.startswith(stack.prefix)} for row in metrics]
-    is_whole = [bool(row) and None not in row.values() for row in rows]
-    steps = np.array([float(row["step"]) for row, whole in zip(metrics, is_whole, strict=True) if whole])
-    if not len(steps):
+    whole = [number for number, row in enumerate(rows) if row and None not in row.values()]
+    if not whole:
         return None
-    layers = _layers([row for row, whole in zip(rows, is_whole, strict=True) if whole], stack)
+    steps = np.array([float(metrics[number]["step"]) for number in whole])
+    layers = _layers([rows[number] for number in whole], stack)
     figure, axes = _new_axes(steps[0], steps[-1])
     shares = np.stack([layer.shares for layer in layers])
     if len(steps) == 1:  # an area needs a width
@@ -221,25 +213,21 @@ def _stacked(metrics: Sequence[Mapping[str, Any]], stack: Stack) -> Chart | None
 
 
 def _layers(rows: Sequence[Mapping[str, float | None]], stack: Stack) -> list[Layer]:
-    """From the bottom up: the names that have a colour, then others, then what is left over to 1."""
+    """From the bottom up: the names that have a colour, then others, then the rest up to 1."""
     found = {name.removeprefix(stack.prefix) for row in rows for name in row}
     names = [name for name in stack.colours if name in found]
-    names += sorted((name for name in found if name not in stack.colours), key=lambda name: (len(name), name))
-    layers = [
-        Layer(name, stack.colours.get(name, f"series-{number % 8}"), _shares(rows, stack.prefix + name))
-        for number, name in enumerate(names)
-    ]
+    names += sorted(found - stack.colours.keys(), key=lambda name: (len(name), name))
+    layers = []
+    for number, name in enumerate(names):
+        shares = np.array([row.get(stack.prefix + name) or 0.0 for row in rows])
+        layers.append(Layer(name, stack.colours.get(name, f"series-{number % 8}"), _running_mean(shares)))
     if stack.rest:
         rest = 1 - np.sum([layer.shares for layer in layers], axis=0)
         layers.append(Layer(stack.rest, "muted", np.clip(rest, 0, 1)))
     return [layer for layer in layers if layer.shares.max() > 0 or not stack.leaves_out_absent] or layers[:1]
 
 
-def _shares(rows: Sequence[Mapping[str, float | None]], name: str) -> np.ndarray:
-    return _running_mean(np.array([row.get(name) or 0.0 for row in rows]))
-
-
-def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one figure, (n,) float64 each."""
     pairs = [(float(row["step"]), value) for row in metrics if (value := finite(row.get(key))) is not None]
     steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T

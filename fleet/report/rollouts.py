@@ -1,4 +1,4 @@
-"""The rollouts that a report embeds: which groups, which thumbnails, and how they become JSON inside a page.
+"""The rollouts that a report embeds: the choice of groups and thumbnails, and their form as JSON inside a page.
 
 Owns the caps that keep a report small enough to open on a phone. Shows nothing: the page's script does.
 """
@@ -7,7 +7,7 @@ import base64
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,13 +16,13 @@ MAX_THUMBNAILS = 400
 MAX_GROUPS_BYTES = 2_500_000
 MAX_THUMBNAILS_BYTES = 1_500_000
 MEDIA_TYPES = {".webp": "image/webp", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
-MISSING, LEFT_OUT = -1, -2  # what stands for a picture that is not embedded: no such file, or over the cap
+MISSING, LEFT_OUT = -1, -2  # the position of a picture that is not embedded: no such file, or over the cap
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion, as recorded. `index` is what it picked, None if it picked nothing."""
+    """One completion as recorded, its fields in the order that the page's script reads. index: None without a pick."""
 
     completion: str
     outcome: str
@@ -48,7 +48,7 @@ class Group:
 
 @dataclass(frozen=True)
 class EmbeddedRollouts:
-    """`json_text` is safe inside a script element; the counts say what of the run it holds."""
+    """`json_text` is safe inside a script element; the counts tell how much of the run it holds."""
 
     json_text: str
     num_groups: int
@@ -123,7 +123,7 @@ def spread(items: Sequence[Item], limit: int) -> list[Item]:
 
 
 def safe_json(value: Any) -> str:
-    """JSON that ends no script element and opens no comment, whatever the strings in it hold.
+    """JSON whose strings end no script element and open no comment.
 
     >>> print(safe_json("</script>"))
     "\\u003c/script\\u003e"
@@ -147,17 +147,7 @@ def _compact(group: Group, position_by_name: dict[str, int]) -> dict[str, Any]:
         "correct": group.correct_index,
         "labels": group.labels,
         "images": [position_by_name[name] for name in group.images],
-        "rollouts": [
-            [
-                rollout.completion,
-                rollout.outcome,
-                rollout.parse_status,
-                rollout.index,
-                rollout.reward,
-                rollout.advantage,
-            ]
-            for rollout in group.rollouts
-        ],
+        "rollouts": [astuple(rollout) for rollout in group.rollouts],
     }
 
 
@@ -166,31 +156,25 @@ def _thumbnails(groups: Sequence[Group], folder: Path) -> tuple[list[str], dict[
     uris: list[str] = []
     position_by_name: dict[str, int] = {}
     num_bytes = 0
-    for group in _widely_spread_first(groups):
-        for name in group.images:
-            if name in position_by_name:
-                continue
-            uri = _data_uri(folder, name)
-            if uri is None:
-                position_by_name[name] = MISSING
-            elif len(uris) == MAX_THUMBNAILS or num_bytes + len(uri) > MAX_THUMBNAILS_BYTES:
-                position_by_name[name] = LEFT_OUT
-            else:
-                position_by_name[name] = len(uris)
-                uris.append(uri)
-                num_bytes += len(uri)
+    for name in dict.fromkeys(name for group in _widely_spread_first(groups) for name in group.images):
+        uri = _data_uri(folder, name)
+        if uri is None:
+            position_by_name[name] = MISSING
+        elif len(uris) == MAX_THUMBNAILS or num_bytes + len(uri) > MAX_THUMBNAILS_BYTES:
+            position_by_name[name] = LEFT_OUT
+        else:
+            position_by_name[name] = len(uris)
+            uris.append(uri)
+            num_bytes += len(uri)
     return uris, position_by_name
 
 
 def _widely_spread_first(groups: Sequence[Group]) -> Iterator[Group]:
-    """First, last, the middle, the quarters, ...: where pictures run out, those embedded cover the whole run."""
+    """First, last, the middle, the quarters, ..., some of them again: pictures under the cap cover the whole run."""
     stride = 1 << max(len(groups) - 1, 0).bit_length()
-    seen: set[int] = set()
     while stride:
-        for position in [*range(0, len(groups), stride), len(groups) - 1]:
-            if position not in seen and position >= 0:
-                seen.add(position)
-                yield groups[position]
+        yield from groups[::stride]
+        yield from groups[-1:]
         stride //= 2
 
 
