@@ -81,38 +81,21 @@ class Stack:
     """A family of shares, drawn as areas. rest: the name of the area from their sum to 1, if it may be less than 1."""
 
     title: str
-    unit: str
     prefix: str
     colours: Mapping[str, str]
+    unit: str = "shares of rollouts"
     leaves_out_absent: bool = False
     rest: str = ""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One area of a stack. shares: (n,) float64, a value per drawn step."""
-
-    name: str
-    colour: str
-    shares: np.ndarray
-
-
+OUTCOME_COLOURS = {"correct": "good", "wrong_index": "fair", "index_out_of_range": "other", "unparsable": "bad"}
+GROUP_COLOURS = {"all_right": "good", "mixed": "accent", "all_wrong": "bad"}
+PARSE_COLOURS = {status.value: f"series-{number}" for number, status in enumerate(ParseStatus)} | {"ok": "good"}
 STACKS = (
-    Stack(
-        "Outcomes",
-        "shares of rollouts",
-        "outcome/",
-        {"correct": "good", "wrong_index": "fair", "index_out_of_range": "other", "unparsable": "bad"},
-    ),
-    Stack(
-        "Parse statuses",
-        "shares of rollouts",
-        "parse/",
-        {status.value: "good" if status is ParseStatus.OK else f"series-{k}" for k, status in enumerate(ParseStatus)},
-        leaves_out_absent=True,
-    ),
-    Stack("Groups", "shares of episodes", "groups/", {"all_right": "good", "mixed": "accent", "all_wrong": "bad"}),
-    Stack("Chosen index", "shares of rollouts", "chosen_index/", {}, rest="no valid pick"),
+    Stack("Outcomes", "outcome/", OUTCOME_COLOURS),
+    Stack("Parse statuses", "parse/", PARSE_COLOURS, leaves_out_absent=True),
+    Stack("Groups", "groups/", GROUP_COLOURS, unit="shares of episodes"),
+    Stack("Chosen index", "chosen_index/", {}, rest="no valid pick"),
 )
 
 
@@ -196,35 +179,35 @@ def _stacked(metrics: Metrics, stack: Stack) -> Chart | None:
     if not whole:
         return None
     steps = np.array([float(metrics[number]["step"]) for number in whole])
-    layers = _layers([rows[number] for number in whole], stack)
+    shares_by_entry = _areas([rows[number] for number in whole], stack)
+    legend, shares = tuple(shares_by_entry), np.stack([*shares_by_entry.values()])
     figure, axes = _new_axes(steps[0], steps[-1])
-    shares = np.stack([layer.shares for layer in layers])
     if len(steps) == 1:  # an area needs a width
         steps, shares = np.array([steps[0] - 0.5, steps[0] + 0.5]), np.repeat(shares, 2, axis=1)
-    colours = [SENTINELS[layer.colour] for layer in layers]
+    colours = [SENTINELS[entry.colour] for entry in legend]
     axes.stackplot(_thinned(steps), _thinned(shares), colors=colours, linewidth=0, alpha=0.85)
     _set_percent(axes, 0, 1)
-    legend = tuple(
-        LegendEntry(layer.name.replace("_", " "), layer.colour, "area", percent(layer.shares[-1])) for layer in layers
-    )
     words = ", ".join(f"{entry.label} {entry.latest}" for entry in legend)
     svg = _svg(figure, stack.prefix, f"{stack.title} over steps, last: {words}")
     return Chart(stack.title, stack.unit, "", legend, "", svg)
 
 
-def _layers(rows: Sequence[Mapping[str, float | None]], stack: Stack) -> list[Layer]:
-    """From the bottom up: the names that have a colour, then others, then the rest up to 1."""
+def _areas(rows: Sequence[Mapping[str, float | None]], stack: Stack) -> dict[LegendEntry, np.ndarray]:
+    """A stack's areas, (n,) float64 shares each, from the bottom up: names with a colour, others, the rest up to 1."""
     found = {name.removeprefix(stack.prefix) for row in rows for name in row}
     names = [name for name in stack.colours if name in found]
     names += sorted(found - stack.colours.keys(), key=lambda name: (len(name), name))
-    layers = []
-    for number, name in enumerate(names):
-        shares = np.array([row.get(stack.prefix + name) or 0.0 for row in rows])
-        layers.append(Layer(name, stack.colours.get(name, f"series-{number % 8}"), _running_mean(shares)))
+    shares = {name: _running_mean(np.array([row.get(stack.prefix + name) or 0.0 for row in rows])) for name in names}
+    shown = [name for name in names if shares[name].max() > 0 or not stack.leaves_out_absent] or names[:1]
     if stack.rest:
-        rest = 1 - np.sum([layer.shares for layer in layers], axis=0)
-        layers.append(Layer(stack.rest, "muted", np.clip(rest, 0, 1)))
-    return [layer for layer in layers if layer.shares.max() > 0 or not stack.leaves_out_absent] or layers[:1]
+        shares[stack.rest] = np.clip(1 - np.sum([*shares.values()], axis=0), 0, 1)
+        shown.append(stack.rest)
+    colours = {name: f"series-{number % 8}" for number, name in enumerate(names)}
+    colours |= {**stack.colours, stack.rest: "muted"}
+    return {
+        LegendEntry(name.replace("_", " "), colours[name], "area", percent(shares[name][-1])): shares[name]
+        for name in shown
+    }
 
 
 def _series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:

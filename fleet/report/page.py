@@ -161,8 +161,6 @@ def render_page(records: RunRecords) -> str:
     )
     columns = tables.shown_columns(records.evaluations)
     ends = tables.first_and_last(records.evaluations)
-    rollouts = embed(records.groups, records.run_dir / THUMBNAILS_NAME)
-    charts = draw_charts(records.metrics, records.evaluations, levels(records))
     return environment.get_template(TEMPLATE_NAME).render(
         name=records.run_dir.resolve().name,
         summary=_summary(records.config["options"]),
@@ -170,7 +168,7 @@ def render_page(records: RunRecords) -> str:
         command=shlex.join(str(word) for word in records.config.get("command") or []),
         script_hash=_script_hash(folder / TEMPLATE_NAME),
         tiles=headline(records),
-        charts=[(chart, Markup(chart.svg)) for chart in charts],
+        charts=draw_charts(records.metrics, records.evaluations, levels(records)),
         running_mean_steps=running_mean_steps(len(_training_lines(records))),
         columns=[(tables.column_title(document), document) for document in columns],
         num_evaluations=len(records.evaluations),
@@ -178,8 +176,7 @@ def render_page(records: RunRecords) -> str:
         evaluation_rows=tables.evaluation_rows(columns),
         by_index_rows=tables.accuracy_by_index_rows(columns),
         heat_map=tables.heat_map(ends[1] if ends else None, records.groups),
-        rollouts=rollouts,
-        rollouts_json=Markup(rollouts.json_text),
+        rollouts=embed(records.groups, records.run_dir / THUMBNAILS_NAME),
     )
 
 

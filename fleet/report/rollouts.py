@@ -15,7 +15,6 @@ MAX_GROUPS = 1_600
 MAX_THUMBNAILS = 400
 MAX_GROUPS_BYTES = 2_500_000
 MAX_THUMBNAILS_BYTES = 1_500_000
-MEDIA_TYPES = {".webp": "image/webp", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 MISSING, LEFT_OUT = -1, -2  # the position of a picture that is not embedded: no such file, or over the cap
 Item = TypeVar("Item")
 
@@ -180,8 +179,7 @@ def _widely_spread_first(groups: Sequence[Group]) -> Iterator[Group]:
 
 def _data_uri(folder: Path, name: str) -> str | None:
     path = folder / name
-    media_type = MEDIA_TYPES.get(path.suffix.lower())
     # a name with a folder in it would reach files outside the run
-    if media_type is None or Path(name).name != name or not path.is_file():
+    if path.suffix != ".webp" or Path(name).name != name or not path.is_file():
         return None
-    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+    return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
