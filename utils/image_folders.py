@@ -177,12 +177,9 @@ def _notes_of_others(others: Mapping[str, int]) -> list[str]:
     kinds = sorted(others, key=lambda suffix: (-others[suffix], suffix))
     counted = ", ".join(f"{others[suffix]:,} {printable(suffix)}" for suffix in kinds[:MAX_NAMED])
     more = f", and {len(kinds) - MAX_NAMED} kinds more" if len(kinds) > MAX_NAMED else ""
-    remedies = [
-        f"{remedy} {', '.join(sorted(found))}"
-        for remedy, suffixes in REMEDIES.items()
-        if (found := suffixes & others.keys())
-    ]
-    remedy = f"; to have their images drawn from: {'; '.join(remedies)}" if remedies else ""
+    found = {remedy: sorted(suffixes & others.keys()) for remedy, suffixes in REMEDIES.items()}
+    remedies = "; ".join(f"{remedy} {', '.join(suffixes)}" for remedy, suffixes in found.items() if suffixes)
+    remedy = f"; to have their images drawn from: {remedies}" if remedies else ""
     return [f"passed over {count_of(sum(others.values()), 'file')} not read as images: {counted}{more}{remedy}"]
 
 

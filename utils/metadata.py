@@ -141,11 +141,8 @@ def _require_cells(row: _Row, header: Sequence[str], cells: Sequence[str]) -> No
 
 
 def _json_rows(path: Path, file: TextIO) -> Iterator[_Row]:
-    number = 0
-    for line, text in enumerate(file, start=1):
-        if not text.strip():
-            continue
-        number += 1
+    filled = ((line, text) for line, text in enumerate(file, start=1) if text.strip())
+    for number, (line, text) in enumerate(filled, start=1):
         where = f"{path}:{line}, row {number}"
         try:
             values = json.loads(text, object_pairs_hook=_unique)

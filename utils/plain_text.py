@@ -74,11 +74,9 @@ def problem_of_label(label: str, literals: Collection[str] = QWEN_ADDED_TOKENS) 
     if odd:
         return f"has a name or label with a control character, {printable(odd)} in '{printable(label)}'; take it out"
     literal = first_literal(label, literals)
-    if literal is not None:
-        return (
-            f"has a name or label that is no text to the model, which reads {literal} as one token; write it otherwise"
-        )
-    return None
+    if literal is None:
+        return None
+    return f"has a name or label that is no text to the model, which reads {literal} as one token; write it otherwise"
 
 
 def first_literal(text: str, literals: Collection[str]) -> str | None:
@@ -94,9 +92,9 @@ def _is_control(char: str) -> bool:
 
 
 def require_plain_text(text: str, where: str, literals: Collection[str] = QWEN_ADDED_TOKENS) -> None:
-    """Raises NotPlainText if the text holds a literal that is a token to the model. where: names it, for the message.
+    """Raises NotPlainText if the text holds a literal that is a token to the model.
 
-    >>> require_plain_text("Pick the red circle.", "episode 3: the user message")
+    where: names the text, as "episode 3: the user message".
     """
     literal = first_literal(text, literals)
     if literal is not None:

@@ -1,6 +1,6 @@
 """One HTML page that shows a whole run.
 
-Owns what a run folder must hold, and the page's headline. The page needs no network and no server.
+Owns the reading of a run's folder, and the page's headline. The page needs no network and no server.
 Imports neither torch nor transformers, so it runs wherever a run's folder was copied to.
 """
 
@@ -52,7 +52,7 @@ class RunRecords:
 
 @dataclass(frozen=True)
 class Tile:
-    """One headline figure: its name, the figure, and what qualifies it."""
+    """One headline figure: its name, the figure, and its interval or the like."""
 
     name: str
     text: str
@@ -73,9 +73,8 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     try:
         write_bytes_atomically(path, page.encode("utf-8", "replace"))
     except OSError as error:
-        raise UsageError(
-            f"output {path} cannot be written ({error.strerror}); pass --output with another file"
-        ) from error
+        problem = f"output {path} cannot be written ({error.strerror}); pass --output with another file"
+        raise UsageError(problem) from error
     return path
 
 
@@ -118,10 +117,9 @@ def _read_json(path: Path, remedy: str) -> Any:
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     metrics = read_jsonl(path)
     for number, line in enumerate(metrics, start=1):
-        if finite(line.get("step")) is None:
-            raise ValueError(
-                f"{path}, line {number} has step={line.get('step')!r}, but wanted a number; remove that line"
-            )
+        step = line.get("step")
+        if finite(step) is None:
+            raise ValueError(f"{path}, line {number} has step={step!r}, but wanted a number; remove that line")
     return metrics
 
 

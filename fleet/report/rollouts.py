@@ -57,17 +57,12 @@ class EmbeddedRollouts:
 
 
 def parse_group(line: dict[str, Any]) -> Group:
-    """The group that one line of the rollouts file records. Raises KeyError, TypeError or ValueError for another form.
-
-    >>> parse_group({"step": 1, "group": 0, "instruction": "?", "target": None, "correct_index": 0, "labels": [],
-    ...     "images": [], "rollouts": []}).step
-    1
-    """
+    """The group in one line of the rollouts file. Raises KeyError, TypeError or ValueError for another form."""
     return Group(
         step=int(line["step"]),
         number=int(line["group"]),
         instruction=str(line["instruction"]),
-        target=line["target"] if line["target"] is None else str(line["target"]),
+        target=None if line["target"] is None else str(line["target"]),
         correct_index=int(line["correct_index"]),
         labels=tuple(str(label) for label in line["labels"]),
         images=tuple(str(name) for name in line["images"]),
@@ -86,13 +81,13 @@ def parse_group(line: dict[str, Any]) -> Group:
 
 
 def ordered_groups(groups: Sequence[Group]) -> list[Group]:
-    """Groups by step and number; of two records of the same group, which a resumed run leaves, the later one."""
+    """Groups by step and number. A resumed run may record a group twice: the later record counts."""
     by_place = {(group.step, group.number): group for group in groups}
     return [by_place[place] for place in sorted(by_place)]
 
 
 def embed(groups: Sequence[Group], thumbnails_dir: Path) -> EmbeddedRollouts:
-    """The groups that fit under the caps, evenly spread over the run, with their thumbnails, each of them once."""
+    """The groups that fit under the caps, evenly spread over the run, with each of their thumbnails once."""
     limit = MAX_GROUPS
     while True:
         chosen = spread(groups, limit)

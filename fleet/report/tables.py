@@ -27,11 +27,7 @@ class Estimate:
 
     @property
     def text(self) -> str:
-        """The value in percent.
-
-        >>> Estimate(0.5, 0.45, 0.5512, 64).text, Estimate(None, None, None, 0).text
-        ('50.0%', '–')
-        """
+        """The value in percent; a dash if it is unknown."""
         return "–" if self.value is None else percent(self.value)
 
     @property
@@ -48,7 +44,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a table: the value and, below it, what qualifies it."""
+    """One figure of a table: the value and, below it, its interval or the like."""
 
     text: str
     detail: str = ""
@@ -101,16 +97,12 @@ ROWS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 
 
 def percent(share: float) -> str:
-    """A share in percent with one decimal.
-
-    >>> percent(0.97265625)
-    '97.3%'
-    """
+    """A share in percent with one decimal, as 97.3%."""
     return f"{100 * share:.1f}%"
 
 
 def estimate_at(document: Document, *keys: str) -> Estimate | None:
-    """The estimate that nested keys lead to, or None if the document has none there."""
+    """The estimate under nested keys, or None if the document has none there."""
     found: Any = document
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -142,7 +134,7 @@ def first_and_last(evaluations: Sequence[Document]) -> tuple[Document, Document]
 
 
 def levels_without_looking(last: Document | None, options: Mapping[str, Any]) -> list[Level]:
-    """Chance and the best constant index, from the last evaluation, else from the flags as far as they tell."""
+    """Chance and the best constant index: from the last evaluation, else as far as the flags tell."""
     if last is None:
         num_candidates, fixed = options.get("candidates_per_episode"), options.get("fixed_correct_index")
         if options.get("env") is not None or not isinstance(num_candidates, int):
