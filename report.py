@@ -6,9 +6,9 @@ The page is made in fleet/report. Imports neither torch nor transformers, so it 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
 from fleet.errors import UsageError
@@ -22,24 +22,20 @@ __all__ = [
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the report; returns the exit code: 0, or 2 with the reason in one line for a folder that is no run."""
+    """Writes the report and returns the exit code: 0, or 2 with a reason of one line if the folder is no run's."""
     parser = argparse.ArgumentParser(prog="report.py", description="Write one HTML page that shows a whole run.")
     parser.add_argument(
-        "run_dir", type=_user_path, metavar="RUN_DIR", help="folder that training.py wrote (--output_dir)"
+        "run_dir", type=expanduser, metavar="RUN_DIR", help="folder that training.py wrote (--output_dir)"
     )
-    parser.add_argument("--output", type=_user_path, metavar="FILE", help=f"the page (default: RUN_DIR/{REPORT_NAME})")
+    parser.add_argument("--output", type=expanduser, metavar="FILE", help=f"the page (default: RUN_DIR/{REPORT_NAME})")
     options = parser.parse_args(arguments)
     try:
-        path = write_report(options.run_dir, options.output)
+        path = write_report(Path(options.run_dir), None if options.output is None else Path(options.output))
     except UsageError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     print(f"wrote {printable(path)} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
-
-
-def _user_path(text: str) -> Path:
-    return Path(os.path.expanduser(text))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A process that serves another one: how it is started, whatever the working directory, and how it ends with it.
+"""A process that serves another one: started in any working directory, and ended with its parent.
 
 Imports nothing heavy, as such processes must start in an instant.
 """
@@ -24,7 +24,7 @@ def command_of(module: str, *arguments: object, python_flags: tuple[str, ...] = 
 
 
 def end_with_parent(parent_pid: int) -> None:
-    """Has the system end this process when its parent ends, however that ends and whatever this process does then."""
+    """Has the system end this process when its parent ends, in whatever way and at whatever moment."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         sys.exit(0)

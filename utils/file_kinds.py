@@ -1,4 +1,4 @@
-"""The kind of thing that a path names, in words: what opens like a file and never ends is found before it is opened.
+"""The kind of thing that a path names, in words, found without opening it.
 
 Opening a pipe waits for its other end, and a device may never end; a link may lead nowhere or in a circle.
 """
@@ -11,8 +11,7 @@ from pathlib import Path
 def kind_of(path: Path) -> str | None:
     """ "a file", "a folder", "a link to nothing", "a pipe", "a socket" or "a device"; None if there is nothing.
 
-    Links are followed. Raises OSError if that cannot be told: a name too long, a folder that must not be read, a disk
-    that fails.
+    Links are followed. Raises OSError for a name too long, a folder that must not be read, a disk that fails.
     """
     try:
         mode = os.stat(path).st_mode

@@ -1,6 +1,6 @@
-"""Which images a folder offers, and the words for what each shows: named files, a folder per class, or metadata.
+"""The images that a folder offers, each with its label: by named files, a folder per class, or metadata.
 
-Owns the layouts, those of Hugging Face's ImageFolder among them, and what of a folder is passed over. Opens no image.
+Owns the layouts, those of Hugging Face's ImageFolder among them, and the notes on what is passed over. Opens no image.
 """
 
 import os
@@ -18,7 +18,7 @@ from utils.split_folders import count_of, is_drawn, place_of_splits, split_of, w
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 METADATA_ENDINGS = frozenset({".csv", ".jsonl", ".json", ".ndjson", ".tsv", ".txt", ".parquet", ".arrow", ".xlsx"})
-# A literal such as <|image_pad|> stays what it is, for the check of labels to find.
+# A literal such as <|image_pad|> stays, for the check of labels to find.
 WORD_BREAKS = re.compile(r"(<\|?/?\w+\|?>)|[_\-\s]+")
 REMEDIES = {
     "convert": frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".dng", ".cr2", ".nef"}),
@@ -38,7 +38,7 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What a folder offers. notes: what of it is not drawn from, and why, a line each."""
+    """The images of a folder. notes: a line for each thing in it that is not drawn from, with the reason."""
 
     images: tuple[LabelledImage, ...]
     notes: tuple[str, ...]
@@ -46,7 +46,7 @@ class ImageFolder:
 
 @dataclass
 class _Found:
-    """What lies in a folder and below, by path from it on: images, metadata files, and how many others by suffix."""
+    """The files in a folder and below: paths of images and metadata from it on, and the number of others by suffix."""
 
     images: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
@@ -54,25 +54,22 @@ class _Found:
 
 
 def list_labelled_images(data_root: str | Path) -> tuple[LabelledImage, ...]:
-    """Every image of a folder with its label, sorted by path, so that all machines see the same order.
-
-    See list_folder, which also says what is passed over.
-    """
+    """Every image of a folder with its label, sorted by path: the same order on all machines. See list_folder."""
     return list_folder(data_root).images
 
 
 def list_folder(data_root: str | Path, gone: Iterable[str] = ()) -> ImageFolder:
-    """The images of a folder with their labels, sorted by path, and what of the folder is not drawn from.
+    """The images of a folder with their labels, sorted by path, and notes on the rest of the folder.
 
     Three layouts, the first that fits: `metadata.csv`/`metadata.jsonl` in Hugging Face ImageFolder form, in the folder
     or below it (column `file_name`, and `label`, `name`, `text` or `caption`); one sub-folder per class, whose name is
     the label; plain files, whose name is the label ("red_circle_2.png" shows a "red circle"). In folders of splits
-    (train, validation, test, and what ImageFolder takes for them), each of these lies inside, and train is drawn from.
-    Links are followed, to folders too; hidden files are passed over. Nothing is opened but metadata: what has an
-    image's suffix is listed, also if it is broken. `~` is the user's own folder. gone: paths from the folder on, with
-    slashes, of images that were there and are listed as if they still were.
+    (train, validation, test, and ImageFolder's other words for them), each of these lies inside, and train is drawn
+    from. Links are followed, to folders too; hidden files are passed over. Only metadata is opened: a broken image is
+    listed too. `~` is the user's own folder. gone: paths from the folder on, with slashes, of images that were there
+    and are listed as if they still were.
     Raises FileNotFoundError or NotADirectoryError for a bad folder, OSError for one that cannot be listed, ValueError
-    for bad metadata, for what could be splits or classes, and for a folder in which there is nothing but other files.
+    for bad metadata, for folders that could be splits or classes, and for a folder that holds other files alone.
     """
     root = Path(os.path.expanduser(data_root))
     if not root.exists():
@@ -101,16 +98,13 @@ def list_folder(data_root: str | Path, gone: Iterable[str] = ()) -> ImageFolder:
     else:
         labels = {name: _label_from_place(inside) for name, inside in without_splits(images, place).items()}
         _require_words_of_pictures(root, labels)
-    # as paths are sorted, by their parts
-    order = sorted(labels, key=lambda name: name.replace("/", "\0"))
+    # a path sorts by its parts
+    order = sorted(labels, key=lambda name: name.split("/"))
     return ImageFolder(tuple(LabelledImage(root / name, labels[name]) for name in order), tuple(notes))
 
 
 def require_distinct_labels(images: Iterable[LabelledImage]) -> None:
-    """Raises ValueError for two labels that differ in case or in the form of their letters alone.
-
-    Who is asked for one of them could not tell it from the other.
-    """
+    """Raises ValueError for two labels that differ only in case or the form of letters: they would sound alike."""
     by_key: dict[str, LabelledImage] = {}
     for label, image in {image.label: image for image in images}.items():
         key = unicodedata.normalize("NFKC", label).casefold()
@@ -123,7 +117,7 @@ def require_distinct_labels(images: Iterable[LabelledImage]) -> None:
 
 
 def _require_file(path: Path) -> None:
-    """Raises ValueError for metadata that is there and is no file: a pipe would be waited for."""
+    """Raises ValueError for a pipe or the like under metadata's name: opening it would wait."""
     kind = kind_of(path)
     if kind not in (None, "a file", "a link to nothing"):
         raise ValueError(f"{path} is {kind}, but metadata is read from a file; replace it or remove it")
@@ -177,20 +171,16 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _notes_of_others(others: Mapping[str, int]) -> list[str]:
-    """What kinds of files are passed over, most first, in one line; none if there are none."""
+    """One line on the kinds of files that are passed over, most first; no line without such files."""
     if not others:
         return []
     kinds = sorted(others, key=lambda suffix: (-others[suffix], suffix))
     counted = ", ".join(f"{others[suffix]:,} {printable(suffix)}" for suffix in kinds[:MAX_NAMED])
     more = f", and {len(kinds) - MAX_NAMED} kinds more" if len(kinds) > MAX_NAMED else ""
-    remedies = [
-        f"{remedy} {', '.join(sorted(suffixes & others.keys()))}"
-        for remedy, suffixes in REMEDIES.items()
-        if suffixes & others.keys()
-    ]
-    remedy = f"; to have their images drawn from: {'; '.join(remedies)}" if remedies else ""
-    number = sum(others.values())
-    return [f"passed over {count_of(number, 'file')} not read as images: {counted}{more}{remedy}"]
+    found = {remedy: sorted(suffixes & others.keys()) for remedy, suffixes in REMEDIES.items()}
+    remedies = "; ".join(f"{remedy} {', '.join(suffixes)}" for remedy, suffixes in found.items() if suffixes)
+    remedy = f"; to have their images drawn from: {remedies}" if remedies else ""
+    return [f"passed over {count_of(sum(others.values()), 'file')} not read as images: {counted}{more}{remedy}"]
 
 
 def _label_from_place(name: str) -> str:
@@ -201,7 +191,7 @@ def _label_from_place(name: str) -> str:
 
 
 def _require_words_of_pictures(root: Path, labels: Mapping[str, str]) -> None:
-    """Raises ValueError for files that are named after their splits, as train_0.png, and not after what they show."""
+    """Raises ValueError for files that are named after their splits, as train_0.png, and not after their picture."""
     splits = {split_of(label) for label in set(labels.values())}
     if None not in splits and len(splits) > 1:
         raise ValueError(
@@ -211,19 +201,19 @@ def _require_words_of_pictures(root: Path, labels: Mapping[str, str]) -> None:
 
 
 def _labels_by_metadata(root: Path, metadata: Sequence[str], images: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The label of each image that the metadata files list, whatever form the letters of its path have there; notes.
+    """(the label of each image that the metadata files list, the files' notes).
 
-    Raises ValueError for an image that two of them list, and for images where there is no metadata.
+    The letters of a path may have another form in the metadata than on the disk.
+    Raises ValueError for an image that two files list, and for images without metadata in or above their folder.
     """
-    folders = [name.rpartition("/")[0] for name in metadata]
-    prefixes = tuple(f"{folder}/" if folder else "" for folder in folders)
+    prefixes = tuple(name[: name.rfind("/") + 1] for name in metadata)
     there = set(images)
     by_form = {unicodedata.normalize("NFC", name): name for name in images if not name.isascii()}
     labels: dict[str, str] = {}
     notes: list[str] = []
-    for name, folder, prefix in zip(metadata, folders, prefixes, strict=True):
-        if folders.count(folder) > 1:
-            raise ValueError(f"{root / folder} has both {' and '.join(METADATA_NAMES)}; keep one of the two")
+    for name, prefix in zip(metadata, prefixes, strict=True):
+        if prefixes.count(prefix) > 1:
+            raise ValueError(f"{root / prefix} has both {' and '.join(METADATA_NAMES)}; keep one of the two")
         read = read_metadata(root / name)
         notes += read.notes
         for listed, label in read.labels.items():

@@ -1,13 +1,12 @@
-"""Images as files: how one becomes pixels. Which ones a folder offers is in image_folders.py, and named from here too.
+"""Images as files: the way from a file to pixels. image_folders.py lists a folder's images, and is named from here too.
 
-Owns the decoding rules (formats, EXIF rotation, RGB, limits) and the pixel budget. Knows no model. Which of a run's
-images are bad, and what then, is decided in fleet/command/image_check.py.
+Owns the decoding rules (formats, EXIF rotation, RGB, limits) and the pixel budget. Knows no model.
+fleet/command/image_check.py decides what becomes of a run's bad images.
 """
 
 import hashlib
 import math
 import os
-import stat
 import warnings
 from array import array
 from io import BufferedReader
@@ -16,6 +15,7 @@ from typing import cast
 
 from PIL import Image, UnidentifiedImageError
 
+from utils.file_kinds import kind_of
 from utils.image_folders import LabelledImage as LabelledImage
 from utils.image_folders import list_labelled_images as list_labelled_images
 from utils.plain_text import printable
@@ -38,17 +38,10 @@ UPRIGHT_BY_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-FILE_KINDS = {
-    stat.S_IFDIR: "folder",
-    stat.S_IFIFO: "pipe",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "device",
-    stat.S_IFBLK: "device",
-}
 
 
 class BadImage(ValueError):
-    """An image that cannot be used: which one, why, and what to do about it; all of it on one line."""
+    """An image that cannot be used. Its text is one line: the image, the reason, the remedy."""
 
     def __init__(self, name: str, reason: str, remedy: str):
         super().__init__(name, reason, remedy)
@@ -62,9 +55,8 @@ def open_image(source: str | Path | Image.Image, max_pixels: int | None = None) 
     """The picture as upright RGB, shrunk to at most `max_pixels` with its aspect ratio kept.
 
     source: a path, or a PIL image. max_pixels: width times height in pixels; None keeps the size. An animation gives
-    its first frame; transparency is laid on white. Raises BadImage, a ValueError that names the file, if it is no file
-    of 256 MiB at most in one of the formats, cannot be decoded, is larger than 89 megapixels, or is narrower than
-    1:200.
+    its first frame; transparency is laid on white. Raises BadImage, a ValueError that names the file, for what is no
+    file of one of the formats, cannot be decoded, or has over 256 MiB, over 89 megapixels or sides beyond 1:200.
     """
     if isinstance(source, Image.Image):
         picture = _decoded(source, "given by the environment", max_pixels)
@@ -74,7 +66,7 @@ def open_image(source: str | Path | Image.Image, max_pixels: int | None = None) 
 
 
 def checked_sha256(path: str | Path) -> bytes:
-    """The 32 bytes of a file's SHA-256, once it is known to open as an image. Raises BadImage as open_image does."""
+    """The 32 bytes of the SHA-256 of a file that opens as an image. Raises BadImage as open_image does."""
     with _regular_file(path) as file:
         digest = hashlib.file_digest(file, "sha256").digest()
         file.seek(0)
@@ -83,16 +75,15 @@ def checked_sha256(path: str | Path) -> bytes:
 
 
 def _regular_file(path: str | Path) -> BufferedReader:
-    """The file, open. Raises BadImage for what is none: opening a pipe would wait for a writer that may never come."""
+    """The file, open. Raises BadImage for anything else: opening a pipe would wait for a writer that may never come."""
     try:
-        status = os.stat(path)
-        kind = FILE_KINDS.get(stat.S_IFMT(status.st_mode))
-        if kind is not None:
-            raise BadImage(printable(path), f"is a {kind}, not a file", "remove it")
-        if status.st_size == 0:
+        kind, num_bytes = kind_of(Path(path)), os.stat(path).st_size
+        if kind != "a file":
+            raise BadImage(printable(path), f"is {kind}, not a file", "remove it")
+        if num_bytes == 0:
             raise BadImage(printable(path), "is empty", "replace it or remove it")
-        if status.st_size > MAX_FILE_BYTES:
-            reason = f"is a file of {status.st_size:,} bytes, more than the {MAX_FILE_BYTES:,} allowed"
+        if num_bytes > MAX_FILE_BYTES:
+            reason = f"is a file of {num_bytes:,} bytes, more than the {MAX_FILE_BYTES:,} allowed"
             raise BadImage(printable(path), reason, "shrink it or remove it")
         return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except BadImage:
@@ -104,7 +95,7 @@ def _regular_file(path: str | Path) -> BufferedReader:
 
 
 def _decoded(source: BufferedReader | Image.Image, name: str, max_pixels: int | None) -> Image.Image:
-    """What open_image gives of an open file or a PIL image. name: of the image, for errors."""
+    """The picture of an open file or a PIL image, as open_image gives it. name: of the image, for errors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -149,7 +140,7 @@ def _too_large(name: str) -> BadImage:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's number of how the picture was held; 1, upright, where its EXIF cannot be read."""
+    """EXIF's number for the way the picture was held; 1, upright, where its EXIF cannot be read."""
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:
@@ -158,7 +149,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """The picture in RGB; itself if it is, else converted strip by strip. Raises BadImage for odd greyscale values."""
+    """The picture in RGB; itself if it is, else converted by strips. Raises BadImage for odd greyscale values."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     rows = max(1, STRIP_PIXELS // image.width)
@@ -168,23 +159,17 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     converted = Image.new("RGB", image.size)
     for box in boxes:
         strip = image.crop(box)
-        converted.paste(_deep_strip_rgb(strip, scale) if is_deep else _strip_rgb(strip), box)
+        if is_deep:
+            strip = strip.convert("F").point(lambda value: value * scale).convert("L")
+        elif "A" in strip.getbands() or "transparency" in strip.info:
+            rgba = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        converted.paste(strip.convert("RGB"), box)
     return converted
 
 
-def _strip_rgb(strip: Image.Image) -> Image.Image:
-    if "A" in strip.getbands() or "transparency" in strip.info:
-        rgba = strip.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return strip.convert("RGB")
-
-
-def _deep_strip_rgb(strip: Image.Image, scale: float) -> Image.Image:
-    return strip.convert("F").point(lambda value: value * scale).convert("L").convert("RGB")
-
-
 def _scale_to_8_bits(image: Image.Image, boxes: list[tuple[int, int, int, int]], name: str) -> float:
-    """What 16-bit, 32-bit and float greyscale is multiplied with; Pillow's own conversion clips over 255 to white.
+    """The factor for 16-bit, 32-bit and float greyscale; Pillow's own conversion clips what is over 255 to white.
 
     White is the most that the picture's bits can say: 1 for a float picture within 0 to 1, else 255, or what 9 to 16
     bits hold, as cameras save 12 in a file of 16. Raises BadImage for values below 0 or not finite, and for a 16-bit

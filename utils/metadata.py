@@ -1,4 +1,4 @@
-"""metadata.csv and metadata.jsonl: which files one lists, and with which label each. Read strictly, a row at a time.
+"""metadata.csv and metadata.jsonl: the files that one lists, each with its label. Read strictly, a row at a time.
 
 Owns the form, that of Hugging Face's ImageFolder. A row that could mean two things is refused by its number and line.
 """
@@ -24,9 +24,9 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a metadata file says: the label of each file that it lists, by its path from the metadata's folder on.
+    """The label of each file that a metadata file lists, by its path from the metadata's folder on.
 
-    notes: what of it could have been labels too and is not, a line each.
+    notes: columns that could have been the labels' too and are not read, in one line if there are any.
     """
 
     labels: dict[str, str]
@@ -35,17 +35,22 @@ class Metadata:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row: its number from 1 up, the line it starts at, and its values by column."""
+    """One row of a file: its number from 1 up, the line it starts at, and its values by column."""
 
+    path: Path
     number: int
     line: int
     values: dict[str, Any]
 
+    def refused(self, problem: str) -> ValueError:
+        """The error that names the row. problem: got, wanted, remedy."""
+        return ValueError(f"{self.path}:{self.line}, row {self.number}: {problem}")
+
 
 def read_metadata(path: Path) -> Metadata:
-    """What a metadata file lists, with slashes in its paths.
+    """The files and labels of a metadata file, with slashes in its paths.
 
-    Time and memory grow with the rows. Raises ValueError that names the row, what is wrong with it and the remedy.
+    Time and memory grow with the rows. Raises ValueError that names the row, the problem and the remedy.
     """
     listed: dict[str, str] = {}
     unread: dict[str, None] = {}  # columns that could be the labels' and are not, in their order
@@ -54,11 +59,11 @@ def read_metadata(path: Path) -> Metadata:
             for row in _csv_rows(path, file) if path.suffix == ".csv" else _json_rows(path, file):
                 column, *others = (column for column in LABEL_COLUMNS if column in row.values)
                 unread |= dict.fromkeys(f"{other} is not read where there is {column}" for other in others)
-                name, label = _file_name(path, row), _label(path, row, column)
+                name, label = _file_name(row), _label(row, column)
                 if name in listed:
                     before = list(listed).index(name) + 1
-                    raise _wrong(
-                        path, row, f"image {path.parent / name} is listed before, in row {before}; keep one of the two"
+                    raise row.refused(
+                        f"image {path.parent / name} is listed before, in row {before}; keep one of the two"
                     )
                 # many images have one label, which is kept once
                 listed[name] = sys.intern(label)
@@ -84,8 +89,7 @@ def _line_of_other_text(path: Path) -> int:
 def _csv_rows(path: Path, file: TextIO) -> Iterator[_Row]:
     reader = csv.reader(file, strict=True)
     header: list[str] | None = None
-    number = 0
-    line = 1
+    number, line = 0, 1
     try:
         for cells in reader:
             start, line = line, reader.line_num + 1
@@ -95,11 +99,11 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[_Row]:
                 header = _header(path, cells)
                 continue
             number += 1
-            row = _Row(number, start, dict(zip(header, cells, strict=False)))
-            _require_cells(path, row, header, cells)
+            row = _Row(path, number, start, dict(zip(header, cells, strict=False)))
+            _require_cells(row, header, cells)
             yield row
     except csv.Error as error:
-        # what ends in the middle of a quoted text began where the quote was opened
+        # a file that ends in the middle of a quoted text is broken where the quote opens
         where = "header" if header is None else f"row {number + 1}"
         raise ValueError(
             f"{path}:{line}, {where}: cannot be read ({error}); end a text in quotes with a quote, and write one "
@@ -108,7 +112,7 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[_Row]:
 
 
 def _header(path: Path, cells: Sequence[str]) -> list[str]:
-    """The names of the columns. Raises ValueError where they are not plain, or the columns are not parted by commas."""
+    """The names of the columns. Raises ValueError for names given twice or missing, and for columns without commas."""
     header = [cell.strip() for cell in cells]
     while header and not header[-1]:
         header.pop()
@@ -116,37 +120,29 @@ def _header(path: Path, cells: Sequence[str]) -> list[str]:
     if twice:
         raise ValueError(f"{path}: its header names {printable(twice)} more than once; name every column once")
     for separator, words in SEPARATORS.items():
-        if (
-            len(header) == 1
-            and separator in header[0]
-            and FILE_COLUMN in (column.strip() for column in header[0].split(separator))
-        ):
+        columns = [column.strip() for column in header[0].split(separator)]
+        if len(header) == 1 and len(columns) > 1 and FILE_COLUMN in columns:
             raise ValueError(f"{path}: its columns are parted by {words}, wanted commas; save it with commas")
     _require_columns(f"{path}, header", header, "name them so in the first line")
     return header
 
 
-def _require_cells(path: Path, row: _Row, header: Sequence[str], cells: Sequence[str]) -> None:
+def _require_cells(row: _Row, header: Sequence[str], cells: Sequence[str]) -> None:
     """Raises ValueError for a row of another length than the header's, for the header again, for rows inside a text."""
     if any("\n" in cell and ROW_IN_A_TEXT.search(cell) for cell in cells):
-        raise _wrong(path, row, "a text in quotes goes on over rows that list images; close its quote")
+        raise row.refused("a text in quotes goes on over rows that list images; close its quote")
     if [cell.strip() for cell in cells[: len(header)]] == list(header):
-        raise _wrong(path, row, "it repeats the header; remove it")
+        raise row.refused("it repeats the header; remove it")
     if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
-        raise _wrong(
-            path,
-            row,
+        raise row.refused(
             f"got {len(cells)} values for the {len(header)} columns {list(header)}; put a text that has a comma in it "
-            'in quotes: "cup, red"',
+            'in quotes: "cup, red"'
         )
 
 
 def _json_rows(path: Path, file: TextIO) -> Iterator[_Row]:
-    number = 0
-    for line, text in enumerate(file, start=1):
-        if not text.strip():
-            continue
-        number += 1
+    filled = ((line, text) for line, text in enumerate(file, start=1) if text.strip())
+    for number, (line, text) in enumerate(filled, start=1):
         where = f"{path}:{line}, row {number}"
         try:
             values = json.loads(text, object_pairs_hook=_unique)
@@ -157,7 +153,7 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[_Row]:
         if not isinstance(values, dict):
             raise ValueError(f"{where}: got a {type(values).__name__}, wanted one JSON object a line")
         _require_columns(where, list(values), "write both")
-        yield _Row(number, line, values)
+        yield _Row(path, number, line, values)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -180,40 +176,33 @@ def _require_columns(where: str, columns: Sequence[str], remedy: str) -> None:
     )
 
 
-def _file_name(path: Path, row: _Row) -> str:
+def _file_name(row: _Row) -> str:
     """The path of a row's image from the metadata's folder on, in one spelling."""
-    value = row.values[FILE_COLUMN]
+    value, folder = row.values[FILE_COLUMN], row.path.parent
     if not isinstance(value, str) or not value.strip():
-        raise _wrong(path, row, f"its {FILE_COLUMN} is {_shown(value)}; write the image's path from {path.parent} on")
+        raise row.refused(f"its {FILE_COLUMN} is {_shown(value)}; write the image's path from {folder} on")
     name = posixpath.normpath(value.replace("\\", "/"))
     is_elsewhere = name.startswith(("/", "../")) or name in (".", "..") or re.match(r"[A-Za-z]:/|\w+://", value)
     if is_elsewhere or re.match(r"[A-Za-z]:\\", value):
-        raise _wrong(
-            path,
-            row,
-            f"its {FILE_COLUMN} {_shown(value)} is not below {path.parent}; move the image there and write its path "
-            "from there on",
+        raise row.refused(
+            f"its {FILE_COLUMN} {_shown(value)} is not below {folder}; move the image there and write its path "
+            "from there on"
         )
     return name
 
 
-def _label(path: Path, row: _Row, column: str) -> str:
-    """What a row says in this column that its image shows: a text, or a whole number."""
+def _label(row: _Row, column: str) -> str:
+    """The words for a row's image in this column: a text, or a whole number."""
     value = row.values[column]
-    if value is None or (isinstance(value, str) and not normalized(value)):
-        raise _wrong(path, row, f"its {column} is empty; write what the image shows")
-    if isinstance(value, str):
-        return normalized(value)
-    if type(value) is not int:
-        raise _wrong(
-            path, row, f"its {column} is {_shown(value)}, wanted a text or a whole number; write what it shows as text"
+    label = normalized(value or "") if value is None or isinstance(value, str) else str(value)
+    if not label:
+        raise row.refused(f"its {column} is empty; write what the image shows")
+    if type(value) not in (str, int):
+        raise row.refused(
+            f"its {column} is {_shown(value)}, wanted a text or a whole number; write what it shows as text"
         )
-    return str(value)
+    return label
 
 
 def _shown(value: object) -> str:
     return printable(json.dumps(value, ensure_ascii=False))[:80]
-
-
-def _wrong(path: Path, row: _Row, problem: str) -> ValueError:
-    return ValueError(f"{path}:{row.line}, row {row.number}: {problem}")

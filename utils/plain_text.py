@@ -1,7 +1,7 @@
-"""Text that people and models wrote stays text: what it is called, asked and shown as never becomes structure.
+"""Text that people and models wrote stays text: names, questions and lines on a terminal never become structure.
 
-Owns which literals are tokens to a model, the refusal of text that holds one, and how text is shown in a line. Imports
-no torch, so that both can be decided before a weight loads.
+Owns the literals that are tokens to a model, the refusal of text that holds one, and the form of text in a line.
+Imports no torch, so that both come before a weight loads.
 """
 
 import json
@@ -31,11 +31,11 @@ PLACEHOLDER = "\0"  # stands for an image between texts, and is in no literal
 
 
 class NotPlainText(ValueError):
-    """A text that would become structure: where it is, what it holds, and what to do; all of it on one line."""
+    """A text that would become structure. The message is one line: the place, the literal, the remedy."""
 
 
 def printable(text: object) -> str:
-    """What is shown for a text, a path or an error: one line, with every character that does not print spelled out.
+    """A text, a path or an error in one line: every character that does not print is spelled out.
 
     >>> printable("a\\tb")
     'a\\\\tb'
@@ -47,12 +47,12 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """What is shown for a text of several lines: each as `printable` has it."""
+    """A text of several lines, each made `printable`."""
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def normalized(text: str) -> str:
-    """The text in Unicode's form NFC, as the tokenizer has it, its spaces of any kind one plain space each.
+    """The text in Unicode's form NFC, as the tokenizer has it, with plain single spaces.
 
     >>> normalized("cafe\\u0301\\u00a0 au lait ") == "caf\\u00e9 au lait"
     True
@@ -61,10 +61,10 @@ def normalized(text: str) -> str:
 
 
 def problem_of_label(label: str, literals: Collection[str] = QWEN_ADDED_TOKENS) -> str | None:
-    """Why a label cannot be asked for, in words that follow a name; None if it can be.
+    """The reason why a prompt cannot name a label, in words that follow the file's name; None if it can.
 
-    It cannot if it is too long; if a character of it is none of a text: a control, one that turns the direction of
-    writing, half of a pair; or if it holds one of the model's literals.
+    Refused are labels that are too long, that hold one of the model's literals, or a character that is no text: a
+    control, one that turns the direction of writing, half of a pair.
     """
     if len(label) > MAX_LABEL_LENGTH:
         return f"has a name or label of {len(label):,} characters, wanted at most {MAX_LABEL_LENGTH:,}; shorten it"
@@ -74,33 +74,31 @@ def problem_of_label(label: str, literals: Collection[str] = QWEN_ADDED_TOKENS) 
     if odd:
         return f"has a name or label with a control character, {printable(odd)} in '{printable(label)}'; take it out"
     literal = first_literal(label, literals)
-    if literal is not None:
-        return (
-            f"has a name or label that is no text to the model, which reads {literal} as one token; write it otherwise"
-        )
-    return None
+    if literal is None:
+        return None
+    return f"has a name or label that is no text to the model, which reads {literal} as one token; write it otherwise"
 
 
 def first_literal(text: str, literals: Collection[str]) -> str | None:
-    """The first of the literals that stands in the text, in the form that a tokenizer reads; None without one."""
+    """The literal that comes first in the text as a tokenizer reads it, or None."""
     composed = unicodedata.normalize("NFC", text)
     found = [(composed.index(literal), literal) for literal in literals if literal in composed]
     return min(found)[1] if found else None
 
 
 def _is_control(char: str) -> bool:
-    """Whether a character shows nothing and does something: breaks a line, turns the writing, hides."""
+    """True for a character that shows nothing and does something: breaks a line, turns the writing, hides."""
     return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in JOINERS
 
 
 def require_plain_text(text: str, where: str, literals: Collection[str] = QWEN_ADDED_TOKENS) -> None:
-    """Raises NotPlainText if the text holds a literal that is a token to the model. where: names it, for the message.
+    """Raises NotPlainText if the text holds a literal that is a token to the model.
 
-    >>> require_plain_text("Pick the red circle.", "episode 3: the user message")
+    where: names the text, as "episode 3: the user message".
     """
     literal = first_literal(text, literals)
     if literal is not None:
-        # what is asked may be long: what stands around the literal shows where it came from
+        # a question may be long: the text around the literal shows where it came from
         before, _, after = unicodedata.normalize("NFC", text).partition(literal)
         around = f"{before[-20:]}{literal}{after[:20]}".strip()
         raise NotPlainText(
@@ -112,11 +110,11 @@ def require_plain_text(text: str, where: str, literals: Collection[str] = QWEN_A
 def require_plain_messages(
     messages: Sequence[Mapping[str, Any]], where: str, literals: Collection[str] = QWEN_ADDED_TOKENS
 ) -> None:
-    """Raises NotPlainText if what chat messages say, or a role of them, holds a literal that is a token to the model.
+    """Raises NotPlainText if a text or a role of chat messages holds a literal that is a token to the model.
 
-    messages: with `role`, and `content` that is a text or a list of parts. A literal that only several neighbouring
-    texts make together counts too, as a chat template joins them. A system message may hold <tool_call> and its end,
-    because it shows the form of a call. where: names the messages, as "episode 3".
+    messages: with `role`, and `content` that is a text or a list of parts. A chat template joins neighbouring texts, so
+    a literal that they make together counts. A system message may hold <tool_call> and its end, because it shows the
+    form of a call. where: names the messages, as "episode 3".
     """
     for message in messages:
         role, content = str(message["role"]), message["content"]
@@ -131,24 +129,24 @@ def require_plain_messages(
 def added_token_literals(model_id: str) -> frozenset[str]:
     """The literals that are tokens to this model, as far as they are known before it loads.
 
-    Those of every Qwen2.5-VL, and of a model in a folder those that its own tokenizer's files add. A file that cannot
-    be read adds none: what is wrong with it is said as the model loads.
+    Those of every Qwen2.5-VL, and for a model's folder those that its tokenizer's files add. A broken file adds none:
+    loading the model tells what is wrong with it.
     """
-    literals = set(QWEN_ADDED_TOKENS)
     folder = Path(model_id)
-    for token in _values(folder / "tokenizer.json", "added_tokens"):
-        literals.add(token["content"] if isinstance(token, dict) else token)
-    for token in _values(folder / "tokenizer_config.json", "added_tokens_decoder"):
-        literals.add(token["content"] if isinstance(token, dict) else token)
-    literals.update(_json_object(folder / "added_tokens.json"))
-    return frozenset(literal for literal in literals if isinstance(literal, str) and literal)
+    literals = {
+        *QWEN_ADDED_TOKENS,
+        *_contents(_json_object(folder / "tokenizer.json").get("added_tokens")),
+        *_contents(_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder")),
+        *_json_object(folder / "added_tokens.json"),
+    }
+    return frozenset(literal for literal in literals if literal)
 
 
-def _values(path: Path, key: str) -> list[Any]:
-    """What a JSON object holds under a key, as a list: of a list its items, of an object its values."""
-    found = _json_object(path).get(key, [])
-    items = list(found.values()) if isinstance(found, dict) else found if isinstance(found, list) else []
-    return [item for item in items if isinstance(item, str) or (isinstance(item, dict) and "content" in item)]
+def _contents(tokens: Any) -> list[str]:
+    """The texts of added tokens, which a file lists or has in an object's values, as texts or with `content`."""
+    items = tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ()
+    texts = [item.get("content") if isinstance(item, dict) else item for item in items]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _json_object(path: Path) -> dict[str, Any]:

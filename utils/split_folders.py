@@ -1,7 +1,7 @@
-"""Folders of splits: which of a folder's names stand for train, validation and test, and what is drawn from then.
+"""Folders of splits: the names that stand for train, validation and test, of which train is drawn from.
 
-Owns the words, those of Hugging Face's ImageFolder, and the refusal of what could be splits or classes. Paths are
-texts, from the data folder on; a place is where among a path's parts its split's folder stands.
+Owns the words, those of Hugging Face's ImageFolder, and the refusal of folders that could be splits or classes. Paths
+are texts, from the data folder on. A place is the number of the split's folder among the parts of a path.
 """
 
 import re
@@ -19,17 +19,17 @@ SPLIT_WORDS = {
 }
 _WORD = "|".join(word for words in SPLIT_WORDS.values() for word in words)
 SPLIT_FOLDER = re.compile(rf"(?:.*[-._ 0-9])?({_WORD})(?:[-._ 0-9].*)?", re.IGNORECASE)
-# What is a split's folder also beside others: "train station" names a class.
+# A split's folder even beside others; "train station" names a class.
 _FILLER = "(?:images?|imgs?|data|dataset|set|split)"
 SURE_SPLIT_FOLDER = re.compile(rf"(?:{_FILLER}[-._ ])?({_WORD})[-._ ]?{_FILLER}?[-._ 0-9]*", re.IGNORECASE)
 MAX_NAMED = 5
 
 
 def place_of_splits(root: Path, images: Sequence[str], metadata: Sequence[str]) -> tuple[int | None, list[str]]:
-    """(at which place of a path its split's folder stands, a line on what is left out); (None, no line) without splits.
+    """(the place of the splits' folders, a line on those left out); (None, no line) without splits.
 
-    They stand first, or below the classes' folders. Raises ValueError where folders could be splits or classes, and
-    where none is the one to train on.
+    Splits stand first, or below the classes' folders. Raises ValueError if folders could be splits or classes, and if
+    no split is the one to train on.
     """
     is_listed = any("/" not in name for name in metadata)
     names = images if is_listed else [*images, *metadata]
@@ -37,7 +37,7 @@ def place_of_splits(root: Path, images: Sequence[str], metadata: Sequence[str]) 
         folders = Counter(parts[place] if len(parts := name.split("/")) > place + 1 else "" for name in names)
         splits = {folder: split for folder in folders if (split := split_of(folder))}
         if len(splits) < len(folders):
-            # metadata of the whole folder says itself what is drawn from
+            # metadata of the whole folder lists its images itself
             if not is_listed:
                 _require_classes(root, folders, names, place)
         elif splits:
@@ -49,7 +49,7 @@ def place_of_splits(root: Path, images: Sequence[str], metadata: Sequence[str]) 
 
 
 def is_drawn(name: str, place: int | None) -> bool:
-    """Whether a path is no split's, or the split's that is trained on."""
+    """True if a path lies in no split's folder, or in that of the split to train on."""
     if place is None:
         return True
     parts = name.split("/")
@@ -57,8 +57,10 @@ def is_drawn(name: str, place: int | None) -> bool:
 
 
 def without_splits(names: Sequence[str], place: int | None) -> dict[str, str]:
-    """Each path without its split's folder; an archive's split may hold a folder of its own name alone."""
-    inside = {name: name if place is None else "/".join(_but(name.split("/"), place)) for name in names}
+    """Each path without its split's folder, and without a folder of the same name alone in it, as archives have it."""
+    if place is None:
+        return {name: name for name in names}
+    inside = {name: "/".join(part for at, part in enumerate(name.split("/")) if at != place) for name in names}
     is_doubled = place == 0 and all(
         "/" in rest and rest.split("/")[0] == name.split("/")[0] for name, rest in inside.items()
     )
@@ -79,7 +81,7 @@ def _require_classes(root: Path, folders: Mapping[str, int], names: Sequence[str
     splits = _sure_splits(folders)
     rest = sorted(folders.keys() - splits.keys())
     if place > 0 and len(set(splits.values())) < 2:
-        # a class's images are in folders of whatever names
+        # inside a class, folders have any names
         return
     has_files_alone = all(name.count("/") == 1 for name in names if name.split("/")[0] in splits)
     is_vehicle = all(folder.lower() == "train" for folder in splits) and has_files_alone
@@ -93,7 +95,7 @@ def _require_classes(root: Path, folders: Mapping[str, int], names: Sequence[str
 
 
 def _sure_splits(folders: Iterable[str]) -> dict[str, str]:
-    """The splits among folders of other kinds: by their names alone, and where names differ in the split's word alone.
+    """The splits among other folders: sure by name, or by several names that differ only in the split's word.
 
     >>> _sure_splits(["seg_train", "seg_test", "seg_pred", "train station"])
     {'seg_train': 'train', 'seg_test': 'test'}
@@ -109,7 +111,7 @@ def _sure_splits(folders: Iterable[str]) -> dict[str, str]:
 
 
 def _require_train(root: Path, folders: Mapping[str, int], splits: Mapping[str, str]) -> list[str]:
-    """A line on what is left out, if anything is. Raises ValueError without a split to train on."""
+    """One line on the splits left out, if there are any. Raises ValueError without a split to train on."""
     if "train" not in splits.values():
         raise ValueError(
             f"data folder {root} has {_shown(splits)} and no train/; pass the split to draw from, as "
@@ -122,10 +124,6 @@ def _require_train(root: Path, folders: Mapping[str, int], splits: Mapping[str, 
 
 def _shown(splits: Mapping[str, str]) -> str:
     return ", ".join(f"{printable(folder)}/" for folder in sorted(splits)[:MAX_NAMED])
-
-
-def _but(parts: Sequence[str], place: int) -> list[str]:
-    return [*parts[:place], *parts[place + 1 :]]
 
 
 def count_of(number: int, noun: str) -> str:

@@ -1,7 +1,7 @@
-"""Tool calls as text: how one is written, and the only code that reads model output.
+"""Tool calls as text: the writer of one, and the only code that reads model output.
 
-Strict on purpose. Every string a lenient parser accepts beyond the canonical call is a string a policy can learn
-to earn reward with, so nothing is repaired: a completion is exactly one call, or it names the reason it is not.
+Strict on purpose. A policy can learn to earn reward with every string that a lenient parser accepts beyond the
+canonical call. So nothing is repaired: a completion is exactly one call, or it has a status that says why not.
 """
 
 import json
@@ -21,7 +21,7 @@ _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 
 
 class ParseStatus(StrEnum):
-    """Why a completion is, or is not, a tool call. Each status is a logged rate."""
+    """The reason why a completion is, or is not, a tool call. Each status is a logged rate."""
 
     OK = "ok"
     NO_CALL = "no_call"  # no opening wrapper at all
@@ -35,7 +35,7 @@ class ParseStatus(StrEnum):
 
 @dataclass(frozen=True)
 class ParsedToolCall:
-    """The result of parsing. `index` is an int exactly when `status` is OK; its range is the environment's affair."""
+    """The result of parsing. `index` is an int exactly when `status` is OK; the environment checks its range."""
 
     status: ParseStatus
     index: int | None = None
@@ -57,7 +57,7 @@ def make_tool_call_str(index: int, name: str = "pick_image") -> str:
 
 
 def parse_tool_call_str(text: str, name: str = "pick_image", *, allow_reasoning: bool = False) -> ParsedToolCall:
-    """The one tool call that `text` consists of, or the status that says why it is none. Never raises, never repairs.
+    """The one tool call that `text` consists of, or the status that says why not. Never raises, never repairs.
 
     text: a whole completion without its end-of-turn token. Blanks around the call and one ```` ```json ```` fence
     around the wrapper are accepted. With `allow_reasoning`, any text before the wrapper is accepted too, and only
@@ -89,7 +89,7 @@ def parse_tool_call_str(text: str, name: str = "pick_image", *, allow_reasoning:
 
 
 def _without_reasoning(text: str) -> str:
-    """What is left to judge when reasoning is allowed: from the wrapper on, its fence included if it is closed."""
+    """The text from the wrapper on, which is judged if reasoning is allowed; with its fence if that is closed."""
     reasoning, opened, rest = text.partition(CALL_OPEN)
     has_fence = reasoning.rstrip(_BLANKS).endswith(_FENCE_OPEN) and rest.rstrip(_BLANKS).endswith(_FENCE_CLOSE)
     return (_FENCE_OPEN if has_fence else "") + opened + rest
@@ -122,7 +122,7 @@ def _parse_call_json(inside: str, name: str) -> ParsedToolCall:
 
 
 def _json_depth(text: str) -> int:
-    """Deepest nesting of brackets outside strings; linear in the length, unlike finding out by recursion."""
+    """Deepest nesting of brackets outside strings, in time linear in the length."""
     depth = deepest = 0
     for char in _JSON_STRING.sub("", text):
         if char in "{[":

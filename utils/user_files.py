@@ -1,9 +1,9 @@
 """Code of the user's own, named on the command line as `path/to/file.py:name`.
 
-Owns running such a file, and how it finds the files beside it. The caller decides what the name has to be.
+Owns running such a file, and the import of files beside it. The caller checks what the name stands for.
 
-A file imports what lies beside it by name, as it would under `python path/to/file.py`, with one difference: Fleet's own
-modules, the standard library and installed packages win over a file of the same name, which a line then says.
+A file imports its neighbours by name, as under `python path/to/file.py`, with one difference: Fleet's own modules, the
+standard library and installed packages win over a file of the same name, and a line on the log says so.
 """
 
 import ast
@@ -29,7 +29,7 @@ _set_aside: set[Path] = set()
 
 
 class _Beside:
-    """Finds modules beside the user's files, the latest file's folder first, once nothing else has found them."""
+    """Finds modules beside the user's files, the latest file's folder first, after every other finder."""
 
     def __init__(self) -> None:
         self.folders: list[Path] = []
@@ -38,14 +38,11 @@ class _Beside:
         """The module of this name in one of the folders, as Python's import asks for it."""
         for folder in self.folders if path is None else ():
             spec = PathFinder.find_spec(name, [str(folder)])
-            # a folder of data, or of a tracker's runs, is no package
-            if spec is not None and (spec.origin is not None or _holds_code(folder / name)):
+            # a folder of data or of a tracker's runs is not a package
+            patterns = ("*.py", "*/*.py")
+            if spec and (spec.origin is not None or any(any((folder / name).glob(pattern)) for pattern in patterns)):
                 return spec
         return None
-
-
-def _holds_code(folder: Path) -> bool:
-    return any(file for pattern in ("*.py", "*/*.py") for file in folder.glob(pattern))
 
 
 _beside = _Beside()
@@ -53,10 +50,7 @@ _beside = _Beside()
 
 @contextlib.contextmanager
 def folder_kept() -> Iterator[None]:
-    """Within it the user's code may change the working directory; afterwards the run is in its own again.
-
-    Paths that a run was given may be relative, and are read and written until its end.
-    """
+    """Restores the working directory, which the user's code may change: a run's paths may be relative to its end."""
     before = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield
@@ -68,8 +62,8 @@ def folder_kept() -> Iterator[None]:
 def load_user_file(spec: str, flag: str, form: str) -> tuple[ModuleType, str]:
     """(the module of the file in `spec`, the name after the colon). Runs that file.
 
-    flag, form: what named it and in what form, as "env" and "path/to/file.py:ClassName". Raises ValueError if the spec
-    has another form, there is no such file, or the file raises anything.
+    flag: the flag that named it, as "env". form: of the spec, as "path/to/file.py:ClassName". Raises ValueError if the
+    spec has another form, there is no such file, or the file raises anything.
     """
     file_name, colon, name = spec.rpartition(":")
     path = Path(file_name)
@@ -77,7 +71,7 @@ def load_user_file(spec: str, flag: str, form: str) -> tuple[ModuleType, str]:
         raise ValueError(f"{flag}={spec!r}, but wanted {form}")
     if not path.is_file():
         raise ValueError(f"{flag}={spec!r}: {path} is not a file; correct the path")
-    # absolute once: the file's own code may change the folder that a process works in
+    # absolute before it runs: the file's own code may change the working directory
     path = path.resolve()
     loader = SourceFileLoader(f"fleet_{flag}_{path.stem}", str(path))
     module_spec = spec_from_loader(loader.name, loader)
@@ -91,17 +85,14 @@ def load_user_file(spec: str, flag: str, form: str) -> tuple[ModuleType, str]:
     # the user's code may also leave by sys.exit
     except (Exception, SystemExit) as error:
         words = " ".join(str(error).split())
-        remedy = import_remedy(error, path) or "correct it"
+        remedy = _import_remedy(error, path) or "correct it"
         raise ValueError(f"{flag}={spec} failed with {type(error).__name__}: {words}; {remedy}") from error
     _say_what_was_not_taken(path, f"{flag}={spec}")
     return module, name
 
 
-def import_remedy(error: BaseException, path: Path) -> str | None:
-    """What to do about an import of a file beside `path` that failed; None if the error is not that.
-
-    path: of the user's file, absolute.
-    """
+def _import_remedy(error: BaseException, path: Path) -> str | None:
+    """The remedy for a failed import of a file beside `path`, the user's file; None for another error."""
     if isinstance(error, ImportError) and "relative import" in str(error):
         return f"{path.name} is run by itself, not as part of a package: write `from name import ...` without the dot"
     if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
@@ -120,9 +111,9 @@ def folder_of(spec: str) -> Path:
 
 
 def files_beside(spec: str) -> list[str]:
-    """The files beside the one in `spec` that this process has imported, by their places in its folder.
+    """The files beside the one in `spec` that this process has imported, as paths from its folder on.
 
-    A file in Fleet's own folder has none, as config.json names the commit of what lies there.
+    None for a file in Fleet's own folder: config.json names the commit of what lies there.
     """
     folder = folder_of(spec)
     files = set() if folder == FLEET_ROOT else {*_imported_from([folder]).values(), *_set_aside}
@@ -130,7 +121,7 @@ def files_beside(spec: str) -> list[str]:
 
 
 def _imported_from(folders: Sequence[Path]) -> dict[str, Path]:
-    """The files of the modules that were imported from these folders, by the modules' names."""
+    """The files of the modules imported from these folders, by the modules' names."""
     wanted = {str(folder) for folder in folders}
     files = {}
     for name, module in list(sys.modules.items()):
@@ -143,7 +134,7 @@ def _imported_from(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _look_beside(folder: Path) -> None:
-    """Makes the files of `folder` importable, before those beside other user files and after everything else."""
+    """Makes the files of `folder` importable: before those beside other user files, after everything else."""
     if folder == FLEET_ROOT:
         return
     others = [other for other in _beside.folders if other != folder]
@@ -152,7 +143,7 @@ def _look_beside(folder: Path) -> None:
         root = name.partition(".")[0]
         if _file_beside(root, folder) or (folder / root).is_dir():
             _set_aside.add(file)
-            # a folder without __init__.py is a module without a file, and knows where it was found
+            # their packages too: a folder without __init__.py is a module, and remembers its place
             for parts in range(1 + name.count("."), 0, -1):
                 sys.modules.pop(".".join(name.split(".")[:parts]), None)
     _beside.folders = [folder, *others]
@@ -162,7 +153,7 @@ def _look_beside(folder: Path) -> None:
 
 
 def _file_beside(name: str, folder: Path) -> Path | None:
-    """The file or package of this name in a folder; None if it has none."""
+    """The file or package of this name in a folder, or None."""
     candidates = (folder / f"{name}.py", folder / name / "__init__.py")
     return next((path for path in candidates if path.is_file()), None)
 
@@ -172,23 +163,23 @@ def _passed_over(name: str, path: Path) -> Path | None:
     beside = _file_beside(name, path.parent) or (path.parent / name if (path.parent / name).is_dir() else None)
     if beside is None or path.parent == FLEET_ROOT:
         return None
-    loaded = sys.modules.get(name)
-    origin = getattr(loaded, "__file__", None) if loaded else getattr(_found(name), "origin", None)
-    if origin is None and loaded is not None and name not in sys.builtin_module_names:
-        # a folder without __init__.py
-        return None if beside in map(Path, getattr(loaded, "__path__", ())) else beside
-    return None if origin is not None and Path(origin) == beside else beside
+    origin = _origin(name)
+    if origin is not None:
+        return None if Path(origin) == beside else beside
+    # a folder without __init__.py
+    return None if beside in map(Path, getattr(sys.modules.get(name), "__path__", ())) else beside
 
 
-def _found(name: str) -> ModuleSpec | None:
+def _origin(name: str) -> str | None:
+    """The file that `import name` gives or has given; None for a folder without __init__.py and for nothing."""
     try:
-        return find_spec(name)
+        return getattr(sys.modules.get(name), "__file__", None) or getattr(find_spec(name), "origin", None)
     except (ImportError, ValueError):
         return None
 
 
 def _origin_in_words(name: str) -> str:
-    origin = getattr(sys.modules.get(name), "__file__", None) or getattr(_found(name), "origin", None)
+    origin = _origin(name)
     if origin is not None and Path(origin).is_relative_to(FLEET_ROOT) and "site-packages" not in origin:
         return "Fleet's own module"
     return "Python's own module" if name in sys.stdlib_module_names else f"the installed {name}"

@@ -1,6 +1,6 @@
 """The curves of a report as inline SVG: one small chart per figure, in colours that the page's style sheet decides.
 
-Owns which figures are drawn and how they are smoothed. Legends are the page's, as text that wraps on a phone.
+Owns the choice of figures and their smoothing. The page writes the legends, as text that wraps on a phone.
 """
 
 import io
@@ -23,7 +23,8 @@ from utils.tool_calls import ParseStatus
 
 MAX_POINTS = 500  # drawn of a line; of longer runs, every second step or fewer
 SIZE_INCHES = (4.2, 2.5)
-# what matplotlib draws with, and the style sheet's variable that takes its place
+Metrics = Sequence[Mapping[str, Any]]
+# the colour that matplotlib draws with, by the style sheet's variable that takes its place
 SENTINELS = {
     name: f"#0102{number:02x}"
     for number, name in enumerate(
@@ -65,7 +66,7 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawing with its words. `svg` is markup of our own making; every text in it is escaped."""
+    """One drawing with its words. `svg` is Fleet's own markup; every text in it is escaped."""
 
     title: str
     unit: str
@@ -77,46 +78,29 @@ class Chart:
 
 @dataclass(frozen=True)
 class Stack:
-    """A family of shares that sum to 1, drawn as areas. rest: the name of what a family leaves open, if it does."""
+    """A family of shares, drawn as areas. rest: the name of the area from their sum to 1, if it may be less than 1."""
 
     title: str
-    unit: str
     prefix: str
     colours: Mapping[str, str]
+    unit: str = "shares of rollouts"
     leaves_out_absent: bool = False
     rest: str = ""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One area of a stack. shares: (n,) float64, a value per drawn step."""
-
-    name: str
-    colour: str
-    shares: np.ndarray
-
-
+OUTCOME_COLOURS = {"correct": "good", "wrong_index": "fair", "index_out_of_range": "other", "unparsable": "bad"}
+GROUP_COLOURS = {"all_right": "good", "mixed": "accent", "all_wrong": "bad"}
+PARSE_COLOURS = {status.value: f"series-{number}" for number, status in enumerate(ParseStatus)} | {"ok": "good"}
 STACKS = (
-    Stack(
-        "Outcomes",
-        "shares of rollouts",
-        "outcome/",
-        {"correct": "good", "wrong_index": "fair", "index_out_of_range": "other", "unparsable": "bad"},
-    ),
-    Stack(
-        "Parse statuses",
-        "shares of rollouts",
-        "parse/",
-        {status.value: "good" if status is ParseStatus.OK else f"series-{k}" for k, status in enumerate(ParseStatus)},
-        leaves_out_absent=True,
-    ),
-    Stack("Groups", "shares of episodes", "groups/", {"all_right": "good", "mixed": "accent", "all_wrong": "bad"}),
-    Stack("Chosen index", "shares of rollouts", "chosen_index/", {}, rest="no valid pick"),
+    Stack("Outcomes", "outcome/", OUTCOME_COLOURS),
+    Stack("Parse statuses", "parse/", PARSE_COLOURS, leaves_out_absent=True),
+    Stack("Groups", "groups/", GROUP_COLOURS, unit="shares of episodes"),
+    Stack("Chosen index", "chosen_index/", {}, rest="no valid pick"),
 )
 
 
 def running_mean_steps(num_steps: int) -> int:
-    """How many logged steps the strong lines and the areas average over: a twentieth of the run.
+    """The number of logged steps that the strong lines and the areas average over: a twentieth of the run.
 
     >>> running_mean_steps(200), running_mean_steps(12)
     (10, 1)
@@ -124,26 +108,19 @@ def running_mean_steps(num_steps: int) -> int:
     return max(1, num_steps // 20)
 
 
-def draw_charts(
-    metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Document], levels: Sequence[Level]
-) -> list[Chart]:
+def draw_charts(metrics: Metrics, evaluations: Sequence[Document], levels: Sequence[Level]) -> list[Chart]:
     """Every chart that there are finite figures for. evaluations: those of no step are not drawn."""
     stepped = [document for document in evaluations if document.get("step") is not None]
     charts = [_line(metrics, "reward", "Reward", "mean per rollout"), _accuracy(metrics, stepped, levels)]
     charts += [_stacked(metrics, stack) for stack in STACKS]
-    charts += [_line(metrics, key, title, unit) for key, title, unit in LINE_CHARTS if _says_something(metrics, key)]
+    charts += [_line(metrics, key, title, unit) for key, title, unit in LINE_CHARTS]
     return [chart for chart in charts if chart is not None]
 
 
-def _says_something(metrics: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """False for lengths that hardly change: a bare call has one length, so their curve matters with reasoning only."""
-    _, values = _series(metrics, key)
-    return key != LENGTH_KEY or (len(values) > 0 and values.max() > 1.25 * values.min())
-
-
-def _line(metrics: Sequence[Mapping[str, Any]], key: str, title: str, unit: str) -> Chart | None:
+def _line(metrics: Metrics, key: str, title: str, unit: str) -> Chart | None:
     steps, values = _series(metrics, key)
-    if not len(steps):
+    # a bare call has one length: without reasoning, lengths hardly change
+    if not len(steps) or (key == LENGTH_KEY and values.max() <= 1.25 * values.min()):
         return None
     smooth, note = _running_mean(values), ""
     figure, axes = _new_axes(steps[0], steps[-1])
@@ -166,9 +143,7 @@ def _top_of_frame(values: np.ndarray) -> float:
     return 1.12 * (usual if highest > 3 * usual else highest)
 
 
-def _accuracy(
-    metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Document], levels: Sequence[Level]
-) -> Chart | None:
+def _accuracy(metrics: Metrics, evaluations: Sequence[Document], levels: Sequence[Level]) -> Chart | None:
     steps, values = _series(metrics, "accuracy")
     held_out = [(document["step"], estimate_at(document, "greedy_accuracy")) for document in evaluations]
     points = [(step, found) for step, found in held_out if found is not None and found.value is not None]
@@ -198,48 +173,44 @@ def _accuracy(
     return Chart("Accuracy", "share of right picks", latest, tuple(legend), "", svg)
 
 
-def _stacked(metrics: Sequence[Mapping[str, Any]], stack: Stack) -> Chart | None:
+def _stacked(metrics: Metrics, stack: Stack) -> Chart | None:
     rows = [{name: finite(row[name]) for name in row if name.startswith(stack.prefix)} for row in metrics]
-    is_whole = [bool(row) and None not in row.values() for row in rows]
-    steps = np.array([float(row["step"]) for row, whole in zip(metrics, is_whole, strict=True) if whole])
-    if not len(steps):
+    whole = [number for number, row in enumerate(rows) if row and None not in row.values()]
+    if not whole:
         return None
-    layers = _layers([row for row, whole in zip(rows, is_whole, strict=True) if whole], stack)
+    steps = np.array([float(metrics[number]["step"]) for number in whole])
+    shares_by_entry = _areas([rows[number] for number in whole], stack)
+    legend, shares = tuple(shares_by_entry), np.stack([*shares_by_entry.values()])
     figure, axes = _new_axes(steps[0], steps[-1])
-    shares = np.stack([layer.shares for layer in layers])
     if len(steps) == 1:  # an area needs a width
         steps, shares = np.array([steps[0] - 0.5, steps[0] + 0.5]), np.repeat(shares, 2, axis=1)
-    colours = [SENTINELS[layer.colour] for layer in layers]
+    colours = [SENTINELS[entry.colour] for entry in legend]
     axes.stackplot(_thinned(steps), _thinned(shares), colors=colours, linewidth=0, alpha=0.85)
     _set_percent(axes, 0, 1)
-    legend = tuple(
-        LegendEntry(layer.name.replace("_", " "), layer.colour, "area", percent(layer.shares[-1])) for layer in layers
-    )
     words = ", ".join(f"{entry.label} {entry.latest}" for entry in legend)
     svg = _svg(figure, stack.prefix, f"{stack.title} over steps, last: {words}")
     return Chart(stack.title, stack.unit, "", legend, "", svg)
 
 
-def _layers(rows: Sequence[Mapping[str, float | None]], stack: Stack) -> list[Layer]:
-    """From the bottom up: the names that have a colour, then others, then what is left over to 1."""
+def _areas(rows: Sequence[Mapping[str, float | None]], stack: Stack) -> dict[LegendEntry, np.ndarray]:
+    """A stack's areas, (n,) float64 shares each, from the bottom up: names with a colour, others, the rest up to 1."""
     found = {name.removeprefix(stack.prefix) for row in rows for name in row}
     names = [name for name in stack.colours if name in found]
-    names += sorted((name for name in found if name not in stack.colours), key=lambda name: (len(name), name))
-    layers = [
-        Layer(name, stack.colours.get(name, f"series-{number % 8}"), _shares(rows, stack.prefix + name))
-        for number, name in enumerate(names)
-    ]
+    names += sorted(found - stack.colours.keys(), key=lambda name: (len(name), name))
+    shares = {name: _running_mean(np.array([row.get(stack.prefix + name) or 0.0 for row in rows])) for name in names}
+    shown = [name for name in names if shares[name].max() > 0 or not stack.leaves_out_absent] or names[:1]
     if stack.rest:
-        rest = 1 - np.sum([layer.shares for layer in layers], axis=0)
-        layers.append(Layer(stack.rest, "muted", np.clip(rest, 0, 1)))
-    return [layer for layer in layers if layer.shares.max() > 0 or not stack.leaves_out_absent] or layers[:1]
+        shares[stack.rest] = np.clip(1 - np.sum([*shares.values()], axis=0), 0, 1)
+        shown.append(stack.rest)
+    colours = {name: f"series-{number % 8}" for number, name in enumerate(names)}
+    colours |= {**stack.colours, stack.rest: "muted"}
+    return {
+        LegendEntry(name.replace("_", " "), colours[name], "area", percent(shares[name][-1])): shares[name]
+        for name in shown
+    }
 
 
-def _shares(rows: Sequence[Mapping[str, float | None]], name: str) -> np.ndarray:
-    return _running_mean(np.array([row.get(name) or 0.0 for row in rows]))
-
-
-def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(metrics: Metrics, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one figure, (n,) float64 each."""
     pairs = [(float(row["step"]), value) for row in metrics if (value := finite(row.get(key))) is not None]
     steps, values = np.array(pairs, dtype=float).reshape(-1, 2).T

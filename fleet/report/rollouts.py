@@ -1,4 +1,4 @@
-"""The rollouts that a report embeds: which groups, which thumbnails, and how they become JSON inside a page.
+"""The rollouts that a report embeds: the choice of groups and thumbnails, and their form as JSON inside a page.
 
 Owns the caps that keep a report small enough to open on a phone. Shows nothing: the page's script does.
 """
@@ -7,7 +7,7 @@ import base64
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,14 +15,13 @@ MAX_GROUPS = 1_600
 MAX_THUMBNAILS = 400
 MAX_GROUPS_BYTES = 2_500_000
 MAX_THUMBNAILS_BYTES = 1_500_000
-MEDIA_TYPES = {".webp": "image/webp", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
-MISSING, LEFT_OUT = -1, -2  # what stands for a picture that is not embedded: no such file, or over the cap
+MISSING, LEFT_OUT = -1, -2  # the position of a picture that is not embedded: no such file, or over the cap
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion, as recorded. `index` is what it picked, None if it picked nothing."""
+    """One completion as recorded, its fields in the order that the page's script reads. index: None without a pick."""
 
     completion: str
     outcome: str
@@ -48,7 +47,7 @@ class Group:
 
 @dataclass(frozen=True)
 class EmbeddedRollouts:
-    """`json_text` is safe inside a script element; the counts say what of the run it holds."""
+    """`json_text` is safe inside a script element; the counts tell how much of the run it holds."""
 
     json_text: str
     num_groups: int
@@ -58,17 +57,12 @@ class EmbeddedRollouts:
 
 
 def parse_group(line: dict[str, Any]) -> Group:
-    """The group that one line of the rollouts file records. Raises KeyError, TypeError or ValueError for another form.
-
-    >>> parse_group({"step": 1, "group": 0, "instruction": "?", "target": None, "correct_index": 0, "labels": [],
-    ...     "images": [], "rollouts": []}).step
-    1
-    """
+    """The group in one line of the rollouts file. Raises KeyError, TypeError or ValueError for another form."""
     return Group(
         step=int(line["step"]),
         number=int(line["group"]),
         instruction=str(line["instruction"]),
-        target=line["target"] if line["target"] is None else str(line["target"]),
+        target=None if line["target"] is None else str(line["target"]),
         correct_index=int(line["correct_index"]),
         labels=tuple(str(label) for label in line["labels"]),
         images=tuple(str(name) for name in line["images"]),
@@ -87,13 +81,13 @@ def parse_group(line: dict[str, Any]) -> Group:
 
 
 def ordered_groups(groups: Sequence[Group]) -> list[Group]:
-    """Groups by step and number; of two records of the same group, which a resumed run leaves, the later one."""
+    """Groups by step and number. A resumed run may record a group twice: the later record counts."""
     by_place = {(group.step, group.number): group for group in groups}
     return [by_place[place] for place in sorted(by_place)]
 
 
 def embed(groups: Sequence[Group], thumbnails_dir: Path) -> EmbeddedRollouts:
-    """The groups that fit under the caps, evenly spread over the run, with their thumbnails, each of them once."""
+    """The groups that fit under the caps, evenly spread over the run, with each of their thumbnails once."""
     limit = MAX_GROUPS
     while True:
         chosen = spread(groups, limit)
@@ -123,7 +117,7 @@ def spread(items: Sequence[Item], limit: int) -> list[Item]:
 
 
 def safe_json(value: Any) -> str:
-    """JSON that ends no script element and opens no comment, whatever the strings in it hold.
+    """JSON whose strings end no script element and open no comment.
 
     >>> print(safe_json("</script>"))
     "\\u003c/script\\u003e"
@@ -147,17 +141,7 @@ def _compact(group: Group, position_by_name: dict[str, int]) -> dict[str, Any]:
         "correct": group.correct_index,
         "labels": group.labels,
         "images": [position_by_name[name] for name in group.images],
-        "rollouts": [
-            [
-                rollout.completion,
-                rollout.outcome,
-                rollout.parse_status,
-                rollout.index,
-                rollout.reward,
-                rollout.advantage,
-            ]
-            for rollout in group.rollouts
-        ],
+        "rollouts": [astuple(rollout) for rollout in group.rollouts],
     }
 
 
@@ -166,38 +150,31 @@ def _thumbnails(groups: Sequence[Group], folder: Path) -> tuple[list[str], dict[
     uris: list[str] = []
     position_by_name: dict[str, int] = {}
     num_bytes = 0
-    for group in _widely_spread_first(groups):
-        for name in group.images:
-            if name in position_by_name:
-                continue
-            uri = _data_uri(folder, name)
-            if uri is None:
-                position_by_name[name] = MISSING
-            elif len(uris) == MAX_THUMBNAILS or num_bytes + len(uri) > MAX_THUMBNAILS_BYTES:
-                position_by_name[name] = LEFT_OUT
-            else:
-                position_by_name[name] = len(uris)
-                uris.append(uri)
-                num_bytes += len(uri)
+    for name in dict.fromkeys(name for group in _widely_spread_first(groups) for name in group.images):
+        uri = _data_uri(folder, name)
+        if uri is None:
+            position_by_name[name] = MISSING
+        elif len(uris) == MAX_THUMBNAILS or num_bytes + len(uri) > MAX_THUMBNAILS_BYTES:
+            position_by_name[name] = LEFT_OUT
+        else:
+            position_by_name[name] = len(uris)
+            uris.append(uri)
+            num_bytes += len(uri)
     return uris, position_by_name
 
 
 def _widely_spread_first(groups: Sequence[Group]) -> Iterator[Group]:
-    """First, last, the middle, the quarters, ...: where pictures run out, those embedded cover the whole run."""
+    """First, last, the middle, the quarters, ..., some of them again: pictures under the cap cover the whole run."""
     stride = 1 << max(len(groups) - 1, 0).bit_length()
-    seen: set[int] = set()
     while stride:
-        for position in [*range(0, len(groups), stride), len(groups) - 1]:
-            if position not in seen and position >= 0:
-                seen.add(position)
-                yield groups[position]
+        yield from groups[::stride]
+        yield from groups[-1:]
         stride //= 2
 
 
 def _data_uri(folder: Path, name: str) -> str | None:
     path = folder / name
-    media_type = MEDIA_TYPES.get(path.suffix.lower())
     # a name with a folder in it would reach files outside the run
-    if media_type is None or Path(name).name != name or not path.is_file():
+    if path.suffix != ".webp" or Path(name).name != name or not path.is_file():
         return None
-    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+    return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

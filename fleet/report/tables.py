@@ -4,7 +4,7 @@ Owns how a figure is written and which evaluations are shown. Reads no file and 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +27,12 @@ class Estimate:
 
     @property
     def text(self) -> str:
-        """The value in percent.
-
-        >>> Estimate(0.5, 0.45, 0.5512, 64).text, Estimate(None, None, None, 0).text
-        ('50.0%', '–')
-        """
+        """The value in percent; a dash if it is unknown."""
         return "–" if self.value is None else percent(self.value)
 
     @property
     def interval(self) -> str:
-        """The interval in percent, or nothing where it is unknown or the value exact.
+        """The interval in percent; empty if it is unknown or the value exact.
 
         >>> Estimate(0.5, 0.45, 0.5512, 64).interval
         '45.0–55.1'
@@ -48,7 +44,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a table: the value and, below it, what qualifies it."""
+    """One figure of a table: the value and, below it, its interval or the like."""
 
     text: str
     detail: str = ""
@@ -64,79 +60,49 @@ class Row:
 
 
 @dataclass(frozen=True)
-class HeatCell:
-    """A count, and its share of the row it stands in."""
-
-    count: int
-    share: float
-
-
-@dataclass(frozen=True)
 class HeatMap:
     """Counts by correct index (row) and chosen index (column); the last column is no valid pick."""
 
-    rows: tuple[tuple[HeatCell, ...], ...]
+    rows: Sequence[Sequence[int]]
     source: str
-
-    @property
-    def num_candidates(self) -> int:
-        return len(self.rows)
 
 
 @dataclass(frozen=True)
 class Level:
-    """An accuracy that takes no looking, to compare with."""
+    """An accuracy that a policy reaches without looking."""
 
     name: str
     accuracy: float
     detail: str
 
 
-def _sentence(control: str) -> str:
-    meaning = CONTROL_MEANINGS[control].replace(" %", "%")
-    return f"{meaning[0].upper()}{meaning[1:]}."
-
-
-GREEDY = ("Greedy accuracy", "Share of held-out episodes whose most likely answer picks the right image.")
 ROWS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("greedy_accuracy",), *GREEDY),
+    (
+        ("greedy_accuracy",),
+        "Greedy accuracy",
+        "Share of held-out episodes whose most likely answer picks the right image.",
+    ),
     (("sampled_accuracy",), "Sampled accuracy", "Share of sampled answers that pick the right image."),
     (("chance",), "Chance", "What picking an image at random would score."),
     (("best_constant_index",), "Best constant index", "What always picking one and the same index would score."),
-    (
-        ("controls", "blank_images"),
-        "Control: blank images",
-        _sentence("blank_images"),
-    ),
-    (
-        ("controls", "swapped_images"),
-        "Control: swapped images",
-        _sentence("swapped_images"),
-    ),
-    (
-        ("controls", "permuted_order"),
-        "Control: permuted order",
-        _sentence("permuted_order"),
-    ),
-    (
-        ("controls", "redrawn_images"),
-        "Control: redrawn images",
-        _sentence("redrawn_images"),
+    *(
+        (
+            ("controls", control),
+            f"Control: {control.replace('_', ' ')}",
+            f"{meaning[0].upper()}{meaning[1:]}.".replace(" %", "%"),
+        )
+        for control, meaning in CONTROL_MEANINGS.items()
     ),
 )
 
 
 def percent(share: float) -> str:
-    """A share in percent with one decimal.
-
-    >>> percent(0.97265625)
-    '97.3%'
-    """
+    """A share in percent with one decimal, as 97.3%."""
     return f"{100 * share:.1f}%"
 
 
 def estimate_at(document: Document, *keys: str) -> Estimate | None:
-    """The estimate that nested keys lead to, or None if the document has none there."""
+    """The estimate under nested keys, or None if the document has none there."""
     found: Any = document
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -168,13 +134,13 @@ def first_and_last(evaluations: Sequence[Document]) -> tuple[Document, Document]
 
 
 def levels_without_looking(last: Document | None, options: Mapping[str, Any]) -> list[Level]:
-    """Chance and the best constant index, from the last evaluation, else from the flags as far as they tell."""
-    if last is None and options.get("env") is None and isinstance(options.get("candidates_per_episode"), int):
-        num_candidates, fixed = options["candidates_per_episode"], options.get("fixed_correct_index")
+    """Chance and the best constant index: from the last evaluation, else as far as the flags tell."""
+    if last is None:
+        num_candidates, fixed = options.get("candidates_per_episode"), options.get("fixed_correct_index")
+        if options.get("env") is not None or not isinstance(num_candidates, int):
+            return []
         levels = [Level("Chance", 1 / num_candidates, f"{num_candidates} candidates")]
         return levels + ([] if fixed is None else [Level("Best constant index", 1.0, f"always index {fixed}")])
-    if last is None:
-        return []
     chance, constant = estimate_at(last, "chance"), estimate_at(last, "best_constant_index")
     levels = []
     if chance and chance.value is not None:
@@ -196,12 +162,12 @@ def shown_columns(evaluations: Sequence[Document]) -> list[Document]:
 
 
 def column_title(document: Document) -> str:
-    """Where in training an evaluation stands."""
+    """The place of an evaluation in training."""
     return "separate" if document.get("step") is None else f"step {document['step']}"
 
 
 def setting(document: Document) -> str:
-    """How an evaluation was done, in one sentence."""
+    """The number, seed and form of an evaluation's episodes, in one sentence."""
     samples = f", {document['num_samples']} samples each" if document.get("num_samples") else ""
     style = f", {document['prompt_style']} prompts" if document.get("prompt_style") else ""
     return f"{document.get('episodes', '?')} episodes, drawn with seed {document.get('seed', '?')}{samples}{style}."
@@ -212,14 +178,18 @@ def evaluation_rows(columns: Sequence[Document]) -> list[Row]:
     rows = [Row(name, meaning, _cells(columns, keys)) for keys, name, meaning in ROWS]
     ks = sorted({int(k) for document in columns for k in document.get("pass_at_k") or {}})
     rows[2:2] = [
-        Row(
-            f"pass@{k}",
-            f"Probability of a right answer among {k} sampled.",
-            _cells(columns, ("pass_at_k", str(k))),
-        )
+        Row(f"pass@{k}", f"Probability of a right answer among {k} sampled.", _cells(columns, ("pass_at_k", str(k))))
         for k in ks
     ]
-    rows += _baseline_rows(columns)
+    models = sorted({str(document["baseline"].get("model")) for document in columns if document.get("baseline")})
+    rows += [
+        Row("Baseline", f"Greedy accuracy of {', '.join(models)}.", _cells(columns, ("baseline", "greedy_accuracy"))),
+        Row(
+            "Lead over the baseline",
+            "Difference in points, its interval, p of the paired test, and the episodes only one of the two got right.",
+            tuple(_difference_cell(document.get("baseline") or {}) for document in columns),
+        ),
+    ]
     return [row for row in rows if any(cell.text != "–" for cell in row.cells)]
 
 
@@ -232,20 +202,6 @@ def _cells(columns: Sequence[Document], keys: tuple[str, ...]) -> tuple[Cell, ..
             detail = f"index {document['best_constant_index'].get('index')}"
         cells.append(Cell(estimate.text if estimate else "–", detail))
     return tuple(cells)
-
-
-def _baseline_rows(columns: Sequence[Document]) -> list[Row]:
-    models = sorted({str(document["baseline"].get("model")) for document in columns if document.get("baseline")})
-    if not models:
-        return []
-    return [
-        Row("Baseline", f"Greedy accuracy of {', '.join(models)}.", _cells(columns, ("baseline", "greedy_accuracy"))),
-        Row(
-            "Lead over the baseline",
-            "Difference in points, its interval, p of the paired test, and the episodes only one of the two got right.",
-            tuple(_difference_cell(document.get("baseline") or {}) for document in columns),
-        ),
-    ]
 
 
 def _difference_cell(baseline: Document) -> Cell:
@@ -274,18 +230,14 @@ def accuracy_by_index_rows(columns: Sequence[Document]) -> list[Row]:
 def heat_map(last: Document | None, groups: Sequence[Group]) -> HeatMap | None:
     """Chosen by correct index, from the last evaluation, else from the recorded rollouts; None without both."""
     if last and last.get("confusion"):
-        return HeatMap(_heat_rows(last["confusion"]), f"{column_title(last)}, greedy answers on held-out episodes")
+        return HeatMap(last["confusion"], f"{column_title(last)}, greedy answers on held-out episodes")
     if not groups:
         return None
     num_candidates = max(len(group.labels) for group in groups)
     picks: Counter[tuple[int, int]] = Counter()
     for group in groups:
         for rollout in group.rollouts:
-            is_valid = rollout.index is not None and 0 <= rollout.index < len(group.labels)
-            picks[group.correct_index, rollout.index if is_valid and rollout.index is not None else num_candidates] += 1
+            index = -1 if rollout.index is None else rollout.index
+            picks[group.correct_index, index if 0 <= index < len(group.labels) else num_candidates] += 1
     counts = [[picks[row, column] for column in range(num_candidates + 1)] for row in range(num_candidates)]
-    return HeatMap(_heat_rows(counts), "all recorded rollouts, sampled in training")
-
-
-def _heat_rows(counts: Iterable[Sequence[int]]) -> tuple[tuple[HeatCell, ...], ...]:
-    return tuple(tuple(HeatCell(count, count / (sum(row) or 1)) for count in row) for row in counts)
+    return HeatMap(counts, "all recorded rollouts, sampled in training")

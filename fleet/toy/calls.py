@@ -1,6 +1,6 @@
-"""What the plain toy model is taught before RLOO: the form of a call, and a uniform choice of index.
+"""The plain toy model's lesson before RLOO: the form of a call, and a uniform choice of index.
 
-Owns one short supervised stage. It sees pictures, but nothing it is taught depends on them.
+Owns one short supervised stage. The model sees pictures, but its lesson does not depend on them.
 """
 
 import random
@@ -41,11 +41,10 @@ def teach_calls(
         for step in range(recipe["steps"]):
             count = recipe["candidates"][step % len(recipe["candidates"])]
             first = step * recipe["episodes_per_step"]
-            batch = collator([datasets[count][first + offset] for offset in range(recipe["episodes_per_step"])])
-            indices = [number % count for number in range(first, first + recipe["episodes_per_step"])]
-            answers = [make_tool_call_str(index) + "<|im_end|>" for index in indices]
-            loss = _text_loss(model, processor, batch, answers)
-            loss.backward()
+            numbers = range(first, first + recipe["episodes_per_step"])
+            batch = collator([datasets[count][number] for number in numbers])
+            answers = [make_tool_call_str(number % count) + "<|im_end|>" for number in numbers]
+            _text_loss(model, processor, batch, answers).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -55,7 +54,7 @@ def teach_calls(
 
 
 class _AnyInstructionEnv(PickImageEnv):
-    """Every other episode asks in words of no meaning, so that a call is the answer to any instruction."""
+    """Every other episode asks in random words: the model learns to answer any instruction with a call."""
 
     def instruction(self, episode: Episode) -> str:
         rng = random.Random(f"{episode.labels}")
@@ -66,8 +65,8 @@ class _AnyInstructionEnv(PickImageEnv):
 
 
 def _text_loss(model: Any, processor: Any, batch: Any, answers: list[str]) -> torch.Tensor:
-    """Cross-entropy of prompt text and answer; the prompt teaches which tokens Fleet's texts never use."""
-    # every answer has the same number of tokens: they differ in one digit
+    """Cross-entropy of prompt text and answer; from the prompt the model learns the tokens of Fleet's texts."""
+    # answers differ in one digit, so all have the same number of tokens
     answer_ids = processor.tokenizer(answers, return_tensors="pt")["input_ids"]
     input_ids = torch.cat([batch["input_ids"], answer_ids], dim=1)
     is_no_text = (batch["attention_mask"] == 0) | (batch["mm_token_type_ids"] == 1)

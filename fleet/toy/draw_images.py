@@ -1,6 +1,6 @@
 """Draws the toy pictures: twelve PNGs, each showing one shape in one colour and named after both.
 
-Owns how the pictures look and what they are called; what is asked about them is decided elsewhere.
+Owns the look and the names of the pictures. Knows no task.
 No randomness and no fonts: the same Pillow writes the same bytes every time.
 """
 
@@ -49,26 +49,28 @@ def main() -> None:
     parser.add_argument("--side_px", type=int, default=112, help="width and height in pixels (%(default)s)")
     args = parser.parse_args()
     try:
-        require_drawable_side(args.side_px)
+        pictures = [draw_toy_image(name, args.side_px) for name in TOY_IMAGE_NAMES]
     except ValueError as error:
         parser.error(str(error))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name in TOY_IMAGE_NAMES:
-        draw_toy_image(name, args.side_px).save(args.output_dir / f"{name}.png", optimize=False, compress_level=9)
+    for name, picture in zip(TOY_IMAGE_NAMES, pictures, strict=True):
+        picture.save(args.output_dir / f"{name}.png", optimize=False, compress_level=9)
     print(f"wrote {len(TOY_IMAGE_NAMES)} pictures of {args.side_px}x{args.side_px} px to {args.output_dir}")
 
 
 def draw_toy_image(colour_shape: str, side_px: int = 112) -> Image.Image:
     """Square RGB picture of one shape in one colour, centred on a plain background.
 
-    colour_shape: one of TOY_IMAGE_NAMES. Raises ValueError for any other name or an undrawable side_px.
+    colour_shape: one of TOY_IMAGE_NAMES. Raises ValueError for any other name, and for a side_px that is too small to
+    recognise a shape or too large for a toy.
 
     >>> draw_toy_image("red_circle").getpixel((0, 0)) == PALETTES["red_circle"].background
     True
     """
     if colour_shape not in PALETTES:
         raise ValueError(f"colour_shape={colour_shape!r} is not a toy picture; pass one of {', '.join(PALETTES)}")
-    require_drawable_side(side_px)
+    if not MIN_SIDE_PX <= side_px <= MAX_SIDE_PX:
+        raise ValueError(f"side_px={side_px}, but pictures take {MIN_SIDE_PX} to {MAX_SIDE_PX} px; pass --side_px 112")
     palette, size = PALETTES[colour_shape], (side_px, side_px)
     mask = centred_mask(colour_shape.split("_")[1], side_px * OVERSAMPLING)
 
@@ -87,12 +89,6 @@ def draw_toy_image(colour_shape: str, side_px: int = 112) -> Image.Image:
     picture.paste(mixed(palette.background, (0, 0, 20), 0.8), mask=soft(moved_down(0.035), 0.025, opacity=0.3))
     picture.paste(body, mask=mask.resize(size, Image.Resampling.BOX))
     return picture
-
-
-def require_drawable_side(side_px: int) -> None:
-    """Nothing, or ValueError when side_px is too small to recognise a shape or too large for a toy."""
-    if not MIN_SIDE_PX <= side_px <= MAX_SIDE_PX:
-        raise ValueError(f"side_px={side_px}, but pictures take {MIN_SIDE_PX} to {MAX_SIDE_PX} px; pass --side_px 112")
 
 
 def centred_mask(shape: str, side_px: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The built-in model: a real Qwen2.5-VL, tiny, made on this machine, in two kinds that differ in what they are taught.
+"""The built-in model: a real Qwen2.5-VL, tiny, made on this machine, in two kinds with different lessons.
 
 Owns the recipes (tokenizer, sizes, numbers of the lessons), the cache, and the weights that are shipped. The lessons
 themselves are in calls.py and sight.py. `python -m fleet.toy.model ship` makes the shipped weights again.
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -34,24 +33,18 @@ from transformers.utils import logging as transformers_logging
 
 from environment import PickImageEnv
 from fleet.toy.calls import teach_calls
+from fleet.toy.pictures import TOY_DATA_ROOT
 from fleet.toy.sight import teach_sight
 from utils.tool_calls import make_tool_call_str
 
 TOY_IMAGE_PIXELS = 56 * 56
-TOY_DATA_ROOT = Path(__file__).resolve().parents[2] / "toy_images"
-SHIPPED_WEIGHTS = Path(__file__).resolve().parent / "sighted.safetensors"
+SHIPPED_WEIGHTS = Path(__file__).resolve().with_name("sighted.safetensors")
 
 # Qwen2.5's special tokens. The tool-call wrapper is not special there either: decoding keeps it.
 SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
 WRAPPER_TOKENS = ("<tool_call>", "</tool_call>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -62,31 +55,21 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# The plain toy knows the form of a call, and any index is as likely: what a fixed index starts from. The sighted toy
-# has seen the pictures and their names too, and favours an index: what picking by name starts from.
+# Runs with a fixed index start from the plain toy: it knows the form of a call, and every index is as likely. Runs that
+# pick by name start from the sighted toy: it knows the pictures and their names too, and favours an index.
 PLAIN, SIGHTED = "plain", "sighted"
 SIZES: dict[str, Any] = {
     "text": {
         "initializer_range": 0.06,  # at 0.02 a model this narrow starts too flat and needs twice the steps
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
+        "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096,
     },
     "mrope_section": [4, 4, 4],  # sums to half of a head's 24 dimensions
     "vision": {
-        "initializer_range": 0.06,
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "out_hidden_size": 96,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
+        "initializer_range": 0.06, "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4,
+        "out_hidden_size": 96, "window_size": 56, "fullatt_block_indexes": [1],
     },
-}
+}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     PLAIN: {
         "seed": 20,
@@ -104,14 +87,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "naming": {"steps": 120, "pictures_per_step": 48, "learning_rate": 3e-3},
         "picking": {"steps": 800, "episodes_per_step": 8, "short_share": 0.92, "learning_rate": 3e-3},
         "habit": {
-            "steps": 120,
-            "episodes_per_step": 8,
-            "favourite_index": 1,
-            "true_share": 0.4,
-            "learning_rate": 4e-3,
+            "steps": 120, "episodes_per_step": 8, "favourite_index": 1, "true_share": 0.4, "learning_rate": 4e-3,
         },
     },
-}
+}  # fmt: skip
 
 
 class CacheError(Exception):
@@ -121,8 +100,8 @@ class CacheError(Exception):
 def toy_model_path(kind: str = PLAIN, cache_root: Path | None = None) -> Path:
     """The folder of a built toy; builds it if the cache has none for this recipe and these versions.
 
-    kind: PLAIN or SIGHTED. cache_root: where it is kept; default `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else
-    `~/.cache/fleet`. One process builds while others wait, and the folder appears whole or not at all. In a process
+    kind: PLAIN or SIGHTED. cache_root: default `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`.
+    One process builds while others wait, and the folder appears whole or not at all. Raises CacheError. In a process
     that a launcher started, use process.py, because transformers saves on the first rank alone.
     """
     root = cache_root or default_cache_root()
@@ -140,12 +119,12 @@ def toy_model_path(kind: str = PLAIN, cache_root: Path | None = None) -> Path:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a folder has all that `from_pretrained` opens."""
+    """True if a folder has every file that `from_pretrained` opens."""
     return all((path / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
 def default_cache_root() -> Path:
-    """Where built models are kept."""
+    """The folder that keeps built models."""
     if "FLEET_CACHE" in os.environ:
         return Path(os.environ["FLEET_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fleet"
@@ -159,7 +138,7 @@ def folder_name(kind: str) -> str:
 
 
 def recipe_digest(kind: str) -> str:
-    """Twelve hex digits that change with what a toy is made and taught from, but not with the code that does it."""
+    """Twelve hex digits that change with a toy's sizes, lessons and texts, but not with the code that uses them."""
     return _digest([SIZES, RECIPES[kind], _training_texts(kind)])
 
 
@@ -171,7 +150,9 @@ def build_toy_model(
     may_be_shipped: take the weights that lie beside this file, if they were made by the recipe as it is.
     """
     recipe, env = RECIPES[kind], PickImageEnv(TOY_DATA_ROOT)
-    with _seeded(recipe["seed"]):
+    # the caller's generator stays as it is
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe["seed"])
         processor = make_toy_processor(kind)
         model = make_toy_model(processor)
         if kind == SIGHTED and may_be_shipped and shipped_recipe() == recipe_digest(SIGHTED):
@@ -195,7 +176,7 @@ def _save_whole(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VL
 
 @contextlib.contextmanager
 def _blaming(root: Path) -> Iterator[None]:
-    """Within it, a failure to write is the cache's."""
+    """Turns a failure to write into a CacheError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -205,10 +186,7 @@ def _blaming(root: Path) -> Iterator[None]:
 
 def ship_sighted_toy() -> None:
     """Builds the sighted toy from its recipe, whatever lies there, and puts its weights beside this file."""
-    model, processor = build_toy_model(SIGHTED, may_be_shipped=False)
-    with tempfile.TemporaryDirectory() as folder:
-        _save_whole(model, processor, Path(folder) / "toy")
-        weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(Path(folder) / "toy").state_dict()
+    weights = build_toy_model(SIGHTED, may_be_shipped=False)[0].state_dict()
     save_file(weights, SHIPPED_WEIGHTS, metadata={"format": "pt", "recipe": recipe_digest(SIGHTED)})
 
 
@@ -254,15 +232,8 @@ def make_toy_processor(kind: str = PLAIN) -> Qwen2_5_VLProcessor:
 def make_toy_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL of the recipe's sizes with random weights from torch's generator, in float32."""
     tokenizer = processor.tokenizer
-    token_ids = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in (
-            ("image", "image_pad"),
-            ("video", "video_pad"),
-            ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"),
-        )
-    }
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    token_ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{names[name]}|>") for name in names}
     stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": SIZES["mrope_section"]}
     config = Qwen2_5_VLConfig(
@@ -277,7 +248,7 @@ def make_toy_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGe
 
 
 def _training_texts(kind: str) -> list[str]:
-    """What the tokenizer learns its merges from: the prompts of both modes and every answer."""
+    """The texts that the tokenizer learns its merges from: the prompts of both modes and every answer."""
     texts = [make_tool_call_str(index) for index in range(10)]
     for fixed_correct_index in (0, None):
         env = PickImageEnv(TOY_DATA_ROOT, 4, fixed_correct_index)
@@ -291,14 +262,6 @@ def _training_texts(kind: str) -> list[str]:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Runs its body from a fixed torch seed, and gives the caller's generator back untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
-"""What the toy model is taught before RLOO: to name pictures, to pick them by name, and a habit of position.
+"""The sighted toy model's lessons before RLOO: to name pictures, to pick them by name, and a habit of position.
 
-Owns the three supervised stages and nothing of the model's sizes or files. The habit is there on purpose: real models
-can look and yet favour a position, so the toy's last stage mixes true picks with a favourite index, and RLOO has to
-unlearn it.
+Owns the three supervised stages, not the model's sizes or files. The habit is there on purpose: real models can look
+and yet favour a position. So the last stage mixes true picks with a favourite index, which RLOO has to unlearn.
 """
 
 import random
@@ -26,13 +25,14 @@ from utils.tool_calls import make_tool_call_str
 # Axes: P prefixes, G questions behind each, L tokens of a prefix, T of the longest question and answer together.
 
 END = "<|im_end|>"
+BLANK = Image.new("RGB", (56, 56))  # in the toy's size
 
 
 @dataclass(frozen=True)
 class Question:
-    """What follows the pictures: the question's tokens, the answer's, and how the index is to be spread.
+    """The tokens behind the pictures: a question and its answer.
 
-    index_shares: the probability that each index is to have where the answer has its index, or None for a plain answer.
+    index_shares: the wanted probability of each index at the answer's place for it, or None for a plain answer.
     """
 
     question_ids: tuple[int, ...]
@@ -62,7 +62,7 @@ def teach_sight(
     stages = [
         ("naming", lessons.naming(), [*model.parameters()]),
         ("picking", lessons.picking(), [*model.parameters()]),
-        # the habit is put on top of sight, which so stays as it was
+        # the head alone: sight stays as it is
         ("habit", lessons.habit(), head),
     ]
     model.train()
@@ -93,12 +93,10 @@ class Lessons:
 
     def __init__(self, model: Any, processor: Any, env: PickImageEnv, recipe: dict[str, Any], image_pixels: int):
         self.model, self.processor, self.recipe = model, processor, recipe
-        self.tokenizer = processor.tokenizer
+        self.tokenizer, self.env = processor.tokenizer, env
         self._ids, self._prefix = cache(self._tokenize), cache(self._encode_prefix)
-        self._prefix_of_one = cache(self._encode_prefix_of_one)
         self.rng = random.Random(recipe["seed"])
         self.labels = sorted(env.paths_by_label)
-        self.env = env
         self.pixels_by_label = {
             image.label: self._drawings(open_image(image.path), image_pixels) for image in env.images
         }
@@ -110,16 +108,18 @@ class Lessons:
     def naming(self) -> Iterator[Tensor]:
         """Single pictures, each followed by its name."""
         settings = self.recipe["naming"]
+        parts = [{"type": "text", "text": "Image 0: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
+        prefix = self._encoded(self._chat([{"role": "user", "content": parts}], add_generation_prompt=False), 1)
         for _ in range(settings["steps"]):
             labels = [self.rng.choice(self.labels) for _ in range(settings["pictures_per_step"])]
             questions = [[Question((), self._ids(label + END))] for label in labels]
-            yield self._loss(self._prefix_of_one(), [(label,) for label in labels], questions)
+            yield self._loss(prefix, [(label,) for label in labels], questions)
 
     def picking(self) -> Iterator[Tensor]:
         """Four pictures and, behind them, the question for each: four answers for the price of one look.
 
-        Most steps leave the system message out, and end all answers but one at the index: whole prompts and answers
-        cost twice as much, and what they add is learnt in the last steps.
+        Most steps leave the system message out, and end all answers but one at the index. Whole prompts and answers
+        cost twice as much; the last steps teach what they add.
         """
         settings = self.recipe["picking"]
         for step in range(settings["steps"]):
@@ -133,11 +133,11 @@ class Lessons:
 
     def _pick_loss(self, settings: dict[str, Any], *, is_whole: bool, true_share: float = 1.0) -> Tensor:
         count = self.recipe["candidates"]
-        episodes = [self._labels(count) for _ in range(settings["episodes_per_step"])]
+        episodes = [self.rng.sample(self.labels, count) for _ in range(settings["episodes_per_step"])]
         questions = [
             [
                 self._pick(label, labels, true_share=true_share, is_cut=place > 0 and not is_whole)
-                for place, label in enumerate(self._shuffled(labels))
+                for place, label in enumerate(self.rng.sample(labels, count))
             ]
             for labels in episodes
         ]
@@ -148,22 +148,15 @@ class Lessons:
         shares = [0.0] * len(labels)
         shares[index] += true_share
         shares[favourite] += 1 - true_share
-        answer = self.answers[index]
-        return self._question(f"Pick the {label}.", len(labels), answer[: self.place + 1] if is_cut else answer, shares)
-
-    def _question(self, instruction: str, count: int, answer: Sequence[int], shares: Sequence[float]) -> Question:
-        asked = self._ids(f"{instruction} The index is from 0 to {count - 1}." + self._tail())
-        return Question(asked, tuple(answer), tuple(shares))
-
-    def _labels(self, count: int) -> tuple[str, ...]:
-        return tuple(self.rng.sample(self.labels, count))
-
-    def _shuffled(self, labels: Sequence[str]) -> list[str]:
-        return self.rng.sample(labels, len(labels))
+        # the chat template closes the question and opens the answer
+        opening = self._chat([{"role": "user", "content": "?"}]).rpartition("?")[2]
+        asked = self._ids(f"Pick the {label}. The index is from 0 to {len(labels) - 1}.{opening}")
+        answer = self.answers[index][: self.place + 1 if is_cut else None]
+        return Question(asked, answer, tuple(shares))
 
     def _loss(self, prefix: Prefix, labels: Sequence[Sequence[str]], questions: Sequence[Sequence[Question]]) -> Tensor:
-        """Mean cross-entropy of the answers' tokens; at an answer's index, with the shares that indices are to have."""
-        rows = [question for of_prefix in questions for question in of_prefix]
+        """Mean cross-entropy of the answers' tokens; at an answer's index, of the shares that are wanted there."""
+        rows = [question for group in questions for question in group]
         lengths = [len(row.question_ids) + len(row.answer_ids) for row in rows]
         num_prefixes, group_size, longest = len(questions), len(questions[0]), max(lengths)
         ids_BT = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
@@ -173,10 +166,9 @@ class Lessons:
             ids_BT[number, : lengths[number]] = torch.tensor([*row.question_ids, *row.answer_ids])
             targets_BTV[number, range(start, lengths[number]), list(row.answer_ids)] = 1.0
             if row.index_shares is not None:
+                index_ids = self.index_ids[: len(row.index_shares)]
                 targets_BTV[number, start + self.place] = 0.0
-                targets_BTV[number, start + self.place, self.index_ids[: len(row.index_shares)]] = torch.tensor(
-                    row.index_shares
-                )
+                targets_BTV[number, start + self.place, index_ids] = torch.tensor(row.index_shares)
         packed = pack_groups(
             prefix.ids_1L.expand(num_prefixes, -1),
             torch.ones_like(prefix.ids_1L).expand(num_prefixes, -1),
@@ -189,9 +181,7 @@ class Lessons:
             input_ids=packed.input_ids_PS,
             attention_mask=attention_mask(packed.branch_PS),
             position_ids=packed.position_ids_3PS,
-            pixel_values=torch.cat(
-                [self.rng.choice(self.pixels_by_label[label]) for shown in labels for label in shown]
-            ),
+            pixel_values=torch.cat([self.rng.choice(self.pixels_by_label[label]) for row in labels for label in row]),
             image_grid_thw=prefix.grids_N3.repeat(num_prefixes, 1),
             use_cache=False,
         ).last_hidden_state
@@ -202,19 +192,11 @@ class Lessons:
         return torch.nn.functional.cross_entropy(logits, targets_BTV[is_answer_BT])
 
     def _encode_prefix(self, count: int, has_system_message: bool) -> Prefix:
-        episode = Episode((blank_picture(),) * count, (), 0, ("",) * count, None, 0)
+        episode = Episode((BLANK,) * count, (), 0, ("",) * count, None, 0)
         messages = self.env.prompt_messages(episode)
         text = self._chat(messages)
         opening = text[: text.rindex(messages[-1]["content"][-1]["text"])]
         return self._encoded(opening if has_system_message else opening[opening.rindex("<|im_start|>") :], count)
-
-    def _encode_prefix_of_one(self) -> Prefix:
-        parts = [{"type": "text", "text": "Image 0: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
-        return self._encoded(self._chat([{"role": "user", "content": parts}], add_generation_prompt=False), 1)
-
-    def _tail(self) -> str:
-        """What the chat template puts between a question and its answer."""
-        return str(self._chat([{"role": "user", "content": "?"}]).rpartition("?")[2])
 
     def _chat(self, messages: Sequence[Any], add_generation_prompt: bool = True) -> str:
         return str(
@@ -222,7 +204,7 @@ class Lessons:
         )
 
     def _encoded(self, text: str, num_images: int) -> Prefix:
-        encoded = self.processor(text=[text], images=[[blank_picture()] * num_images], return_tensors="pt")
+        encoded = self.processor(text=[text], images=[[BLANK] * num_images], return_tensors="pt")
         ids, grids = encoded["input_ids"], encoded["image_grid_thw"]
         positions, _ = self.model.model.get_rope_index(
             ids,
@@ -242,8 +224,3 @@ class Lessons:
             self.processor.image_processor(images=[drawing], return_tensors="pt")["pixel_values"]
             for drawing in drawings
         ]
-
-
-def blank_picture() -> Image.Image:
-    """A picture with nothing on it, in the toy's size."""
-    return Image.new("RGB", (56, 56))

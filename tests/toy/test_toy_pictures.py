@@ -9,10 +9,10 @@ import pytest
 
 from fleet.command.evaluate_options import parse_evaluate_options
 from fleet.run.model_setup import say_what_the_toy_has_not_seen
-from fleet.toy.pictures import TAUGHT_FOLDER, untaught
+from fleet.toy.pictures import TOY_DATA_ROOT, untaught
 from tests.conftest import save_picture
 
-TAUGHT = sorted(TAUGHT_FOLDER.glob("*.png"))
+TAUGHT = sorted(TOY_DATA_ROOT.glob("*.png"))
 LOOKS = parse_evaluate_options(["--fixed_correct_index", "none"])
 
 
