@@ -1,8 +1,8 @@
-"""Prints how much there is to read in a checkout: files, lines to follow a step, names, imports, sentences.
+"""Prints how much there is to read in a checkout: files, lines to follow a step, flags, imports, sentences.
 
     python benchmarks/reading.py [--root DIR]
 
-Needs no package but TRL's source, which is read and not imported. Exits with 1 if a name of the tables is unknown.
+Reads source alone, TRL's too, and imports none of it. Exits with 1 if a name of the tables is in no file.
 """
 
 import argparse
@@ -14,112 +14,106 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-# Every function of Fleet and TRL that runs between the collator's batch and the optimizer's step, by default flags. A
-# profiler saw them. STEP is to be read to follow a step; ASIDE (checks, bounds, clocks, kernels) is taken by its name.
-# A file that a checkout does not have is passed over for the one that holds the name.
-STEP: Mapping[str, str] = {
-    "dataset.py": "VLMDataCollator.__call__ VLMDataCollator._encode VLMDataCollator._one_row_per_group",
+# Every function of Fleet and TRL that runs between the collator's batch and the optimizer's step by default flags, as a
+# profiler saw them. STEP must be read to follow a step; ASIDE (checks, bounds, clocks, kernels) is taken by its names.
+# A file that a checkout lacks is searched for in all others.
+STEP = {
+    "dataset.py": "VLMDataCollator(__call__ _encode _one_row_per_group)",
     "environment.py": "judge",
     "reward.py": "make_trl_reward_function compute_rewards_from_generations reward_of",
     "fleet/qwen/group_passes.py": "generate_groups image_inputs base_qwen prompt_positions score_packed",
     "fleet/qwen/shared_prefix.py": "pack_groups attention_mask may_see unpack",
     "fleet/rl/algorithm.py": "needs_old_logps leave_one_out_advantages",
-    "fleet/rl/guards.py": "RewardGuard.__call__ StepGuard.begin_generation StepGuard.note_scores "
-    "StepGuard.on_pre_optimizer_step StepGuard._count without_gradient_if_not_finite",
+    "fleet/rl/guards.py": "without_gradient_if_not_finite RewardGuard(__call__) "
+    "StepGuard(begin_generation note_scores on_pre_optimizer_step _count)",
     "fleet/rl/rollouts.py": "make_records instruction_of rollout_metrics",
-    "fleet/rl/trainer.py": "Rollouts FleetRLOOTrainer._prepare_inputs FleetRLOOTrainer._groups_per_step "
-    "FleetRLOOTrainer._roll_out FleetRLOOTrainer._image_features FleetRLOOTrainer._sample_completions "
-    "FleetRLOOTrainer._usable FleetRLOOTrainer._generate_behind_one_prefill _without_media "
-    "FleetRLOOTrainer._pad_completions FleetRLOOTrainer._chooses_packing FleetRLOOTrainer._task_rewards "
-    "FleetRLOOTrainer._take_advantages FleetRLOOTrainer._own_rows FleetRLOOTrainer._record "
-    "FleetRLOOTrainer._compute_loss FleetRLOOTrainer._completion_logps FleetRLOOTrainer._compare_with_vllm "
-    "FleetRLOOTrainer._get_per_token_logps_and_entropies FleetRLOOTrainer._get_grad_norm",
-    "trl/trainer/rloo_trainer.py": "RLOOTrainer.training_step RLOOTrainer.compute_loss RLOOTrainer._compute_loss",
+    "fleet/rl/trainer.py": "Rollouts _without_media FleetRLOOTrainer(_prepare_inputs _groups_per_step _roll_out "
+    "_image_features _sample_completions _usable _generate_behind_one_prefill _pad_completions _chooses_packing "
+    "_task_rewards _take_advantages _own_rows _record _compute_loss _completion_logps _compare_with_vllm "
+    "_get_per_token_logps_and_entropies _get_grad_norm)",
+    "trl/trainer/rloo_trainer.py": "RLOOTrainer(training_step compute_loss _compute_loss)",
     "trl/trainer/utils.py": "add_fused_lm_head",
     "trl/models/utils.py": "unwrap_model_for_generation _unwrap_model_for_generation",
 }
-ASIDE: Mapping[str, str] = {
+ASIDE = {
     "dataset.py": "require_episodes count_faults",
     "model_utils.py": "up_to_end media_token_ids decode_completion",
-    "fleet/own_code/reward_function.py": "BoundedReward.__call__ BoundedReward._call checked_call _as_list _length "
-    "_is_table _checked checked_value",
+    "fleet/own_code/reward_function.py": "BoundedReward(__call__ _call) checked_call checked_value _as_list _length "
+    "_is_table _checked",
     "fleet/qwen/flops.py": "compare_work packed_work unpacked_work vision_flops text_flops _pieces add_up",
     "fleet/qwen/group_passes.py": "why_not_to_pack",
     "fleet/qwen/shared_prefix.py": "_require_sound",
     "fleet/rl/rollouts.py": "length_metrics",
-    "fleet/rl/trainer.py": "FleetRLOOTrainer._log_completions",
-    "fleet/run/watchdog.py": "Watchdog.beat Watchdog._note Watchdog._tell_frozen_watch StillTime.beat StillTime.tick",
+    "fleet/rl/trainer.py": "FleetRLOOTrainer(_log_completions)",
+    "fleet/run/watchdog.py": "Watchdog(beat _note _tell_frozen_watch) StillTime(beat tick)",
     "utils/images.py": "image_digest",
     "utils/plain_text.py": "require_plain_messages require_plain_text first_literal printable",
     "utils/tool_calls.py": "parse_tool_call_str _without_fence _parse_call_json _json_depth _object_with_unique_keys",
     "utils/user_files.py": "folder_kept",
-    "trl/distributed.py": "DistributedBackend.__init__ DistributedBackend.is_zero3",
-    "trl/extras/profiling.py": "profiling_decorator profiling_context ProfilingContext.__init__ "
-    "ProfilingContext.__enter__ ProfilingContext.__exit__ ProfilingContext._log_metrics",
-    "trl/kernels/chunked_logprob.py": "_use_triton ChunkedLogProbFunction.forward ChunkedLogProbFunction.backward "
-    "_forward_tile _torch_transform _backward_tile _addmm_fp32",
+    "trl/distributed.py": "DistributedBackend(__init__ is_zero3)",
+    "trl/extras/profiling.py": "profiling_decorator profiling_context "
+    "ProfilingContext(__init__ __enter__ __exit__ _log_metrics)",
+    "trl/kernels/chunked_logprob.py": "_use_triton ChunkedLogProbFunction(forward backward) _forward_tile "
+    "_torch_transform _backward_tile _addmm_fp32",
     "trl/models/utils.py": "_override_model_generation_config",
     "trl/trainer/utils.py": "pad nanstd nanmin nanmax maybe_gather_lm_head_ctx",
 }
-# flags that no case of a run changes, and where flags are told from other names
+# flags that no case of a run changes, and the files in which their names are flags
 PLAIN_FLAGS = ("weight_decay", "normalize_advantages", "mask_truncated_completions", "dataloader_num_workers")
 FLAG_FILES = re.compile(r"fleet/command/.*|(fleet/run/build|run_setup|\w*options|\w*flags|training|evaluate)\.py")
-ALL_OPTIONS = {"Options", "EvaluateOptions", "SharedOptions"}
+ALL_OPTIONS = "Options|EvaluateOptions|SharedOptions"
 COMMANDS = {"training", "evaluate", "report", "fleet.ask"}
-# a part may import from its own row and from those above it
-ROWS = (("utils",), ("fleet",), ("fleet.model_folder",), ("root",), ("fleet.own_code",), ("fleet.command", "fleet.qwen"),
-        ("fleet.toy", "fleet.rl", "fleet.evaluation"), ("fleet.run", "fleet.report"), ("commands",))  # fmt: skip
-APART = {"tests", "benchmarks"}
-Function = ast.FunctionDef | ast.AsyncFunctionDef
+# a part imports from the rows before its own
+ROWS = ("utils", "fleet", "fleet.model_folder", "root", "fleet.own_code", "fleet.command fleet.qwen",
+        "fleet.toy fleet.rl fleet.evaluation", "fleet.run fleet.report", "commands")  # fmt: skip
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+Row = tuple[str, str, int, int]  # file, name, first and last line
 
 
 def sources(root: Path) -> dict[str, ast.Module]:
-    """The syntax tree of every .py file of the system, without tests and benchmarks, by its path from the root."""
+    """The syntax tree of each .py file of the system, without tests and benchmarks, by its path from the root."""
     found = {}
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in APART | {"runs"}]
+        folders[:] = [name for name in folders if name not in ("tests", "benchmarks", "runs") and name[0] != "."]
         for path in (Path(folder, name) for name in names if name.endswith(".py")):
             found[path.relative_to(root).as_posix()] = ast.parse(path.read_text(encoding="utf-8"))
     return dict(sorted(found.items()))
 
 
-def definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.ClassDef | Function]]:
-    """Classes, functions and methods by their qualified names, without those inside of functions."""
+def definitions(path: str, tree: ast.AST, prefix: str = "") -> Iterator[tuple[Row, Definition]]:
+    """Classes, functions and methods with their decorators; not those inside of functions."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.ClassDef | Function):
-            yield prefix + node.name, node
+        if isinstance(node, Definition):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            yield (path, prefix + node.name, first, node.end_lineno or first), node
             if isinstance(node, ast.ClassDef):
-                yield from definitions(node, f"{prefix}{node.name}.")
+                yield from definitions(path, node, f"{prefix}{node.name}.")
 
 
-def span(node: ast.ClassDef | Function) -> tuple[int, int]:
-    """First and last line, decorators among them."""
-    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]), node.end_lineno or 0
-
-
-def step_rows(table: Mapping[str, str], trees: Mapping[str, ast.Module]) -> tuple[list[tuple[str, str, int, int]], int]:
-    """Each name of a table as (file, name, first line, last line), and how many names are nowhere, which are printed."""
-    trl = importlib.util.find_spec("trl")
-    folder = Path((trl.origin if trl else None) or "").parent.parent
-    rows, num_unknown = [], 0
-    for path, names in table.items():
+def rows_of(table: Mapping[str, str], trees: Mapping[str, ast.Module]) -> tuple[list[Row], bool]:
+    """The rows of a table's names, and False if one of them, which is printed, is not in one file alone."""
+    trl, rows, is_whole = importlib.util.find_spec("trl"), [], True
+    if trl is None or trl.origin is None:
+        sys.exit(
+            "error: package trl is not installed, and its lines count too; run in Fleet's environment (make setup)"
+        )
+    for path, words in table.items():
         if path.startswith("trl/"):
-            places = {path: ast.parse((folder / path).read_text(encoding="utf-8"))}
+            searched = {path: ast.parse((Path(trl.origin).parents[1] / path).read_text(encoding="utf-8"))}
         else:
-            places = {path: trees[path]} if path in trees else dict(trees)
-        known = [(place, name, *span(node)) for place, tree in places.items() for name, node in definitions(tree)]
-        for wanted in names.split():
-            found = [row for row in known if row[1] == wanted]
-            if len(found) != 1:
-                print(
-                    f"error: {wanted} is in {len(found)} files, wanted {path} alone; correct the table", file=sys.stderr
-                )
-            num_unknown += len(found) != 1
-            rows += found[:1]
-    return sorted(rows), num_unknown
+            searched = {path: trees[path]} if path in trees else dict(trees)
+        known = [row for place, tree in searched.items() for row, _ in definitions(place, tree)]
+        for owner, methods, function in re.findall(r"(\w+)\(([^)]*)\)|(\w+)", words):
+            for name in [f"{owner}.{method}" for method in methods.split()] or [function]:
+                found = [row for row in known if row[1] == name]
+                if len(found) != 1:
+                    is_whole = False
+                    print(f"error: {name} is in {len(found)} files, wanted {path}; correct the table", file=sys.stderr)
+                rows += found[:1]
+    return sorted(rows), is_whole
 
 
-def total(rows: list[tuple[str, str, int, int]]) -> str:
+def total(rows: list[Row]) -> str:
     """The sum of lines, each line of a file once, and the number of files."""
     lines = {(path, line) for path, _, first, last in rows for line in range(first, last + 1)}
     return f"{len(lines):,} in {len({path for path, *_ in rows})} files"
@@ -128,76 +122,64 @@ def total(rows: list[tuple[str, str, int, int]]) -> str:
 def lines_naming(flag: str, trees: Mapping[str, ast.Module]) -> int:
     """The lines of FLAG_FILES whose code names a flag."""
     nodes = [(path, node) for path, tree in trees.items() if FLAG_FILES.fullmatch(path) for node in ast.walk(tree)]
-    forms = {flag, f"--{flag}"}
+    names = {flag, f"--{flag}"}
     return len({(path, getattr(node, "lineno", 0)) for path, node in nodes
-                if any(getattr(node, field, None) in forms for field in ("id", "attr", "arg", "value"))})  # fmt: skip
+                if any(getattr(node, field, None) in names for field in ("id", "attr", "arg", "value"))})  # fmt: skip
 
 
 def takers_of_options(trees: Mapping[str, ast.Module]) -> list[str]:
-    """The folder of each function with a parameter annotated by ALL_OPTIONS or by a type variable bound to them."""
+    """The folder of each function with a parameter of ALL_OPTIONS, or of a type variable that is bound to them."""
     folders = []
     for path, tree in trees.items():
-        bound = {
-            node.targets[0].id
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-            if "TypeVar" in ast.dump(node.value) and any(f"'{name}'" in ast.dump(node.value) for name in ALL_OPTIONS)
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, Function):
-                words = {word for arg in ast.walk(node.args) if isinstance(arg, ast.arg) and arg.annotation
-                         for word in re.findall(r"\w+", ast.unparse(arg.annotation))}  # fmt: skip
-                if words & (ALL_OPTIONS | bound):
-                    folders.append(str(Path(path).parent))
+        bound = re.findall(rf"(\w+) = TypeVar\(.*\b(?:{ALL_OPTIONS})\b", ast.unparse(tree))
+        taken = re.compile(rf": [^=,]*\b(?:{'|'.join([ALL_OPTIONS, *bound])})\b")
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        folders += [str(Path(path).parent) for node in functions if taken.search(ast.unparse(node.args))]
     return folders
 
 
 def part_of(module: str) -> str:
-    """The part that a module belongs to, as ROWS names it."""
-    top, *rest = module.split(".")
-    if module in COMMANDS:
+    """The part of ROWS that a module belongs to."""
+    if module in COMMANDS or module.startswith("examples."):
         return "commands"
-    if top == "fleet" and len(rest) >= 1 and f"fleet.{rest[0]}" in {part for row in ROWS for part in row}:
-        return f"fleet.{rest[0]}"
-    return top if top in ("fleet", "utils") else "root"
+    parts = (".".join(module.split(".")[:2]), module.split(".")[0])
+    return next((part for part in parts if part in " ".join(ROWS).split()), "root")
 
 
-def imports_of_parts(trees: Mapping[str, ast.Module]) -> set[tuple[str, str]]:
-    """(importing part, imported part) for each import from one part of the system to another."""
-    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in trees}
-    found = set()
-    for path, tree in trees.items():
-        importer = part_of(path.removesuffix(".py").replace("/", "."))
+def faults_of_imports(trees: Mapping[str, ast.Module]) -> tuple[list[str], list[str]]:
+    """Imports that do not point to a row before their own, and parts that import themselves by way of others."""
+    modules = {
+        path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): tree for path, tree in trees.items()
+    }
+    pairs = set()
+    for importer, tree in modules.items():
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             if isinstance(node, ast.ImportFrom):
-                names = [name for child in names if (name := f"{node.module}.{child}") in modules] or [str(node.module)]
-            found |= {(importer, part_of(name)) for name in names if name in modules}
-    return {(importer, imported) for importer, imported in found if importer != imported}
-
-
-def faults_of_imports(pairs: set[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """Imports that point up or aside by ROWS, and the parts that import themselves through others."""
-    row_of = {part: place for place, row in enumerate(ROWS) for part in row}
-    up = [f"{importer} -> {imported}" for importer, imported in sorted(pairs) if row_of[importer] <= row_of[imported]]
-    reach = set(pairs)
-    while further := {(a, d) for a, b in reach for c, d in pairs if b == c} - reach:
-        reach |= further
-    return up, sorted(importer for importer, imported in reach if importer == imported)
+                names = [
+                    f"{node.module}.{name}" if f"{node.module}.{name}" in modules else f"{node.module}"
+                    for name in names
+                ]
+            pairs |= {(part_of(importer), part_of(name)) for name in names if name in modules}
+    pairs = {pair for pair in pairs if pair[0] != pair[1]}
+    place = {part: number for number, row in enumerate(ROWS) for part in row.split()}
+    reached = set(pairs)
+    while further := {(a, d) for a, b in reached for c, d in pairs if b == c} - reached:
+        reached |= further
+    up = [f"{importer} -> {imported}" for importer, imported in sorted(pairs) if place[importer] <= place[imported]]
+    return up, sorted(importer for importer, imported in reached if importer == imported)
 
 
 def sentences(page: str) -> list[list[str]]:
     """The sentences of a Markdown page as words, without code blocks, tables, headings, pictures and addresses.
 
-    A sentence ends at a full stop, question mark, exclamation mark or colon before white space, and with its paragraph
-    or list item.
+    One ends at a full stop, question mark or exclamation mark before white space, and with its paragraph or list item.
     """
-    page = re.sub(r"^```.*?^```$|<!--.*?-->", "\n\n", page, flags=re.DOTALL | re.MULTILINE)
-    page = re.sub(r"^(\||#| {4}|\s*<).*$", "\n", page, flags=re.MULTILINE)
-    page = re.sub(r"!\[[^\]]*\]\([^)]*\)|https?://\S+", "", page)
-    page = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", page)
+    page = re.sub(r"^```.*?^```$|^(\||#| {4}|\s*<).*?$", "\n\n", page, flags=re.DOTALL | re.MULTILINE)
+    page = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", lambda link: "" if link[0][0] == "!" else link[1], page)
+    page = re.sub(r"https?://\S+", "", page)
     page = re.sub(r"^\s*([-*]|\d+\.) ", "\n\n", page, flags=re.MULTILINE)
-    pieces = re.split(r"\n\s*\n|(?<=[.!?:])[)*_\"`]*\s+", page)
+    pieces = re.split(r"\n\s*\n|(?<=[.!?])[)*_\"`]*\s+", page)
     return [words for piece in pieces if (words := re.findall(r"\S*\w\S*", piece))]
 
 
@@ -207,41 +189,44 @@ def main() -> int:
     parser.add_argument("--root", default=Path(__file__).resolve().parent.parent, type=Path, help="default: this one")
     root = parser.parse_args().root
     trees = sources(root)
-    rows, num_unknown = step_rows(STEP, trees)
-    aside, num_unknown_aside = step_rows(ASIDE, trees)
+    (step, is_whole), (aside, is_aside_whole) = rows_of(STEP, trees), rows_of(ASIDE, trees)
     print(
-        "to follow one RLOO step:", *(f"  {path}:{first}-{last} {name}" for path, name, first, last in rows), sep="\n"
+        "to follow one RLOO step:", *(f"  {path}:{first}-{last} {name}" for path, name, first, last in step), sep="\n"
     )
     files = {path: (root / path).read_text(encoding="utf-8").count("\n") for path in trees}
-    functions = [(last - first + 1, name, path) for path, tree in trees.items() for name, node in definitions(tree)
-                 if isinstance(node, Function) for first, last in [span(node)]]  # fmt: skip
-    longest_file, longest = max(files, key=lambda path: files[path]), max(functions)
-    takers = takers_of_options(trees)
-    up, circles = faults_of_imports(imports_of_parts(trees))
-    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-    counts = [len(words) for page in pages for words in sentences(page.read_text(encoding="utf-8"))]
-    docstrings = [ast.get_docstring(node) or "" for tree in trees.values() for node in ast.walk(tree)
-                  if isinstance(node, ast.Module | ast.ClassDef | Function)]  # fmt: skip
-    naming = {flag: lines_naming(flag, trees) for flag in PLAIN_FLAGS}
+    longest_file = max(files, key=lambda path: files[path])
+    known = [pair for path, tree in trees.items() for pair in definitions(path, tree)]
+    longest = max((last - first + 1, f"{name} in {path}") for (path, name, first, last), node in known
+                  if not isinstance(node, ast.ClassDef))  # fmt: skip
+    named = max((lines_naming(flag, trees), flag) for flag in PLAIN_FLAGS)
+    takers, (up, circles) = takers_of_options(trees), faults_of_imports(trees)
+    pages = [path.read_text(encoding="utf-8") for path in (root / "README.md", *sorted((root / "docs").glob("*.md")))]
+    counts = [len(words) for page in pages for words in sentences(page)]
+    nodes = [
+        *trees.values(),
+        *(node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, Definition)),
+    ]
+    openings = [ast.get_docstring(node) or "" for node in nodes]
     for what, figure in {
         ".py files in the root": sum("/" not in path for path in trees),
-        "lines to follow one RLOO step": total(rows),
+        "lines to follow one RLOO step": total(step),
         "lines that run in it and are taken by their names": total(aside),
-        "both together": total([*rows, *aside]),
+        "both together": total([*step, *aside]),
         "lines of the system without tests and benchmarks": f"{sum(files.values()):,}",
         "longest file": f"{files[longest_file]} ({longest_file})",
-        "longest function": f"{longest[0]} ({longest[1]} in {longest[2]})",
-        "lines of code that name a plain flag": f"{max(naming.values())} ({max(naming, key=lambda flag: naming[flag])})",
+        "longest function": "{} ({})".format(*longest),
+        "lines of code that name a plain flag": "{} ({})".format(*named),
         "functions that take all options": f"{len(takers)} in {len(set(takers))} folders",
-        "imports that point up, circles": f"{len(up)} {up}, {len(circles)} {circles}",
-        "README words": f"{len(pages[0].read_text(encoding='utf-8').split()):,}",
+        "imports that point up or aside": f"{len(up)} {', '.join(up)}",
+        "parts in a circle of imports": f"{len(circles)} {', '.join(circles)}",
+        "README words": f"{len(pages[0].split()):,}",
         "words a sentence, README and docs, mean": f"{sum(counts) / len(counts):.1f} of {len(counts)} sentences",
-        "docstrings that open with What/Whether/Which/How": sum(
-            bool(re.match(r"(What|Whether|Which|How)\b", text)) for text in docstrings
+        "docstrings that open with What/Whether/Which/How": len(
+            [text for text in openings if re.match(r"(What|Whether|Which|How)\b", text)]
         ),
     }.items():
         print(f"{what:52} {figure}")
-    return 1 if num_unknown + num_unknown_aside else 0
+    return 0 if is_whole and is_aside_whole else 1
 
 
 if __name__ == "__main__":
