@@ -1,6 +1,6 @@
 # make demo: watch the toy model learn.  make demo-look: watch it learn to look, and be scored.
 # make test: lint, types and the tests that run in minutes.  make test-slow: those that start, kill and train processes.
-# make documented: what README.md and docs/*.md show, run in a copy of this tree.
+# make documented: what README.md, CONTRIBUTING.md and docs/*.md show, run in a copy of this tree.
 # make test-vllm: those that ask a real vLLM, which it lays beside the environment.  make setup: install only.
 BIN := .venv/bin
 ACTIVATE := . $(BIN)/activate

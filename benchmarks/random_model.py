@@ -1,6 +1,6 @@
 """Qwen2.5-VL models of chosen sizes with random weights, and pictures of noise: what a benchmark needs and no hub.
 
-The sizes of 3b, 7b and 32b are those of the published models; 30m keeps 3b's proportions (see README). The
+The sizes of 3b, 7b and 32b are those of the published models; 30m keeps 3b's proportions (see docs/performance.md). The
 processor is the toy's, whose vocabulary is a part of every size's.
 """
 

@@ -1,4 +1,4 @@
-"""Runs step_time.py over the settings that the README reports, and writes the table, the results and the plot.
+"""Runs step_time.py over the settings of docs/performance.md, and writes the table, the results and the plot.
 
     python benchmarks/step_time_table.py
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """The README's table."""
+    """The table of docs/performance.md."""
     lines = [
         "| | step: Fleet | stock | ratio (spread) | of ideal | generate | train | of ideal | memory added | overhead |",
         "|---|---|---|---|---|---|---|---|---|---|",

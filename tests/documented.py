@@ -1,4 +1,4 @@
-"""Every command that README.md and docs/*.md show, and how CI runs it.
+"""Every command that README.md, CONTRIBUTING.md and docs/*.md show, and how CI runs it.
 
 Owns the table and how commands are found. run_documented.py runs the table; test_documented.py fails for a command that
 is not in it, so that a new one cannot be forgotten.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+PAGES = tuple(path for name in ("README.md", "CONTRIBUTING.md", "docs/*.md") for path in sorted(REPOSITORY.glob(name)))
 VERBS = ("make", "python", "accelerate", "pip", "pytest", "torchrun", "git clone", "source", "bash")
 FREE_PORT = "<a free port>"
 LAST_STAGE = 3
@@ -113,6 +113,22 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         added="--train_steps 2",
         leaves=TRAINED,
     ),
+    Runs("cp -r toy_images photos", leaves=("photos/red_circle.png",)),
+    Runs(
+        "accelerate launch training.py --data_root photos --fixed_correct_index none",
+        added="--train_steps 2",
+        leaves=TRAINED,
+        stage=2,
+    ),
+    Runs("cp examples/most_dots.py my_env.py", leaves=("my_env.py",)),
+    Runs("accelerate launch training.py --env my_env.py:MostDotsEnv", added="--train_steps 2", leaves=TRAINED, stage=2),
+    Runs(
+        "accelerate launch training.py --env my_env.py:MostDotsEnv --reward my_reward.py:score",
+        added="--train_steps 2",
+        leaves=TRAINED,
+        stage=2,
+    ),
+    Runs("accelerate launch training.py --reward my_reward.py:score", added="--train_steps 2", leaves=TRAINED),
     Runs(
         "accelerate launch training.py --output_dir runs/long --resume auto",
         added="--train_steps 2",
@@ -153,6 +169,7 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         says="ratio",
     ),
     Runs("python benchmarks/stock_faults.py", says="one gradient is NaN"),
+    Runs("python benchmarks/reading.py", says="lines to follow one RLOO step"),
     Runs("python benchmarks/save_time.py", added="--num_pairs 2", says="longer_by"),
     Runs("python report.py runs/look", leaves=("runs/look/report.html",), stage=2),
     RunBy(

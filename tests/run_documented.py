@@ -67,14 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def copy_of_tree(folder: Path) -> Path:
-    """A copy of this tree without what .gitignore names, with its environment and the README's run.yaml."""
+    """A copy of this tree without what .gitignore names, with its environment and the files that the pages show."""
     ignored = [line.rstrip("/") for line in (REPOSITORY / ".gitignore").read_text(encoding="utf-8").splitlines()]
     # with the times of the files, by which make knows that the environment is up to date
     shutil.copytree(REPOSITORY, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", *ignored))
     (folder / ".venv").symlink_to((REPOSITORY / ".venv").resolve())
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
-    (folder / "run.yaml").write_text(example, encoding="utf-8")
+    for name, page, language in (("run.yaml", "flags", "yaml"), ("my_reward.py", "your_own_task", "python")):
+        text = (REPOSITORY / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        (example,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+        (folder / name).write_text(example, encoding="utf-8")
     return folder
 
 

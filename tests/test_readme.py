@@ -1,5 +1,6 @@
-"""What the README says to type works as written, and what it names exists."""
+"""README.md, CONTRIBUTING.md and docs/*.md: commands work as written, names exist, figures are those measured."""
 
+import ast
 import json
 import re
 import shlex
@@ -9,19 +10,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import look_seeds
+from benchmarks import look_seeds, toy_seeds
+from benchmarks.reading import sentences
 from benchmarks.step_time_table import ROWS, markdown_table
 from fleet.ask import build_ask_parser
 from fleet.command.evaluate_options import build_evaluate_parser, parse_evaluate_options
 from fleet.command.options import build_parser, parse_options, resolve_options
 from fleet.run_folder import read_jsonl
 from tests import HANG_S
+from tests.documented import PAGES
 from tests.helpers import REPOSITORY, toy_path
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BASH_BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-COMMANDS = [line for line in BASH_BLOCKS.splitlines() if line.startswith("accelerate launch")]
-SCORINGS = [line for line in BASH_BLOCKS.splitlines() if line.startswith("python evaluate.py")]
+TEXTS = {path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
+BASH_BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", ALL, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = list(dict.fromkeys(line for line in BASH_BLOCKS.splitlines() if line.startswith("accelerate launch")))
+MAX_WORDS, MAX_WORDS_A_SENTENCE = 1500, 18
+LINES_OF_A_SCREEN = 60
+SCORINGS = list(dict.fromkeys(line for line in BASH_BLOCKS.splitlines() if line.startswith("python evaluate.py")))
 DEMO = "accelerate launch training.py --fixed_correct_index 0"
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 
@@ -31,15 +37,20 @@ def flags_of(command: str) -> list[str]:
     return words[words.index("training.py") + 1 :]
 
 
-def test_the_readme_has_commands() -> None:
-    assert len(COMMANDS) >= 6 and DEMO in COMMANDS and SCORINGS
+def test_the_pages_have_commands() -> None:
+    assert len(COMMANDS) >= 13 and DEMO in COMMANDS and SCORINGS
     assert f"$(LAUNCH) {DEMO.removeprefix('accelerate launch ')}\n" in MAKEFILE
     (look,) = [command for command in COMMANDS if "--eval_steps" in command]
     assert f"$(LAUNCH) {look.removeprefix('accelerate launch ')} --overwrite" in MAKEFILE
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_training_command_has_only_flags_that_exist(command: str) -> None:
+def test_every_training_command_has_only_flags_that_exist(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "--config run.yaml" in command:
+        monkeypatch.chdir(tmp_path)
+        Path("run.yaml").write_text("seed: 2\n")
     parse_options(flags_of(command))
 
 
@@ -49,7 +60,7 @@ def test_every_scoring_command_has_only_flags_that_exist(command: str) -> None:
 
 
 def test_the_yaml_example_is_a_config_file(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (example,) = re.findall(r"```yaml\n(.*?)```", ALL, re.DOTALL)
     (tmp_path / "run.yaml").write_text(example)
     options = parse_options(["--config", str(tmp_path / "run.yaml"), "--seed", "1"])
     assert (options.num_rollouts, options.per_device_batch_size, options.learning_rate, options.seed) == (
@@ -75,7 +86,7 @@ def test_every_flag_in_the_text_exists() -> None:
         | of_vllm
         | of_benchmarks
     )
-    named = set(re.findall(r"(?<![\w-])--[a-z0-9_][a-z0-9_-]*", README))
+    named = set(re.findall(r"(?<![\w-])--[a-z0-9_][a-z0-9_-]*", ALL))
     assert named - known == set()
 
 
@@ -92,7 +103,7 @@ def test_every_file_in_the_tree_exists() -> None:
 
 
 def test_default_values_in_the_flag_table_are_the_real_ones() -> None:
-    rows = dict(re.findall(r"^\| `--(\w+)` \| ([^|]+?) \|", README, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `--(\w+)` \| ([^|]+?) \|", TEXTS["docs/flags.md"], re.MULTILINE))
     defaults, _ = resolve_options(parse_options([]), has_bf16_gpu=False)
     plain = {
         name: text.strip("`")
@@ -110,7 +121,12 @@ def test_default_values_in_the_flag_table_are_the_real_ones() -> None:
 def test_the_table_of_seeds_is_of_the_committed_results() -> None:
     runs = json.loads((REPOSITORY / "benchmarks" / "results" / "look_seeds.json").read_text())["runs"]
     for line in look_seeds.markdown_table(runs).splitlines():
-        assert line in README
+        assert line in TEXTS["docs/evaluation.md"]
+    before, after = (document["greedy_accuracy"]["value"] for document in (runs[0]["evaluation"]["baseline"],
+                                                                           runs[0]["evaluation"]))  # fmt: skip
+    assert f"on 512 held-out episodes has risen from {before:.0%} to {after:.0%};".replace("%", " %") in " ".join(
+        README.split()
+    )
     for run in runs:
         before, after = run["evaluation"]["baseline"], run["evaluation"]
         assert before["greedy_accuracy"]["value"] <= 0.6 and after["greedy_accuracy"]["value"] >= 0.9
@@ -120,13 +136,119 @@ def test_the_table_of_seeds_is_of_the_committed_results() -> None:
     assert len(runs) == 3
 
 
+def test_the_table_of_the_first_demo_is_of_the_committed_results() -> None:
+    runs = json.loads((REPOSITORY / "benchmarks" / "results" / "toy_seeds.json").read_text())["runs"]
+    for line in toy_seeds.markdown_table(runs).splitlines():
+        assert line in TEXTS["docs/toy_look.md"]
+    assert len(runs) == 5
+
+
+def test_the_costs_of_a_save_are_of_the_committed_results() -> None:
+    result = json.loads((REPOSITORY / "benchmarks" / "results" / "save_time.json").read_text())
+    low, high = result["longer_by_quartiles"]
+    text = " ".join(TEXTS["docs/saves.md"].split())
+    for words in (
+        f"({result['checkpoint_bytes'] / 1e6:.1f} MB",
+        f"keeps training waiting {result['fleet_s'] * 1e3:.1f} ms",
+        f"Trainer's takes {result['trainer_s'] * 1e3:.1f} ms",
+        f"medians of {result['num_pairs']} pairs",
+        f"the difference is −{-result['longer_by']:.0%}".replace("%", " %"),
+        f"between −{-low * 100:.0f} and +{high * 100:.0f} %",
+        f"rotation take {result['background_s'] * 1e3:.0f} ms",
+        f"hashing everything takes {result['check_s'] * 1e3:.0f} ms",
+    ):
+        assert words in text, words
+
+
+def test_what_stock_does_with_faults_is_of_the_committed_results() -> None:
+    stock = json.loads((REPOSITORY / "benchmarks" / "results" / "stock_faults.json").read_text())["stock"]
+    assert stock["full fine-tune, resumed"].startswith("68 of its 69 weights")
+    assert stock["one reward is inf"] == stock["one gradient is NaN"] == "69 of 69 parameters are not finite"
+    damages = [what for name, what in stock.items() if not name.startswith(("one reward", "one gradient", "full"))]
+    stopped = sum(what.startswith("every restart ends with") for what in damages)
+    text = TEXTS["docs/reliability.md"]
+    assert f"{len(damages)} kinds: {stopped} stop every restart, {len(damages) - stopped} go on" in text
+    assert "keeps 68 of 69 base weights *" in text and text.count("69 of 69 parameters not finite *") == 2
+
+
 def test_the_table_of_steps_is_of_the_committed_results() -> None:
     folder = REPOSITORY / "benchmarks" / "results" / "step_time"
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name, _, _ in ROWS}
     for line in markdown_table(results).splitlines():
-        assert line in README
+        assert line in TEXTS["docs/performance.md"]
+    ratios = [results[name]["step"]["ratio_median"] for name in ("g4", "g8", "g16")]
+    words = "{:.1f} times less time than stock TRL's at 4 rollouts, {:.1f} times at 8 and {:.1f} times at 16"
+    assert words.format(*ratios) in " ".join(README.split())
     assert max(result["parity"]["max_logprob_abs"] for result in results.values()) <= 1e-5
     assert max(result["parity"]["max_grad_rel"] for result in results.values()) <= 1e-4
+
+
+@pytest.mark.parametrize("page", [name for name in TEXTS if name != "docs/step_profile.md"])
+def test_a_page_is_short_and_opens_with_its_contents(page: str) -> None:
+    text = TEXTS[page]
+    assert len(text.split()) <= MAX_WORDS
+    heads = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    if page.startswith("docs/") and len(text.splitlines()) > LINES_OF_A_SCREEN and heads:
+        listed = re.findall(r"^- \[(.+)\]\(#(.+)\)$", text, re.MULTILINE)
+        assert listed == [(head, anchor_of(head)) for head in heads]
+
+
+def anchor_of(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_sentences_are_short() -> None:
+    counts = [len(words) for name, text in TEXTS.items() if name != "CONTRIBUTING.md" for words in sentences(text)]
+    assert len(counts) > 400 and sum(counts) / len(counts) <= MAX_WORDS_A_SENTENCE
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_leads_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)]+)\)|(?:src|srcset)=\"([^\"]+)\"", TEXTS[page])
+    for target in (one or other for one, other in links):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (REPOSITORY / page).parent / name if name else REPOSITORY / page
+        assert path.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [anchor_of(head) for head in heads], target
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\(([\w/]+\.md)", README))
+    assert set(TEXTS) - linked == {"README.md", "docs/step_profile.md"}
+    assert "(step_profile.md)" in TEXTS["docs/performance.md"]
+
+
+MESSAGES = re.findall(r"^\| `([^`]*[ …][^`]*)` \|", TEXTS["docs/troubleshooting.md"], re.MULTILINE)
+
+
+def test_troubleshooting_quotes_messages() -> None:
+    assert len(MESSAGES) >= 50
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_every_message_of_troubleshooting_is_one_that_fleet_prints(message: str) -> None:
+    pieces = [piece for piece in message.split("…") if len(piece.strip(" ;:,")) > 1]
+    assert pieces and [piece for piece in pieces if not any(piece in text for text in CODE_TEXTS)] == []
+
+
+def texts_of_code() -> list[str]:
+    """Every text of Fleet's code as it is printed, with … for what an f-string fills in."""
+    files = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("fleet/**/*.py"), *REPOSITORY.glob("utils/*.py")]
+    found = []
+    for node in (node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+CODE_TEXTS = texts_of_code()
 
 
 @pytest.mark.slow

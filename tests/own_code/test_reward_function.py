@@ -281,9 +281,9 @@ def test_the_file_survives_an_overwrite(reward_file: Path) -> None:
     assert paths_read("toy", "data", code)["reward"] == str(reward_file)
 
 
-def test_the_readmes_reward_is_one(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+def test_the_documented_reward_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "your_own_task.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_reward.py").write_text(example)
     function = load_reward_function(f"{tmp_path}/my_reward.py:score")
     columns = dict.fromkeys(KEYWORDS) | {"correct_index": [1, 1], "num_candidates": [4, 4]}
