@@ -60,12 +60,14 @@ ASIDE = {
 }
 # flags that no case of a run changes, and the files in which their names are flags
 PLAIN_FLAGS = ("weight_decay", "normalize_advantages", "mask_truncated_completions", "dataloader_num_workers")
-FLAG_FILES = re.compile(r"fleet/command/.*|(fleet/run/build|run_setup|\w*options|\w*flags|training|evaluate)\.py")
+FLAG_FILES = re.compile(
+    r"fleet/command/.*|(fleet/run/build/\w+|fleet/run/build|run_setup|\w*options|\w*flags|training|evaluate)\.py"
+)
 ALL_OPTIONS = "Options|EvaluateOptions|SharedOptions"
 COMMANDS = {"training", "evaluate", "report", "fleet.ask"}
 # a part imports from the rows before its own
 ROWS = ("utils", "fleet", "fleet.model_folder", "root", "fleet.own_code", "fleet.command fleet.qwen",
-        "fleet.toy fleet.rl fleet.evaluation", "fleet.run fleet.report", "commands")  # fmt: skip
+        "fleet.evaluation", "fleet.rl", "fleet.toy", "fleet.report", "fleet.run", "commands")  # fmt: skip
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 Row = tuple[str, str, int, int]  # file, name, first and last line
 

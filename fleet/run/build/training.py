@@ -283,7 +283,7 @@ def server_problems_said(flags: GenerationFlags) -> Iterator[None]:
             raise
         raise UsageError(
             f"no vLLM server can be used at {flags.vllm_server_host}:{flags.vllm_server_port} "
-            f"({' '.join(str(error).split())}); start one as README.md says under vLLM, or pass --vllm_mode colocate"
+            f"({' '.join(str(error).split())}); start one as docs/many_gpus.md says, or pass --vllm_mode colocate"
         ) from error
 
 
