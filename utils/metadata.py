@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from utils.plain_text import normalized, printable
+from utils.tool_calls import object_with_unique_keys
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 LABEL_COLUMNS = ("label", "name", "text", "caption")
@@ -145,7 +146,7 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[_Row]:
     for number, (line, text) in enumerate(filled, start=1):
         where = f"{path}:{line}, row {number}"
         try:
-            values = json.loads(text, object_pairs_hook=_unique)
+            values = json.loads(text, object_pairs_hook=object_with_unique_keys)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{where}: cannot be read ({printable(error)}); write one JSON object per image, each on one line"
@@ -154,14 +155,6 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[_Row]:
             raise ValueError(f"{where}: got a {type(values).__name__}, wanted one JSON object a line")
         _require_columns(where, list(values), "write both")
         yield _Row(path, number, line, values)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return values
 
 
 def _require_columns(where: str, columns: Sequence[str], remedy: str) -> None:

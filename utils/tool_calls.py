@@ -104,7 +104,7 @@ def _parse_call_json(inside: str, name: str) -> ParsedToolCall:
     if _json_depth(inside) > MAX_JSON_DEPTH:
         return ParsedToolCall(ParseStatus.TOO_LONG)
     try:
-        call = json.loads(inside, object_pairs_hook=_object_with_unique_keys, parse_constant=_refuse_constant)
+        call = json.loads(inside, object_pairs_hook=object_with_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return ParsedToolCall(ParseStatus.MALFORMED_JSON)
     if not isinstance(call, dict):
@@ -133,10 +133,14 @@ def _json_depth(text: str) -> int:
     return deepest
 
 
-def _object_with_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("duplicate key")
-    return dict(pairs)
+def object_with_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of a JSON text's pairs. Raises ValueError, which names the key, for one that is given twice."""
+    values: dict[str, object] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key!r} is given twice")
+        values[key] = value
+    return values
 
 
 def _refuse_constant(constant: str) -> float:

@@ -5,7 +5,6 @@ No randomness and no fonts: the same Pillow writes the same bytes every time.
 """
 
 import argparse
-from dataclasses import dataclass
 from math import cos, pi, sin
 from pathlib import Path
 
@@ -13,29 +12,20 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 RGB = tuple[int, int, int]
 Polygon = list[tuple[float, float]]  # corners in [-1, 1] x [-1, 1], y down
-
-
-@dataclass(frozen=True)
-class Palette:
-    """Colour of a shape and of the calm background it stands out from."""
-
-    shape: RGB
-    background: RGB
-
-
-PALETTES = {
-    "red_circle": Palette((222, 54, 56), (216, 232, 243)),
-    "blue_square": Palette((44, 104, 222), (253, 231, 211)),
-    "green_triangle": Palette((46, 158, 82), (247, 226, 239)),
-    "yellow_star": Palette((252, 203, 44), (66, 58, 106)),
-    "purple_diamond": Palette((132, 72, 196), (250, 242, 204)),
-    "orange_heart": Palette((246, 132, 30), (222, 220, 246)),
-    "pink_flower": Palette((240, 112, 168), (220, 240, 222)),
-    "cyan_ring": Palette((38, 198, 218), (44, 56, 70)),
-    "white_moon": Palette((244, 244, 240), (24, 34, 78)),
-    "brown_hexagon": Palette((132, 82, 46), (208, 238, 234)),
-    "black_cross": Palette((38, 38, 44), (240, 234, 224)),
-    "grey_arrow": Palette((120, 125, 132), (252, 212, 206)),
+# colours of each shape, and of the calm background it stands out from
+PALETTES: dict[str, tuple[RGB, RGB]] = {
+    "red_circle": ((222, 54, 56), (216, 232, 243)),
+    "blue_square": ((44, 104, 222), (253, 231, 211)),
+    "green_triangle": ((46, 158, 82), (247, 226, 239)),
+    "yellow_star": ((252, 203, 44), (66, 58, 106)),
+    "purple_diamond": ((132, 72, 196), (250, 242, 204)),
+    "orange_heart": ((246, 132, 30), (222, 220, 246)),
+    "pink_flower": ((240, 112, 168), (220, 240, 222)),
+    "cyan_ring": ((38, 198, 218), (44, 56, 70)),
+    "white_moon": ((244, 244, 240), (24, 34, 78)),
+    "brown_hexagon": ((132, 82, 46), (208, 238, 234)),
+    "black_cross": ((38, 38, 44), (240, 234, 224)),
+    "grey_arrow": ((120, 125, 132), (252, 212, 206)),
 }
 TOY_IMAGE_NAMES = tuple(PALETTES)
 MIN_SIDE_PX, MAX_SIDE_PX = 8, 1024
@@ -64,14 +54,14 @@ def draw_toy_image(colour_shape: str, side_px: int = 112) -> Image.Image:
     colour_shape: one of TOY_IMAGE_NAMES. Raises ValueError for any other name, and for a side_px that is too small to
     recognise a shape or too large for a toy.
 
-    >>> draw_toy_image("red_circle").getpixel((0, 0)) == PALETTES["red_circle"].background
+    >>> draw_toy_image("red_circle").getpixel((0, 0)) == PALETTES["red_circle"][1]
     True
     """
     if colour_shape not in PALETTES:
         raise ValueError(f"colour_shape={colour_shape!r} is not a toy picture; pass one of {', '.join(PALETTES)}")
     if not MIN_SIDE_PX <= side_px <= MAX_SIDE_PX:
         raise ValueError(f"side_px={side_px}, but pictures take {MIN_SIDE_PX} to {MAX_SIDE_PX} px; pass --side_px 112")
-    palette, size = PALETTES[colour_shape], (side_px, side_px)
+    (shape, background), size = PALETTES[colour_shape], (side_px, side_px)
     mask = centred_mask(colour_shape.split("_")[1], side_px * OVERSAMPLING)
 
     def moved_down(share: float) -> Image.Image:
@@ -81,12 +71,12 @@ def draw_toy_image(colour_shape: str, side_px: int = 112) -> Image.Image:
         blurred = large.resize(size, Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(blur_share * side_px))
         return blurred.point([round(alpha * opacity) for alpha in range(256)])
 
-    body = Image.new("RGB", size, mixed(palette.shape, (255, 255, 255), 0.14))
-    body.paste(mixed(palette.shape, (0, 0, 0), 0.12), mask=Image.linear_gradient("L").resize(size))
+    body = Image.new("RGB", size, mixed(shape, (255, 255, 255), 0.14))
+    body.paste(mixed(shape, (0, 0, 0), 0.12), mask=Image.linear_gradient("L").resize(size))
     body.paste((255, 255, 255), mask=soft(ImageChops.subtract(mask, moved_down(0.03)), 0.008, opacity=0.45))
     body.paste((0, 0, 0), mask=soft(ImageChops.subtract(mask, moved_down(-0.03)), 0.008, opacity=0.16))
-    picture = Image.new("RGB", size, palette.background)
-    picture.paste(mixed(palette.background, (0, 0, 20), 0.8), mask=soft(moved_down(0.035), 0.025, opacity=0.3))
+    picture = Image.new("RGB", size, background)
+    picture.paste(mixed(background, (0, 0, 20), 0.8), mask=soft(moved_down(0.035), 0.025, opacity=0.3))
     picture.paste(body, mask=mask.resize(size, Image.Resampling.BOX))
     return picture
 

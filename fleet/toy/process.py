@@ -1,7 +1,7 @@
 """A toy model built by a process of its own, which knows nothing of launcher, ranks and GPUs.
 
-Its argument is KIND. Its exit code is that of a cache or of a build that failed, with the reason as its last line of
-output: each failure is told by its own cause.
+Its argument is KIND. If the build fails, the exit code tells whether the cache is to blame, and a marked line of output
+tells the cause.
 """
 
 import os
@@ -14,7 +14,7 @@ from utils.child_process import command_of
 
 # exit codes of that process; sysexits.h: a file cannot be created, an internal error
 CACHE_ERROR_CODE, BUILD_ERROR_CODE = 73, 70
-MAX_REASON_LENGTH = 2000
+REASON_MARK, MAX_REASON_LENGTH = "\x1e", 2000  # libraries may write to the same output
 
 
 class BuildError(Exception):
@@ -41,20 +41,18 @@ def build_in_own_process(kind: str) -> Path:
         )
     except OSError as error:
         raise BuildError(f"{sys.executable} cannot be started: {error}") from error
-    reason = done.stdout.decode(errors="replace").rpartition("\n")[2]
+    reason = done.stdout.decode(errors="replace").partition(REASON_MARK)[2].partition("\n")[0]
     if done.returncode == CACHE_ERROR_CODE:
         raise CacheError(reason)
     if done.returncode < 0:
         raise BuildError(f"its process was ended by {signal.Signals(-done.returncode).name}")
-    if done.returncode == BUILD_ERROR_CODE and reason:
-        raise BuildError(reason)
     if done.returncode > 0:
-        raise BuildError(f"its process ended with {done.returncode}")
+        raise BuildError(reason or f"its process ended with {done.returncode}")
     return path
 
 
 def main() -> int:
-    """Builds the toy if need be. Returns the exit code; the reason of a failure is the last line of output."""
+    """Builds the toy if need be. Returns the exit code; a marked line of output has the reason of a failure."""
     try:
         from transformers.utils import logging as transformers_logging
 
@@ -73,5 +71,7 @@ def main() -> int:
 
 def _failed(code: int, reason: str) -> int:
     sys.stdout.flush()
-    os.write(sys.stdout.fileno(), f"\n{' '.join(reason.split())[:MAX_REASON_LENGTH]}".encode(errors="replace"))
+    # a line of its own, in UTF-8 whatever the locale
+    line = f"\n{REASON_MARK}{' '.join(reason.split())[:MAX_REASON_LENGTH]}\n"
+    os.write(sys.stdout.fileno(), line.encode(errors="replace"))
     return code

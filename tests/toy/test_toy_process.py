@@ -28,6 +28,10 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> str
         ("raise OSError(28, 'No space left on device', '/elsewhere')", "OSError: [Errno 28] No space left on device"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its process was ended by SIGKILL"),
         ("raise SystemExit(3)", "its process ended with 3"),
+        (
+            "import atexit; print('1', end=''); atexit.register(print, '2'); raise OSError('no \\udce9 \u00e9')",
+            "(OSError: no ? \u00e9)",
+        ),
     ],
 )
 def test_a_failure_of_the_build_is_told_by_its_cause(
