@@ -76,7 +76,7 @@ class Peers:
 
 
 def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers:
-    """The connected peers of this process; none if the first one is out of reach. host: of that one."""
+    """This process's peers; none if the first process, at `host`, is out of reach. Every process takes part."""
     if num_processes == 1:
         return Peers([])
     if rank == 0:

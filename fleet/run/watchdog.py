@@ -20,7 +20,7 @@ from fleet.run.peers import Peers
 from utils.child_process import command_of
 
 STALLED_EXIT_CODE = 70  # sysexits.h: an internal software error
-WAITING_GRACE_S = 10.0  # the others wait so much longer, so that a stalled process says so itself
+WAITING_GRACE_S = 10.0  # the others wait this much longer, so that a stalled process can say so itself
 FROZEN_GRACE_S = 20.0  # until code that gives Python's threads no turn is ended from outside Python
 STARTING_S = 1800.0  # before the first generation, a large model may be read from a slow disk
 STDERR = 2  # also where sys.stderr is no file
@@ -46,7 +46,7 @@ class StillTime:
         self._still_s = 0.0
 
     def tick(self) -> float:
-        """Ends a tick and returns the seconds so far. A tick of more than twice its length held a stop."""
+        """Ends a tick and returns the seconds so far. A tick counts twice its length at most; the rest was a stop."""
         now_s = self.clock()
         self._still_s += min(now_s - self._last_tick_s, 2 * self.tick_s)
         self._last_tick_s = now_s
