@@ -18,7 +18,7 @@ from fleet.errors import UsageError
 from fleet.report.rollouts import MAX_GROUPS, MAX_THUMBNAILS
 from fleet.run_folder import read_jsonl
 from report import write_report
-from tests.report.pages import (
+from tests.report_page.pages import (
     HOSTILE,
     OUTCOMES,
     READ_CONTRASTS,
