@@ -1,11 +1,8 @@
 """FleetRLOOTrainer: REINFORCE leave-one-out on episodes, and the only code that leans on TRL's internals.
 
-The algorithm is RLOO of "Back to Basics" (arXiv 2402.14740): the advantage of a rollout is its reward minus the mean
-reward of its siblings, and a completion is one action, so its log-probability is the sum over its tokens. As TRL
-does, and unlike the paper, the loss is PPO's clipped ratio; with one step per generation the ratio is 1 and its
-gradient is exactly REINFORCE's. With beta > 0 the sequence's KL to the reference is taken off its reward, as in the
-paper. Unlike TRL, a batch is encoded once per episode (TRL: twice per rollout), a group stays whole on its device and
-in its micro-batch (TRL shuffles rollouts), and completions are judged with special tokens visible (TRL strips them).
+algorithm.py has the algorithm. Unlike TRL, a batch is encoded once per episode (TRL: twice per rollout), a group stays
+whole on its device and in its micro-batch (TRL shuffles rollouts), and completions are judged with special tokens
+visible (TRL strips them).
 """
 
 import logging
@@ -52,11 +49,19 @@ from fleet.qwen.group_passes import (
 )
 from fleet.qwen.shared_prefix import pack_groups, unpack
 from fleet.qwen.vision_cache import VisionCache
-from fleet.rl.algorithm import leave_one_out_advantages, needs_old_logps, num_episodes_of_args, refuse_split_groups
+from fleet.rl.algorithm import (
+    clipped_loss,
+    leave_one_out_advantages,
+    needs_old_logps,
+    sequence_logps,
+    shaped_rewards,
+    token_kl,
+)
 from fleet.rl.guards import RewardGuard, StepGuard, without_gradient_if_not_finite
 from fleet.rl.resumable_trainer import ResumableTrainer
 from fleet.rl.rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
 from fleet.rl.vllm_sampling import VLLMSampler, sampling_kwargs
+from fleet.schedule import num_episodes_of_run, require_whole_groups
 from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
 from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
 
@@ -128,7 +133,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         evaluation: the held-out episodes that `evaluate` scores, and how they are answered.
         Image and video tokens are never sampled. Raises ValueError if a group would be split over devices.
         """
-        refuse_split_groups(args)
+        require_whole_groups(args.per_device_train_batch_size, args.num_generations)
         media_ids = media_token_ids(model.config)
         banned = sampling_kwargs(media_ids, end_token_ids(model)) if args.use_vllm else {"suppress_tokens": media_ids}
         args.generation_kwargs = banned | (args.generation_kwargs or {})
@@ -144,7 +149,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             model=model,
             reward_funcs=reward,
             args=args,
-            train_dataset=dataset.as_hf_dataset(num_episodes_of_args(args)),
+            train_dataset=dataset.as_hf_dataset(_num_episodes(args)),
             # Trainer wants one before it evaluates; `evaluate` has its own
             eval_dataset=None if evaluation is None else dataset.as_hf_dataset(1),
             processing_class=processing_class,
@@ -179,7 +184,6 @@ class FleetRLOOTrainer(ResumableTrainer):
         self.evaluation = evaluation
         self.latest_evaluation: dict[str, Any] | None = None
         self._rollouts: Rollouts | None = None
-        self._scores_of_step: tuple[Tensor, Tensor | None] | None = None
         self._attention = base_qwen(policy).config.get_text_config()._attn_implementation
         self._has_told_why_not_packed = False
         self._num_rollouts_since_log = 0
@@ -373,7 +377,7 @@ class FleetRLOOTrainer(ResumableTrainer):
     def _score_as_trl(
         self, model: nn.Module, rows: dict[str, Any], ids_BT: Tensor, mask_BT: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        logps_BT, entropies_BT, _ = super()._get_per_token_logps_and_entropies(
+        logps_BT, entropies_BT, _ = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([rows["prompt_ids"], ids_BT], dim=1),
             torch.cat([rows["prompt_mask"], mask_BT], dim=1),
@@ -386,12 +390,6 @@ class FleetRLOOTrainer(ResumableTrainer):
             mm_token_type_ids=torch.cat([rows["mm_token_type_ids"], torch.zeros_like(ids_BT)], dim=1),
         )
         return logps_BT, entropies_BT
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, None]:
-        """What TRL's loss asks for, which _compute_loss has just computed."""
-        assert self._scores_of_step is not None, "TRL scored outside its loss: trainer.py must follow"
-        scores, self._scores_of_step = self._scores_of_step, None
-        return *scores, None
 
     def _task_rewards(self, batch: EpisodeBatch, texts: list[str], completions: list[list[int]]) -> Tensor:
         """This device's rewards (B,), NaN where a value is none; logs those of all devices.
@@ -421,7 +419,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         return rewards
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """TRL's loss of these groups. On-policy, the forward pass that is trained on is the policy's only one."""
+        """The loss of these groups. On-policy, the forward pass that is trained on is the policy's only one."""
         self.on_activity("the training pass")
         rollouts, groups = inputs["rollouts"], inputs["groups"]
         size = rollouts.batch["group_size"]
@@ -435,20 +433,35 @@ class FleetRLOOTrainer(ResumableTrainer):
                 self._take_advantages(rollouts, rows, old_logps_BT)
         else:
             old_logps_BT = rollouts.old_logps_BT[rows]
-        self._scores_of_step = logps_BT, entropies_BT
-        no_prompt = mask_BT[:, :0]
-        loss = super()._compute_loss(
-            model,
-            {
-                "prompt_ids": no_prompt,
-                "prompt_mask": no_prompt,
-                "completion_ids": rollouts.completion_ids_BT[rows],
-                "completion_mask": mask_BT,
-                "old_logps": (old_logps_BT * mask_BT).sum(dim=1),
-                "advantages": rollouts.advantages_B[rows],
-            },
+        loss, is_clipped_below_B, is_clipped_above_B = clipped_loss(
+            sequence_logps(logps_BT, mask_BT),
+            sequence_logps(old_logps_BT, mask_BT),
+            rollouts.advantages_B[rows],
+            self.epsilon_low,
+            self.epsilon_high,
         )
+        assert entropies_BT is not None, "the training pass gives entropies"
+        self._log_entropy(entropies_BT.detach(), mask_BT)
+        self._log_clipping(is_clipped_below_B, is_clipped_above_B)
         return without_gradient_if_not_finite(loss)
+
+    def _log_entropy(self, entropies_BT: Tensor, mask_BT: Tensor) -> None:
+        """Logs TRL's metric of the tokens' mean entropy over all devices."""
+        own_2 = torch.stack([(entropies_BT * mask_BT).sum(), mask_BT.sum().float()])
+        total, num_tokens = self.accelerator.reduce(own_2, reduction="sum")
+        self._metrics["train"]["entropy"].append((total / num_tokens.clamp(min=1.0)).item())
+
+    def _log_clipping(self, is_clipped_below_B: Tensor, is_clipped_above_B: Tensor) -> None:
+        """Logs TRL's metrics of the clipped rollouts' shares over all devices."""
+        own_B2 = torch.stack([is_clipped_below_B, is_clipped_above_B], dim=1).float()
+        below_B, above_B = self.accelerator.gather(own_B2).unbind(dim=1)
+        metrics = self._metrics["train"]
+        metrics["clip_ratio/low_mean"].append(below_B.mean().item())
+        metrics["clip_ratio/low_min"].append(below_B.min().item())
+        metrics["clip_ratio/high_mean"].append(above_B.mean().item())
+        metrics["clip_ratio/high_max"].append(above_B.max().item())
+        # a rollout's advantage has one sign, so it is clipped on one side at most
+        metrics["clip_ratio/region_mean"].append((below_B + above_B).mean().item())
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm, for the log and for the guard that decides whether the step is taken."""
@@ -471,17 +484,14 @@ class FleetRLOOTrainer(ResumableTrainer):
         With beta > 0 a reward loses beta times its sequence's KL, the log-ratio to the reference (first order). Every
         rank takes part.
         """
-        shaped_B = rollouts.rewards_B[rows]
-        if self.reward_clip_range:
-            shaped_B = shaped_B.clamp(*self.reward_clip_range)
+        kl_BT = None
         if logps_BT is not None and rollouts.ref_logps_BT is not None:
             mask_BT = rollouts.completion_mask_BT[rows]
-            kl_BT = (logps_BT - rollouts.ref_logps_BT[rows]) * mask_BT
+            kl_BT = token_kl(logps_BT, rollouts.ref_logps_BT[rows], mask_BT)
             sums_2 = torch.stack([kl_BT.sum(), mask_BT.sum().float()])
             rollouts.kl_and_tokens_2 = sums_2 + (0 if rollouts.kl_and_tokens_2 is None else rollouts.kl_and_tokens_2)
-            shaped_B = shaped_B - self.beta * kl_BT.sum(dim=1)
-        # a token that the reference gives no chance has no finite KL
-        shaped_all = self.accelerator.gather(shaped_B.where(shaped_B.isfinite(), torch.nan))
+        shaped_B = shaped_rewards(rollouts.rewards_B[rows], kl_BT, self.beta, self.reward_clip_range)
+        shaped_all = self.accelerator.gather(shaped_B)
         self.step_guard.note_scores(shaped_all.view(-1, self.num_generations))
         self._metrics["train"]["rewards/dropped"].append(shaped_all.isnan().float().mean().item())
         is_tied_P = nanstd(shaped_all.view(-1, self.num_generations), dim=1) < 1e-8
@@ -594,6 +604,17 @@ class FleetRLOOTrainer(ResumableTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes nothing: TRL's card presents a published text model, and a run folder has config.json."""
+
+
+def _num_episodes(args: RLOOConfig) -> int:
+    """The episodes that `args.max_steps` optimizer steps draw over all devices: one epoch, so no order repeats."""
+    return num_episodes_of_run(
+        args.max_steps,
+        steps_per_generation=args.steps_per_generation,
+        num_iterations=args.num_iterations,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        episodes_per_micro_step=args.generation_batch_size // args.steps_per_generation // args.num_generations,
+    )
 
 
 def _without_media(completion_ids: list[int], media_ids: set[int]) -> list[int]:

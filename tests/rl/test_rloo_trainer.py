@@ -12,7 +12,7 @@ from trl import RLOOTrainer
 
 from environment import Outcome
 from fleet.qwen.group_passes import takes_image_features
-from fleet.rl.algorithm import leave_one_out_advantages, needs_old_logps, num_episodes_of_args, refuse_split_groups
+from fleet.rl.algorithm import clipped_loss, leave_one_out_advantages, needs_old_logps, shaped_rewards, token_kl
 from fleet.rl.trainer import FleetRLOOTrainer
 from model_utils import make_lora_config
 from tests.helpers import (
@@ -70,10 +70,65 @@ def test_an_infinite_reward_is_refused(bad: float) -> None:
         leave_one_out_advantages(torch.tensor([[bad, 1.0]]))
 
 
+def test_a_reward_loses_beta_times_its_sequences_kl() -> None:
+    old = torch.tensor([[-1.0, -2.0, -9.0], [-0.5, -0.5, -0.5], [-1.0, -1.0, -1.0]])
+    reference = torch.tensor([[-2.0, -2.5, -1.0], [-1.0, -0.5, 0.0], [-1.0, -math.inf, -1.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]])
+    kl = token_kl(old, reference, mask)
+    # log-ratios 1 and 0.5, the third token padding; 0.5, 0 and -0.5; and one token that the reference never gives
+    torch.testing.assert_close(kl, torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.0, -0.5], [0.0, math.inf, 0.0]]))
+    found = shaped_rewards(torch.tensor([3.0, 1.0, 1.0]), kl, beta=0.1, clip_range=(0.0, 2.0))
+    torch.testing.assert_close(found, torch.tensor([2.0 - 0.15, 1.0, NAN]), equal_nan=True)
+
+
+def test_rewards_without_a_reference_are_clipped_alone() -> None:
+    rewards = torch.tensor([-3.0, 0.5, NAN, 7.0])
+    assert torch.equal(shaped_rewards(rewards[[0, 1, 3]], None, 0.1, None), rewards[[0, 1, 3]])
+    found = shaped_rewards(rewards, None, 0.1, (-1.0, 1.0))
+    torch.testing.assert_close(found, torch.tensor([-1.0, 0.5, NAN, 1.0]), equal_nan=True)
+
+
+def test_the_loss_and_what_it_clips_worked_by_hand() -> None:
+    # ratios 2, 2, 1/2, 1/2 and 1 in the range [0.9, 1.3]
+    logps = torch.tensor([2.0, 2.0, 0.5, 0.5, 1.0]).log() - 7.0
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 4.0])
+    loss, is_below, is_above = clipped_loss(logps, torch.full((5,), -7.0), advantages, 0.1, 0.3)
+    # a sum of 1.3 - 2 + 0.5 - 0.9 + 4
+    assert loss.item() == pytest.approx(-2.9 / 5)
+    assert (is_below.tolist(), is_above.tolist()) == ([False, False, False, True, False], [True] + [False] * 4)
+
+
+def test_the_loss_and_its_gradient_equal_brute_force() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logps, old, advantages = (torch.randn(200, generator=generator, dtype=torch.float64) for _ in range(3))
+    logps.requires_grad_()
+    loss, _, _ = clipped_loss(logps, old, advantages, 0.2, 0.4)
+    loss.backward()
+    losses, gradients = [], []
+    for logp, old_logp, advantage in zip(logps.tolist(), old.tolist(), advantages.tolist(), strict=True):
+        ratio = math.exp(logp) / math.exp(old_logp)
+        is_clipped = ratio > 1.4 if advantage > 0 else ratio < 0.8
+        bound = 1.4 if advantage > 0 else 0.8
+        losses.append(-(bound if is_clipped else ratio) * advantage)
+        gradients.append(0.0 if is_clipped else -ratio * advantage / 200)
+    assert 20 < gradients.count(0.0) < 180
+    assert loss.item() == pytest.approx(sum(losses) / 200)
+    assert logps.grad is not None and logps.grad.tolist() == pytest.approx(gradients)
+
+
+def test_on_policy_the_gradient_is_reinforces() -> None:
+    logps = torch.tensor([-3.0, -4.0, -5.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -0.25, -0.75])
+    clipped_loss(logps, logps.detach(), advantages, 0.2, 0.2)[0].backward()
+    assert logps.grad is not None
+    torch.testing.assert_close(logps.grad, -advantages / 3)
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "on-policy": {},
     "kl": {"beta": 0.05},
     "two iterations": {"num_iterations": 2, "max_steps": 4},
+    "two iterations that clip": {"num_iterations": 2, "max_steps": 4, "epsilon": 0.01, "epsilon_high": 0.02},
     "accumulation": {"gradient_accumulation_steps": 2},
     "checkpointing": {"gradient_checkpointing": True},
     "normalized": {"normalize_advantages": True},
@@ -126,6 +181,9 @@ def test_same_completions_give_the_same_steps_as_stock_trl(name: str, tmp_path: 
         for figure in stock_line.keys() - not_compared:
             if not figure.startswith("epoch"):
                 assert our_line[figure] == pytest.approx(stock_line[figure], rel=1e-4, abs=1e-6), figure
+    if "epsilon" in settings:
+        assert any(line["clip_ratio/low_mean"] > 0 for line in our_lines if "clip_ratio/low_mean" in line)
+        assert any(line["clip_ratio/high_mean"] > 0 for line in our_lines if "clip_ratio/high_mean" in line)
     our_weights, moved = weights_of(ours.model), 0
     base = weights_of(toy_model())
     for weight_name, stock_weight in weights_of(stock.model).items():
@@ -378,8 +436,8 @@ def test_a_run_draws_each_episode_once(
         steps_per_generation=per_generation,
         num_iterations=iterations,
     )
-    assert num_episodes_of_args(args) == episodes
     trainer = fleet_trainer(args, ScriptedFleetTrainer)
+    assert len(trainer.train_dataset) == episodes
     seen: list[int] = []
     for batch in trainer.get_train_dataloader():
         seen += [episode for episode in batch["episodes"] if episode not in seen]
@@ -389,7 +447,7 @@ def test_a_run_draws_each_episode_once(
 def test_a_split_group_is_refused(tmp_path: Path) -> None:
     args = rloo_config(tmp_path, per_device_train_batch_size=6, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="per_device_train_batch_size=6 is not a multiple of num_generations=4"):
-        refuse_split_groups(args)
+        fleet_trainer(args)
 
 
 @pytest.mark.parametrize(
@@ -397,6 +455,7 @@ def test_a_split_group_is_refused(tmp_path: Path) -> None:
     [
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
         ("_generate_single_turn", ["self", "prompt_ids", "images", "multimodal_fields"]),
+        ("compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("_prepare_inputs", ["self", "generation_batch"]),
         ("_get_grad_norm", ["self", "model", "grad_norm"]),
