@@ -53,6 +53,11 @@ class Judgement:
     parse_status: ParseStatus
     index: int | None
 
+    @property
+    def is_right(self) -> bool:
+        """True for the correct outcome alone."""
+        return self.outcome is Outcome.CORRECT
+
 
 def judge(text: str, correct_index: int, num_candidates: int, *, allow_reasoning: bool = False) -> Judgement:
     """The verdict on a completion: the one place that decides what counts as right.

@@ -170,9 +170,9 @@ class TimedFleet(TimedMixin, FleetRLOOTrainer):
         with self.stopwatch.timing("generate"):
             return super()._image_features(*args)
 
-    def _sample_completions(self, *args: Any) -> list[list[int]]:
+    def _sample_completion_ids(self, *args: Any) -> list[list[int]]:
         with self.stopwatch.timing("generate"):
-            completions = super()._sample_completions(*args)
+            completions = super()._sample_completion_ids(*args)
         if self.first_completions is None:
             self.first_completions = completions
         return completions

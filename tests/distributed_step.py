@@ -39,7 +39,7 @@ class FixedFleetTrainer(FleetRLOOTrainer):
             self.unknown_images = [*self.unknown_images, len(self.vision_cache.unknown_places(batch["image_digests"]))]
         return super()._image_features(batch)
 
-    def _sample_completions(self, batch: Any, features: Any) -> list[list[int]]:
+    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
         tokenizer = toy_processor().tokenizer
         numbers = [sum(map(len, episode.labels)) for episode in batch["episodes"]]
         return [

@@ -25,6 +25,7 @@ from fleet.run.build import build_trainer, make_rloo_config
 from fleet.run.records import draw_curve, sample_table
 from fleet.run_folder import read_jsonl
 from model_utils import generate_tool_call, load_qwen25_vl
+from reward import reward_of
 from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_dataset, toy_path
 from utils.images import open_image
@@ -272,9 +273,9 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
     assert trainer.model.model.language_model.config._attn_implementation == "eager"
     right = 'because <tool_call>{"name": "pick_image", "arguments": {"index": 0}}</tool_call>'
     wrong = right.replace("0", "1")
-    reward = trainer.reward.reward
-    assert reward([right, wrong], correct_index=[0, 0], num_candidates=[4, 4]).values == [0.75, 0.25]
-    assert (reward.timeout_s, trainer.step_guard.max_in_a_row) == (7, 3)
+    verdicts = [judge(text, 0, 4, allow_reasoning=trainer.allow_reasoning) for text in (right, wrong)]
+    assert [reward_of(verdict, trainer.verdict_weights) for verdict in verdicts] == [0.75, 0.25]
+    assert trainer.reward_guard is None and trainer.step_guard.max_in_a_row == 3
     assert trainer.allow_reasoning
     assert trainer.num_kept_checkpoints == 3 and trainer.args.save_total_limit is None
     assert trainer.train_dataset[0]["images"][0].size == (40, 40)

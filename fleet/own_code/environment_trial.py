@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from environment import Outcome, load_environment_class
+from environment import judge, load_environment_class
 from fleet.controls import with_order_permuted
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode
 from fleet.errors import RunStopped
@@ -179,18 +179,16 @@ def require_usable(env: EpisodeSource, max_pixels: int | None) -> None:
 
 def _require_verdicts(index: int, episode: Episode) -> None:
     """Raises BrokenEpisode unless the right call is judged right, the next one not, and both can be recorded."""
-    answers = [make_tool_call_str(episode.correct_index), make_tool_call_str(episode.correct_index + 1)]
-    names = [[f"{place}.webp" for place in range(len(episode.images))]]
-    records = make_records(
-        [episode], names, [episode.messages], answers, [1.0, 0.0], [1.0, -1.0], allow_reasoning=False
-    )
-    verdicts = [record.judgement.outcome for record in records]
-    if verdicts[0] is not Outcome.CORRECT or verdicts[1] is Outcome.CORRECT:
+    completions = [make_tool_call_str(episode.correct_index), make_tool_call_str(episode.correct_index + 1)]
+    verdicts = [judge(completion, episode.correct_index, episode.num_candidates) for completion in completions]
+    if not verdicts[0].is_right or verdicts[1].is_right:
         raise BrokenEpisode(
             f"episode {index}: the calls {episode.correct_index} and {episode.correct_index + 1} are judged "
-            f"{verdicts[0]} and {verdicts[1]}; leave num_candidates of Episode as it is"
+            f"{verdicts[0].outcome} and {verdicts[1].outcome}; leave num_candidates of Episode as it is"
         )
-    json.dumps(list(chain(group_lines(records, len(answers), 0), episode.messages)))
+    names = [[f"{place}.webp" for place in range(len(episode.images))]]
+    records = make_records([episode], names, completions, verdicts, [1.0, 0.0])
+    json.dumps(list(chain(group_lines(records, len(completions), 0), episode.messages)))
 
 
 def main() -> None:

@@ -8,8 +8,7 @@ visible (TRL strips them).
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +30,11 @@ from dataset import (
     repeat_episodes,
     require_episodes,
 )
+from environment import judge
 from fleet.errors import RunStopped
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
 from fleet.evaluation.figures import EvaluationPlan, evaluate, headline_figures
-from fleet.own_code.reward_function import BoundedReward, Reward
-from fleet.own_code.reward_process import RewardProcess
+from fleet.own_code.reward_function import Reward
 from fleet.qwen.flops import add_up, compare_work
 from fleet.qwen.group_passes import (
     base_qwen,
@@ -63,7 +62,7 @@ from fleet.rl.rollouts import RolloutRecord, length_metrics, make_records, rollo
 from fleet.rl.vllm_sampling import VLLMSampler, sampling_kwargs
 from fleet.schedule import num_episodes_of_run, require_whole_groups
 from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
-from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
+from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function, reward_of
 
 logger = logging.getLogger("fleet")
 
@@ -77,8 +76,7 @@ class Rollouts:
     batch: EpisodeBatch
     positions_3PL: Tensor  # int64, the model's positions of the prompts
     image_features: list[Tensor] | None  # one an image from the vision cache, or None for the encoder to run
-    completions: list[list[int]]
-    texts: list[str]
+    records: list[RolloutRecord]  # B, with verdict and reward
     completion_ids_BT: Tensor  # int64, right-padded
     completion_mask_BT: Tensor  # int64, 0 on padding and on masked truncated completions
     rewards_B: Tensor  # float32, from the task alone
@@ -110,8 +108,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         reward_weights: RewardWeights = DEFAULT_WEIGHTS,
         skips_bad_images: bool = False,
         allow_reasoning: bool = False,
-        reward_function: RewardProcess | Callable[..., Any] | None = None,
-        reward_timeout_s: float = 60.0,
+        reward_function: Reward | None = None,
         max_skipped_steps: int = 5,
         peft_config: PeftConfig | None = None,
         shared_prefix: bool = True,
@@ -123,8 +120,7 @@ class FleetRLOOTrainer(ResumableTrainer):
 
         skips_bad_images: go on where an image has gone bad, on the episode that replaces its own, and log
         `images/episodes_replaced` (of a generation, over all devices); else the run stops, on all devices together.
-        reward_function: the user's own in place of `reward_weights`, called with reward_function.KEYWORDS, in its own
-        process or bounded by `reward_timeout_s` in a thread of this one.
+        reward_function: the user's own in place of `reward_weights`, called with reward_function.KEYWORDS.
         max_skipped_steps: in a row, for gradients that are not finite or groups without two rollouts that count,
         after which training ends.
         shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
@@ -137,17 +133,10 @@ class FleetRLOOTrainer(ResumableTrainer):
         media_ids = media_token_ids(model.config)
         banned = sampling_kwargs(media_ids, end_token_ids(model)) if args.use_vllm else {"suppress_tokens": media_ids}
         args.generation_kwargs = banned | (args.generation_kwargs or {})
-        reward: Reward
-        if isinstance(reward_function, RewardProcess):
-            reward = reward_function
-        elif reward_function is not None:
-            reward = BoundedReward(reward_function, reward_timeout_s)
-        else:
-            fleets = make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning)
-            reward = BoundedReward(fleets, reward_timeout_s, gives_copies=False)
         super().__init__(
             model=model,
-            reward_funcs=reward,
+            # TRL asks it for its name alone, under which rewards are logged
+            reward_funcs=reward_function or make_trl_reward_function(),
             args=args,
             train_dataset=dataset.as_hf_dataset(_num_episodes(args)),
             # Trainer wants one before it evaluates; `evaluate` has its own
@@ -166,7 +155,8 @@ class FleetRLOOTrainer(ResumableTrainer):
         # TRL's constructor insists on its own identity collator
         self.data_collator = VLMDataCollator(processing_class, args.num_generations)
         self.skips_bad_images = skips_bad_images
-        self.reward = RewardGuard(reward)
+        self.verdict_weights = reward_weights
+        self.reward_guard = None if reward_function is None else RewardGuard(reward_function)
         self.step_guard = StepGuard(self.accelerator, max_skipped_steps, self.is_at_generation_end)
         self.add_callback(self.step_guard)
         self.allow_reasoning = allow_reasoning
@@ -213,39 +203,38 @@ class FleetRLOOTrainer(ResumableTrainer):
         features = self._image_features(batch)
         sampler_logps = None
         if self.vllm is None:
-            completions = self._sample_completions(batch, features)
+            completion_ids = self._sample_completion_ids(batch, features)
         else:
-            completions, sampler_logps = self._sample_with_vllm(batch)
-        texts = [decode_completion(self.processing_class, ids, self.eos_token_ids) for ids in completions]
+            completion_ids, sampler_logps = self._sample_with_vllm(batch)
         self.on_activity("rewards")
-        ids_BT = self._pad_completions(completions)
-        mask_BT = self._pad_completions([[1] * len(ids) for ids in completions], padding_value=0)
+        records = self._judge_and_reward(batch, completion_ids)
+        ids_BT = self._pad_completions(completion_ids)
+        mask_BT = self._pad_completions([[1] * len(ids) for ids in completion_ids], padding_value=0)
         if self.mask_truncated_completions:
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-            is_ended_B = torch.tensor([ids[-1] in ends for ids in completions], device=ids_BT.device)
+            is_ended_B = torch.tensor([ids[-1] in ends for ids in completion_ids], device=ids_BT.device)
             mask_BT = mask_BT * is_ended_B.unsqueeze(1)
         rollouts = Rollouts(
             batch=batch,
             positions_3PL=prompt_positions(self.accelerator.unwrap_model(self.model), batch),
             image_features=features,
-            completions=completions,
-            texts=texts,
+            records=records,
             completion_ids_BT=ids_BT,
             completion_mask_BT=mask_BT,
-            rewards_B=self._task_rewards(batch, texts, completions),
-            advantages_B=torch.zeros(len(completions), device=ids_BT.device),
+            rewards_B=torch.tensor([record.reward for record in records], device=ids_BT.device),
+            advantages_B=torch.zeros(len(records), device=ids_BT.device),
             is_packed=self._chooses_packing(batch, mask_BT),
             sampler_logps_BT=None if sampler_logps is None else self._pad_logps(sampler_logps, ids_BT),
         )
-        self._log_completions(batch, completions)
+        self._log_completions(batch, completion_ids)
         self.on_activity("scoring")
         if self.beta != 0.0:
             rollouts.ref_logps_BT = self._score_reference(rollouts)
         if needs_old_logps(self.args):
             rollouts.old_logps_BT = self._score(self.model, rollouts)
-            self._compare_with_vllm(rollouts, slice(0, len(completions)), rollouts.old_logps_BT)
+            self._compare_with_vllm(rollouts, slice(0, len(records)), rollouts.old_logps_BT)
         if self.beta == 0.0 or rollouts.old_logps_BT is not None:
-            self._take_advantages(rollouts, slice(0, len(completions)), rollouts.old_logps_BT)
+            self._take_advantages(rollouts, slice(0, len(records)), rollouts.old_logps_BT)
         return rollouts
 
     def _image_features(self, batch: EpisodeBatch) -> list[Tensor] | None:
@@ -267,25 +256,25 @@ class FleetRLOOTrainer(ResumableTrainer):
         self._metrics["train"]["vision_cache/hit_rate"].append(1 - sum(unknown_of_ranks) / num_images)
         return features
 
-    def _sample_completions(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
+    def _sample_completion_ids(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
         """B completions as token ids, each up to and with its first end token, never empty, free of media tokens."""
         if self.shared_prefix:
-            completions = self._generate_behind_one_prefill(batch, features)
+            completion_ids = self._generate_behind_one_prefill(batch, features)
         else:
             rows = repeat_episodes(batch, 0, len(batch["episodes"]))
             fields = {key: rows[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
-            completions = self._generate_single_turn(*prompts_of_rollouts(batch), fields)
-        return self._usable(completions)
+            completion_ids = self._generate_single_turn(*prompts_of_rollouts(batch), fields)
+        return self._usable(completion_ids)
 
     def _sample_with_vllm(self, batch: EpisodeBatch) -> tuple[list[list[int]], list[list[float]]]:
         """The same from vLLM, with the log-probability that each token was sampled with."""
         assert self.vllm is not None
-        completions, logps = self.vllm.sample(batch, self.state.global_step)
-        return self._usable(completions), logps
+        completion_ids, logps = self.vllm.sample(batch, self.state.global_step)
+        return self._usable(completion_ids), logps
 
-    def _usable(self, completions: list[list[int]]) -> list[list[int]]:
+    def _usable(self, completion_ids: list[list[int]]) -> list[list[int]]:
         media_ids = set(media_token_ids(self.model.config))
-        return [_without_media(ids, media_ids) or [self.eos_token_ids[0]] for ids in completions]
+        return [_without_media(ids, media_ids) or [self.eos_token_ids[0]] for ids in completion_ids]
 
     def _generate_behind_one_prefill(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
         checkpointing = self.args.gradient_checkpointing_kwargs
@@ -391,32 +380,44 @@ class FleetRLOOTrainer(ResumableTrainer):
         )
         return logps_BT, entropies_BT
 
-    def _task_rewards(self, batch: EpisodeBatch, texts: list[str], completions: list[list[int]]) -> Tensor:
-        """This device's rewards (B,), NaN where a value is none; logs those of all devices.
+    def _judge_and_reward(self, batch: EpisodeBatch, completion_ids: list[list[int]]) -> list[RolloutRecord]:
+        """This device's B completions, each judged once and rewarded; logs the rewards of all devices.
 
-        Raises RunStopped on all processes if the reward function is broken on any.
+        Raises RunStopped on all processes if the user's reward function is broken on any.
         """
-        size = batch["group_size"]
-        episodes = [episode for episode in batch["episodes"] for _ in range(size)]
-        values = self.reward(
-            texts,
-            self.state.global_step + 1,
-            prompts=[prompt for prompt in batch["prompts"] for _ in range(size)],
-            completion_ids=[list(ids) for ids in completions],
-            correct_index=[episode.correct_index for episode in episodes],
-            num_candidates=[episode.num_candidates for episode in episodes],
-            episode=episodes,
-            trainer_state=self.state,
-        )
-        self.step_guard.begin_generation(self.reward.latest_dropped)
-        rewards = torch.tensor(values, device=self.accelerator.device) * self.reward_weights[0].item()
-        of_all = self.accelerator.gather(rewards)
-        mean, deviation = of_all.nanmean().item(), nanstd(of_all).item()
+        episodes = [episode for episode in batch["episodes"] for _ in range(batch["group_size"])]
+        completions = [decode_completion(self.processing_class, ids, self.eos_token_ids) for ids in completion_ids]
+        verdicts = [
+            judge(completion, episode.correct_index, episode.num_candidates, allow_reasoning=self.allow_reasoning)
+            for completion, episode in zip(completions, episodes, strict=True)
+        ]
+        if self.reward_guard is None:
+            rewards, dropped = [reward_of(verdict, self.verdict_weights) for verdict in verdicts], None
+        else:
+            rewards = self.reward_guard(
+                completions,
+                self.state.global_step + 1,
+                prompts=[prompt for prompt in batch["prompts"] for _ in range(batch["group_size"])],
+                completion_ids=[list(ids) for ids in completion_ids],
+                correct_index=[episode.correct_index for episode in episodes],
+                num_candidates=[episode.num_candidates for episode in episodes],
+                episode=episodes,
+                trainer_state=self.state,
+            )
+            dropped = self.reward_guard.latest_dropped
+        self.step_guard.begin_generation(dropped)
+        rewards_B = torch.tensor(rewards, device=self.accelerator.device) * self.reward_weights[0].item()
+        self._log_rewards(self.accelerator.gather(rewards_B))
+        names = picture_names(batch["images"], batch["image_digests"])
+        return make_records(batch["episodes"], names, completions, verdicts, rewards_B.tolist())
+
+    def _log_rewards(self, rewards_B: Tensor) -> None:
+        """Logs TRL's metrics of the rewards of all devices, NaN where one was dropped."""
+        mean, deviation = rewards_B.nanmean().item(), nanstd(rewards_B).item()
         (name,) = self.reward_func_names
         for key, value in (("reward", mean), ("reward_std", deviation),
                            (f"rewards/{name}/mean", mean), (f"rewards/{name}/std", deviation)):  # fmt: skip
             self._metrics["train"][key].append(value)
-        return rewards
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of these groups. On-policy, the forward pass that is trained on is the policy's only one."""
@@ -500,7 +501,7 @@ class FleetRLOOTrainer(ResumableTrainer):
             shaped_all.view(-1, self.num_generations), normalize=self.normalize_advantages
         )
         rollouts.advantages_B[rows] = advantages_PG.view(-1)[self._own_rows(len(shaped_B))]
-        if rows.stop == len(rollouts.completions):
+        if rows.stop == len(rollouts.records):
             self._record(rollouts)
 
     def _compare_with_vllm(self, rollouts: Rollouts, rows: slice, logps_BT: Tensor) -> None:
@@ -508,7 +509,7 @@ class FleetRLOOTrainer(ResumableTrainer):
         if self.vllm is None or rollouts.sampler_logps_BT is None:
             return
         sampler_BT, mask_BT = rollouts.sampler_logps_BT[rows], rollouts.completion_mask_BT[rows]
-        is_last = rows.stop == len(rollouts.completions)
+        is_last = rows.stop == len(rollouts.records)
         for name, value in self.vllm.compare(logps_BT, sampler_BT, mask_BT, is_last=is_last).items():
             self._metrics["train"][name].append(value)
 
@@ -517,11 +518,11 @@ class FleetRLOOTrainer(ResumableTrainer):
         first = self.accelerator.process_index * num_rows
         return slice(first, first + num_rows)
 
-    def _log_completions(self, batch: EpisodeBatch, completions: list[list[int]]) -> None:
+    def _log_completions(self, batch: EpisodeBatch, completion_ids: list[list[int]]) -> None:
         """TRL's metrics of completion lengths, over all devices, and of tokens seen since the start."""
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         prompt_tokens = int(batch["attention_mask"].sum()) * batch["group_size"]
-        own = prompt_tokens, [len(ids) for ids in completions], [ids[-1] in ends for ids in completions]
+        own = prompt_tokens, [len(ids) for ids in completion_ids], [ids[-1] in ends for ids in completion_ids]
         of_ranks = gather_object([own])
         lengths = [length for _, of_rank, _ in of_ranks for length in of_rank]
         self.state.num_input_tokens_seen += sum(of_rank[0] for of_rank in of_ranks) + sum(lengths)
@@ -532,22 +533,15 @@ class FleetRLOOTrainer(ResumableTrainer):
 
     def _record(self, rollouts: Rollouts) -> None:
         """Gathers every rollout's record to every rank, and logs what they amount to."""
-        batch = rollouts.batch
-        named = [
-            [(f"{next(digests).hex()[:16]}.webp", picture) for picture in pictures]
-            for digests in [iter(batch["image_digests"])]
-            for pictures in batch["images"]
+        records = [
+            replace(record, advantage=advantage)
+            for record, advantage in zip(rollouts.records, rollouts.advantages_B.tolist(), strict=True)
         ]
-        self.latest_pictures = {name: picture for of_episode in named for name, picture in of_episode}
-        records = make_records(
-            batch["episodes"],
-            [[name for name, _ in of_episode] for of_episode in named],
-            batch["prompts"],
-            rollouts.texts,
-            rollouts.rewards_B.tolist(),
-            rollouts.advantages_B.tolist(),
-            allow_reasoning=self.allow_reasoning,
-        )
+        self.latest_pictures = {
+            name: picture
+            for record, pictures in zip(records[:: self.num_generations], rollouts.batch["images"], strict=True)
+            for name, picture in zip(record.episode.image_names, pictures, strict=True)
+        }
         self.latest_rollouts = tuple(gather_object(records))
         self._num_rollouts_since_log += len(self.latest_rollouts)
         for name, value in rollout_metrics(self.latest_rollouts, self.num_generations).items():
@@ -604,6 +598,12 @@ class FleetRLOOTrainer(ResumableTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes nothing: TRL's card presents a published text model, and a run folder has config.json."""
+
+
+def picture_names(images: list[list[Image.Image]], digests: list[bytes]) -> list[list[str]]:
+    """A file name for each episode's pictures, the same for pictures of equal pixels. digests: of all, in order."""
+    remaining = iter(digests)
+    return [[f"{next(remaining).hex()[:16]}.webp" for _ in pictures] for pictures in images]
 
 
 def _num_episodes(args: RLOOConfig) -> int:

@@ -264,7 +264,6 @@ def build_trainer(
             skips_bad_images=options.bad_images == "skip",
             allow_reasoning=options.allow_reasoning,
             reward_function=own_reward(options),
-            reward_timeout_s=options.reward_timeout_s,
             max_skipped_steps=options.max_skipped_steps,
             peft_config=lora,
             shared_prefix=options.shared_prefix,

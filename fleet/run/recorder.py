@@ -135,18 +135,7 @@ class RunRecorder(TrainerCallback):
         """Those of the rollouts whose pictures this process has."""
         pictures = self.trainer.latest_pictures
         return [
-            Sample(
-                images=tuple(pictures[name] for name in rollout.episode.image_names),
-                labels=rollout.episode.labels,
-                instruction=rollout.episode.instruction,
-                correct_index=rollout.episode.correct_index,
-                chosen_index=rollout.judgement.index,
-                completion=rollout.completion,
-                outcome=rollout.judgement.outcome.value,
-                parse_status=rollout.judgement.parse_status.value,
-                reward=rollout.reward,
-                advantage=rollout.advantage,
-            )
+            Sample(rollout, tuple(pictures[name] for name in rollout.episode.image_names))
             for rollout in rollouts
             if all(name in pictures for name in rollout.episode.image_names)
         ]

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 from trl import RLOOTrainer
 
-from environment import Outcome
+from environment import Judgement, Outcome, judge
 from fleet.qwen.group_passes import takes_image_features
 from fleet.rl.algorithm import clipped_loss, leave_one_out_advantages, needs_old_logps, shaped_rewards, token_kl
 from fleet.rl.trainer import FleetRLOOTrainer
@@ -237,7 +238,7 @@ def test_every_gradient_equals_stock_trls(kind: str, beta: float, checkpointing:
 class LongFleetTrainer(FleetRLOOTrainer):
     """Answers at a length that makes packed rows more work than rows of their own."""
 
-    def _sample_completions(self, batch: Any, features: Any) -> list[list[int]]:
+    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
         # the second step's are longer still, so that their reason is another
         length = 600 + 100 * self.state.global_step
         return [[40 + row % 7] * length for row in range(len(batch["episodes"]) * self.num_generations)]
@@ -392,7 +393,7 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
     trainer.train()
     line = trainer.state.log_history[0]
     # by the script: the 8 rollouts are calls 1, 7, 0, none and none, 2, 1, 7 of 0..3, with 0 right
-    assert sorted(str(rollout.judgement.index) for rollout in trainer.latest_rollouts) == sorted(
+    assert sorted(str(rollout.verdict.index) for rollout in trainer.latest_rollouts) == sorted(
         ["1", "7", "0", "None", "None", "2", "1", "7"]
     )
     assert line["accuracy"] == pytest.approx(1 / 8)
@@ -404,6 +405,23 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
     assert {f"parse/{status}" for status in ParseStatus} | {f"outcome/{outcome}" for outcome in Outcome} <= line.keys()
     assert line["step_time_s"] > 0 and line["rollouts_per_s"] > 0
     assert {rollout.advantage for rollout in trainer.latest_rollouts} != {0.0}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_a_completion_is_judged_once(beta: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[str] = []
+
+    def counting(completion: str, *args: Any, **kwargs: Any) -> Judgement:
+        judged.append(completion)
+        return judge(completion, *args, **kwargs)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("fleet.", "reward")) and getattr(module, "judge", None) is judge:
+            monkeypatch.setattr(module, "judge", counting)
+    trainer = fleet_trainer(rloo_config(tmp_path, max_steps=2, beta=beta), ScriptedFleetTrainer)
+    trainer.train()
+    assert len(judged) == 16, "two steps of 8 rollouts"
+    assert judged[8:] == [rollout.completion for rollout in trainer.latest_rollouts]
 
 
 @pytest.mark.parametrize("media_token", ["<|image_pad|>", "<|video_pad|>"])
