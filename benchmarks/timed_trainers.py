@@ -181,8 +181,8 @@ class TimedFleet(TimedMixin, FleetRLOOTrainer):
         with self.stopwatch.timing("score"):
             return super()._score(*args)
 
-    def _completion_logps(self, model: Any, rollouts: Any, groups: slice) -> Any:
-        found = super()._completion_logps(model, rollouts, groups)
+    def _completion_logps(self, model: Any, sampled: Any, groups: slice) -> Any:
+        found = super()._completion_logps(model, sampled, groups)
         if torch.is_grad_enabled():
-            self.keep_first_logps(rollouts.completion_ids_BT, found[0])
+            self.keep_first_logps(sampled.completion_ids_BT, found[0])
         return found

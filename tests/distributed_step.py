@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     visual = base_qwen(trainer.accelerator.unwrap_model(trainer.model)).model.visual
     visual.register_forward_hook(lambda module, args, output: encoder_passes.append(trainer.state.global_step))
     trainer.train()
-    assert trainer._rollouts is not None and trainer._rollouts.is_packed == (rows == "packed")
+    assert trainer._rollouts is not None and trainer._rollouts.sampled.is_packed == (rows == "packed")
     trainer.save_model(str(output / "final"))
     unknown, passes = gather_object([trainer.unknown_images]), gather_object([encoder_passes])
     if len(unknown) == 2 and kind == "lora":

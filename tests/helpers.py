@@ -13,6 +13,7 @@ from dataset import RepeatableEpisodeDataset
 from environment import PickImageEnv
 from fleet.own_code.reward_function import BoundedReward
 from fleet.qwen.group_passes import base_qwen
+from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
 from model_utils import load_processor, load_qwen25_vl
@@ -109,10 +110,16 @@ def fleet_trainer(
     reward_timeout_s: float = 60.0,
     **settings: Any,
 ) -> FleetRLOOTrainer:
-    """reward_function: a plain one, bounded by reward_timeout_s in a thread."""
-    model = toy_model() if model is None else model
-    settings |= {"reward_function": reward_function and BoundedReward(reward_function, reward_timeout_s)}
-    return trainer_class(model, args, dataset or toy_dataset(), toy_processor(), peft_config=peft_config, **settings)
+    """reward_function: a plain one, bounded by reward_timeout_s in a thread. settings: TrainerSettings' fields."""
+    return trainer_class(
+        toy_model() if model is None else model,
+        args,
+        dataset or toy_dataset(),
+        toy_processor(),
+        TrainerSettings(**settings),
+        peft_config=peft_config,
+        reward_function=reward_function and BoundedReward(reward_function, reward_timeout_s),
+    )
 
 
 def stock_trainer(

@@ -273,10 +273,10 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
     assert trainer.model.model.language_model.config._attn_implementation == "eager"
     right = 'because <tool_call>{"name": "pick_image", "arguments": {"index": 0}}</tool_call>'
     wrong = right.replace("0", "1")
-    verdicts = [judge(text, 0, 4, allow_reasoning=trainer.allow_reasoning) for text in (right, wrong)]
-    assert [reward_of(verdict, trainer.verdict_weights) for verdict in verdicts] == [0.75, 0.25]
+    verdicts = [judge(text, 0, 4, allow_reasoning=trainer.settings.allow_reasoning) for text in (right, wrong)]
+    assert [reward_of(verdict, trainer.settings.reward_weights) for verdict in verdicts] == [0.75, 0.25]
     assert trainer.reward_guard is None and trainer.step_guard.max_in_a_row == 3
-    assert trainer.allow_reasoning
+    assert trainer.settings.allow_reasoning
     assert trainer.num_kept_checkpoints == 3 and trainer.args.save_total_limit is None
     assert trainer.train_dataset[0]["images"][0].size == (40, 40)
 

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from environment import Episode, Judgement, Message, Outcome
 from utils.tool_calls import ParseStatus
@@ -57,6 +58,12 @@ def make_records(
         for _ in range(group_size)
     ]
     return [RolloutRecord(*fields) for fields in zip(seen, completions, verdicts, rewards, strict=True)]
+
+
+def picture_names(digests: Sequence[bytes], num_images: Sequence[int]) -> list[list[str]]:
+    """A file name for each picture, equal for equal pixels: P lists. digests: of all pictures. num_images: P ints."""
+    names = (f"{digest.hex()[:16]}.webp" for digest in digests)
+    return [list(islice(names, number)) for number in num_images]
 
 
 def instruction_of(messages: Sequence[Message]) -> str:

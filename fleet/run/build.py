@@ -35,6 +35,7 @@ from fleet.model_folder.files import read_json
 from fleet.qwen.vision_cache import vision_is_frozen
 from fleet.rl.checkpoints import ProcessPlace, choose_checkpoint, remedy_of, remove_unfinished
 from fleet.rl.resumable_trainer import require_plain_pickles
+from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.run.commands import resume_command
 from fleet.run.config import config_text, what_changed_since
@@ -260,23 +261,40 @@ def build_trainer(
             args,
             RepeatableEpisodeDataset(env, options.image_max_pixels),
             processor,
-            reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
-            skips_bad_images=options.bad_images == "skip",
-            allow_reasoning=options.allow_reasoning,
+            trainer_settings(options, cache_mib * 2**20),
             reward_function=own_reward(options),
-            max_skipped_steps=options.max_skipped_steps,
             peft_config=lora,
-            shared_prefix=options.shared_prefix,
-            vision_cache_bytes=cache_mib * 2**20,
-            vllm_max_logprob_gap=options.vllm_max_logprob_gap,
             evaluation=None if plan is None else (plan, answer_settings(options)),
+            trusts_checkpoint=options.trust_checkpoint,
+            num_kept_checkpoints=options.save_total_limit,
         )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RunRecorder(trainer, options))
-    trainer.trusts_checkpoint = options.trust_checkpoint
-    trainer.num_kept_checkpoints = options.save_total_limit
+    trainer.add_callback(
+        RunRecorder(
+            trainer,
+            Path(args.output_dir),
+            report_to=options.report_to,
+            sample_steps=options.sample_steps,
+            evaluates=bool(options.eval_steps),
+            keep_best=options.keep_best,
+            fixed_correct_index=options.fixed_correct_index,
+        )
+    )
     logger.info(describe_parameters(trainer.model))
     return trainer
+
+
+def trainer_settings(options: Options, vision_cache_bytes: int) -> TrainerSettings:
+    """The trainer's settings for these options."""
+    return TrainerSettings(
+        RewardWeights(options.reward_correct, options.reward_valid_call),
+        allow_reasoning=options.allow_reasoning,
+        skips_bad_images=options.bad_images == "skip",
+        max_skipped_steps=options.max_skipped_steps,
+        shared_prefix=options.shared_prefix,
+        vision_cache_bytes=vision_cache_bytes,
+        vllm_max_logprob_gap=options.vllm_max_logprob_gap,
+    )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from typing import Any
 from PIL import Image, ImageOps
 from transformers.trainer_callback import TrainerCallback
 
-from fleet.command.options import Options
 from fleet.errors import RunStopped
 from fleet.progress import StepProgress
 from fleet.rl.checkpoints import remedy_of
@@ -34,11 +33,25 @@ THUMBNAIL_PX = 112
 class RunRecorder(TrainerCallback):
     """How far the run is, tables of completions, warnings, and the run's records."""
 
-    def __init__(self, trainer: Any, options: Options):
-        """trainer: a FleetRLOOTrainer."""
-        self.trainer, self.options = trainer, options
-        self.output_dir = Path(str(options.output_dir))
-        self.diagnostics = Diagnostics(fixed_correct_index=options.fixed_correct_index)
+    def __init__(
+        self,
+        trainer: Any,
+        output_dir: Path,
+        *,
+        report_to: str,
+        sample_steps: int,
+        evaluates: bool,
+        keep_best: bool,
+        fixed_correct_index: int | None,
+    ):
+        """trainer: a FleetRLOOTrainer. report_to, sample_steps, keep_best and fixed_correct_index: the flags.
+
+        evaluates: the last step is evaluated.
+        """
+        self.trainer, self.output_dir = trainer, output_dir
+        self.report_to, self.sample_steps = report_to, sample_steps
+        self.evaluates, self.keep_best = evaluates, keep_best
+        self.diagnostics = Diagnostics(fixed_correct_index=fixed_correct_index)
         self._metrics = LineFile(self.output_dir / METRICS_NAME)
         self._rollouts = LineFile(self.output_dir / ROLLOUTS_NAME)
         self._evaluations = LineFile(self.output_dir / EVALUATIONS_NAME)
@@ -94,7 +107,7 @@ class RunRecorder(TrainerCallback):
         """Writes the evaluation's document and says its main figures; asks for a checkpoint of a new best."""
         document = self.trainer.latest_evaluation
         is_best = metrics["eval_greedy_accuracy"] > (-math.inf if state.best_metric is None else state.best_metric)
-        if self.options.keep_best and state.global_step > 0 and is_best:
+        if self.keep_best and state.global_step > 0 and is_best:
             control.should_save = True
         if state.is_world_process_zero:
             self._evaluations.append([document])
@@ -111,15 +124,13 @@ class RunRecorder(TrainerCallback):
             self._progress.step_done(state.global_step)
         if state.global_step == state.max_steps:
             control.should_log = True
-            control.should_evaluate |= bool(self.options.eval_steps)
-        is_due = self.options.sample_steps and (
-            state.global_step == 1 or state.global_step % self.options.sample_steps == 0
-        )
+            control.should_evaluate |= self.evaluates
+        is_due = self.sample_steps and (state.global_step == 1 or state.global_step % self.sample_steps == 0)
         if state.is_world_process_zero and is_due:
             shown = distinct_rollouts(self.trainer.latest_rollouts)
             self._say(sample_table(shown, state.global_step))
             callbacks = self.trainer.callback_handler.callbacks
-            log_samples(self.options.report_to, callbacks, self._samples(shown), state.global_step)
+            log_samples(self.report_to, callbacks, self._samples(shown), state.global_step)
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

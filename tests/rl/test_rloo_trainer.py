@@ -169,7 +169,7 @@ def test_same_completions_give_the_same_steps_as_stock_trl(name: str, tmp_path: 
     )
     stock.train()
     ours.train()
-    assert ours._rollouts is not None and ours._rollouts.is_packed is is_shared
+    assert ours._rollouts is not None and ours._rollouts.sampled.is_packed is is_shared
     assert (ours.vision_cache is not None) is (takes_image_features() and (is_frozen or lora is not None))
     not_compared = {"step_time", "loss"}
     if "gradient_accumulation_steps" in settings:
@@ -256,7 +256,7 @@ def test_long_completions_are_trained_on_as_trl_does_and_said_once(tmp_path: Pat
     with caplog.at_level("INFO", logger="fleet"):
         ours.train()
     stock.train()
-    assert ours._rollouts is not None and not ours._rollouts.is_packed
+    assert ours._rollouts is not None and not ours._rollouts.sampled.is_packed
     assert [line["token_ratio"] for line in ours.state.log_history if "token_ratio" in line] == [1.0, 1.0]
     told = [record.message for record in caplog.records if "times the work" in record.message]
     assert len(told) == 1
