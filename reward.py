@@ -14,7 +14,7 @@ _VALID_OUTCOMES = frozenset({Outcome.CORRECT, Outcome.WRONG_INDEX})
 
 @dataclass(frozen=True)
 class RewardWeights:
-    """What each component is worth. The defaults make a right answer worth exactly 1 and an unparsable one 0.
+    """The worth of each component. By default a right answer is worth exactly 1 and an unparsable one 0.
 
     correct: > 0, earned by the right index. valid_call: >= 0, earned by any well-formed call whose index is in
     range; small, so that form never rivals the answer. Raises ValueError for other or non-finite numbers.

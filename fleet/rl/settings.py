@@ -7,7 +7,7 @@ from reward import DEFAULT_WEIGHTS, RewardWeights
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How rollouts are sampled, judged and rewarded."""
+    """Settings of sampling, judging and rewarding."""
 
     reward_weights: RewardWeights = DEFAULT_WEIGHTS
     allow_reasoning: bool = False  # text before a call is accepted

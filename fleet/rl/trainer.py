@@ -169,21 +169,23 @@ class FleetRLOOTrainer(PolicyPasses):
             judge(text, episode.correct_index, episode.num_candidates, allow_reasoning=self.settings.allow_reasoning)
             for text, episode in zip(completions, episodes, strict=True)
         ]
-        rewards = self._rewards(sampled, completions, verdicts)
+        rewards, first_dropped = self._rewards(sampled, completions, verdicts)
+        self.step_guard.begin_generation(first_dropped)
         rewards_B = torch.tensor(rewards, device=self.accelerator.device) * self.reward_weights[0].item()
         self._log_rewards(self.accelerator.gather(rewards_B))
         names = picture_names(batch["image_digests"], batch["num_images"])
         records = make_records(batch["episodes"], names, completions, verdicts, rewards_B.tolist())
         return Rollouts(sampled, records, rewards_B, advantages_B=torch.zeros_like(rewards_B))
 
-    def _rewards(self, sampled: SampledGroups, completions: list[str], verdicts: list[Judgement]) -> list[float]:
-        """The B rewards, of the verdicts or of the user's reward function; NaN where one of its values is dropped."""
+    def _rewards(
+        self, sampled: SampledGroups, completions: list[str], verdicts: list[Judgement]
+    ) -> tuple[list[float], str | None]:
+        """The B rewards, of the verdicts or of the user's function; NaN where its value is dropped, and the first."""
         if self.reward_guard is None:
-            self.step_guard.begin_generation(None)
-            return [reward_of(verdict, self.settings.reward_weights) for verdict in verdicts]
+            return [reward_of(verdict, self.settings.reward_weights) for verdict in verdicts], None
         batch = sampled.batch
         episodes = [episode for episode in batch["episodes"] for _ in range(batch["group_size"])]
-        rewards = self.reward_guard(
+        return self.reward_guard(
             completions,
             self.state.global_step + 1,
             prompts=[prompt for prompt in batch["prompts"] for _ in range(batch["group_size"])],
@@ -193,8 +195,6 @@ class FleetRLOOTrainer(PolicyPasses):
             episode=episodes,
             trainer_state=self.state,
         )
-        self.step_guard.begin_generation(self.reward_guard.latest_dropped)
-        return rewards
 
     def _log_rewards(self, rewards_B: Tensor) -> None:
         """Logs TRL's metrics of the rewards of all devices, NaN where one was dropped."""

@@ -1,6 +1,6 @@
-"""RunRecorder: what happens at each step of a run besides training, from its progress to the files it leaves.
+"""RunRecorder: all that a run shows and writes at each step, from its progress to its files.
 
-Owns when things are written and shown; the forms are in records.py, the rules of the warnings in diagnostics.py.
+Owns the moments; the forms are in records.py, the rules of the warnings in diagnostics.py.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ THUMBNAIL_PX = 112
 
 
 class RunRecorder(TrainerCallback):
-    """How far the run is, tables of completions, warnings, and the run's records."""
+    """Shows progress, tables of completions and warnings, and writes the run's records."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class RunRecorder(TrainerCallback):
         self._progress: StepProgress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drops lines past the step that the run resumes from: those steps are taken and written again."""
+        """Drops lines past the step that the run resumes from: it takes and writes those steps again."""
         if not state.is_world_process_zero:
             return
         self._progress = StepProgress(state.global_step, state.max_steps)
@@ -83,7 +83,7 @@ class RunRecorder(TrainerCallback):
         self._metrics.append([])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Writes the step's figures and rollouts, shows the latest two figures, and says what looks wrong."""
+        """Writes the step's figures and rollouts, shows two of the figures, and gives new warnings."""
         is_training_step = bool(logs) and "loss" in (logs or {})
         if is_training_step:
             self._keep_thumbnails()
@@ -119,7 +119,7 @@ class RunRecorder(TrainerCallback):
         return control
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Moves the bar, prints the table when it is due, and has the last step logged and evaluated."""
+        """Moves the bar, prints the table when it is due, and asks for the last step's log and evaluation."""
         if self._progress is not None:
             self._progress.step_done(state.global_step)
         if state.global_step == state.max_steps:

@@ -484,7 +484,7 @@ def test_a_split_group_is_refused(tmp_path: Path) -> None:
 def test_trl_still_has_the_internals_we_lean_on(method: str, parameters: list[str]) -> None:
     found = list(inspect.signature(getattr(RLOOTrainer, method)).parameters)
     assert found == parameters, (
-        f"TRL changed RLOOTrainer.{method}: fleet/rl/trainer.py must follow before trl's pin moves"
+        f"TRL changed RLOOTrainer.{method}: trainer.py and policy_passes.py must follow before trl's pin moves"
     )
 
 
