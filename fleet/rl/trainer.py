@@ -20,7 +20,7 @@ from trl import RLOOConfig
 from trl.trainer.utils import nanstd
 
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, count_faults, require_episodes
-from environment import Judgement, judge
+from environment import Episode, Judgement, judge
 from fleet.errors import RunStopped
 from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan, headline_figures
@@ -160,16 +160,14 @@ class FleetRLOOTrainer(PolicyPasses):
 
         Raises RunStopped on all processes if the user's reward function is broken on any.
         """
-        batch = sampled.batch
-        episodes = [episode for episode in batch["episodes"] for _ in range(batch["group_size"])]
-        completions = [
-            decode_completion(self.processing_class, ids, self.eos_token_ids) for ids in sampled.completion_ids
-        ]
+        batch, processor, reasons = sampled.batch, self.processing_class, self.settings.allow_reasoning
+        episodes_B = [episode for episode in batch["episodes"] for _ in range(batch["group_size"])]
+        completions = [decode_completion(processor, ids, self.eos_token_ids) for ids in sampled.completion_ids]
         verdicts = [
-            judge(text, episode.correct_index, episode.num_candidates, allow_reasoning=self.settings.allow_reasoning)
-            for text, episode in zip(completions, episodes, strict=True)
+            judge(completion, episode.correct_index, episode.num_candidates, allow_reasoning=reasons)
+            for completion, episode in zip(completions, episodes_B, strict=True)
         ]
-        rewards, first_dropped = self._rewards(sampled, completions, verdicts)
+        rewards, first_dropped = self._rewards(sampled, episodes_B, completions, verdicts)
         self.step_guard.begin_generation(first_dropped)
         rewards_B = torch.tensor(rewards, device=self.accelerator.device) * self.reward_weights[0].item()
         self._log_rewards(self.accelerator.gather(rewards_B))
@@ -178,21 +176,23 @@ class FleetRLOOTrainer(PolicyPasses):
         return Rollouts(sampled, records, rewards_B, advantages_B=torch.zeros_like(rewards_B))
 
     def _rewards(
-        self, sampled: SampledGroups, completions: list[str], verdicts: list[Judgement]
+        self, sampled: SampledGroups, episodes_B: list[Episode], completions: list[str], verdicts: list[Judgement]
     ) -> tuple[list[float], str | None]:
-        """The B rewards, of the verdicts or of the user's function; NaN where its value is dropped, and the first."""
+        """The B rewards, from the verdicts or the user's reward function, and the first dropped value, in words.
+
+        A dropped value is NaN among the rewards; a verdict's reward is never dropped.
+        """
         if self.reward_guard is None:
             return [reward_of(verdict, self.settings.reward_weights) for verdict in verdicts], None
         batch = sampled.batch
-        episodes = [episode for episode in batch["episodes"] for _ in range(batch["group_size"])]
         return self.reward_guard(
             completions,
             self.state.global_step + 1,
             prompts=[prompt for prompt in batch["prompts"] for _ in range(batch["group_size"])],
             completion_ids=[list(ids) for ids in sampled.completion_ids],
-            correct_index=[episode.correct_index for episode in episodes],
-            num_candidates=[episode.num_candidates for episode in episodes],
-            episode=episodes,
+            correct_index=[episode.correct_index for episode in episodes_B],
+            num_candidates=[episode.num_candidates for episode in episodes_B],
+            episode=episodes_B,
             trainer_state=self.state,
         )
 
@@ -224,9 +224,8 @@ class FleetRLOOTrainer(PolicyPasses):
             }
         )
         advantages_PG = leave_one_out_advantages(shaped_PG, normalize=self.normalize_advantages)
-        # of all devices, each of which has as many rows
-        advantages_RB = advantages_PG.view(-1, len(own_B))
-        rollouts.advantages_B[rows] = advantages_RB[self.accelerator.process_index]
+        # every device has as many rows as this one
+        rollouts.advantages_B[rows] = advantages_PG.view(-1, len(own_B))[self.accelerator.process_index]
         if rows.stop == len(rollouts.records):
             self._record(rollouts)
 

@@ -6,7 +6,7 @@ rl/rollouts.py makes the figures, and the caller shows the warnings.
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from statistics import fmean, stdev
 
@@ -91,14 +91,8 @@ class Diagnostics:
         if len(self._first_lines) < self.window:
             self._first_lines.append(metrics)
         self._latest_lines.append(metrics)
-        checks: tuple[Callable[[], tuple[Kind, str] | None], ...] = (
-            self._unparsable,
-            self._no_signal,
-            self._not_looking,
-            self._entropy_collapse,
-        )
-        found = [finding for check in checks if (finding := check()) is not None]
-        new = {kind: text for kind, text in found if kind not in self.warnings}
+        found = self._unparsable(), self._no_signal(), self._not_looking(), self._entropy_collapse()
+        new = {kind: text for kind, text in filter(None, found) if kind not in self.warnings}
         self.warnings |= new
         return list(new.values())
 

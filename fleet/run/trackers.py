@@ -12,6 +12,7 @@ is not tested.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,8 @@ def log_samples(report_to: str, callbacks: Sequence[TrainerCallback], samples: S
         return
     if report_to == "tensorboard":
         _log_to_tensorboard(callbacks, samples, step)
-    elif report_to == "wandb":
-        _log_to_wandb(samples, step)
-    elif report_to == "trackio":
-        _log_to_trackio(samples, step)
+    elif report_to in ("wandb", "trackio"):
+        _log_as_table(import_module(report_to), samples, step)
     else:
         raise ValueError(f"report_to={report_to!r}, but samples go to tensorboard, wandb, trackio or none; pass one")
 
@@ -112,23 +111,15 @@ def _log_to_tensorboard(callbacks: Sequence[TrainerCallback], samples: Sequence[
     writer.add_text(f"{TAG}/completions", markdown_table(samples), step)
 
 
-def _log_to_wandb(samples: Sequence[Sample], step: int) -> None:
-    import wandb
-
-    if wandb.run is None:
+def _log_as_table(tracker: Any, samples: Sequence[Sample], step: int) -> None:
+    """tracker: the module wandb or trackio, whose tables are alike."""
+    # trackio itself raises RuntimeError without a run
+    if tracker.__name__ == "wandb" and tracker.run is None:
         raise RuntimeError(
             "report_to='wandb', but there is no W&B run; log samples on the main process, while it trains"
         )
-    rows = [[wandb.Image(contact_sheet(sample)), *_row(sample)] for sample in samples]
-    wandb.log({TAG: wandb.Table(columns=["images", *COLUMNS], data=rows), STEP_NAME: step})
-
-
-def _log_to_trackio(samples: Sequence[Sample], step: int) -> None:
-    import trackio
-
-    rows = [[trackio.Image(contact_sheet(sample)), *_row(sample)] for sample in samples]
-    # trackio itself raises RuntimeError where it has no run
-    trackio.log({TAG: trackio.Table(columns=["images", *COLUMNS], data=rows), STEP_NAME: step})
+    rows = [[tracker.Image(contact_sheet(sample)), *_row(sample)] for sample in samples]
+    tracker.log({TAG: tracker.Table(columns=["images", *COLUMNS], data=rows), STEP_NAME: step})
 
 
 def _row(sample: Sample) -> list[Any]:

@@ -488,6 +488,15 @@ def test_trl_still_has_the_internals_we_lean_on(method: str, parameters: list[st
     )
 
 
+def test_trl_still_has_the_attributes_we_read(tmp_path: Path) -> None:
+    read = {"_metrics", "_step", "_tokenizer", "beta", "eos_token_ids", "epsilon_high", "epsilon_low",
+            "generation_config", "generation_kwargs", "mask_truncated_completions", "normalize_advantages",
+            "num_generations", "num_iterations", "ref_model", "reward_clip_range", "reward_func_names",
+            "reward_weights"}  # fmt: skip
+    lost = read - vars(stock_trainer(rloo_config(tmp_path))).keys()
+    assert not lost, f"TRL's trainer has no {sorted(lost)}: trainer.py and policy_passes.py must follow"
+
+
 def test_trl_still_scores_with_the_arguments_we_pass() -> None:
     found = inspect.signature(RLOOTrainer._get_per_token_logps_and_entropies).parameters
     ours = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "pixel_values", "image_grid_thw",
