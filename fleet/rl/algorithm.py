@@ -5,7 +5,7 @@ y_1 ... y_G of a prompt x. A completion is one action: its log-probability is th
 
     R(y, x)  = r(y, x) - beta log(pi(y | x) / pi_ref(y | x))                  the KL is taken off the reward
     A_i      = R(y_i, x) - 1/(G-1) sum_{j != i} R(y_j, x)                     the siblings' mean is the baseline
-    gradient = 1/G sum_i A_i grad log pi(y_i | x)                             no gradient flows through A
+    gradient = 1/G sum_i A_i grad log pi(y_i | x), averaged over prompts      no gradient flows through A
 
 Unlike the paper, the loss is PPO's clipped ratio (arXiv 1707.06347), as in TRL, so that a generation may serve several
 steps. With one step a generation the ratio is 1, and the gradient is the one above. A rollout without a reward is left
@@ -16,12 +16,12 @@ of its own only where `needs_old_logps`; TRL always gives it one.
 
 Whose log-probabilities, all of the sampled tokens and after temperature:
 
-| name      | policy                                  | where they come from                                    |
-|-----------|-----------------------------------------|---------------------------------------------------------|
-| sampler   | the one that drew the tokens            | vLLM; compared with the old ones, never trained on      |
-| old       | the same weights, in the trainer's pass | a pass after sampling, or the training pass, as numbers |
-| (current) | the one that this step trains           | the training pass, with gradient                        |
-| reference | the one that training began with        | a pass after sampling, where beta > 0                   |
+| tensor             | policy                            | from                                                    |
+|--------------------|-----------------------------------|---------------------------------------------------------|
+| `sampler_logps_BT` | the one that drew the tokens      | vLLM; compared with the old ones, never trained on      |
+| `old_logps_BT`     | the same weights in the trainer   | a pass after sampling, or the training pass, as numbers |
+| `logps_BT`         | the one that this step trains     | the training pass, with gradient                        |
+| `ref_logps_BT`     | the one that training began with  | a pass after sampling, where beta > 0                   |
 """
 
 import torch
