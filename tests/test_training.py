@@ -1,10 +1,12 @@
 """The command line from start to end on the toy model: what a run leaves, resume, and runs that cannot be."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 import training
 from environment import judge
 from fleet.command.options import parse_options, resolve_options
-from fleet.command.preflight import make_environment
+from fleet.command.preflight import make_environment, own_reward
 from fleet.errors import UsageError
 from fleet.rl.rollouts import EpisodeRecord, RolloutRecord
 from fleet.run.build import build_trainer, make_rloo_config
@@ -276,6 +278,11 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
     verdicts = [judge(text, 0, 4, allow_reasoning=trainer.settings.allow_reasoning) for text in (right, wrong)]
     assert [reward_of(verdict, trainer.settings.reward_weights) for verdict in verdicts] == [0.75, 0.25]
     assert trainer.reward_guard is None and trainer.step_guard.max_in_a_row == 3
+    (tmp_path / "reward.py").write_text("def score(completions, **columns): return [1.0 for _ in completions]")
+    reward = own_reward(replace(options, reward=f"{tmp_path}/reward.py:score"))
+    assert reward is not None
+    with contextlib.closing(reward):
+        assert reward.timeout_s == 7
     assert trainer.settings.allow_reasoning
     assert trainer.num_kept_checkpoints == 3 and trainer.args.save_total_limit is None
     assert trainer.train_dataset[0]["images"][0].size == (40, 40)

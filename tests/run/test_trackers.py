@@ -10,6 +10,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +146,20 @@ def test_tensorboard_gets_images_and_texts(tmp_path, monkeypatch):
     assert [text.step for text in texts] == [1, 20]
     text = html.unescape(texts[1].tensor_proto.string_val[0].decode())
     assert SHOWN in text and call_text(2).replace("\n", "\\n") in text
+
+
+@pytest.mark.parametrize("report_to", ["wandb", "trackio"])
+def test_a_tracker_with_tables_gets_one(report_to, monkeypatch):
+    tracker, logged = ModuleType(report_to), list[Any]()
+    stand_ins = {"run": object(), "Image": lambda image: image.size, "log": logged.append}
+    vars(tracker).update(stand_ins, Table=lambda columns, data: (columns, data))
+    monkeypatch.setitem(sys.modules, report_to, tracker)
+    log_samples(report_to, [], PLAIN_SAMPLES, 20)
+    ((columns, rows),) = (line["samples"] for line in logged)
+    assert [line["train/global_step"] for line in logged] == [20]
+    assert columns[:5] == ["images", "instruction", "candidates", "right", "chosen"]
+    assert [row[3:5] for row in rows] == [[1, 1], [1, 2], [1, None]]
+    assert [row[0] for row in rows] == [contact_sheet(PLAIN_SAMPLES[0]).size] * 3
 
 
 @pytest.mark.slow
