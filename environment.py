@@ -51,6 +51,11 @@ class Judgement:
     parse_status: ParseStatus
     index: int | None
 
+    @property
+    def is_right(self) -> bool:
+        """True for the correct outcome alone."""
+        return self.outcome is Outcome.CORRECT
+
 
 def judge(text: str, correct_index: int, num_candidates: int, *, allow_reasoning: bool = False) -> Judgement:
     """The verdict on a completion. No other function decides what is right.

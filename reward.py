@@ -14,7 +14,7 @@ _VALID_OUTCOMES = frozenset({Outcome.CORRECT, Outcome.WRONG_INDEX})
 
 @dataclass(frozen=True)
 class RewardWeights:
-    """What each component is worth. The defaults make a right answer worth exactly 1 and an unparsable one 0.
+    """The worth of each component. By default a right answer is worth exactly 1 and an unparsable one 0.
 
     correct: > 0, earned by the right index. valid_call: >= 0, earned by any well-formed call whose index is in
     range; small, so that form never rivals the answer. Raises ValueError for other or non-finite numbers.
@@ -38,7 +38,7 @@ class RewardWeights:
 DEFAULT_WEIGHTS = RewardWeights()
 
 
-def reward_of(judgement: Judgement, weights: RewardWeights = DEFAULT_WEIGHTS) -> float:
+def reward_of(verdict: Judgement, weights: RewardWeights = DEFAULT_WEIGHTS) -> float:
     """The reward of one verdict: the weighted sum of its components, each 0 or 1.
 
     | outcome             | correct | valid_call | reward by default |
@@ -48,9 +48,7 @@ def reward_of(judgement: Judgement, weights: RewardWeights = DEFAULT_WEIGHTS) ->
     | index_out_of_range  | 0       | 0          | 0.00              |
     | unparsable          | 0       | 0          | 0.00              |
     """
-    is_correct = judgement.outcome is Outcome.CORRECT
-    is_valid_call = judgement.outcome in _VALID_OUTCOMES
-    return weights.correct * is_correct + weights.valid_call * is_valid_call
+    return weights.correct * verdict.is_right + weights.valid_call * (verdict.outcome in _VALID_OUTCOMES)
 
 
 def compute_rewards_from_generations(
@@ -78,8 +76,8 @@ def compute_rewards_from_generations(
             "num_candidates, but each generation needs one of both"
         )
     return [
-        reward_of(judge(text, correct_index, count, allow_reasoning=allow_reasoning), weights)
-        for text, correct_index, count in zip(generations, correct_indices, num_candidates, strict=True)
+        reward_of(judge(completion, correct_index, count, allow_reasoning=allow_reasoning), weights)
+        for completion, correct_index, count in zip(generations, correct_indices, num_candidates, strict=True)
     ]
 
 
@@ -98,9 +96,9 @@ def make_trl_reward_function(
         num_candidates: Sequence[int],
         **_unused_columns: object,
     ) -> list[float]:
-        texts = [done if isinstance(done, str) else done[-1]["content"] for done in completions]
+        generations = [done if isinstance(done, str) else done[-1]["content"] for done in completions]
         return compute_rewards_from_generations(
-            texts, correct_index, num_candidates, weights, allow_reasoning=allow_reasoning
+            generations, correct_index, num_candidates, weights, allow_reasoning=allow_reasoning
         )
 
     return pick_image_reward

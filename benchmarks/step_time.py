@@ -44,6 +44,8 @@ from benchmarks.timed_trainers import (  # noqa: E402
 )
 from dataset import RepeatableEpisodeDataset  # noqa: E402
 from environment import PickImageEnv  # noqa: E402
+from fleet.own_code.reward_function import BoundedReward  # noqa: E402
+from fleet.rl.settings import TrainerSettings  # noqa: E402
 from model_utils import load_qwen25_vl, make_lora_config, media_token_ids  # noqa: E402
 
 
@@ -152,9 +154,9 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
             args,
             dataset,
             processor,
-            reward_function=reward_of_tokens,
+            TrainerSettings(vision_cache_bytes=cache_bytes),
+            reward_function=BoundedReward(reward_of_tokens),
             peft_config=lora,
-            vision_cache_bytes=cache_bytes,
         )
     else:
         trainer = TimedStock(

@@ -170,9 +170,9 @@ class TimedFleet(TimedMixin, FleetRLOOTrainer):
         with self.stopwatch.timing("generate"):
             return super()._image_features(*args)
 
-    def _sample_completions(self, *args: Any) -> list[list[int]]:
+    def _sample_completion_ids(self, *args: Any) -> list[list[int]]:
         with self.stopwatch.timing("generate"):
-            completions = super()._sample_completions(*args)
+            completions = super()._sample_completion_ids(*args)
         if self.first_completions is None:
             self.first_completions = completions
         return completions
@@ -181,8 +181,8 @@ class TimedFleet(TimedMixin, FleetRLOOTrainer):
         with self.stopwatch.timing("score"):
             return super()._score(*args)
 
-    def _completion_logps(self, model: Any, rollouts: Any, groups: slice) -> Any:
-        found = super()._completion_logps(model, rollouts, groups)
+    def _completion_logps(self, model: Any, sampled: Any, groups: slice) -> Any:
+        found = super()._completion_logps(model, sampled, groups)
         if torch.is_grad_enabled():
-            self.keep_first_logps(rollouts.completion_ids_BT, found[0])
+            self.keep_first_logps(sampled.completion_ids_BT, found[0])
         return found

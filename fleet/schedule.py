@@ -34,3 +34,12 @@ def num_episodes_of_run(
     micro_steps = num_steps * gradient_accumulation_steps
     num_generations = -(-micro_steps // (steps_per_generation * num_iterations))
     return num_generations * steps_per_generation * episodes_per_micro_step
+
+
+def require_whole_groups(rollouts_per_micro_batch: int, group_size: int) -> None:
+    """Raises ValueError unless every device's micro-batch holds whole groups."""
+    if rollouts_per_micro_batch % group_size:
+        raise ValueError(
+            f"per_device_train_batch_size={rollouts_per_micro_batch} is not a multiple of "
+            f"num_generations={group_size}, but a group stays whole on its device; make it one"
+        )

@@ -39,7 +39,7 @@ class FixedFleetTrainer(FleetRLOOTrainer):
             self.unknown_images = [*self.unknown_images, len(self.vision_cache.unknown_places(batch["image_digests"]))]
         return super()._image_features(batch)
 
-    def _sample_completions(self, batch: Any, features: Any) -> list[list[int]]:
+    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
         tokenizer = toy_processor().tokenizer
         numbers = [sum(map(len, episode.labels)) for episode in batch["episodes"]]
         return [
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     visual = base_qwen(trainer.accelerator.unwrap_model(trainer.model)).model.visual
     visual.register_forward_hook(lambda module, args, output: encoder_passes.append(trainer.state.global_step))
     trainer.train()
-    assert trainer._rollouts is not None and trainer._rollouts.is_packed == (rows == "packed")
+    assert trainer._rollouts is not None and trainer._rollouts.sampled.is_packed == (rows == "packed")
     trainer.save_model(str(output / "final"))
     unknown, passes = gather_object([trainer.unknown_images]), gather_object([encoder_passes])
     if len(unknown) == 2 and kind == "lora":

@@ -1,6 +1,7 @@
 """What the tests with real models share: the toy model, a data set on it, and a trainer of either kind."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from trl import RLOOConfig, RLOOTrainer
 
 from dataset import RepeatableEpisodeDataset
 from environment import PickImageEnv
+from fleet.own_code.reward_function import BoundedReward
 from fleet.qwen.group_passes import base_qwen
+from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
 from model_utils import load_processor, load_qwen25_vl
@@ -81,7 +84,7 @@ class ScriptedFleetTrainer(FleetRLOOTrainer):
 
     num_generations_done = 0
 
-    def _sample_completions(self, batch: Any, features: Any) -> list[list[int]]:
+    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
         self.num_generations_done += 1
         num_rows = len(batch["episodes"]) * self.num_generations
         return scripted_completions(self.num_generations, num_rows, self.num_generations_done)
@@ -103,10 +106,20 @@ def fleet_trainer(
     peft_config: Any = None,
     model: Any = None,
     dataset: RepeatableEpisodeDataset | None = None,
+    reward_function: Callable[..., Any] | None = None,
+    reward_timeout_s: float = 60.0,
     **settings: Any,
 ) -> FleetRLOOTrainer:
-    model = toy_model() if model is None else model
-    return trainer_class(model, args, dataset or toy_dataset(), toy_processor(), peft_config=peft_config, **settings)
+    """reward_function: a plain one, bounded by reward_timeout_s in a thread. settings: TrainerSettings' fields."""
+    return trainer_class(
+        toy_model() if model is None else model,
+        args,
+        dataset or toy_dataset(),
+        toy_processor(),
+        TrainerSettings(**settings),
+        peft_config=peft_config,
+        reward_function=reward_function and BoundedReward(reward_function, reward_timeout_s),
+    )
 
 
 def stock_trainer(

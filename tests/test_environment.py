@@ -160,6 +160,11 @@ def test_judge_allows_reasoning_when_told_to():
     assert verdict == Judgement(Outcome.CORRECT, ParseStatus.OK, 2)
 
 
+def test_the_correct_outcome_alone_is_right():
+    verdicts = [Judgement(outcome, ParseStatus.OK, 0) for outcome in Outcome]
+    assert [verdict.outcome for verdict in verdicts if verdict.is_right] == [Outcome.CORRECT]
+
+
 @pytest.mark.parametrize("fixed_correct_index", [0, 3, None])
 def test_gold_answer_earns_one_and_every_other_nothing(picture_folder, fixed_correct_index):
     env = PickImageEnv(picture_folder, 4, fixed_correct_index)

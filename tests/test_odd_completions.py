@@ -89,7 +89,7 @@ class OddStepKeeper(StepKeeper):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
         self.texts.append([rollout.completion for rollout in self.trainer.latest_rollouts])
-        self.outcomes.append([rollout.judgement.outcome for rollout in self.trainer.latest_rollouts])
+        self.outcomes.append([rollout.verdict.outcome for rollout in self.trainer.latest_rollouts])
 
 
 def place_reward(completions: list[str], **columns: Any) -> list[float]:

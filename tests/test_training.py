@@ -1,10 +1,12 @@
 """The command line from start to end on the toy model: what a run leaves, resume, and runs that cannot be."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import training
 from environment import judge
 from fleet.command.image_check import RunData
 from fleet.command.options import parse_options, resolve_options
-from fleet.command.preflight import make_environment
+from fleet.command.preflight import make_environment, own_reward
 from fleet.errors import UsageError
 from fleet.rl.rollouts import EpisodeRecord, RolloutRecord
 from fleet.run.build.training import PreparedRun, build_trainer, make_rloo_config
@@ -27,6 +29,7 @@ from fleet.run.records import draw_curve, sample_table
 from fleet.run.watchdog import Watchdog
 from fleet.run_folder import read_jsonl
 from model_utils import generate_tool_call, load_qwen25_vl
+from reward import reward_of
 from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_dataset, toy_path
 from utils.images import open_image
@@ -276,10 +279,15 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
     assert trainer.model.model.language_model.config._attn_implementation == "eager"
     right = 'because <tool_call>{"name": "pick_image", "arguments": {"index": 0}}</tool_call>'
     wrong = right.replace("0", "1")
-    reward = trainer.reward.reward
-    assert reward([right, wrong], correct_index=[0, 0], num_candidates=[4, 4]).values == [0.75, 0.25]
-    assert (reward.timeout_s, trainer.step_guard.max_in_a_row) == (7, 3)
-    assert trainer.allow_reasoning
+    verdicts = [judge(text, 0, 4, allow_reasoning=trainer.settings.allow_reasoning) for text in (right, wrong)]
+    assert [reward_of(verdict, trainer.settings.reward_weights) for verdict in verdicts] == [0.75, 0.25]
+    assert trainer.reward_guard is None and trainer.step_guard.max_in_a_row == 3
+    (tmp_path / "reward.py").write_text("def score(completions, **columns): return [1.0 for _ in completions]")
+    reward = own_reward(replace(options, reward=f"{tmp_path}/reward.py:score"))
+    assert reward is not None
+    with contextlib.closing(reward):
+        assert reward.timeout_s == 7
+    assert trainer.settings.allow_reasoning
     assert trainer.num_kept_checkpoints == 3 and trainer.args.save_total_limit is None
     assert trainer.train_dataset[0]["images"][0].size == (40, 40)
 

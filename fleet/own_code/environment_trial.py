@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from environment import Outcome, judge, load_environment_class
+from environment import judge, load_environment_class
 from fleet.controls import with_order_permuted
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode
 from fleet.errors import RunStopped
@@ -178,13 +178,11 @@ def require_usable(env: EpisodeSource, max_pixels: int | None) -> None:
 def _require_verdicts(index: int, episode: Episode) -> None:
     """Raises BrokenEpisode unless the right call is judged right and the next one is not."""
     indices = episode.correct_index, episode.correct_index + 1
-    verdicts = [
-        judge(make_tool_call_str(chosen), episode.correct_index, episode.num_candidates).outcome for chosen in indices
-    ]
-    if verdicts[0] is not Outcome.CORRECT or verdicts[1] is Outcome.CORRECT:
+    verdicts = [judge(make_tool_call_str(index), episode.correct_index, episode.num_candidates) for index in indices]
+    if not verdicts[0].is_right or verdicts[1].is_right:
         raise BrokenEpisode(
-            f"episode {index}: the calls {indices[0]} and {indices[1]} are judged {verdicts[0]} and {verdicts[1]}; "
-            "leave num_candidates of Episode as it is"
+            f"episode {index}: the calls {indices[0]} and {indices[1]} are judged {verdicts[0].outcome} and "
+            f"{verdicts[1].outcome}; leave num_candidates of Episode as it is"
         )
     # as rollouts.jsonl records it
     json.dumps([episode.labels, episode.target, episode.messages])

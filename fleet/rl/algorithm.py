@@ -1,22 +1,80 @@
-"""What of RLOO needs no model: advantages from rewards, and how a run deals episodes to devices and steps."""
+"""RLOO on one page: advantages, the KL term, the clipped loss, and whose log-probabilities they take.
+
+The algorithm is REINFORCE leave-one-out of "Back to Basics" (arXiv 2402.14740). The policy pi samples G completions
+y_1 ... y_G of a prompt x. A completion is one action: its log-probability is the sum over its tokens.
+
+    R(y, x)  = r(y, x) - beta log(pi(y | x) / pi_ref(y | x))                  the KL is taken off the reward
+    A_i      = R(y_i, x) - 1/(G-1) sum_{j != i} R(y_j, x)                     the siblings' mean is the baseline
+    gradient = 1/G sum_i A_i grad log pi(y_i | x), averaged over prompts      no gradient flows through A
+
+Unlike the paper, the loss is PPO's clipped ratio (arXiv 1707.06347), as in TRL, so that a generation may serve several
+steps. With one step a generation the ratio is 1, and the gradient is the one above. A rollout without a reward is left
+out of its group, and rewards may be clipped and advantages normalized, all as in TRL.
+
+Unlike TRL, a group stays whole on its device and in its micro-batch; TRL shuffles rollouts. The old policy has a pass
+of its own only where `needs_old_logps`; TRL always gives it one.
+
+Whose log-probabilities, all of the sampled tokens and after temperature:
+
+| tensor             | policy                            | from                                                    |
+|--------------------|-----------------------------------|---------------------------------------------------------|
+| `sampler_logps_BT` | the one that drew the tokens      | vLLM; compared with the old ones, never trained on      |
+| `old_logps_BT`     | the same weights in the trainer   | a pass after sampling, or the training pass, as numbers |
+| `logps_BT`         | the one that this step trains     | the training pass, with gradient                        |
+| `ref_logps_BT`     | the one that training began with  | a pass after sampling, where beta > 0                   |
+"""
 
 import torch
 from torch import Tensor
 from trl import RLOOConfig
 
-from fleet.schedule import num_episodes_of_run
+# Axes: P episodes (groups), G rollouts of each, B = P * G of them group after group, T completion tokens.
 
-# Axes: P episodes (groups), G rollouts of each.
+
+def needs_old_logps(args: RLOOConfig) -> bool:
+    """True if the old log-probabilities need a pass of their own, before a generation's first step.
+
+    They need it where a generation serves several optimizer steps. Where it serves one, the training pass has them,
+    unless advantages that contain them are normalized over several micro-batches.
+    """
+    is_used_once = args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
+    return not is_used_once or (args.beta != 0.0 and args.normalize_advantages and args.steps_per_generation > 1)
+
+
+def sequence_logps(logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """log pi(y | x) of each completion: (B,), the sum over its tokens.
+
+    logps_BT: float32. mask_BT: int64, 0 on padding and on completions that are left out.
+    """
+    return (logps_BT * mask_BT).sum(dim=1)
+
+
+def token_kl(old_logps_BT: Tensor, ref_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """log(pi_old / pi_ref) of each token: (B, T) float32, 0 outside the mask. Its mean over samples is the KL."""
+    return (old_logps_BT - ref_logps_BT) * mask_BT
+
+
+def shaped_rewards(
+    rewards_B: Tensor, kl_BT: Tensor | None, beta: float, clip_range: tuple[float, float] | None
+) -> Tensor:
+    """R(y, x): the task's rewards (B,), clipped to the range, less beta times the KL of the sequence.
+
+    kl_BT: of token_kl, or None without a reference. A rollout whose R is not finite has NaN: it has no reward, or the
+    reference gives one of its tokens no chance.
+    """
+    shaped_B = rewards_B if clip_range is None else rewards_B.clamp(*clip_range)
+    if kl_BT is not None:
+        shaped_B = shaped_B - beta * kl_BT.sum(dim=1)
+    return shaped_B.where(shaped_B.isfinite(), torch.nan)
 
 
 def leave_one_out_advantages(rewards_PG: Tensor, *, normalize: bool = False) -> Tensor:
     """Advantage of each rollout over the mean of its siblings.
 
-    rewards_PG: (P, G) float, G >= 2; NaN marks a rollout that could not be scored: it is nobody's sibling and its
-    advantage is 0, as is that of a rollout without a scored sibling. Returns (P, G); each row sums to 0.
+    rewards_PG: (P, G) float, G >= 2; NaN marks a rollout without a reward: it is nobody's sibling and its advantage
+    is 0, as is that of a rollout without a scored sibling. Returns (P, G); each row sums to 0.
     normalize: scale the advantages of all scored rollouts together to mean 0 and unit deviation.
     Raises ValueError if G < 2 or a reward is infinite.
-    Source: "Back to Basics", arXiv 2402.14740, the RLOO estimator.
 
     >>> leave_one_out_advantages(torch.tensor([[1., 0., 0., 0.]]))
     tensor([[ 1.0000, -0.3333, -0.3333, -0.3333]])
@@ -36,31 +94,22 @@ def leave_one_out_advantages(rewards_PG: Tensor, *, normalize: bool = False) -> 
     return advantages_PG.nan_to_num(nan=0.0)
 
 
-def refuse_split_groups(args: RLOOConfig) -> None:
-    """Raises ValueError unless every device's micro-batch holds whole groups."""
-    if args.per_device_train_batch_size % args.num_generations:
-        raise ValueError(
-            f"per_device_train_batch_size={args.per_device_train_batch_size} is not a multiple of "
-            f"num_generations={args.num_generations}, but a group stays whole on its device; make it one"
-        )
+def clipped_loss(
+    logps_B: Tensor, old_logps_B: Tensor, advantages_B: Tensor, epsilon_low: float, epsilon_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PPO's loss with a completion as one action, and which rollouts it clips.
 
+    With the ratio rho = pi(y | x) / pi_old(y | x), the loss is the mean of -min(rho A, clip(rho, 1 - epsilon_low,
+    1 + epsilon_high) A). All (B,) float32; only logps_B has a gradient. Returns the loss (a scalar), and two (B,) bool:
+    clipped below, where A < 0, and above, where A > 0.
 
-def num_episodes_of_args(args: RLOOConfig) -> int:
-    """How many episodes `args.max_steps` optimizer steps draw over all devices: one epoch, so no order repeats."""
-    return num_episodes_of_run(
-        args.max_steps,
-        steps_per_generation=args.steps_per_generation,
-        num_iterations=args.num_iterations,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        episodes_per_micro_step=args.generation_batch_size // args.steps_per_generation // args.num_generations,
-    )
-
-
-def needs_old_logps(args: RLOOConfig) -> bool:
-    """Whether the sampling policy's log-probabilities need a pass of their own, before a generation's first step.
-
-    They do where a generation serves several optimizer steps. Where it serves one, the step's own forward pass has
-    them, unless advantages that contain them are normalized over several micro-batches.
+    >>> logps_B = torch.tensor([2.0, 1.0]).log()  # ratios 2, which is clipped to 1.2, and 1
+    >>> clipped_loss(logps_B, torch.zeros(2), torch.tensor([3.0, -1.0]), 0.2, 0.2)[0]
+    tensor(-1.3000)
     """
-    is_used_once = args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
-    return not is_used_once or (args.beta != 0.0 and args.normalize_advantages and args.steps_per_generation > 1)
+    ratio_B = torch.exp(logps_B - old_logps_B)
+    bounded_B = ratio_B.clamp(1 - epsilon_low, 1 + epsilon_high)
+    loss = -torch.min(ratio_B * advantages_B, bounded_B * advantages_B).mean()
+    is_clipped_below_B = (ratio_B < 1 - epsilon_low) & (advantages_B < 0)
+    is_clipped_above_B = (ratio_B > 1 + epsilon_high) & (advantages_B > 0)
+    return loss, is_clipped_below_B, is_clipped_above_B

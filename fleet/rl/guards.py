@@ -1,8 +1,8 @@
-"""What keeps bad numbers out of the weights: rewards that are none, and steps whose loss or gradient is not finite.
+"""Guards that keep bad numbers out of the weights: from reward functions, losses and gradients.
 
 All processes drop, stop or skip together. They skip a step together because they all see one gradient: a loss that is
-not finite makes its whole gradient NaN, and reducing the gradient over the processes carries that to each of them.
-DeepSpeed's ZeRO-3 leaves such a step out by itself; without DeepSpeed the optimizer finds no gradient to step with.
+not finite makes its whole gradient NaN, and the reduction over processes carries that to each of them. DeepSpeed's
+ZeRO-3 skips such a step by itself; without DeepSpeed the optimizer finds no gradient to step with.
 """
 
 import logging
@@ -23,55 +23,52 @@ logger = logging.getLogger("fleet")
 
 
 def without_gradient_if_not_finite(loss: Tensor) -> Tensor:
-    """The loss as it is where it is finite; else NaN, with a gradient that is NaN for every parameter.
+    """The loss if it is finite; else NaN, with a gradient that is NaN for every parameter.
 
-    A loss can be infinite and yet have a finite gradient, which would be taken for a sound one.
+    An infinite loss can have a finite gradient, which would pass for a sound one.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 class RewardGuard:
-    """A reward function over all processes: broken on one, it stops all; a value that is no number drops its row."""
+    """A user's reward function on all processes: broken on one, it stops all; a value that is no number is dropped."""
 
     def __init__(self, reward: Reward):
         self.reward, self._has_told = reward, False
-        # the first bad value of the latest call, over all processes
-        self.latest_dropped: str | None = None
 
-    def __call__(self, completions: Sequence[str], step: int, **columns: Any) -> list[float]:
-        """This process's values for its B completions, NaN where a row is dropped. Every process takes part.
+    def __call__(self, completions: Sequence[str], step: int, **columns: Any) -> tuple[list[float], str | None]:
+        """This process's B values, NaN where one is dropped, and the first that any process drops, in words.
 
-        step: for the warning at the first row that is dropped anywhere. Raises RunStopped on all processes, with the
-        first one's reason, if the function is broken on any.
+        step: for the warning at the first of the run. Every process takes part. Raises RunStopped on all processes,
+        with the first one's reason, if the function is broken on any.
         """
         checked = self.reward(completions, **columns)
         # before anything else is gathered: a process without values would leave the others waiting for them
-        of_processes = gather_object([(checked.problem, checked.dropped)])
-        for process, (problem, _) in enumerate(of_processes):
+        found_by_process = gather_object([(checked.problem, checked.dropped)])
+        for process, (problem, _) in enumerate(found_by_process):
             if problem is not None:
-                raise RunStopped(f"process {process}: {problem}" if len(of_processes) > 1 else problem)
-        dropped = [f"{self.reward.__name__} gave {value}" for _, value in of_processes if value is not None]
-        self.latest_dropped = dropped[0] if dropped else None
-        if dropped and not self._has_told:
+                raise RunStopped(f"process {process}: {problem}" if len(found_by_process) > 1 else problem)
+        dropped = next((f"{self.reward.__name__} gave {value}" for _, value in found_by_process if value), None)
+        if dropped is not None and not self._has_told:
             self._has_told = True
             logger.warning(
-                f"step {step}: reward function {dropped[0]}; rollouts without a finite "
+                f"step {step}: reward function {dropped}; rollouts without a finite "
                 f"number within {MAX_REWARD:g} of 0 are dropped, and counted in rewards/dropped (said once)"
             )
-        return checked.values
+        return checked.values, dropped
 
 
 class StepGuard(TrainerCallback, ExportableState):
-    """Keeps the optimizer from steps whose gradient is not finite, counts them, and ends a run of nothing else.
+    """Keeps the optimizer from steps whose gradient is not finite, counts them, and ends a run that teaches nothing.
 
-    A skipped step changes no weight, no moment of the optimizer and no learning rate. `num_skipped` is of the whole
-    run, kept in its checkpoints. Once `max_in_a_row` steps in a row were skipped, or had no group of two rollouts that
-    count, training ends with a checkpoint and `stop_reason` says why; so it does at the end of a run of nothing else,
-    of which `has_taught` is then False.
+    A skipped step changes no weight, no moment of the optimizer and no learning rate. `num_skipped` counts those of
+    the whole run; checkpoints keep it. After `max_in_a_row` steps in a row that were skipped, or had no group of two
+    rollouts with a reward, training ends with a checkpoint and `stop_reason` says why. A shorter run of such steps
+    alone ends so too, with `has_taught` False.
     """
 
     def __init__(self, accelerator: Accelerator, max_in_a_row: int, may_save: Callable[[], bool]):
-        """may_save: whether a checkpoint can be saved after the step just taken."""
+        """may_save: true if a checkpoint can be saved after the step just taken."""
         self.accelerator, self.max_in_a_row, self.may_save = accelerator, max_in_a_row, may_save
         self.num_skipped = self.num_in_a_row = self.num_unscored_in_a_row = 0
         # of the generation that the step uses, over all processes
@@ -83,30 +80,28 @@ class StepGuard(TrainerCallback, ExportableState):
         self.gradient_norm = 0.0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         return {"args": {}, "attributes": {"num_skipped": self.num_skipped}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Goes on counting where the checkpoint left off."""
+        """Counts on from the checkpoint."""
         kept = state.stateful_callbacks.get(type(self).__name__, self.state())
         self.num_skipped, self.num_in_a_row, self.stop_reason = kept["attributes"]["num_skipped"], 0, None
         self.num_unscored_in_a_row = 0
 
     def begin_generation(self, first_dropped: str | None) -> None:
-        """Notes that new rollouts have rewards. first_dropped: the first value that counts for none, in words."""
+        """Notes new rollouts. first_dropped: the first value that is no reward, in words; None without one."""
         self.has_scores, self.first_dropped = False, first_dropped
 
     def note_scores(self, shaped_rewards_PG: Tensor) -> None:
-        """Takes in some of a generation's groups, of all processes; NaN where a rollout has no reward.
-
-        A rollout without a sibling that has one teaches nothing.
-        """
+        """Notes some of a generation's groups, of all processes; NaN where a rollout has no reward."""
+        # a rollout without a scored sibling teaches nothing
         self.has_scores |= bool(((~shaped_rewards_PG.isnan()).sum(dim=1) >= 2).any())
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any
     ) -> None:
-        """Takes the gradients away from a step that must not be."""
+        """Takes the gradients away from a step that must be skipped."""
         is_finite = math.isfinite(self.gradient_norm)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             is_skipped = optimizer.step_was_skipped
@@ -124,19 +119,16 @@ class StepGuard(TrainerCallback, ExportableState):
                     parameter.grad = None
             # for Trainer and for accelerate's scheduler, which then leave the learning rate as it is
             optimizer._is_overflow = is_skipped
-        self._count(is_skipped, state.global_step + 1)
-
-    def _count(self, is_skipped: bool, step: int) -> None:
         self.num_in_a_row = self.num_in_a_row + 1 if is_skipped else 0
         if is_skipped:
             self.num_skipped += 1
             logger.warning(
-                f"step {step} skipped: its gradient's norm is {self.gradient_norm}; weights, optimizer and learning "
-                f"rate stay as they are (skipped steps so far: {self.num_skipped})"
+                f"step {state.global_step + 1} skipped: its gradient's norm is {self.gradient_norm}; weights, "
+                f"optimizer and learning rate stay as they are (skipped steps so far: {self.num_skipped})"
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks for a checkpoint and the end once too many steps in a row taught nothing."""
+        """Asks for a checkpoint and the end after too many steps in a row that taught nothing."""
         self.num_unscored_in_a_row = 0 if self.has_scores else self.num_unscored_in_a_row + 1
         num_in_a_row = max(self.num_in_a_row, self.num_unscored_in_a_row)
         # a run shorter than the limit must not end as if it had learnt

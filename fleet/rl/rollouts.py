@@ -1,19 +1,21 @@
-"""What a batch of rollouts amounts to: the record of each one, and the metrics of all of them together.
+"""A batch of rollouts: the record of each one, and the metrics of all of them together.
 
 Pure Python on plain values, so that every figure Fleet logs can be checked by hand. Knows no tensor and no trainer.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from environment import Episode, Judgement, Message, Outcome, judge
+from environment import Episode, Judgement, Message, Outcome
 from utils.tool_calls import ParseStatus
 
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """What a group was shown and asked. `image_names` tell pictures apart by their pixels."""
+    """An episode as its group saw it. `image_names` tell pictures apart by their pixels."""
 
     instruction: str
     target: str | None
@@ -24,52 +26,51 @@ class EpisodeRecord:
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """One completion and what became of it. `advantage` is over its siblings' mean, after any KL term."""
+    """One completion with its verdict, made when it is rewarded; every consumer reads this record.
+
+    reward: NaN where it was dropped. advantage: over the siblings' mean, after any KL term; NaN until that is known.
+    """
 
     episode: EpisodeRecord
     completion: str
-    judgement: Judgement
+    verdict: Judgement
     reward: float
-    advantage: float
+    advantage: float = math.nan
 
 
 def make_records(
     episodes: Sequence[Episode],
     image_names: Sequence[Sequence[str]],
-    prompts: Sequence[Sequence[Message]],
-    texts: Sequence[str],
+    completions: Sequence[str],
+    verdicts: Sequence[Judgement],
     rewards: Sequence[float],
-    advantages: Sequence[float],
-    *,
-    allow_reasoning: bool,
 ) -> list[RolloutRecord]:
     """The records of P groups of completions, group after group.
 
-    image_names, prompts: P, of each episode's pictures and messages. texts, rewards and advantages: one a rollout.
+    image_names: P, of each episode's pictures. completions, verdicts and rewards: B, one a rollout.
     """
-    group_size = len(texts) // len(episodes)
-    records = [
-        EpisodeRecord(instruction_of(prompt), episode.target, episode.correct_index, episode.labels, tuple(names))
-        for episode, prompt, names in zip(episodes, prompts, image_names, strict=True)
-    ]
-    of_rollouts = [pair for pair in zip(episodes, records, strict=True) for _ in range(group_size)]
-    return [
-        RolloutRecord(
-            episode=record,
-            completion=text,
-            judgement=judge(text, episode.correct_index, episode.num_candidates, allow_reasoning=allow_reasoning),
-            reward=reward,
-            advantage=advantage,
+    group_size = len(completions) // len(episodes)
+    seen = [
+        EpisodeRecord(
+            instruction_of(episode.messages), episode.target, episode.correct_index, episode.labels, tuple(names)
         )
-        for (episode, record), text, reward, advantage in zip(of_rollouts, texts, rewards, advantages, strict=True)
+        for episode, names in zip(episodes, image_names, strict=True)
+        for _ in range(group_size)
     ]
+    return [RolloutRecord(*fields) for fields in zip(seen, completions, verdicts, rewards, strict=True)]
 
 
-def instruction_of(prompt: Sequence[Message]) -> str:
-    """The last text that the user's messages hold, which asks for a picture."""
+def picture_names(digests: Sequence[bytes], num_images: Sequence[int]) -> list[list[str]]:
+    """A file name for each picture, equal for equal pixels: P lists. digests: of all pictures. num_images: P ints."""
+    names = (f"{digest.hex()[:16]}.webp" for digest in digests)
+    return [list(islice(names, number)) for number in num_images]
+
+
+def instruction_of(messages: Sequence[Message]) -> str:
+    """The last text of the user's messages, which asks for a picture."""
     texts = [
         part["text"]
-        for message in prompt
+        for message in messages
         if message["role"] == "user"
         for part in message["content"]
         if part["type"] == "text"
@@ -78,7 +79,7 @@ def instruction_of(prompt: Sequence[Message]) -> str:
 
 
 def length_metrics(lengths: Sequence[int], is_ended: Sequence[bool]) -> dict[str, float]:
-    """TRL's metrics of completion lengths in tokens: of all, of those that ended by themselves, and who did not."""
+    """TRL's metrics of completion lengths in tokens: of all, of those that ended, and the share that did not end."""
     ended = [length for length, has_end in zip(lengths, is_ended, strict=True) if has_end] or [0]
     metrics = {"completions/clipped_ratio": 1 - sum(is_ended) / len(is_ended)}
     for name, values in (("length", lengths), ("terminated_length", ended)):
@@ -94,25 +95,25 @@ def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int) -> dict[
     """The task metrics of P groups of `group_size` rollouts, group after group. Every value is a share in [0, 1].
 
     `accuracy`; `valid_call`; `outcome/<outcome>` and `parse/<status>`, each family summing to 1; `groups/all_right`,
-    `groups/all_wrong`, `groups/mixed`, also summing to 1, from the task's verdicts alone: only mixed groups teach
+    `groups/all_wrong`, `groups/mixed`, also summing to 1, from the verdicts alone: only mixed groups teach
     which index is right; `chosen_index/<i>`, the share of all rollouts that picked i, and
     `correct_index/<i>`, the share for which i was right, for every index in range.
-    Raises ValueError if the rollouts are none or do not fill whole groups.
+    Raises ValueError unless the rollouts fill one or more whole groups.
     """
     if not rollouts or len(rollouts) % group_size:
         raise ValueError(f"{len(rollouts)} rollouts, but wanted one or more whole groups of {group_size}")
-    verdicts = [rollout.judgement for rollout in rollouts]
+    verdicts = [rollout.verdict for rollout in rollouts]
     outcomes = Counter(verdict.outcome for verdict in verdicts)
     statuses = Counter(verdict.parse_status for verdict in verdicts)
     chosen = Counter(verdict.index for verdict in verdicts)
     correct = Counter(rollout.episode.correct_index for rollout in rollouts)
     num_candidates = max(len(rollout.episode.labels) for rollout in rollouts)
-    rights = [verdict.outcome is Outcome.CORRECT for verdict in verdicts]
+    rights = [verdict.is_right for verdict in verdicts]
     rights_per_group = [sum(rights[start : start + group_size]) for start in range(0, len(rights), group_size)]
     num_groups, total = len(rights_per_group), len(rollouts)
     all_right, all_wrong = rights_per_group.count(group_size), rights_per_group.count(0)
     return {
-        "accuracy": outcomes[Outcome.CORRECT] / total,
+        "accuracy": sum(rights) / total,
         "valid_call": (outcomes[Outcome.CORRECT] + outcomes[Outcome.WRONG_INDEX]) / total,
         **{f"outcome/{outcome}": outcomes[outcome] / total for outcome in Outcome},
         **{f"parse/{status}": statuses[status] / total for status in ParseStatus},

@@ -1,18 +1,12 @@
-"""FleetRLOOTrainer: REINFORCE leave-one-out on episodes, and the only code that leans on TRL's internals.
+"""FleetRLOOTrainer: the loop of REINFORCE leave-one-out on episodes, from a batch to the loss.
 
-The algorithm is RLOO of "Back to Basics" (arXiv 2402.14740): the advantage of a rollout is its reward minus the mean
-reward of its siblings, and a completion is one action, so its log-probability is the sum over its tokens. As TRL
-does, and unlike the paper, the loss is PPO's clipped ratio; with one step per generation the ratio is 1 and its
-gradient is exactly REINFORCE's. With beta > 0 the sequence's KL to the reference is taken off its reward, as in the
-paper. Unlike TRL, a batch is encoded once per episode (TRL: twice per rollout), a group stays whole on its device and
-in its micro-batch (TRL shuffles rollouts), and completions are judged with special tokens visible (TRL strips them).
+algorithm.py has the algorithm, policy_passes.py the passes through the model. Unlike TRL, a batch is encoded once per
+episode (TRL: twice per rollout), a group stays whole on its device and in its micro-batch (TRL shuffles rollouts), and
+completions are judged with special tokens visible (TRL strips them).
 """
 
-import logging
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,77 +16,54 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import RLOOConfig
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
-from trl.trainer.utils import nanstd, pad, use_adapter
+from trl.trainer.utils import nanstd
 
-from dataset import (
-    EpisodeBatch,
-    RepeatableEpisodeDataset,
-    VLMDataCollator,
-    count_faults,
-    prompts_of_rollouts,
-    repeat_episodes,
-    require_episodes,
-)
+from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, count_faults, require_episodes
+from environment import Episode, Judgement, judge
 from fleet.errors import RunStopped
-from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
-from fleet.evaluation.figures import EvaluationPlan, evaluate, headline_figures
-from fleet.own_code.reward_function import BoundedReward, Reward
-from fleet.own_code.reward_process import RewardProcess
-from fleet.qwen.flops import add_up, compare_work
-from fleet.qwen.group_passes import (
-    base_qwen,
-    encode_image,
-    generate_groups,
-    image_inputs,
-    prompt_positions,
-    score_packed,
-    takes_image_features,
-    why_not_to_pack,
+from fleet.evaluation.answering import AnswerSettings
+from fleet.evaluation.figures import EvaluationPlan, headline_figures
+from fleet.own_code.reward_function import Reward
+from fleet.rl.algorithm import (
+    clipped_loss,
+    leave_one_out_advantages,
+    needs_old_logps,
+    sequence_logps,
+    shaped_rewards,
+    token_kl,
 )
-from fleet.qwen.shared_prefix import pack_groups, unpack
-from fleet.qwen.vision_cache import VisionCache
-from fleet.rl.algorithm import leave_one_out_advantages, needs_old_logps, num_episodes_of_args, refuse_split_groups
 from fleet.rl.guards import RewardGuard, StepGuard, without_gradient_if_not_finite
-from fleet.rl.resumable_trainer import ResumableTrainer
-from fleet.rl.rollouts import RolloutRecord, length_metrics, make_records, rollout_metrics
-from fleet.rl.vllm_sampling import VLLMSampler, sampling_kwargs
-from model_utils import decode_completion, end_token_ids, media_token_ids, up_to_end
-from reward import DEFAULT_WEIGHTS, RewardWeights, make_trl_reward_function
-
-logger = logging.getLogger("fleet")
+from fleet.rl.policy_passes import PolicyPasses, SampledGroups
+from fleet.rl.rollouts import RolloutRecord, make_records, picture_names, rollout_metrics
+from fleet.rl.settings import DEFAULT_SETTINGS, TrainerSettings
+from fleet.schedule import num_episodes_of_run, require_whole_groups
+from model_utils import decode_completion
+from reward import make_trl_reward_function, reward_of
 
 # Axes: P episodes (groups), G rollouts of each, B = P * G of them group after group, T completion tokens.
 
 
 @dataclass
 class Rollouts:
-    """This device's completions of one generation and what is known of them so far; P whole groups of G."""
+    """This device's rollouts of one generation, and what is known of them so far."""
 
-    batch: EpisodeBatch
-    positions_3PL: Tensor  # int64, the model's positions of the prompts
-    image_features: list[Tensor] | None  # one an image from the vision cache, or None for the encoder to run
-    completions: list[list[int]]
-    texts: list[str]
-    completion_ids_BT: Tensor  # int64, right-padded
-    completion_mask_BT: Tensor  # int64, 0 on padding and on masked truncated completions
+    sampled: SampledGroups
+    records: list[RolloutRecord]  # B
     rewards_B: Tensor  # float32, from the task alone
-    advantages_B: Tensor  # float32; filled step by step where a KL term waits for the step's own forward pass
-    is_packed: bool  # whether a forward pass has each group as one row
-    sampler_logps_BT: Tensor | None = None  # float32, what vLLM sampled with; NaN where it gave none, and on padding
+    advantages_B: Tensor  # float32; filled step by step where a KL term waits for the training pass
     ref_logps_BT: Tensor | None = None  # float32, with beta > 0
-    old_logps_BT: Tensor | None = None  # float32, of the policy that sampled, where needs_old_logps
+    old_logps_BT: Tensor | None = None  # float32, where needs_old_logps
     kl_and_tokens_2: Tensor | None = None  # float32 sums so far, with beta > 0
 
 
-class FleetRLOOTrainer(ResumableTrainer):
+class FleetRLOOTrainer(PolicyPasses):
     """TRL's RLOOTrainer, fed by RepeatableEpisodeDataset through VLMDataCollator.
 
     `latest_rollouts` holds the records of the last generation over all devices, the same on every one, and
     `latest_pictures` the pictures of this device's by the names that the records have. Besides TRL's metrics it logs
     rollouts.rollout_metrics, `rollouts_per_s`, `token_ratio` (tokens that would pass through TRL's training pass per
     token that passes through ours), `vision_cache/hit_rate` (of a generation's images), and TRL's `step_time` as
-    `step_time_s`.
+    `step_time_s`. With skips_bad_images it logs `images/episodes_replaced` (of a generation, over all devices).
     """
 
     def __init__(
@@ -101,91 +72,43 @@ class FleetRLOOTrainer(ResumableTrainer):
         args: RLOOConfig,
         dataset: RepeatableEpisodeDataset,
         processing_class: Any,
+        settings: TrainerSettings = DEFAULT_SETTINGS,
         *,
-        reward_weights: RewardWeights = DEFAULT_WEIGHTS,
-        skips_bad_images: bool = False,
-        allow_reasoning: bool = False,
-        reward_function: RewardProcess | Callable[..., Any] | None = None,
-        reward_timeout_s: float = 60.0,
-        max_skipped_steps: int = 5,
+        reward_function: Reward | None = None,
         peft_config: PeftConfig | None = None,
-        shared_prefix: bool = True,
-        vision_cache_bytes: int = 0,
-        vllm_max_logprob_gap: float = 0.1,
         evaluation: tuple[EvaluationPlan, AnswerSettings] | None = None,
         **resumable: Any,
     ):
         """args: `make_rloo_config` says how episodes become TRL's batch sizes. processing_class: pads left.
 
-        skips_bad_images: go on where an image has gone bad, on the episode that replaces its own, and log
-        `images/episodes_replaced` (of a generation, over all devices); else the run stops, on all devices together.
-        reward_function: the user's own in place of `reward_weights`, called with reward_function.KEYWORDS, in its own
-        process or bounded by `reward_timeout_s` in a thread of this one.
-        max_skipped_steps: in a row, for gradients that are not finite or groups without two rollouts that count,
-        after which training ends.
-        shared_prefix: compute each prompt once per group, as long as that is less work; false takes TRL's own passes.
-        vision_cache_bytes: host memory for the features of images, where the vision tower is frozen; 0 keeps none.
-        vllm_max_logprob_gap: see VLLMSampler, where args.use_vllm.
-        evaluation: the held-out episodes that `evaluate` scores, and how they are answered.
-        Image and video tokens are never sampled. Raises ValueError if a group would be split over devices.
+        reward_function: the user's own in place of Fleet's. evaluation: the held-out episodes that `evaluate` scores,
+        and how they are answered. resumable: of ResumableTrainer. Raises ValueError if a device would split a group.
         """
-        refuse_split_groups(args)
-        media_ids = media_token_ids(model.config)
-        banned = sampling_kwargs(media_ids, end_token_ids(model)) if args.use_vllm else {"suppress_tokens": media_ids}
-        args.generation_kwargs = banned | (args.generation_kwargs or {})
-        reward: Reward
-        if isinstance(reward_function, RewardProcess):
-            reward = reward_function
-        elif reward_function is not None:
-            reward = BoundedReward(reward_function, reward_timeout_s)
-        else:
-            fleets = make_trl_reward_function(reward_weights, allow_reasoning=allow_reasoning)
-            reward = BoundedReward(fleets, reward_timeout_s, gives_copies=False)
+        require_whole_groups(args.per_device_train_batch_size, args.num_generations)
         super().__init__(
             model=model,
-            reward_funcs=reward,
             args=args,
-            train_dataset=dataset.as_hf_dataset(num_episodes_of_args(args)),
+            processing_class=processing_class,
+            settings=settings,
+            # TRL asks it for its name alone, under which rewards are logged
+            reward_funcs=reward_function or make_trl_reward_function(),
+            train_dataset=dataset.as_hf_dataset(_num_episodes(args)),
             # Trainer wants one before it evaluates; `evaluate` has its own
             eval_dataset=None if evaluation is None else dataset.as_hf_dataset(1),
-            processing_class=processing_class,
             peft_config=peft_config,
             **resumable,
         )
-        policy = self.accelerator.unwrap_model(self.model)
-        if self.is_deepspeed_enabled:
-            # loading under ZeRO-3 notes renamings that matched no weight, and saving would undo those as well
-            # ("model.model.layers"); without the note, saving gives the hub's names
-            policy._weight_conversions = None
-        if args.beta == 0.0 and "ref" in getattr(self.model, "peft_config", {}):
-            # TRL's copy of an adapter that training goes on from, which only a KL term would read
-            self.model.delete_adapter("ref")
         # TRL's constructor insists on its own identity collator
         self.data_collator = VLMDataCollator(processing_class, args.num_generations)
-        self.skips_bad_images = skips_bad_images
-        self.reward = RewardGuard(reward)
-        self.step_guard = StepGuard(self.accelerator, max_skipped_steps, self.is_at_generation_end)
+        self.reward_guard = None if reward_function is None else RewardGuard(reward_function)
+        self.step_guard = StepGuard(self.accelerator, settings.max_skipped_steps, self.is_at_generation_end)
         self.add_callback(self.step_guard)
-        self.allow_reasoning = allow_reasoning
-        self.shared_prefix = shared_prefix
-        self.vision_cache: VisionCache | None = None
-        if vision_cache_bytes and not takes_image_features():
-            logger.info("this transformers takes no image features, so every pass encodes its images; 5.18 takes them")
-        elif vision_cache_bytes and shared_prefix:
-            self.vision_cache = VisionCache(policy, vision_cache_bytes)
-        self.vllm: VLLMSampler | None = None
-        if args.use_vllm:
-            self.vllm = VLLMSampler(self.vllm_generation, processing_class, vllm_max_logprob_gap)
-        self.latest_rollouts: tuple[RolloutRecord, ...] = ()
-        self.latest_pictures: dict[str, Image.Image] = {}
         self.evaluation = evaluation
         self.latest_evaluation: dict[str, Any] | None = None
+        self.latest_rollouts: tuple[RolloutRecord, ...] = ()
+        self.latest_pictures: dict[str, Image.Image] = {}
         self._rollouts: Rollouts | None = None
-        self._scores_of_step: tuple[Tensor, Tensor | None] | None = None
-        self._attention = base_qwen(policy).config.get_text_config()._attn_implementation
-        self._has_told_why_not_packed = False
-        self._num_rollouts_since_log = 0
-        self._last_log_time_s = time.perf_counter()
+        self._num_rollouts_since_log, self._last_log_time_s = 0, time.perf_counter()
 
     def _prepare_inputs(self, generation_batch: EpisodeBatch) -> dict[str, Any]:
         """The groups of this step, as `rollouts` and a slice of them; generates first when a new generation is due."""
@@ -195,262 +118,171 @@ class FleetRLOOTrainer(ResumableTrainer):
         first = self._step % steps_per_generation * self._groups_per_step
         return {"rollouts": self._rollouts, "groups": slice(first, first + self._groups_per_step)}
 
-    @property
-    def _groups_per_step(self) -> int:
-        return self.args.per_device_train_batch_size // self.num_generations
-
     @torch.no_grad()
     def _roll_out(self, batch: EpisodeBatch) -> Rollouts:
-        """Samples G completions of each episode and rewards them. Every rank takes part."""
+        """Samples G completions of each episode, rewards them and scores them as far as the loss needs it before.
+
+        Every rank takes part.
+        """
         self.on_activity("generation")
-        found = gather_object([(batch["broken"], batch["faults"])])
-        require_episodes([broken for broken, _ in found])
-        num_replaced = count_faults([faults for _, faults in found], skips_bad_images=self.skips_bad_images)
-        if self.skips_bad_images:
-            self._metrics["train"]["images/episodes_replaced"].append(float(num_replaced))
-        features = self._image_features(batch)
-        sampler_logps = None
-        if self.vllm is None:
-            completions = self._sample_completions(batch, features)
-        else:
-            completions, sampler_logps = self._sample_with_vllm(batch)
-        texts = [decode_completion(self.processing_class, ids, self.eos_token_ids) for ids in completions]
+        self._require_shown(batch)
+        sampled = self._sample(batch)
         self.on_activity("rewards")
-        ids_BT = self._pad_completions(completions)
-        mask_BT = self._pad_completions([[1] * len(ids) for ids in completions], padding_value=0)
-        if self.mask_truncated_completions:
-            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-            is_ended_B = torch.tensor([ids[-1] in ends for ids in completions], device=ids_BT.device)
-            mask_BT = mask_BT * is_ended_B.unsqueeze(1)
-        rollouts = Rollouts(
-            batch=batch,
-            positions_3PL=prompt_positions(self.accelerator.unwrap_model(self.model), batch),
-            image_features=features,
-            completions=completions,
-            texts=texts,
-            completion_ids_BT=ids_BT,
-            completion_mask_BT=mask_BT,
-            rewards_B=self._task_rewards(batch, texts, completions),
-            advantages_B=torch.zeros(len(completions), device=ids_BT.device),
-            is_packed=self._chooses_packing(batch, mask_BT),
-            sampler_logps_BT=None if sampler_logps is None else self._pad_logps(sampler_logps, ids_BT),
-        )
-        self._log_completions(batch, completions)
+        rollouts = self._judge_and_reward(sampled)
         self.on_activity("scoring")
+        every_group = slice(0, len(batch["episodes"]))
         if self.beta != 0.0:
-            rollouts.ref_logps_BT = self._score_reference(rollouts)
+            rollouts.ref_logps_BT = self._score_reference(sampled)
         if needs_old_logps(self.args):
-            rollouts.old_logps_BT = self._score(self.model, rollouts)
-            self._compare_with_vllm(rollouts, slice(0, len(completions)), rollouts.old_logps_BT)
+            rollouts.old_logps_BT = self._score(self.model, sampled)
+            self._compare_with_vllm(sampled, every_group, rollouts.old_logps_BT)
         if self.beta == 0.0 or rollouts.old_logps_BT is not None:
-            self._take_advantages(rollouts, slice(0, len(completions)), rollouts.old_logps_BT)
+            self._take_advantages(rollouts, every_group, rollouts.old_logps_BT)
         return rollouts
 
-    def _image_features(self, batch: EpisodeBatch) -> list[Tensor] | None:
-        """The features of the batch's images from the vision cache, in host memory; None without a cache."""
-        cache, digests = self.vision_cache, batch["image_digests"]
-        if cache is None:
-            return None
-        policy = self.accelerator.unwrap_model(self.model)
-        # under ZeRO-3 the encoder's weights are gathered by all ranks, so all call it equally often
-        unknown_of_ranks = gather_object([len(cache.unknown_places(digests))])
-        with (
-            self.accelerator.autocast(),
-            disable_gradient_checkpointing(policy, self.args.gradient_checkpointing_kwargs),
-        ):
-            features = cache.features_of(
-                digests, lambda place: encode_image(policy, batch, place), num_calls=max(unknown_of_ranks)
-            )
-        num_images = sum(gather_object([len(digests)]))
-        self._metrics["train"]["vision_cache/hit_rate"].append(1 - sum(unknown_of_ranks) / num_images)
-        return features
+    def _require_shown(self, batch: EpisodeBatch) -> None:
+        """Raises RunStopped on every rank unless each episode of all ranks, or its replacement, can be shown."""
+        found = gather_object([(batch["broken"], batch["faults"])])
+        require_episodes([broken for broken, _ in found])
+        is_skipping = self.settings.skips_bad_images
+        num_replaced = count_faults([faults for _, faults in found], skips_bad_images=is_skipping)
+        if is_skipping:
+            self._add_metrics({"images/episodes_replaced": float(num_replaced)})
 
-    def _sample_completions(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
-        """B completions as token ids, each up to and with its first end token, never empty, free of media tokens."""
-        if self.shared_prefix:
-            completions = self._generate_behind_one_prefill(batch, features)
-        else:
-            rows = repeat_episodes(batch, 0, len(batch["episodes"]))
-            fields = {key: rows[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
-            completions = self._generate_single_turn(*prompts_of_rollouts(batch), fields)
-        return self._usable(completions)
+    def _judge_and_reward(self, sampled: SampledGroups) -> Rollouts:
+        """This device's completions, each judged once and rewarded; logs the rewards of all devices.
 
-    def _sample_with_vllm(self, batch: EpisodeBatch) -> tuple[list[list[int]], list[list[float]]]:
-        """The same from vLLM, with the log-probability that each token was sampled with."""
-        assert self.vllm is not None
-        completions, logps = self.vllm.sample(batch, self.state.global_step)
-        return self._usable(completions), logps
-
-    def _usable(self, completions: list[list[int]]) -> list[list[int]]:
-        media_ids = set(media_token_ids(self.model.config))
-        return [_without_media(ids, media_ids) or [self.eos_token_ids[0]] for ids in completions]
-
-    def _generate_behind_one_prefill(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
-        checkpointing = self.args.gradient_checkpointing_kwargs
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            generation_kwargs=self.generation_kwargs,
-            gradient_checkpointing_kwargs=checkpointing,
-        ) as policy:
-            rows = generate_groups(policy, batch, features, self.generation_config).tolist()
-        return [up_to_end(ids, self.eos_token_ids) for ids in rows]
-
-    def _pad_completions(self, rows: list[list[int]], padding_value: int | None = None) -> Tensor:
-        value = self._tokenizer.pad_token_id if padding_value is None else padding_value
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        return pad(tensors, padding_value=value, padding_side="right").to(self.accelerator.device)
-
-    def _pad_logps(self, rows: list[list[float]], ids_BT: Tensor) -> Tensor:
-        """The rows as a tensor (B, T) float32 like the ids', NaN where a row has none."""
-        length = ids_BT.shape[1]
-        padded = [(row + [math.nan] * length)[:length] for row in rows]
-        return torch.tensor(padded, dtype=torch.float32, device=ids_BT.device)
-
-    def _chooses_packing(self, batch: EpisodeBatch, mask_BT: Tensor) -> bool:
-        """Whether this generation's forward passes have each group as one row; decided on the work of all devices."""
-        if not self.shared_prefix:
-            return False
-        own = compare_work(
-            self.model.config,
-            batch["attention_mask"].sum(dim=1).tolist(),
-            mask_BT.sum(dim=1).view(-1, self.num_generations).tolist(),
-            padded_lengths=(batch["input_ids"].shape[1], mask_BT.shape[1]),
-            grids_thw=batch["image_grid_thw"].tolist(),
-            are_features_known=self.vision_cache is not None,
-            groups_per_step=self._groups_per_step,
-        )
-        work = add_up(gather_object([own]))
-        reason = why_not_to_pack(self._attention, work)
-        if reason is not None and not self._has_told_why_not_packed:
-            logger.info(f"shared prefix: this generation is trained on as TRL does it: {reason} (said once)")
-            self._has_told_why_not_packed = True
-        token_ratio = work.unpacked_tokens / work.packed_tokens if reason is None else 1.0
-        self._metrics["train"]["token_ratio"].append(token_ratio)
-        return reason is None
-
-    def _score_reference(self, rollouts: Rollouts) -> Tensor:
-        """The completions' log-probabilities (B, T) under the reference: another model, or this one's base."""
-        if self.ref_model is not None:
-            return self._score(self.ref_model, rollouts)
-        # TRL keeps a copy of an adapter that training began with as "ref"; a new adapter begins as none at all
-        policy = self.accelerator.unwrap_model(self.model)
-        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-            return self._score(self.model, rollouts)
-
-    @torch.no_grad()
-    def _score(self, model: nn.Module, rollouts: Rollouts) -> Tensor:
-        """The completions' log-probabilities (B, T) under a model, as many groups at a time as a step has."""
-        size, num_groups = self._groups_per_step, len(rollouts.batch["episodes"])
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            return torch.cat(
-                [
-                    self._completion_logps(model, rollouts, slice(first, first + size))[0]
-                    for first in range(0, num_groups, size)
-                ]
-            )
-
-    def _completion_logps(self, model: nn.Module, rollouts: Rollouts, groups: slice) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities and entropies (b, T) of these groups' completion tokens, from one forward pass."""
-        batch, size = rollouts.batch, rollouts.batch["group_size"]
-        rows = slice(groups.start * size, groups.stop * size)
-        ids_BT, mask_BT = rollouts.completion_ids_BT[rows], rollouts.completion_mask_BT[rows]
-        if not rollouts.is_packed:
-            return self._score_as_trl(model, repeat_episodes(batch, groups.start, groups.stop), ids_BT, mask_BT)
-        packed = pack_groups(
-            batch["input_ids"][groups],
-            batch["attention_mask"][groups],
-            rollouts.positions_3PL[:, groups],
-            ids_BT.view(-1, size, ids_BT.shape[1]),
-            mask_BT.sum(dim=1).view(-1, size),
-            self._tokenizer.pad_token_id,
-        )
-        images = image_inputs(batch, groups, rollouts.image_features)
-        with self.accelerator.autocast():
-            logps_PS, entropies_PS = score_packed(model, packed, images, self._attention)
-        logps_BT = unpack(logps_PS, packed).flatten(0, 1)
-        return logps_BT, None if entropies_PS is None else unpack(entropies_PS, packed).flatten(0, 1)
-
-    def _score_as_trl(
-        self, model: nn.Module, rows: dict[str, Any], ids_BT: Tensor, mask_BT: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        logps_BT, entropies_BT, _ = super()._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([rows["prompt_ids"], ids_BT], dim=1),
-            torch.cat([rows["prompt_mask"], mask_BT], dim=1),
-            ids_BT.shape[1],
-            compute_entropy=torch.is_grad_enabled(),
-            pixel_values=rows["pixel_values"],
-            image_grid_thw=rows["image_grid_thw"],
-            num_images=rows["num_images"],
-            # completions hold no image tokens
-            mm_token_type_ids=torch.cat([rows["mm_token_type_ids"], torch.zeros_like(ids_BT)], dim=1),
-        )
-        return logps_BT, entropies_BT
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, None]:
-        """What TRL's loss asks for, which _compute_loss has just computed."""
-        assert self._scores_of_step is not None, "TRL scored outside its loss: trainer.py must follow"
-        scores, self._scores_of_step = self._scores_of_step, None
-        return *scores, None
-
-    def _task_rewards(self, batch: EpisodeBatch, texts: list[str], completions: list[list[int]]) -> Tensor:
-        """This device's rewards (B,), NaN where a value is none; logs those of all devices.
-
-        Raises RunStopped on all processes if the reward function is broken on any.
+        Raises RunStopped on all processes if the user's reward function is broken on any.
         """
-        size = batch["group_size"]
-        episodes = [episode for episode in batch["episodes"] for _ in range(size)]
-        values = self.reward(
-            texts,
+        batch, processor, reasons = sampled.batch, self.processing_class, self.settings.allow_reasoning
+        episodes_B = [episode for episode in batch["episodes"] for _ in range(batch["group_size"])]
+        completions = [decode_completion(processor, ids, self.eos_token_ids) for ids in sampled.completion_ids]
+        verdicts = [
+            judge(completion, episode.correct_index, episode.num_candidates, allow_reasoning=reasons)
+            for completion, episode in zip(completions, episodes_B, strict=True)
+        ]
+        rewards, first_dropped = self._rewards(sampled, episodes_B, completions, verdicts)
+        self.step_guard.begin_generation(first_dropped)
+        rewards_B = torch.tensor(rewards, device=self.accelerator.device) * self.reward_weights[0].item()
+        self._log_rewards(self.accelerator.gather(rewards_B))
+        names = picture_names(batch["image_digests"], batch["num_images"])
+        records = make_records(batch["episodes"], names, completions, verdicts, rewards_B.tolist())
+        return Rollouts(sampled, records, rewards_B, advantages_B=torch.zeros_like(rewards_B))
+
+    def _rewards(
+        self, sampled: SampledGroups, episodes_B: list[Episode], completions: list[str], verdicts: list[Judgement]
+    ) -> tuple[list[float], str | None]:
+        """The B rewards, from the verdicts or the user's reward function, and the first dropped value, in words.
+
+        A dropped value is NaN among the rewards; a verdict's reward is never dropped.
+        """
+        if self.reward_guard is None:
+            return [reward_of(verdict, self.settings.reward_weights) for verdict in verdicts], None
+        batch = sampled.batch
+        return self.reward_guard(
+            completions,
             self.state.global_step + 1,
-            prompts=[prompt for prompt in batch["prompts"] for _ in range(size)],
-            completion_ids=[list(ids) for ids in completions],
-            correct_index=[episode.correct_index for episode in episodes],
-            num_candidates=[episode.num_candidates for episode in episodes],
-            episode=episodes,
+            prompts=[prompt for prompt in batch["prompts"] for _ in range(batch["group_size"])],
+            completion_ids=[list(ids) for ids in sampled.completion_ids],
+            correct_index=[episode.correct_index for episode in episodes_B],
+            num_candidates=[episode.num_candidates for episode in episodes_B],
+            episode=episodes_B,
             trainer_state=self.state,
         )
-        self.step_guard.begin_generation(self.reward.latest_dropped)
-        rewards = torch.tensor(values, device=self.accelerator.device) * self.reward_weights[0].item()
-        of_all = self.accelerator.gather(rewards)
-        mean, deviation = of_all.nanmean().item(), nanstd(of_all).item()
-        (name,) = self.reward_func_names
-        for key, value in (("reward", mean), ("reward_std", deviation),
-                           (f"rewards/{name}/mean", mean), (f"rewards/{name}/std", deviation)):  # fmt: skip
-            self._metrics["train"][key].append(value)
-        return rewards
+
+    def _log_rewards(self, rewards_B: Tensor) -> None:
+        """Logs TRL's metrics of the rewards of all devices, NaN where one was dropped."""
+        mean, deviation = rewards_B.nanmean().item(), nanstd(rewards_B).item()
+        name = f"rewards/{self.reward_func_names[0]}"
+        self._add_metrics({"reward": mean, "reward_std": deviation, f"{name}/mean": mean, f"{name}/std": deviation})
+
+    @torch.no_grad()
+    def _take_advantages(self, rollouts: Rollouts, groups: slice, old_logps_BT: Tensor | None) -> None:
+        """Fills in the advantages of these groups, and records the rollouts once the last group has its own.
+
+        old_logps_BT: of these groups, for the KL term. Every rank takes part.
+        """
+        rows, kl_BT = rollouts.sampled.rows_of(groups), None
+        if old_logps_BT is not None and rollouts.ref_logps_BT is not None:
+            mask_BT = rollouts.sampled.completion_mask_BT[rows]
+            kl_BT = token_kl(old_logps_BT, rollouts.ref_logps_BT[rows], mask_BT)
+            sums_2 = torch.stack([kl_BT.sum(), mask_BT.sum().float()])
+            rollouts.kl_and_tokens_2 = sums_2 + (0 if rollouts.kl_and_tokens_2 is None else rollouts.kl_and_tokens_2)
+        own_B = shaped_rewards(rollouts.rewards_B[rows], kl_BT, self.beta, self.reward_clip_range)
+        shaped_PG = self.accelerator.gather(own_B).view(-1, self.num_generations)
+        self.step_guard.note_scores(shaped_PG)
+        self._add_metrics(
+            {
+                "rewards/dropped": shaped_PG.isnan().float().mean().item(),
+                "frac_reward_zero_std": (nanstd(shaped_PG, dim=1) < 1e-8).float().mean().item(),
+            }
+        )
+        advantages_PG = leave_one_out_advantages(shaped_PG, normalize=self.normalize_advantages)
+        # every device has as many rows as this one
+        rollouts.advantages_B[rows] = advantages_PG.view(-1, len(own_B))[self.accelerator.process_index]
+        if rows.stop == len(rollouts.records):
+            self._record(rollouts)
+
+    def _record(self, rollouts: Rollouts) -> None:
+        """Gathers every rollout's record to every rank, and logs their metrics."""
+        records = [
+            replace(record, advantage=advantage)
+            for record, advantage in zip(rollouts.records, rollouts.advantages_B.tolist(), strict=True)
+        ]
+        images = rollouts.sampled.batch["images"]
+        self.latest_pictures = {
+            name: picture
+            for record, pictures in zip(records[:: self.num_generations], images, strict=True)
+            for name, picture in zip(record.episode.image_names, pictures, strict=True)
+        }
+        self.latest_rollouts = tuple(gather_object(records))
+        self._num_rollouts_since_log += len(self.latest_rollouts)
+        self._add_metrics(rollout_metrics(self.latest_rollouts, self.num_generations))
+        if rollouts.kl_and_tokens_2 is not None:
+            kl, num_tokens = self.accelerator.reduce(rollouts.kl_and_tokens_2, reduction="sum").tolist()
+            self._add_metrics({"kl": kl / max(num_tokens, 1)})
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """TRL's loss of these groups. On-policy, the forward pass that is trained on is the policy's only one."""
+        """The loss of these groups. On-policy, the forward pass that is trained on is the policy's only one."""
         self.on_activity("the training pass")
         rollouts, groups = inputs["rollouts"], inputs["groups"]
-        size = rollouts.batch["group_size"]
-        rows = slice(groups.start * size, groups.stop * size)
-        mask_BT = rollouts.completion_mask_BT[rows]
-        logps_BT, entropies_BT = self._completion_logps(model, rollouts, groups)
+        sampled, rows = rollouts.sampled, rollouts.sampled.rows_of(groups)
+        mask_BT = sampled.completion_mask_BT[rows]
+        logps_BT, entropies_BT = self._completion_logps(model, sampled, groups)
         if rollouts.old_logps_BT is None:
             old_logps_BT = logps_BT.detach()
-            self._compare_with_vllm(rollouts, rows, old_logps_BT)
+            self._compare_with_vllm(sampled, groups, old_logps_BT)
             if self.beta != 0.0:
-                self._take_advantages(rollouts, rows, old_logps_BT)
+                self._take_advantages(rollouts, groups, old_logps_BT)
         else:
             old_logps_BT = rollouts.old_logps_BT[rows]
-        self._scores_of_step = logps_BT, entropies_BT
-        no_prompt = mask_BT[:, :0]
-        loss = super()._compute_loss(
-            model,
-            {
-                "prompt_ids": no_prompt,
-                "prompt_mask": no_prompt,
-                "completion_ids": rollouts.completion_ids_BT[rows],
-                "completion_mask": mask_BT,
-                "old_logps": (old_logps_BT * mask_BT).sum(dim=1),
-                "advantages": rollouts.advantages_B[rows],
-            },
+        loss, is_clipped_below_B, is_clipped_above_B = clipped_loss(
+            sequence_logps(logps_BT, mask_BT),
+            sequence_logps(old_logps_BT, mask_BT),
+            rollouts.advantages_B[rows],
+            self.epsilon_low,
+            self.epsilon_high,
         )
+        self._log_loss(entropies_BT, mask_BT, torch.stack([is_clipped_below_B, is_clipped_above_B], dim=1))
         return without_gradient_if_not_finite(loss)
+
+    @torch.no_grad()
+    def _log_loss(self, entropies_BT: Tensor, mask_BT: Tensor, is_clipped_B2: Tensor) -> None:
+        """Logs TRL's metrics of the training pass, over all devices. is_clipped_B2: below and above."""
+        sums_2 = torch.stack([(entropies_BT * mask_BT).sum(), mask_BT.sum().float()])
+        entropy, num_tokens = self.accelerator.reduce(sums_2, reduction="sum")
+        below_B, above_B = self.accelerator.gather(is_clipped_B2.float()).unbind(dim=1)
+        self._add_metrics(
+            {
+                "entropy": (entropy / num_tokens.clamp(min=1.0)).item(),
+                "clip_ratio/low_mean": below_B.mean().item(),
+                "clip_ratio/low_min": below_B.min().item(),
+                "clip_ratio/high_mean": above_B.mean().item(),
+                "clip_ratio/high_max": above_B.max().item(),
+                # a rollout's advantage has one sign, so it is clipped on one side at most
+                "clip_ratio/region_mean": (below_B + above_B).mean().item(),
+            }
+        )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm, for the log and for the guard that decides whether the step is taken."""
@@ -466,116 +298,17 @@ class FleetRLOOTrainer(ResumableTrainer):
             raise RunStopped(self.step_guard.stop_reason, can_resume=self.step_guard.has_taught)
         return output
 
-    @torch.no_grad()
-    def _take_advantages(self, rollouts: Rollouts, rows: slice, logps_BT: Tensor | None) -> None:
-        """Fills in the advantages of these rows, and records the rollouts once the last row has its own.
-
-        With beta > 0 a reward loses beta times its sequence's KL, the log-ratio to the reference (first order). Every
-        rank takes part.
-        """
-        shaped_B = rollouts.rewards_B[rows]
-        if self.reward_clip_range:
-            shaped_B = shaped_B.clamp(*self.reward_clip_range)
-        if logps_BT is not None and rollouts.ref_logps_BT is not None:
-            mask_BT = rollouts.completion_mask_BT[rows]
-            kl_BT = (logps_BT - rollouts.ref_logps_BT[rows]) * mask_BT
-            sums_2 = torch.stack([kl_BT.sum(), mask_BT.sum().float()])
-            rollouts.kl_and_tokens_2 = sums_2 + (0 if rollouts.kl_and_tokens_2 is None else rollouts.kl_and_tokens_2)
-            shaped_B = shaped_B - self.beta * kl_BT.sum(dim=1)
-        # a token that the reference gives no chance has no finite KL
-        shaped_all = self.accelerator.gather(shaped_B.where(shaped_B.isfinite(), torch.nan))
-        self.step_guard.note_scores(shaped_all.view(-1, self.num_generations))
-        self._metrics["train"]["rewards/dropped"].append(shaped_all.isnan().float().mean().item())
-        is_tied_P = nanstd(shaped_all.view(-1, self.num_generations), dim=1) < 1e-8
-        self._metrics["train"]["frac_reward_zero_std"].append(is_tied_P.float().mean().item())
-        advantages_PG = leave_one_out_advantages(
-            shaped_all.view(-1, self.num_generations), normalize=self.normalize_advantages
-        )
-        rollouts.advantages_B[rows] = advantages_PG.view(-1)[self._own_rows(len(shaped_B))]
-        if rows.stop == len(rollouts.completions):
-            self._record(rollouts)
-
-    def _compare_with_vllm(self, rollouts: Rollouts, rows: slice, logps_BT: Tensor) -> None:
-        """Compares these rows' log-probabilities with those that vLLM sampled with. Every rank takes part."""
-        if self.vllm is None or rollouts.sampler_logps_BT is None:
-            return
-        sampler_BT, mask_BT = rollouts.sampler_logps_BT[rows], rollouts.completion_mask_BT[rows]
-        is_last = rows.stop == len(rollouts.completions)
-        for name, value in self.vllm.compare(logps_BT, sampler_BT, mask_BT, is_last=is_last).items():
-            self._metrics["train"][name].append(value)
-
-    def _own_rows(self, num_rows: int) -> slice:
-        """Where this device's rows are among those of all devices, each of which has as many."""
-        first = self.accelerator.process_index * num_rows
-        return slice(first, first + num_rows)
-
-    def _log_completions(self, batch: EpisodeBatch, completions: list[list[int]]) -> None:
-        """TRL's metrics of completion lengths, over all devices, and of tokens seen since the start."""
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        prompt_tokens = int(batch["attention_mask"].sum()) * batch["group_size"]
-        own = prompt_tokens, [len(ids) for ids in completions], [ids[-1] in ends for ids in completions]
-        of_ranks = gather_object([own])
-        lengths = [length for _, of_rank, _ in of_ranks for length in of_rank]
-        self.state.num_input_tokens_seen += sum(of_rank[0] for of_rank in of_ranks) + sum(lengths)
-        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
-        is_ended = [has_end for _, _, of_rank in of_ranks for has_end in of_rank]
-        for name, value in length_metrics(lengths, is_ended).items():
-            self._metrics["train"][name].append(value)
-
-    def _record(self, rollouts: Rollouts) -> None:
-        """Gathers every rollout's record to every rank, and logs what they amount to."""
-        batch = rollouts.batch
-        named = [
-            [(f"{next(digests).hex()[:16]}.webp", picture) for picture in pictures]
-            for digests in [iter(batch["image_digests"])]
-            for pictures in batch["images"]
-        ]
-        self.latest_pictures = {name: picture for of_episode in named for name, picture in of_episode}
-        records = make_records(
-            batch["episodes"],
-            [[name for name, _ in of_episode] for of_episode in named],
-            batch["prompts"],
-            rollouts.texts,
-            rollouts.rewards_B.tolist(),
-            rollouts.advantages_B.tolist(),
-            allow_reasoning=self.allow_reasoning,
-        )
-        self.latest_rollouts = tuple(gather_object(records))
-        self._num_rollouts_since_log += len(self.latest_rollouts)
-        for name, value in rollout_metrics(self.latest_rollouts, self.num_generations).items():
-            self._metrics["train"][name].append(value)
-        if rollouts.kl_and_tokens_2 is not None:
-            kl, num_tokens = self.accelerator.reduce(rollouts.kl_and_tokens_2, reduction="sum").tolist()
-            self._metrics["train"]["kl"].append(kl / max(num_tokens, 1))
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores the held-out episodes and logs the figures, on all ranks; training's randomness is left as it was."""
         assert self.evaluation is not None, "no evaluation was given to the trainer"
-        plan, settings = self.evaluation
-        ranks = {"rank": self.accelerator.process_index, "num_ranks": self.accelerator.num_processes}
-        plan = sound_part(plan, **ranks, skips_bad_images=self.skips_bad_images)
         self.model.eval()
         start_s = time.perf_counter()
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        ) as policy_model:
-            policy = ModelPolicy(
-                policy_model,
-                self.processing_class,
-                settings,
-                **ranks,
-                on_progress=lambda num_rows: self.on_activity("evaluation"),
-            )
-            document = evaluate(policy, plan, str(self.model.config._name_or_path)).document
+        document = self._answer(*self.evaluation)
         self.latest_evaluation = document | {"step": self.state.global_step}
         seconds = time.perf_counter() - start_s
         # rollouts_per_s is of training
         self._last_log_time_s += seconds
-        figures = headline_figures(document) | {"seconds": seconds}
-        metrics = {f"eval_{name}": value for name, value in figures.items()}
+        metrics = {f"eval_{name}": value for name, value in (headline_figures(document) | {"seconds": seconds}).items()}
         self.log(metrics)
         self.model.train()
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -598,7 +331,12 @@ class FleetRLOOTrainer(ResumableTrainer):
         """Writes nothing: TRL's card presents a published text model, and a run folder has config.json."""
 
 
-def _without_media(completion_ids: list[int], media_ids: set[int]) -> list[int]:
-    """The completion up to its first image or video token, of which a sampler is told to draw none."""
-    stop = next((place for place, token in enumerate(completion_ids) if token in media_ids), len(completion_ids))
-    return completion_ids[:stop]
+def _num_episodes(args: RLOOConfig) -> int:
+    """The episodes that `args.max_steps` optimizer steps draw over all devices: one epoch, so no order repeats."""
+    return num_episodes_of_run(
+        args.max_steps,
+        steps_per_generation=args.steps_per_generation,
+        num_iterations=args.num_iterations,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        episodes_per_micro_step=args.generation_batch_size // args.steps_per_generation // args.num_generations,
+    )

@@ -1,14 +1,13 @@
 """Completions from vLLM, and proof that it saw the prompt and the weights that the trainer scores with.
 
-The only code that leans on vLLM and on TRL's VLLMGeneration. Unlike TRL's own way through it, a colocated vLLM is given
-one placeholder an image, as it expands placeholders itself (trl#6718); the features of images that it keeps are
-forgotten with the weights that made them; image and video tokens are never sampled; and prompt ids and
-log-probabilities are compared with the trainer's own.
+The only code that leans on vLLM and on TRL's VLLMGeneration. Unlike TRL, a colocated vLLM gets one placeholder an
+image, as it expands placeholders itself (trl#6718). It forgets the features of images with the weights that made
+them, and never samples image and video tokens. Its prompt ids and log-probabilities are compared with the trainer's.
 """
 
 import math
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,24 +23,19 @@ NEVER = -100.0
 
 
 def sampling_kwargs(media_ids: Sequence[int], end_ids: Sequence[int]) -> dict[str, Any]:
-    """What vLLM's SamplingParams need besides RLOOConfig's own: no media token is drawn, and Fleet's ends end.
-
-    TRL passes them on as its `generation_kwargs`.
-    """
+    """Additions to vLLM's SamplingParams, for TRL's `generation_kwargs`: media tokens are banned, Fleet's ends end."""
     return {"logit_bias": dict.fromkeys(media_ids, NEVER), "stop_token_ids": list(end_ids)}
 
 
 class VLLMSampler:
-    """Draws completions with TRL's VLLMGeneration, in step with the weights, and compares what both make of them.
+    """Draws completions with TRL's VLLMGeneration, with the latest weights, and compares its figures with Fleet's.
 
-    Until a first generation is found sound, what differs raises RunRefused; afterwards, RunStopped.
+    A difference raises RunRefused in the first generation, RunStopped in a later one.
     """
 
     def __init__(self, generation: VLLMGeneration, processor: Any, max_gap: float):
-        """generation: the trainer's, which is asked for the log-probability of each token that it draws.
-
-        max_gap: of the log-probabilities, on average over the tokens of the first generation, in nats.
-        """
+        """max_gap: of the log-probabilities, on average over the tokens of the first generation, in nats."""
+        # asks for the log-probability of each token that is drawn
         generation.logprobs = 0
         self.generation, self.processor, self.max_gap = generation, processor, max_gap
         self._synced_step: int | None = None
@@ -49,12 +43,12 @@ class VLLMSampler:
         self._is_sound = False
 
     def sample(self, batch: EpisodeBatch, step: int) -> tuple[list[list[int]], list[list[float]]]:
-        """G completions of each of the batch's P episodes, and the log-probability vLLM gave each of their tokens.
+        """G completions of each of the batch's P episodes as ids, and the log-probability that each token had.
 
-        Both B = P * G lists, group after group; a completion has its end token where it has one. Log-probabilities are
-        of what is sampled from, after temperature, top_p and bias; NaN where vLLM has none. step: the optimizer steps
-        so far; weights are sent when it has changed. Every process takes part. Raises, on every process, if vLLM used
-        other prompts than the batch has.
+        Both B = P * G lists, group after group; a completion that ended has its end token. Log-probabilities are of the
+        distribution sampled from, after temperature, top_p and bias; NaN where vLLM has none. step: the optimizer steps
+        so far; weights are sent when it changes. Every process takes part. Raises, on every process, if vLLM used other
+        prompts than the batch has.
         """
         if step != self._synced_step:
             self._send_weights()
@@ -63,18 +57,18 @@ class VLLMSampler:
         pad = self.processor.image_token_id
         is_colocated = self.generation.mode == "colocate"
         sent = [collapse_runs(ids, pad) for ids in prompts] if is_colocated else prompts
-        used, completions, logps, _ = self.generation.generate(sent, images, batch["group_size"])
+        used, completion_ids, logps, _ = self.generation.generate(sent, images, batch["group_size"])
         pairs = ((ours, list(theirs)) for ours, theirs in zip(prompts, used, strict=True))
         differing = next((pair for pair in pairs if pair[0] != pair[1]), None)
         self._raise_together(None if differing is None else where_prompts_part(*differing, self.processor))
-        known = [[math.nan if value is None else value for (value, *_) in of_row] for of_row in logps]
-        return [list(ids) for ids in completions], known
+        known = [[math.nan if value is None else value for (value, *_) in row] for row in logps]
+        return [list(ids) for ids in completion_ids], known
 
     def compare(self, own_logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, is_last: bool) -> dict[str, float]:
-        """The metrics of a generation once its last rows are compared (`is_last`), before that none.
+        """The metrics of a generation with its last rows (`is_last`); none with earlier ones.
 
-        own_logps, sampler_logps, mask: of the same tokens, one shape. Every process takes part. Raises
-        RunRefused on all of them if the first generation's mean gap is above `max_gap`.
+        own_logps, sampler_logps, mask: of the same tokens, one shape. Every process takes part. Raises RunRefused on
+        all of them if the first generation's mean gap is above `max_gap`.
         """
         gaps = logprob_gaps(own_logps.float(), sampler_logps, self.generation.top_p)
         self._gaps.append(gaps[mask.bool() & ~sampler_logps.isnan()])
@@ -90,9 +84,9 @@ class VLLMSampler:
         return {"vllm/logprob_gap": mean, "vllm/logprob_gap_max": largest}
 
     def _send_weights(self) -> None:
-        """Gives vLLM the policy's weights, and has it forget what earlier ones made of prompts and of images."""
+        """Gives vLLM the policy's weights, and empties its caches of prompts and images that earlier weights made."""
         self.generation.sync_weights()
-        # TRL has the prefix cache forgotten, never the encoder's
+        # TRL empties the prefix cache, never the encoder's
         if self.generation.mode == "colocate":
             self.generation.llm.llm_engine.reset_encoder_cache()
             return
@@ -121,21 +115,20 @@ def collapse_runs(ids: Sequence[int], token: int) -> list[int]:
     >>> collapse_runs([1, 7, 7, 7, 2, 7, 3, 7, 7], 7)
     [1, 7, 2, 7, 3, 7]
     """
-    return [value for place, value in enumerate(ids) if value != token or place == 0 or ids[place - 1] != token]
+    return [value for kept, run in groupby(ids) for value in ([token] if kept == token else run)]
 
 
 def run_lengths(ids: Sequence[int], token: int) -> list[int]:
-    """How long each run of `token` is, in order.
+    """The length of each run of `token`, in order.
 
     >>> run_lengths([1, 7, 7, 7, 2, 7, 3], 7)
     [3, 1]
     """
-    starts = [place for place, value in enumerate(ids) if value == token and (place == 0 or ids[place - 1] != token)]
-    return [sum(1 for _ in takewhile(lambda value: value == token, ids[start:])) for start in starts]
+    return [len(list(run)) for value, run in groupby(ids) if value == token]
 
 
 def where_prompts_part(ours: Sequence[int], theirs: Sequence[int], processor: Any) -> str:
-    """Two prompts that should be one, told apart: their lengths, their images' tokens, and the first that differs."""
+    """Two prompts that should be equal, in words: their lengths, their images' tokens, and the first difference."""
     pad = processor.image_token_id
     pairs = enumerate(zip(ours, theirs, strict=False))
     place = next((place for place, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
@@ -152,17 +145,17 @@ def where_prompts_part(ours: Sequence[int], theirs: Sequence[int], processor: An
 
 
 def logprob_gaps(own_logps: Tensor, sampler_logps: Tensor, top_p: float) -> Tensor:
-    """How far the sampler's log-probabilities are from what the trainer's own allow, in nats; same shape, float32.
+    """The gaps between the sampler's log-probabilities of the sampled tokens and the trainer's, in nats; same shape.
 
-    Both are of the sampled tokens. Leaving out all but a nucleus of mass top_p or more raises what is left by at most
-    -log(top_p), which is no gap; with top_p 1 a gap is the absolute difference. A NaN stays one.
+    A nucleus of mass top_p or more raises the log-probabilities of its tokens by at most -log(top_p), which is no gap;
+    with top_p 1 a gap is the absolute difference. NaN stays NaN.
     """
     excess = sampler_logps - own_logps
     return excess.clamp(max=0).abs() + (excess + math.log(top_p)).clamp(min=0)
 
 
 def require_small_gap(mean: float, largest: float, max_gap: float) -> None:
-    """Raises RunRefused for a first generation whose gap, over all processes, is above `max_gap` or NaN."""
+    """Raises RunRefused if the first generation's mean gap, over all processes, is above `max_gap` or NaN."""
     if mean <= max_gap:
         return
     raise RunRefused(

@@ -1,12 +1,12 @@
 """Warnings while a run goes wrong: each kind once, in plain words, with what to do about it.
 
-Owns which figures of metrics.jsonl mean that a run does not learn, and the remedies. Pure Python on plain values: what
-the figures are is rl/rollouts.py's affair, and who shows the warnings is the caller's.
+Owns which figures of metrics.jsonl mean that a run does not learn, and the remedies. Pure Python on plain values:
+rl/rollouts.py makes the figures, and the caller shows the warnings.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from statistics import fmean, stdev
 
@@ -24,7 +24,7 @@ NUM_WINDOWS_AT_CHANCE = 5  # a policy starts at chance, so that alone is no news
 
 
 class Kind(StrEnum):
-    """What a warning is about; none is given twice in a run."""
+    """The kinds of warnings, each of which is given once a run."""
 
     SOLVED = "solved"
     ALL_WRONG = "all_wrong"
@@ -66,8 +66,8 @@ class Diagnostics:
     | unparsable       | over half a window, more than half of completions have one status, and no fewer lately    |
     | entropy_collapse | a window's mean is under 5 % of the first window's, at an accuracy below 0.95 not rising |
 
-    After a resume, pass it the lines that the run has written before and drop what it returns: the first window's
-    entropy, and what was warned of, are then those of the whole run.
+    After a resume, pass it the lines that the run wrote before and drop what it returns: it then knows the first
+    window's entropy and the warnings that were given.
     """
 
     def __init__(self, *, fixed_correct_index: int | None, window: int = 20):
@@ -83,22 +83,16 @@ class Diagnostics:
     def observe(self, metrics: Metrics) -> list[str]:
         """The new warnings after one more logged step; usually none.
 
-        metrics: a line of metrics.jsonl; without a reward, of a step that reuses a generation, it is passed over. A
-        figure that is missing or None counts in no mean, and a mean of fewer than half a window's figures is none.
+        metrics: a line of metrics.jsonl; one without a reward (a step that reuses a generation) is passed over. A
+        figure that is missing or None counts in no mean, and a mean needs half a window's figures.
         """
         if "reward" not in metrics:
             return []
         if len(self._first_lines) < self.window:
             self._first_lines.append(metrics)
         self._latest_lines.append(metrics)
-        checks: tuple[Callable[[], tuple[Kind, str] | None], ...] = (
-            self._unparsable,
-            self._no_signal,
-            self._not_looking,
-            self._entropy_collapse,
-        )
-        found = [finding for check in checks if (finding := check()) is not None]
-        new = {kind: text for kind, text in found if kind not in self.warnings}
+        found = self._unparsable(), self._no_signal(), self._not_looking(), self._entropy_collapse()
+        new = {kind: text for kind, text in filter(None, found) if kind not in self.warnings}
         self.warnings |= new
         return list(new.values())
 
@@ -198,13 +192,13 @@ class Diagnostics:
 
 
 def is_as_good_as_blind(lines: Sequence[Metrics]) -> bool:
-    """Whether accuracy is no more than these picks earn if each is made without regard to the right index.
+    """True if accuracy is no more than these picks earn when each ignores the right index.
 
-    A step's picks of index i are the share c_i of its rollouts, and i is right in a share q_i of all steps together:
-    made blindly, they are right in a share of sum(c_i q_i), which for one constant index i is q_i, and for even picks
-    among N is 1/N. (With q_i of the step alone, a step of one episode would always look blind.) The steps' excess over
-    that counts if its mean is above two standard errors, and above 0.01. False if half the picks
-    or more are no valid ones, or half the lines or more lack a figure: nothing can be said then.
+    A step's picks of index i are the share c_i of its rollouts, and i is right in a share q_i of all steps together.
+    Blind picks are right in a share of sum(c_i q_i): q_i for one constant index i, 1/N for even picks among N. (With
+    q_i of the step alone, a step of one episode would always look blind.) The steps' excess over that counts if its
+    mean is above two standard errors and above 0.01. False, for lack of evidence, if half the picks or more are
+    invalid, or half the lines or more lack a figure.
     """
     excesses, valid_shares = [], []
     indices = [name.removeprefix("chosen_index/") for name in family(lines, "chosen_index/")]

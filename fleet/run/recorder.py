@@ -1,6 +1,6 @@
-"""RunRecorder: what happens at each step of a run besides training, from its progress to the files it leaves.
+"""RunRecorder: all that a run shows and writes at each step, from its progress to its files.
 
-Owns when things are written and shown; the forms are in records.py, the rules of the warnings in diagnostics.py.
+Owns the moments; the forms are in records.py, the rules of the warnings in diagnostics.py.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ from typing import Any
 from PIL import Image, ImageOps
 from transformers.trainer_callback import TrainerCallback
 
-from fleet.command.options import Options
 from fleet.errors import RunStopped
 from fleet.progress import StepProgress
 from fleet.rl.checkpoints import remedy_of
@@ -32,13 +31,27 @@ THUMBNAIL_PX = 112
 
 
 class RunRecorder(TrainerCallback):
-    """How far the run is, tables of completions, warnings, and the run's records."""
+    """Shows progress, tables of completions and warnings, and writes the run's records."""
 
-    def __init__(self, trainer: Any, options: Options):
-        """trainer: a FleetRLOOTrainer."""
-        self.trainer, self.options = trainer, options
-        self.output_dir = Path(str(options.output_dir))
-        self.diagnostics = Diagnostics(fixed_correct_index=options.fixed_correct_index)
+    def __init__(
+        self,
+        trainer: Any,
+        output_dir: Path,
+        *,
+        report_to: str,
+        sample_steps: int,
+        evaluates: bool,
+        keep_best: bool,
+        fixed_correct_index: int | None,
+    ):
+        """trainer: a FleetRLOOTrainer. report_to, sample_steps, keep_best and fixed_correct_index: the flags.
+
+        evaluates: the last step is evaluated.
+        """
+        self.trainer, self.output_dir = trainer, output_dir
+        self.report_to, self.sample_steps = report_to, sample_steps
+        self.evaluates, self.keep_best = evaluates, keep_best
+        self.diagnostics = Diagnostics(fixed_correct_index=fixed_correct_index)
         self._metrics = LineFile(self.output_dir / METRICS_NAME)
         self._rollouts = LineFile(self.output_dir / ROLLOUTS_NAME)
         self._evaluations = LineFile(self.output_dir / EVALUATIONS_NAME)
@@ -46,7 +59,7 @@ class RunRecorder(TrainerCallback):
         self._progress: StepProgress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drops lines past the step that the run resumes from: those steps are taken and written again."""
+        """Drops lines past the step that the run resumes from: it takes and writes those steps again."""
         if not state.is_world_process_zero:
             return
         self._progress = StepProgress(state.global_step, state.max_steps)
@@ -70,7 +83,7 @@ class RunRecorder(TrainerCallback):
         self._metrics.append([])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Writes the step's figures and rollouts, shows the latest two figures, and says what looks wrong."""
+        """Writes the step's figures and rollouts, shows two of the figures, and gives new warnings."""
         is_training_step = bool(logs) and "loss" in (logs or {})
         if is_training_step:
             self._keep_thumbnails()
@@ -94,7 +107,7 @@ class RunRecorder(TrainerCallback):
         """Writes the evaluation's document and says its main figures; asks for a checkpoint of a new best."""
         document = self.trainer.latest_evaluation
         is_best = metrics["eval_greedy_accuracy"] > (-math.inf if state.best_metric is None else state.best_metric)
-        if self.options.keep_best and state.global_step > 0 and is_best:
+        if self.keep_best and state.global_step > 0 and is_best:
             control.should_save = True
         if state.is_world_process_zero:
             self._evaluations.append([document])
@@ -106,20 +119,18 @@ class RunRecorder(TrainerCallback):
         return control
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Moves the bar, prints the table when it is due, and has the last step logged and evaluated."""
+        """Moves the bar, prints the table when it is due, and asks for the last step's log and evaluation."""
         if self._progress is not None:
             self._progress.step_done(state.global_step)
         if state.global_step == state.max_steps:
             control.should_log = True
-            control.should_evaluate |= bool(self.options.eval_steps)
-        is_due = self.options.sample_steps and (
-            state.global_step == 1 or state.global_step % self.options.sample_steps == 0
-        )
+            control.should_evaluate |= self.evaluates
+        is_due = self.sample_steps and (state.global_step == 1 or state.global_step % self.sample_steps == 0)
         if state.is_world_process_zero and is_due:
             shown = distinct_rollouts(self.trainer.latest_rollouts)
             self._say(sample_table(shown, state.global_step))
             callbacks = self.trainer.callback_handler.callbacks
-            log_samples(self.options.report_to, callbacks, self._samples(shown), state.global_step)
+            log_samples(self.report_to, callbacks, self._samples(shown), state.global_step)
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -135,18 +146,7 @@ class RunRecorder(TrainerCallback):
         """Those of the rollouts whose pictures this process has."""
         pictures = self.trainer.latest_pictures
         return [
-            Sample(
-                images=tuple(pictures[name] for name in rollout.episode.image_names),
-                labels=rollout.episode.labels,
-                instruction=rollout.episode.instruction,
-                correct_index=rollout.episode.correct_index,
-                chosen_index=rollout.judgement.index,
-                completion=rollout.completion,
-                outcome=rollout.judgement.outcome.value,
-                parse_status=rollout.judgement.parse_status.value,
-                reward=rollout.reward,
-                advantage=rollout.advantage,
-            )
+            Sample(rollout, tuple(pictures[name] for name in rollout.episode.image_names))
             for rollout in rollouts
             if all(name in pictures for name in rollout.episode.image_names)
         ]

@@ -1,6 +1,6 @@
 """The forms of what a run shows and leaves: sample tables, lines of rollouts and curve.png.
 
-Owns no moment: recorder.py decides when they are shown and written. The figures in them come from the trainer.
+recorder.py decides when they are shown and written. The figures in them come from the trainer.
 """
 
 import io
@@ -24,9 +24,9 @@ OUTCOME_STYLES = {Outcome.CORRECT: "green", Outcome.WRONG_INDEX: "yellow"}
 
 
 def distinct_rollouts(rollouts: Sequence[RolloutRecord], max_rows: int = 4) -> list[RolloutRecord]:
-    """A few different completions: one of each outcome first."""
+    """A few different completions, one of each outcome first."""
     distinct = {(rollout.episode, rollout.completion): rollout for rollout in reversed(rollouts)}
-    first_of_outcome = {rollout.judgement.outcome: rollout for rollout in distinct.values()}
+    first_of_outcome = {rollout.verdict.outcome: rollout for rollout in distinct.values()}
     others = [rollout for rollout in distinct.values() if rollout not in first_of_outcome.values()]
     return [*first_of_outcome.values(), *others][:max_rows]
 
@@ -39,13 +39,14 @@ def sample_table(rollouts: Sequence[RolloutRecord], step: int) -> str:
     for name in ("reward", "advantage"):
         table.add_column(name, justify="right")
     for rollout in rollouts:
-        outcome, status = rollout.judgement.outcome, rollout.judgement.parse_status
-        target = rollout.episode.target
-        verdict = outcome.value if outcome is not Outcome.UNPARSABLE else f"{outcome.value}: {status.value}"
+        verdict, episode = rollout.verdict, rollout.episode
+        outcome = verdict.outcome.value
+        if verdict.outcome is Outcome.UNPARSABLE:
+            outcome = f"{outcome}: {verdict.parse_status.value}"
         table.add_row(
-            Text(_cut(f"{rollout.episode.correct_index} ({target})" if target else str(rollout.episode.correct_index))),
+            Text(_cut(f"{episode.correct_index} ({episode.target})" if episode.target else str(episode.correct_index))),
             Text(_cut(rollout.completion)),
-            Text(verdict, style=OUTCOME_STYLES.get(outcome, "red")),
+            Text(outcome, style=OUTCOME_STYLES.get(verdict.outcome, "red")),
             f"{rollout.reward:.2f}",
             f"{rollout.advantage:+.2f}",
         )
@@ -70,10 +71,10 @@ def group_lines(rollouts: Sequence[RolloutRecord], group_size: int, step: int) -
                 "rollouts": [
                     {
                         "completion": rollout.completion,
-                        "outcome": rollout.judgement.outcome.value,
-                        "parse_status": rollout.judgement.parse_status.value,
-                        "index": rollout.judgement.index,
-                        # JSON has no NaN, the reward of a rollout that could not be scored
+                        "outcome": rollout.verdict.outcome.value,
+                        "parse_status": rollout.verdict.parse_status.value,
+                        "index": rollout.verdict.index,
+                        # JSON has no NaN, the reward of a rollout that was dropped
                         "reward": rollout.reward if math.isfinite(rollout.reward) else None,
                         "advantage": rollout.advantage,
                     }
@@ -85,7 +86,7 @@ def group_lines(rollouts: Sequence[RolloutRecord], group_size: int, step: int) -
 
 
 def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
-    """What was decided for the user, and why, as a table for the terminal."""
+    """The defaults that were chosen for this case, and why, as a table for the terminal."""
     table = Table(title="defaults for this case", title_justify="left", show_edge=False, pad_edge=False)
     for name in ("flag", "value", "why"):
         table.add_column(name)

@@ -1,17 +1,18 @@
 """Sampled completions with their images, for TensorBoard, W&B or trackio, whichever --report_to chose.
 
-Owns how a sample looks there. Which rollouts are shown, and when, is the caller's affair, who is the main process. The
-tracker's run is the one that transformers' own callback opened: TensorBoard's writer is that callback's `tb_writer`,
-the other two have one current run per process, so everything goes through their public `log`.
+Owns how a sample looks there. The caller (the main process) chooses the rollouts. The tracker's run is the one that
+transformers' own callback opened: TensorBoard's writer is that callback's `tb_writer`, and the other two have one
+current run per process, which their public `log` writes to.
 
 Limits: one picture a sample, shrunk to 160 pixels a candidate, not the pixels that the model sees. TensorBoard shows
 10 steps per tag, drawn at random, unless started with `--samples_per_plugin images=0,text=0`. W&B and trackio get the
-text as it is, control characters spelled out: trackio 0.43 shows it as text, up to 250 characters a cell; how W&B's
-page shows it is not tested.
+text as it is, control characters spelled out. trackio 0.43 shows it as text, up to 250 characters a cell; W&B's page
+is not tested.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerCallback
 
+from fleet.rl.rollouts import RolloutRecord
 from utils.plain_text import printable, printable_lines
 
 TAG = "samples"
@@ -38,38 +40,24 @@ CHOSEN_COLOUR = "#e66101"
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion to show.
+    """One rollout to show. images: RGB, one per candidate, as utils.images.open_image gives them."""
 
-    images, labels: one per candidate; RGB, as utils.images.open_image gives them. chosen_index: what the completion
-    picks, in range or not; None if it is no call.
-    """
-
+    rollout: RolloutRecord
     images: tuple[Image.Image, ...]
-    labels: tuple[str, ...]
-    instruction: str
-    correct_index: int
-    chosen_index: int | None
-    completion: str
-    outcome: str
-    parse_status: str
-    reward: float
-    advantage: float
 
 
 def log_samples(report_to: str, callbacks: Sequence[TrainerCallback], samples: Sequence[Sample], step: int) -> None:
     """Sends the samples to the tracker of this name; to none for "none".
 
     callbacks: the trainer's, `trainer.callback_handler.callbacks`. Call it while training runs, on the main process
-    alone: nobody else has a tracker's run. Raises RuntimeError without one, ValueError for another tracker.
+    alone, which has the tracker's run. Raises RuntimeError without one, ValueError for another tracker.
     """
     if report_to == "none" or not samples:
         return
     if report_to == "tensorboard":
         _log_to_tensorboard(callbacks, samples, step)
-    elif report_to == "wandb":
-        _log_to_wandb(samples, step)
-    elif report_to == "trackio":
-        _log_to_trackio(samples, step)
+    elif report_to in ("wandb", "trackio"):
+        _log_as_table(import_module(report_to), samples, step)
     else:
         raise ValueError(f"report_to={report_to!r}, but samples go to tensorboard, wandb, trackio or none; pass one")
 
@@ -89,7 +77,8 @@ def contact_sheet(sample: Sample) -> Image.Image:
         thumbnail = ImageOps.contain(image, (THUMBNAIL_PX, THUMBNAIL_PX))
         inset_x, inset_y = ((THUMBNAIL_PX - side_px) // 2 for side_px in thumbnail.size)
         sheet.paste(thumbnail, (left + border_px + inset_x, border_px + inset_y))
-        is_right, is_chosen = index == sample.correct_index, index == sample.chosen_index
+        is_right = index == sample.rollout.episode.correct_index
+        is_chosen = index == sample.rollout.verdict.index
         outer = (left, 0, left + cell_px - 1, cell_px - 1)
         if is_right:
             draw.rectangle(outer, outline=RIGHT_COLOUR, width=FRAME_PX)
@@ -122,38 +111,31 @@ def _log_to_tensorboard(callbacks: Sequence[TrainerCallback], samples: Sequence[
     writer.add_text(f"{TAG}/completions", markdown_table(samples), step)
 
 
-def _log_to_wandb(samples: Sequence[Sample], step: int) -> None:
-    import wandb
-
-    if wandb.run is None:
+def _log_as_table(tracker: Any, samples: Sequence[Sample], step: int) -> None:
+    """tracker: the module wandb or trackio, whose tables are alike."""
+    # trackio itself raises RuntimeError without a run
+    if tracker.__name__ == "wandb" and tracker.run is None:
         raise RuntimeError(
             "report_to='wandb', but there is no W&B run; log samples on the main process, while it trains"
         )
-    rows = [[wandb.Image(contact_sheet(sample)), *_row(sample)] for sample in samples]
-    wandb.log({TAG: wandb.Table(columns=["images", *COLUMNS], data=rows), STEP_NAME: step})
-
-
-def _log_to_trackio(samples: Sequence[Sample], step: int) -> None:
-    import trackio
-
-    rows = [[trackio.Image(contact_sheet(sample)), *_row(sample)] for sample in samples]
-    # trackio itself raises RuntimeError where it has no run
-    trackio.log({TAG: trackio.Table(columns=["images", *COLUMNS], data=rows), STEP_NAME: step})
+    rows = [[tracker.Image(contact_sheet(sample)), *_row(sample)] for sample in samples]
+    tracker.log({TAG: tracker.Table(columns=["images", *COLUMNS], data=rows), STEP_NAME: step})
 
 
 def _row(sample: Sample) -> list[Any]:
     """The values of COLUMNS; of texts every character that does not print is spelled out, but for line breaks."""
-    candidates = ", ".join(f"{index}: {label}" for index, label in enumerate(sample.labels))
+    rollout, episode, verdict = sample.rollout, sample.rollout.episode, sample.rollout.verdict
+    candidates = ", ".join(f"{index}: {label}" for index, label in enumerate(episode.labels))
     return [
-        printable_lines(sample.instruction),
+        printable_lines(episode.instruction),
         printable(candidates),
-        sample.correct_index,
-        sample.chosen_index,
-        printable_lines(sample.completion),
-        sample.outcome,
-        sample.parse_status,
-        round(sample.reward, 4),
-        round(sample.advantage, 4),
+        episode.correct_index,
+        verdict.index,
+        printable_lines(rollout.completion),
+        verdict.outcome.value,
+        verdict.parse_status.value,
+        round(rollout.reward, 4),
+        round(rollout.advantage, 4),
     ]
 
 

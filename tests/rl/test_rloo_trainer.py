@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from transformers import TrainerCallback
 from trl import RLOOTrainer
 
-from environment import Outcome
+from environment import Judgement, Outcome, judge
 from fleet.qwen.group_passes import takes_image_features
-from fleet.rl.algorithm import leave_one_out_advantages, needs_old_logps, num_episodes_of_args, refuse_split_groups
+from fleet.rl.algorithm import clipped_loss, leave_one_out_advantages, needs_old_logps, shaped_rewards, token_kl
 from fleet.rl.trainer import FleetRLOOTrainer
 from model_utils import make_lora_config
 from tests.helpers import (
@@ -70,10 +71,65 @@ def test_an_infinite_reward_is_refused(bad: float) -> None:
         leave_one_out_advantages(torch.tensor([[bad, 1.0]]))
 
 
+def test_a_reward_loses_beta_times_its_sequences_kl() -> None:
+    old = torch.tensor([[-1.0, -2.0, -9.0], [-0.5, -0.5, -0.5], [-1.0, -1.0, -1.0]])
+    reference = torch.tensor([[-2.0, -2.5, -1.0], [-1.0, -0.5, 0.0], [-1.0, -math.inf, -1.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1]])
+    kl = token_kl(old, reference, mask)
+    # log-ratios 1 and 0.5, the third token padding; 0.5, 0 and -0.5; and one token that the reference never gives
+    torch.testing.assert_close(kl, torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.0, -0.5], [0.0, math.inf, 0.0]]))
+    found = shaped_rewards(torch.tensor([3.0, 1.0, 1.0]), kl, beta=0.1, clip_range=(0.0, 2.0))
+    torch.testing.assert_close(found, torch.tensor([2.0 - 0.15, 1.0, NAN]), equal_nan=True)
+
+
+def test_rewards_without_a_reference_are_clipped_alone() -> None:
+    rewards = torch.tensor([-3.0, 0.5, NAN, 7.0])
+    assert torch.equal(shaped_rewards(rewards[[0, 1, 3]], None, 0.1, None), rewards[[0, 1, 3]])
+    found = shaped_rewards(rewards, None, 0.1, (-1.0, 1.0))
+    torch.testing.assert_close(found, torch.tensor([-1.0, 0.5, NAN, 1.0]), equal_nan=True)
+
+
+def test_the_loss_and_what_it_clips_worked_by_hand() -> None:
+    # ratios 2, 2, 1/2, 1/2 and 1 in the range [0.9, 1.3]
+    logps = torch.tensor([2.0, 2.0, 0.5, 0.5, 1.0]).log() - 7.0
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 4.0])
+    loss, is_below, is_above = clipped_loss(logps, torch.full((5,), -7.0), advantages, 0.1, 0.3)
+    # a sum of 1.3 - 2 + 0.5 - 0.9 + 4
+    assert loss.item() == pytest.approx(-2.9 / 5)
+    assert (is_below.tolist(), is_above.tolist()) == ([False, False, False, True, False], [True] + [False] * 4)
+
+
+def test_the_loss_and_its_gradient_equal_brute_force() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logps, old, advantages = (torch.randn(200, generator=generator, dtype=torch.float64) for _ in range(3))
+    logps.requires_grad_()
+    loss, _, _ = clipped_loss(logps, old, advantages, 0.2, 0.4)
+    loss.backward()
+    losses, gradients = [], []
+    for logp, old_logp, advantage in zip(logps.tolist(), old.tolist(), advantages.tolist(), strict=True):
+        ratio = math.exp(logp) / math.exp(old_logp)
+        is_clipped = ratio > 1.4 if advantage > 0 else ratio < 0.8
+        bound = 1.4 if advantage > 0 else 0.8
+        losses.append(-(bound if is_clipped else ratio) * advantage)
+        gradients.append(0.0 if is_clipped else -ratio * advantage / 200)
+    assert 20 < gradients.count(0.0) < 180
+    assert loss.item() == pytest.approx(sum(losses) / 200)
+    assert logps.grad is not None and logps.grad.tolist() == pytest.approx(gradients)
+
+
+def test_on_policy_the_gradient_is_reinforces() -> None:
+    logps = torch.tensor([-3.0, -4.0, -5.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -0.25, -0.75])
+    clipped_loss(logps, logps.detach(), advantages, 0.2, 0.2)[0].backward()
+    assert logps.grad is not None
+    torch.testing.assert_close(logps.grad, -advantages / 3)
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "on-policy": {},
     "kl": {"beta": 0.05},
     "two iterations": {"num_iterations": 2, "max_steps": 4},
+    "two iterations that clip": {"num_iterations": 2, "max_steps": 4, "epsilon": 0.01, "epsilon_high": 0.02},
     "accumulation": {"gradient_accumulation_steps": 2},
     "checkpointing": {"gradient_checkpointing": True},
     "normalized": {"normalize_advantages": True},
@@ -113,7 +169,7 @@ def test_same_completions_give_the_same_steps_as_stock_trl(name: str, tmp_path: 
     )
     stock.train()
     ours.train()
-    assert ours._rollouts is not None and ours._rollouts.is_packed is is_shared
+    assert ours._rollouts is not None and ours._rollouts.sampled.is_packed is is_shared
     assert (ours.vision_cache is not None) is (takes_image_features() and (is_frozen or lora is not None))
     not_compared = {"step_time", "loss"}
     if "gradient_accumulation_steps" in settings:
@@ -126,6 +182,9 @@ def test_same_completions_give_the_same_steps_as_stock_trl(name: str, tmp_path: 
         for figure in stock_line.keys() - not_compared:
             if not figure.startswith("epoch"):
                 assert our_line[figure] == pytest.approx(stock_line[figure], rel=1e-4, abs=1e-6), figure
+    if "epsilon" in settings:
+        assert any(line["clip_ratio/low_mean"] > 0 for line in our_lines if "clip_ratio/low_mean" in line)
+        assert any(line["clip_ratio/high_mean"] > 0 for line in our_lines if "clip_ratio/high_mean" in line)
     our_weights, moved = weights_of(ours.model), 0
     base = weights_of(toy_model())
     for weight_name, stock_weight in weights_of(stock.model).items():
@@ -179,7 +238,7 @@ def test_every_gradient_equals_stock_trls(kind: str, beta: float, checkpointing:
 class LongFleetTrainer(FleetRLOOTrainer):
     """Answers at a length that makes packed rows more work than rows of their own."""
 
-    def _sample_completions(self, batch: Any, features: Any) -> list[list[int]]:
+    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
         # the second step's are longer still, so that their reason is another
         length = 600 + 100 * self.state.global_step
         return [[40 + row % 7] * length for row in range(len(batch["episodes"]) * self.num_generations)]
@@ -197,7 +256,7 @@ def test_long_completions_are_trained_on_as_trl_does_and_said_once(tmp_path: Pat
     with caplog.at_level("INFO", logger="fleet"):
         ours.train()
     stock.train()
-    assert ours._rollouts is not None and not ours._rollouts.is_packed
+    assert ours._rollouts is not None and not ours._rollouts.sampled.is_packed
     assert [line["token_ratio"] for line in ours.state.log_history if "token_ratio" in line] == [1.0, 1.0]
     told = [record.message for record in caplog.records if "times the work" in record.message]
     assert len(told) == 1
@@ -334,7 +393,7 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
     trainer.train()
     line = trainer.state.log_history[0]
     # by the script: the 8 rollouts are calls 1, 7, 0, none and none, 2, 1, 7 of 0..3, with 0 right
-    assert sorted(str(rollout.judgement.index) for rollout in trainer.latest_rollouts) == sorted(
+    assert sorted(str(rollout.verdict.index) for rollout in trainer.latest_rollouts) == sorted(
         ["1", "7", "0", "None", "None", "2", "1", "7"]
     )
     assert line["accuracy"] == pytest.approx(1 / 8)
@@ -346,6 +405,23 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
     assert {f"parse/{status}" for status in ParseStatus} | {f"outcome/{outcome}" for outcome in Outcome} <= line.keys()
     assert line["step_time_s"] > 0 and line["rollouts_per_s"] > 0
     assert {rollout.advantage for rollout in trainer.latest_rollouts} != {0.0}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_a_completion_is_judged_once(beta: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[str] = []
+
+    def counting(completion: str, *args: Any, **kwargs: Any) -> Judgement:
+        judged.append(completion)
+        return judge(completion, *args, **kwargs)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("fleet.", "reward")) and getattr(module, "judge", None) is judge:
+            monkeypatch.setattr(module, "judge", counting)
+    trainer = fleet_trainer(rloo_config(tmp_path, max_steps=2, beta=beta), ScriptedFleetTrainer)
+    trainer.train()
+    assert len(judged) == 16, "two steps of 8 rollouts"
+    assert judged[8:] == [rollout.completion for rollout in trainer.latest_rollouts]
 
 
 @pytest.mark.parametrize("media_token", ["<|image_pad|>", "<|video_pad|>"])
@@ -378,8 +454,8 @@ def test_a_run_draws_each_episode_once(
         steps_per_generation=per_generation,
         num_iterations=iterations,
     )
-    assert num_episodes_of_args(args) == episodes
     trainer = fleet_trainer(args, ScriptedFleetTrainer)
+    assert len(trainer.train_dataset) == episodes
     seen: list[int] = []
     for batch in trainer.get_train_dataloader():
         seen += [episode for episode in batch["episodes"] if episode not in seen]
@@ -389,7 +465,7 @@ def test_a_run_draws_each_episode_once(
 def test_a_split_group_is_refused(tmp_path: Path) -> None:
     args = rloo_config(tmp_path, per_device_train_batch_size=6, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="per_device_train_batch_size=6 is not a multiple of num_generations=4"):
-        refuse_split_groups(args)
+        fleet_trainer(args)
 
 
 @pytest.mark.parametrize(
@@ -397,6 +473,7 @@ def test_a_split_group_is_refused(tmp_path: Path) -> None:
     [
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
         ("_generate_single_turn", ["self", "prompt_ids", "images", "multimodal_fields"]),
+        ("compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("_prepare_inputs", ["self", "generation_batch"]),
         ("_get_grad_norm", ["self", "model", "grad_norm"]),
@@ -407,8 +484,17 @@ def test_a_split_group_is_refused(tmp_path: Path) -> None:
 def test_trl_still_has_the_internals_we_lean_on(method: str, parameters: list[str]) -> None:
     found = list(inspect.signature(getattr(RLOOTrainer, method)).parameters)
     assert found == parameters, (
-        f"TRL changed RLOOTrainer.{method}: fleet/rl/trainer.py must follow before trl's pin moves"
+        f"TRL changed RLOOTrainer.{method}: trainer.py and policy_passes.py must follow before trl's pin moves"
     )
+
+
+def test_trl_still_has_the_attributes_we_read(tmp_path: Path) -> None:
+    read = {"_metrics", "_step", "_tokenizer", "beta", "eos_token_ids", "epsilon_high", "epsilon_low",
+            "generation_config", "generation_kwargs", "mask_truncated_completions", "normalize_advantages",
+            "num_generations", "num_iterations", "ref_model", "reward_clip_range", "reward_func_names",
+            "reward_weights"}  # fmt: skip
+    lost = read - vars(stock_trainer(rloo_config(tmp_path))).keys()
+    assert not lost, f"TRL's trainer has no {sorted(lost)}: trainer.py and policy_passes.py must follow"
 
 
 def test_trl_still_scores_with_the_arguments_we_pass() -> None:

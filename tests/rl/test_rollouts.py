@@ -21,13 +21,13 @@ PROSE = Judgement(Outcome.UNPARSABLE, ParseStatus.NO_CALL, None)
 CUT_OFF = Judgement(Outcome.UNPARSABLE, ParseStatus.MALFORMED_JSON, None)
 
 
-def record(judgement: Judgement, num_candidates: int = 3) -> RolloutRecord:
+def record(verdict: Judgement, num_candidates: int = 3) -> RolloutRecord:
     episode = EpisodeRecord("?", None, 0, ("",) * num_candidates, ("",) * num_candidates)
-    return RolloutRecord(episode, "?", judgement, reward=0.0, advantage=0.0)
+    return RolloutRecord(episode, "?", verdict, reward=0.0, advantage=0.0)
 
 
-def metrics_of(*judgements: Judgement, group_size: int) -> dict[str, float]:
-    return rollout_metrics([record(judgement) for judgement in judgements], group_size)
+def metrics_of(*verdicts: Judgement, group_size: int) -> dict[str, float]:
+    return rollout_metrics([record(verdict) for verdict in verdicts], group_size)
 
 
 def test_every_figure_of_three_groups():
@@ -61,7 +61,7 @@ def test_every_figure_of_three_groups():
     )
 
 
-# judgements, size of a group, then the shares of groups all right, all wrong and mixed
+# verdicts, size of a group, then the shares of groups all right, all wrong and mixed
 GROUPS = {
     "one of four right": ([RIGHT, WRONG, WRONG, WRONG], 4, (0, 0, 1)),
     "three of four right": ([RIGHT, RIGHT, RIGHT, PROSE], 4, (0, 0, 1)),
@@ -74,9 +74,9 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize(("judgements", "group_size", "shares"), GROUPS.values(), ids=GROUPS.keys())
-def test_groups(judgements, group_size, shares):
-    metrics = metrics_of(*judgements, group_size=group_size)
+@pytest.mark.parametrize(("verdicts", "group_size", "shares"), GROUPS.values(), ids=GROUPS.keys())
+def test_groups(verdicts, group_size, shares):
+    metrics = metrics_of(*verdicts, group_size=group_size)
     assert tuple(metrics[f"groups/{kind}"] for kind in ("all_right", "all_wrong", "mixed")) == shares
 
 

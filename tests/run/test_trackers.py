@@ -8,9 +8,10 @@ import os
 import sqlite3
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from environment import Judgement, Outcome, ParseStatus
+from fleet.rl.rollouts import EpisodeRecord, RolloutRecord
 from fleet.run.trackers import CAPTION_PX, Sample, contact_sheet, log_samples, markdown_table
 from tests import HANG_S
 from tests.conftest import call_text
@@ -31,23 +34,22 @@ MISCHIEF = '<script>alert(1)</script> | **bold** `code` [a](b) &amp; \\ _x_\n# n
 SHOWN = '<script>alert(1)</script> | **bold** `code` [a](b) &amp; \\ _x_\\n# new line\\t"é漢" \\ud800'
 CELL_PX = 160 + 16
 
-RIGHT_SAMPLE = Sample(
-    images=(Image.new("RGB", (56, 56), RED), Image.new("RGB", (300, 100), BLUE), Image.new("RGB", (80, 160), GREY)),
-    labels=("red", "blue", "grey"),
-    instruction="Pick the blue.",
-    correct_index=1,
-    chosen_index=1,
-    completion=call_text(1),
-    outcome="correct",
-    parse_status="ok",
-    reward=1.0,
-    advantage=0.7125,
-)
-WRONG_SAMPLE = replace(RIGHT_SAMPLE, chosen_index=2, completion=call_text(2), outcome="wrong_index", reward=0.05)
-UNPARSABLE_SAMPLE = replace(RIGHT_SAMPLE, chosen_index=None, completion=MISCHIEF, parse_status="no_call", reward=0.0)
+
+def sample(completion: str, outcome: Outcome, status: ParseStatus, index: int | None, reward: float) -> Sample:
+    episode = EpisodeRecord("Pick the blue.", "blue", 1, ("red", "blue", "grey"), ("r.webp", "b.webp", "g.webp"))
+    images = Image.new("RGB", (56, 56), RED), Image.new("RGB", (300, 100), BLUE), Image.new("RGB", (80, 160), GREY)
+    return Sample(RolloutRecord(episode, completion, Judgement(outcome, status, index), reward, 0.7125), images)
+
+
+RIGHT_SAMPLE = sample(call_text(1), Outcome.CORRECT, ParseStatus.OK, 1, 1.0)
+WRONG_SAMPLE = sample(call_text(2), Outcome.WRONG_INDEX, ParseStatus.OK, 2, 0.05)
+FAR_SAMPLE = sample(call_text(7), Outcome.INDEX_OUT_OF_RANGE, ParseStatus.OK, 7, 0.0)
+UNPARSABLE_SAMPLE = sample(MISCHIEF, Outcome.UNPARSABLE, ParseStatus.NO_CALL, None, 0.0)
 SAMPLES = (RIGHT_SAMPLE, WRONG_SAMPLE, UNPARSABLE_SAMPLE)
 # W&B and trackio take text as it is, and a lone surrogate, the last character, is none
-PLAIN_SAMPLES = (RIGHT_SAMPLE, WRONG_SAMPLE, replace(UNPARSABLE_SAMPLE, completion=MISCHIEF[:-1]))
+PLAIN_SAMPLES = (
+    RIGHT_SAMPLE, WRONG_SAMPLE, sample(MISCHIEF[:-1], Outcome.UNPARSABLE, ParseStatus.NO_CALL, None, 0.0)
+)  # fmt: skip
 
 
 def log_at_two_steps(report_to: str, folder: Path, samples: tuple[Sample, ...] = SAMPLES) -> None:
@@ -63,9 +65,8 @@ def log_at_two_steps(report_to: str, folder: Path, samples: tuple[Sample, ...] =
 
 def log_in_own_process(report_to: str, folder: Path, **environment: str) -> None:
     """The same in a process of its own: these libraries read the environment once, and W&B finishes at the end."""
-    code = (
-        f"import tests.test_trackers as t; t.log_at_two_steps({report_to!r}, t.Path({str(folder)!r}), t.PLAIN_SAMPLES)"
-    )
+    call = f"t.log_at_two_steps({report_to!r}, t.Path({str(folder)!r}), t.PLAIN_SAMPLES)"
+    code = f"import tests.run.test_trackers as t; {call}"
     environment = {**os.environ, **environment}
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=HANG_S
@@ -101,7 +102,7 @@ SHEETS = {
     ),
     "none chosen": (UNPARSABLE_SAMPLE, [(SHEET, SHEET, RED), (GREEN_FRAME, SHEET, BLUE), (SHEET, SHEET, GREY)]),
     "chosen out of range": (
-        replace(RIGHT_SAMPLE, chosen_index=7), [(SHEET, SHEET, RED), (GREEN_FRAME, SHEET, BLUE), (SHEET, SHEET, GREY)],
+        FAR_SAMPLE, [(SHEET, SHEET, RED), (GREEN_FRAME, SHEET, BLUE), (SHEET, SHEET, GREY)],
     ),
 }  # fmt: skip
 
@@ -127,7 +128,7 @@ def test_the_table_shows_hostile_text_as_text():
     cells = [html.unescape(cell.split("</td>")[0]) for cell in rendered.split("<td>")[1:]]
     assert len(cells) == 10 * len(SAMPLES)
     assert cells[:6] == ["0", "Pick the blue.", "0: red, 1: blue, 2: grey", "1", "1", call_text(1).replace("\n", "\\n")]
-    assert cells[-6:] == ["", SHOWN, "correct", "no_call", "0.0", "0.7125"]
+    assert cells[-6:] == ["", SHOWN, "unparsable", "no_call", "0.0", "0.7125"]
     assert all(f"<{tag}" not in rendered for tag in ("script", "strong", "code", "a ", "em", "h1"))
 
 
@@ -147,6 +148,20 @@ def test_tensorboard_gets_images_and_texts(tmp_path, monkeypatch):
     assert SHOWN in text and call_text(2).replace("\n", "\\n") in text
 
 
+@pytest.mark.parametrize("report_to", ["wandb", "trackio"])
+def test_a_tracker_with_tables_gets_one(report_to, monkeypatch):
+    tracker, logged = ModuleType(report_to), list[Any]()
+    stand_ins = {"run": object(), "Image": lambda image: image.size, "log": logged.append}
+    vars(tracker).update(stand_ins, Table=lambda columns, data: (columns, data))
+    monkeypatch.setitem(sys.modules, report_to, tracker)
+    log_samples(report_to, [], PLAIN_SAMPLES, 20)
+    ((columns, rows),) = (line["samples"] for line in logged)
+    assert [line["train/global_step"] for line in logged] == [20]
+    assert columns[:5] == ["images", "instruction", "candidates", "right", "chosen"]
+    assert [row[3:5] for row in rows] == [[1, 1], [1, 2], [1, None]]
+    assert [row[0] for row in rows] == [contact_sheet(PLAIN_SAMPLES[0]).size] * 3
+
+
 @pytest.mark.slow
 def test_wandb_gets_a_table_with_images(tmp_path):
     if find_spec("wandb") is None:
@@ -164,7 +179,7 @@ def test_wandb_gets_a_table_with_images(tmp_path):
         "images", "instruction", "candidates", "right", "chosen", "completion", "outcome", "parse_status", "reward",
         "advantage",
     ]  # fmt: skip
-    assert [row[5] for row in table["data"]] == [sample.completion for sample in PLAIN_SAMPLES]
+    assert [row[5] for row in table["data"]] == [sample.rollout.completion for sample in PLAIN_SAMPLES]
     assert [row[3:5] for row in table["data"]] == [[1, 1], [1, 2], [1, None]]
     for row, sample in zip(table["data"], PLAIN_SAMPLES, strict=True):
         picture = Image.open(io.BytesIO(pictures[row[0]["sha256"]]))
@@ -182,7 +197,7 @@ def test_trackio_gets_a_table_with_images(tmp_path):
     assert [line["train/global_step"] for line in logged] == [1, 20]
     assert [line["samples"]["_type"] for line in logged] == ["trackio.table"] * 2
     rows = logged[1]["samples"]["_value"]
-    assert [row["completion"] for row in rows] == [sample.completion for sample in PLAIN_SAMPLES]
+    assert [row["completion"] for row in rows] == [sample.rollout.completion for sample in PLAIN_SAMPLES]
     for row, sample in zip(rows, PLAIN_SAMPLES, strict=True):
         picture = Image.open(tmp_path / "trackio" / "media" / row["images"]["file_path"])
         assert picture.convert("RGB").tobytes() == contact_sheet(sample).tobytes()

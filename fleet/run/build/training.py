@@ -36,6 +36,7 @@ from fleet.model_folder.files import read_json
 from fleet.processes import raise_together, require_same_flags, result_or_problem, together
 from fleet.qwen.vision_cache import vision_is_frozen
 from fleet.rl.checkpoints import ProcessPlace
+from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.run.config import config_text
 from fleet.run.data import agree_on_data, problem_of_prompts, require_last_episode
@@ -224,16 +225,9 @@ def build_trainer(
             args,
             RepeatableEpisodeDataset(run.data.env, options.image_max_pixels),
             processor,
-            reward_weights=RewardWeights(options.reward_correct, options.reward_valid_call),
-            skips_bad_images=options.bad_images == "skip",
-            allow_reasoning=options.allow_reasoning,
+            trainer_settings(options, cache_mib * 2**20),
             reward_function=own_reward(options),
-            reward_timeout_s=options.reward_timeout_s,
-            max_skipped_steps=options.max_skipped_steps,
             peft_config=lora,
-            shared_prefix=options.shared_prefix,
-            vision_cache_bytes=cache_mib * 2**20,
-            vllm_max_logprob_gap=options.vllm_max_logprob_gap,
             evaluation=None if run.plan is None else (run.plan, _answer_settings(options)),
             run_config=config,
             trusts_checkpoint=options.trust_checkpoint,
@@ -242,7 +236,17 @@ def build_trainer(
             displaced_by=(lambda: None) if lock is None else lock.displaced_by,
         )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RunRecorder(trainer, options))
+    trainer.add_callback(
+        RunRecorder(
+            trainer,
+            folder,
+            report_to=options.report_to,
+            sample_steps=options.sample_steps,
+            evaluates=bool(options.eval_steps),
+            keep_best=options.keep_best,
+            fixed_correct_index=options.fixed_correct_index,
+        )
+    )
     logger.info(describe_parameters(trainer.model))
     paths = paths_read(options.model_id, options.data_root, code)
     begin_folder(folder, options, paths, config, run.data.sha256s, args.process_index)
@@ -268,6 +272,19 @@ def load_for_training(options: Options, args: RLOOConfig, model_path: str) -> tu
         logger.info(f"the adapter {options.model_id} trains the vision side, so no image features are kept\n")
         cache_mib = 0
     return model, processor, lora, cache_mib
+
+
+def trainer_settings(options: Options, vision_cache_bytes: int) -> TrainerSettings:
+    """The trainer's settings for these options."""
+    return TrainerSettings(
+        RewardWeights(options.reward_correct, options.reward_valid_call),
+        allow_reasoning=options.allow_reasoning,
+        skips_bad_images=options.bad_images == "skip",
+        max_skipped_steps=options.max_skipped_steps,
+        shared_prefix=options.shared_prefix,
+        vision_cache_bytes=vision_cache_bytes,
+        vllm_max_logprob_gap=options.vllm_max_logprob_gap,
+    )
 
 
 @contextlib.contextmanager

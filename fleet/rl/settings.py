@@ -1,0 +1,21 @@
+"""TrainerSettings: what FleetRLOOTrainer does that TRL's arguments do not say. The flags of the same names set it."""
+
+from dataclasses import dataclass
+
+from reward import DEFAULT_WEIGHTS, RewardWeights
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Settings of sampling, judging and rewarding."""
+
+    reward_weights: RewardWeights = DEFAULT_WEIGHTS
+    allow_reasoning: bool = False  # text before a call is accepted
+    skips_bad_images: bool = False  # an episode whose image has gone bad is replaced; else the run stops
+    max_skipped_steps: int = 5  # in a row that taught nothing, after which training ends
+    shared_prefix: bool = True  # each prompt is computed once a group, where that is less work; else TRL's own passes
+    vision_cache_bytes: int = 0  # host memory for the features of images, where the vision tower is frozen
+    vllm_max_logprob_gap: float = 0.1  # see VLLMSampler
+
+
+DEFAULT_SETTINGS = TrainerSettings()
