@@ -123,8 +123,7 @@ def _pictures(named: Sequence[str] | None) -> tuple[Path, ...]:
     if not named:
         raise UsageError("images is missing; pass --images with a folder of pictures, or with files")
     paths = [Path(name).expanduser() for name in named]
-    missing = [path for path in paths if not path.exists()]
-    if missing:
+    if missing := [path for path in paths if not path.exists()]:
         raise UsageError(f"images: {missing[0]} does not exist; correct --images")
     if len(paths) == 1 and paths[0].is_dir():
         with refused(ValueError, OSError, before="images: "):

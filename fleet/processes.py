@@ -63,7 +63,7 @@ def raise_first(
 
 
 def together(check: Callable[[], Result]) -> Result:
-    """The result of the check, once it has passed on every process. Raises UsageError on all if it failed on any."""
+    """The result of a check that passes on every process. Raises UsageError on all if it fails on any."""
     found: list[Result] = []
     _, problem = result_or_problem(lambda: found.append(check()))
     raise_together(problem)

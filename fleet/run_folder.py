@@ -27,7 +27,7 @@ FINAL_NAME = "final"
 MERGED_NAME = "final_merged"
 TENSORBOARD_NAME = "tensorboard"
 EVALUATION_SCHEMA_VERSION = 1
-UNFINISHED_NAME = "unfinished"  # what is being written; nothing in it is ever read
+UNFINISHED_NAME = "unfinished"  # unfinished files; none is ever read
 # what a run writes in place or reads again
 FILE_NAMES = (
     CONFIG_NAME, IMAGES_NAME, METRICS_NAME, ROLLOUTS_NAME, EVALUATIONS_NAME, CURVE_NAME, REPORT_NAME,
@@ -39,7 +39,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file as a whole: a kill or a power cut leaves the old or the new content. An OSError names the file."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        # what is there may be a pipe or a link to nothing
+        # a pipe or a link to nothing may be there
         unfinished.unlink(missing_ok=True)
         with unfinished.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

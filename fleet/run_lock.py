@@ -1,9 +1,8 @@
 """RunLock: one run at a time writes into a folder, also where several machines share it.
 
-A lock is a file `run-<n>.lock` that says which process holds it. It is made exclusively, which is atomic on NFS too.
-The highest number holds, so one wins of two runs that take over a dead run's lock at once. `flock` may be missing on
-NFS or hold on one machine alone. A holder on this machine lives if its process does; one elsewhere lives if it goes on
-touching its file. Imports no torch.
+A lock is a file `run-<n>.lock` that names its holder. It is made exclusively, which is atomic on NFS too, where `flock`
+may be missing. The highest number holds, so one of two runs wins that take over a dead run's lock at once. A holder on
+this machine lives if its process does; one elsewhere lives if it goes on touching its file. Imports no torch.
 """
 
 import contextlib
@@ -70,8 +69,7 @@ class RunLock:
     def take(self) -> None:
         """Makes the folder if need be, and the lock in it. Takes over the lock of a dead run.
 
-        Waits for silence_s where that was on another machine. Raises UsageError if it lives, or the folder takes no
-        lock.
+        Waits for silence_s where that was on another machine. Raises UsageError if it lives, or a write fails.
         """
         try:
             missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]

@@ -1,7 +1,6 @@
 """The images of an environment that can be used: each process reads a share of them, and all agree on the whole.
 
-Owns the check of the files, the verdict over all processes, the removal of bad images, and the digest of the rest.
-Imports no torch: run/data.py tells the processes of each other's shares.
+Bad images stop the run or are left out. Imports no torch: run/data.py tells the processes of each other's shares.
 """
 
 import hashlib

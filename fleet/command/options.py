@@ -1,7 +1,6 @@
 """The run as asked for: flags and YAML become one checked, resolved Options.
 
-Owns the values that exclude each other. flags.py and training_flags.py declare the flags, idle_flags.py refuses those
-that would do nothing, and preflight.py checks the folders, images and packages that they name.
+Owns the values that exclude each other; flags.py and training_flags.py declare the flags.
 """
 
 import argparse
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 from fleet.command.flags import TOY_MODEL_ID, Case, HeldOutFlags, ModelFlags, SamplingFlags, TaskFlags, models_of_case
 from fleet.command.idle_flags import IDLE_IN_TRAINING, refuse_idle
-from fleet.command.parser import flag_of, make_parser, names_where, parse_flags
+from fleet.command.parser import flag_of, make_parser, parse_flags
 from fleet.command.training_flags import (
     EvaluationFlags,
     GenerationFlags,
@@ -45,9 +44,9 @@ GROUPS = {
     "run": (RunFlags,),
 }
 # flags that name a file or a folder of the user's own
-PATH_FLAGS = names_where(Options, lambda flag: flag.is_file)
+PATH_FLAGS = tuple(field.name for field in fields(Options) if flag_of(field).is_file)
 # with any other flag changed, a resumed run would be another run
-MAY_CHANGE_ON_RESUME = frozenset(names_where(Options, lambda flag: flag.may_change))
+MAY_CHANGE_ON_RESUME = frozenset(field.name for field in fields(Options) if flag_of(field).may_change)
 
 AnyOptions = TypeVar("AnyOptions")
 

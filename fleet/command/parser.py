@@ -72,11 +72,6 @@ def flag_of(name_and_default: Field[Any]) -> Flag:
     return name_and_default.metadata["flag"]
 
 
-def names_where(options_class: type[Any], holds: Callable[[Flag], object]) -> tuple[str, ...]:
-    """The names of the flags that satisfy a condition."""
-    return tuple(field.name for field in fields(options_class) if holds(flag_of(field)))
-
-
 def make_parser(
     prog: str, description: str, groups: Mapping[str, Sequence[type[Any]]], options_class: type[Any]
 ) -> argparse.ArgumentParser:
@@ -199,7 +194,7 @@ def _help_formatter(prog: str) -> argparse.HelpFormatter:
 
 
 def _flags_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
-    """The flags that a command line names, whatever their values."""
+    """The flags that a command line names."""
     nothing = object()
     # a parser keeps the values of its namespace, except those that the command line sets
     blank = argparse.Namespace(**{action.dest: nothing for action in parser._actions})
@@ -216,11 +211,10 @@ def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpar
 
 
 def _refuse_long_words(argv: Sequence[str]) -> None:
-    for word in argv:
-        if len(word) > MAX_VALUE_LENGTH:
-            raise UsageError(
-                f"{word[:20]}... has {len(word):,} characters, but wanted at most {MAX_VALUE_LENGTH:,}; shorten it"
-            )
+    if word := next((word for word in argv if len(word) > MAX_VALUE_LENGTH), None):
+        raise UsageError(
+            f"{word[:20]}... has {len(word):,} characters, but wanted at most {MAX_VALUE_LENGTH:,}; shorten it"
+        )
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -275,8 +269,7 @@ class _ConfigLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
+        if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.YAMLError(f"key {twice[0]!r} is given twice; keep one")
         return super().construct_mapping(node, deep)
 

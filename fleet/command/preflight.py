@@ -231,8 +231,7 @@ def try_own_environment(task: TaskFlags, env: EpisodeSource, seed: int, model_id
     try:
         with refused(BrokenEpisode, NotPlainText, *stopping, before=f"env={task.env}: "):
             trial.require_pure(env, _construct_environment(task, seed, task.allow_reasoning))
-            trial.require_usable(env, task.image_max_pixels)
-            trial.require_plain_prompts(env, added_token_literals(base_of(model_id)))
+            trial.require_usable(env, task.image_max_pixels, added_token_literals(base_of(model_id)))
             # one process a machine is enough
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 arguments = _environment_arguments(task, seed, task.allow_reasoning)

@@ -103,9 +103,8 @@ def images_of_beginning(run: RunFlags) -> dict[str, str]:
 
 def _is_same_path(name: str, before: Any, now: Any, directory: str | None) -> bool:
     """True if two values of a flag name one file, `before` as seen from the run's first `directory`."""
-    if name not in PATH_FLAGS or directory is None or not isinstance(before, str) or not isinstance(now, str):
-        return False
-    return as_seen_from(directory, before) == as_seen_from(os.getcwd(), now)
+    are_paths = name in PATH_FLAGS and isinstance(before, str) and isinstance(now, str)
+    return are_paths and directory is not None and as_seen_from(directory, before) == as_seen_from(os.getcwd(), now)
 
 
 def require_same_images(recorded: Mapping[str, Any], data: RunData, beginning: Mapping[str, str]) -> None:

@@ -134,16 +134,11 @@ def _comparable(value: Any) -> Sequence[Any]:
     return [image_digest(entry).hex() if isinstance(entry, Image.Image) else entry for entry in entries]
 
 
-def require_plain_prompts(env: EpisodeSource, literals: Collection[str]) -> None:
-    """Raises NotPlainText if a message of the first episodes holds a literal that is a token to the model."""
-    for index in TRIED:
-        require_plain_messages(checked_episode(env, index).messages, f"episode {index}", literals)
-
-
-def require_usable(env: EpisodeSource, max_pixels: int | None) -> None:
+def require_usable(env: EpisodeSource, max_pixels: int | None, literals: Collection[str]) -> None:
     """Raises BrokenEpisode unless the first episodes can be shown, answered, judged, recorded and reordered.
 
     max_pixels: budget of an image. Raises BadImage or OSError for one that does not open and is not in `env.images`.
+    literals: the texts of tokens. Raises NotPlainText for a message that holds one.
     """
     listed = {getattr(image, "path", None) for image in getattr(env, "images", None) or ()}
     for index in TRIED:
@@ -151,26 +146,22 @@ def require_usable(env: EpisodeSource, max_pixels: int | None) -> None:
         for image in episode.images:
             if isinstance(image, Image.Image) or image not in listed:
                 open_image(image, max_pixels)
-        _require_verdicts(index, episode)
+        right, wrong = episode.correct_index, episode.correct_index + 1
+        first, second = (
+            judge(make_tool_call_str(call), right, episode.num_candidates).outcome for call in (right, wrong)
+        )
+        if first is not Outcome.CORRECT or second is Outcome.CORRECT:
+            raise BrokenEpisode(
+                f"episode {index}: the calls {right} and {wrong} are judged {first} and {second}; leave num_candidates "
+                "of Episode as it is"
+            )
+        # as rollouts.jsonl records it
+        json.dumps([episode.labels, episode.target, episode.messages])
         try:
-            with_order_permuted(env, episode, episode.correct_index, random.Random(index))
+            with_order_permuted(env, episode, right, random.Random(index))
         except RunStopped as error:
             raise BrokenEpisode(str(error)) from error
-
-
-def _require_verdicts(index: int, episode: Episode) -> None:
-    """Raises BrokenEpisode unless the right call is judged right and the next one is not."""
-    indices = episode.correct_index, episode.correct_index + 1
-    verdicts = [
-        judge(make_tool_call_str(chosen), episode.correct_index, episode.num_candidates).outcome for chosen in indices
-    ]
-    if verdicts[0] is not Outcome.CORRECT or verdicts[1] is Outcome.CORRECT:
-        raise BrokenEpisode(
-            f"episode {index}: the calls {indices[0]} and {indices[1]} are judged {verdicts[0]} and {verdicts[1]}; "
-            "leave num_candidates of Episode as it is"
-        )
-    # as rollouts.jsonl records it
-    json.dumps([episode.labels, episode.target, episode.messages])
+        require_plain_messages(episode.messages, f"episode {index}", literals)
 
 
 def main() -> None:

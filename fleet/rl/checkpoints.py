@@ -331,7 +331,7 @@ def _own_files(folder: Path, place: ProcessPlace) -> list[str]:
 
 
 def _read_part(path: Path, will_not_come: threading.Event) -> dict[str, Any]:
-    """A process's part of the manifest, once it is there."""
+    """A process's part of the manifest, which is waited for."""
     deadline_s = time.monotonic() + MAX_WAIT_FOR_PARTS_S
     while not path.exists():
         if will_not_come.is_set():

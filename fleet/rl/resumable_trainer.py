@@ -173,7 +173,7 @@ class ResumableTrainer(RLOOTrainer):
                 _require_same_names(checkpoint, saved_adapter.keys(), wanted)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        assert isinstance(policy, PreTrainedModel), f"a {type(policy).__name__} has no checkpoints of Fleet's"
+        assert isinstance(policy, PreTrainedModel), f"Fleet saves no {type(policy).__name__}"
         saved, loading = type(policy).from_pretrained(
             checkpoint, dtype=policy.dtype, use_safetensors=True, output_loading_info=True
         )

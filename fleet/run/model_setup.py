@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from fleet.command.evaluate_options import run_options
 from fleet.command.flags import TOY_MODEL_ID, ModelFlags, TaskFlags
 from fleet.command.options import starts_sighted
-from fleet.errors import AgreedUsageError, RunStopped, UsageError, one_line, refused
+from fleet.errors import AgreedUsageError, RunStopped, UsageError, one_line
 from fleet.model_folder.files import base_of
 from fleet.model_folder.hub import require_qwen_on_hub
 from fleet.model_folder.weights import first_weight_not_finite
@@ -57,18 +57,17 @@ def local_model_path(model_id: str, task: TaskFlags) -> str:
     """The path or hub id for `from_pretrained`. All processes build the toy if need be, or raise UsageError."""
     if model_id != TOY_MODEL_ID:
         return model_id
-    kept = refused(
-        CacheError, before="the toy model cannot be kept (", after="); set FLEET_CACHE to a folder to write to"
-    )
-    made = refused(
-        BuildError, before="the toy model could not be built (", after="); mend that, or pass another --model_id"
-    )
+    return str(together(lambda: _built_toy(SIGHTED if starts_sighted(model_id, task) else PLAIN)))
 
-    def build() -> Path:
-        with kept, made:
-            return build_in_own_process(SIGHTED if starts_sighted(model_id, task) else PLAIN)
 
-    return str(together(build))
+def _built_toy(kind: str) -> Path:
+    try:
+        return build_in_own_process(kind)
+    except CacheError as error:
+        raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
+    except BuildError as error:
+        remedy = "mend that, or pass another --model_id"
+        raise UsageError(f"the toy model could not be built ({error}); {remedy}") from error
 
 
 def require_loadable_models(*model_ids: str, revision: str | None = None) -> None:
@@ -152,8 +151,7 @@ def load_model(
             revision=flags.revision,
         )
     # under ZeRO-3 a process sees its own shards alone
-    names = [name for name in gather_by_rank(first_weight_not_finite(model)) if name is not None]
-    if names:
+    if names := [name for name in gather_by_rank(first_weight_not_finite(model)) if name is not None]:
         raise AgreedUsageError(
             f"model {flags.model_id} has weights that are not finite numbers, {names[0]} the first of them, but wanted "
             "a model that can answer; pass another, or a checkpoint from before its training failed"
