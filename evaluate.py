@@ -1,10 +1,9 @@
-"""The second command line: score a model, a checkpoint or an adapter on held-out episodes, honestly.
+"""The second command line: score a model, a checkpoint or an adapter on held-out episodes.
 
     python evaluate.py --model_id runs/look/final --baseline toy --output evaluation.json
 
-Alone or under accelerate launch, DeepSpeed ZeRO-3 included. docs/evaluation.schema.json describes what it writes.
-fleet/evaluation/figures.py turns answers into figures, and held_out.py there draws the episodes. Importing this file
-starts nothing.
+Alone or under accelerate launch, DeepSpeed ZeRO-3 included. docs/evaluation.schema.json describes the output, and
+fleet/evaluation draws the episodes and the figures. Importing this file starts nothing.
 """
 
 import json

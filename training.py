@@ -2,8 +2,8 @@
 
     accelerate launch training.py --fixed_correct_index 0
 
-`main()` tells the story; each line of it is a function that can be imported. Importing this file starts nothing, and
-torch is imported only after all checks that need none.
+`main()` tells the story in functions that can be imported. Importing this file starts nothing. torch is imported after
+all checks that need none.
 """
 
 import logging

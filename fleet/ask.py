@@ -12,46 +12,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from environment import Episode, judge, pick_image_messages
-from fleet.command import command_line
-from fleet.command.evaluate_options import (
-    EvaluateOptions,
-    parse_evaluate_options,
-    resolve_evaluate_options,
-    run_options,
-)
-from fleet.command.flags import TOY_MODEL_ID
-from fleet.command.parser import as_flag_value, flag, make_parser, parse_flags
+from fleet.command import command_line, evaluate_options
+from fleet.command.evaluate_options import EvaluateOptions
+from fleet.command.flags import TOY_MODEL_ID, ModelFlags
+from fleet.command.parser import as_flag_value, flag, make_parser, parse_flags, replace_default
 from fleet.command.preflight import require_model
-from fleet.errors import UsageError
+from fleet.errors import UsageError, refused
 from utils.images import BadImage, list_labelled_images
 from utils.plain_text import printable, printable_lines
 
 MAX_IMAGES = 32
-# of the flags that evaluate.py has too; those that are not given are the run's
+# flags of evaluate.py too; those that are not given are the run's
 SHARED = ("model_id", "revision", "image_max_pixels", "max_completion_length", "allow_reasoning")
 
 
 @dataclass(frozen=True)
 class Question:
-    """Pictures, by their index, and the sentence that says which one to pick."""
+    """Pictures, by their index, and the sentence that names the one to pick."""
 
     images: tuple[Path, ...]
     instruction: str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Asks once and prints the answer. Raises UsageError, before any weight loads, for what cannot be asked."""
+    """Asks once and prints the answer. Raises UsageError, before any weight loads, for a bad question."""
     command_line.set_up_logging()
     options, question, temperature = parse_question(sys.argv[1:] if argv is None else argv)
     command_line.keep_libraries_quiet()
     from fleet.run import model_setup
     from model_utils import generate_tool_call
 
-    options, _ = resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
-    model_setup.problem_of_models(options.model_id, revision=options.revision)
+    options, _ = evaluate_options.resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
+    model_setup.require_loadable_models(options.model_id, revision=options.revision)
     model_setup.say_what_the_toy_has_not_seen(options.model_id, options, question.images)
     model, processor = model_setup.load_policy(options, options)
-    try:
+    with refused(BadImage):
         text = generate_tool_call(
             model,
             processor,
@@ -60,36 +55,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             temperature=temperature,
             max_pixels=options.image_max_pixels,
         )
-    except BadImage as error:
-        raise UsageError(str(error)) from error
     print("\n".join(f"{index}: {printable(path)}" for index, path in enumerate(question.images)))
     picked = describe_answer(question, text, allow_reasoning=options.allow_reasoning)
     print(f"{printable(question.instruction)}\n{printable_lines(text)}\n{picked}")
 
 
+# fmt: off
 @dataclass(frozen=True)
 class AskFlags:
     """A question to a model."""
 
     model_id: str = flag(TOY_MODEL_ID, "hub id or folder, as for training.py", metavar="ID")
-    revision: str | None = flag(None, "branch, tag or commit of a hub model", "its main branch", metavar="REV")
-    images: tuple[str, ...] | None = flag(
-        None,
-        f"a folder of pictures, or 2 to {MAX_IMAGES} files",
-        "required",
-        metavar="PATH",
-        parse=str,
-        takes_several=True,
-    )
-    instruction: str | None = flag(
-        None, "the sentence that says which to pick", "the run's, where one index was always right", metavar="TEXT"
-    )
+    revision: str | None = replace_default(ModelFlags, "revision", None)
+    images: tuple[str, ...] | None = flag(None, f"a folder of pictures, or 2 to {MAX_IMAGES} files", "required",
+        metavar="PATH", parse=str, takes_several=True)
+    instruction: str | None = flag(None, "the sentence that says which to pick",
+        "the run's, where one index was always right", metavar="TEXT")
     temperature: float = flag(0.0, "of sampling; 0 takes the likeliest")
-    image_max_pixels: int | None = flag(
-        None, "width times height an image is shrunk to, in pixels", "the run's, else as training.py"
-    )
+    image_max_pixels: int | None = flag(None, "width times height an image is shrunk to, in pixels",
+        "the run's, else as training.py")
     max_completion_length: int | None = flag(None, "tokens that the answer may have", "the run's, else as training.py")
     allow_reasoning: bool = flag(False, "ask for text before the call, and accept it; so does the run's own")
+    # fmt: on
 
 
 def build_ask_parser() -> argparse.ArgumentParser:
@@ -108,7 +95,7 @@ def parse_question(argv: Sequence[str]) -> tuple[EvaluateOptions, Question, floa
     forwarded = [f"--{name}={as_flag_value(values[name])}" for name in given]
     if values["model_id"] == TOY_MODEL_ID and values["instruction"] is not None:
         forwarded.append("--fixed_correct_index=none")
-    options = parse_evaluate_options(forwarded)
+    options = evaluate_options.parse_evaluate_options(forwarded)
     require_model(options.model_id)
     question = Question(_pictures(values["images"]), _instruction(options.model_id, values["instruction"]))
     return options, question, values["temperature"]
@@ -136,14 +123,11 @@ def _pictures(named: Sequence[str] | None) -> tuple[Path, ...]:
     if not named:
         raise UsageError("images is missing; pass --images with a folder of pictures, or with files")
     paths = [Path(name).expanduser() for name in named]
-    missing = [path for path in paths if not path.exists()]
-    if missing:
+    if missing := [path for path in paths if not path.exists()]:
         raise UsageError(f"images: {missing[0]} does not exist; correct --images")
     if len(paths) == 1 and paths[0].is_dir():
-        try:
+        with refused(ValueError, OSError, before="images: "):
             paths = [image.path for image in list_labelled_images(paths[0])]
-        except (ValueError, OSError) as error:
-            raise UsageError(f"images: {error}") from error
     elif folders := [path for path in paths if path.is_dir()]:
         raise UsageError(f"images: {folders[0]} is a folder beside other paths; pass one folder, or files alone")
     if not 2 <= len(paths) <= MAX_IMAGES:
@@ -157,7 +141,7 @@ def _pictures(named: Sequence[str] | None) -> tuple[Path, ...]:
 def _instruction(model_id: str, given: str | None) -> str:
     if given is not None:
         return given
-    run = run_options(model_id)
+    run = evaluate_options.run_options(model_id)
     if model_id != TOY_MODEL_ID and (run.get("env") or run.get("fixed_correct_index") is None):
         raise UsageError(
             f"instruction is missing: model_id={model_id} goes by what it names; pass --instruction, such as "

@@ -1,18 +1,40 @@
 """The errors that a user sees: a usage that is refused, and a run that ends before its last step."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UsageError(ValueError):
-    """Something the user asked for cannot be; the message says what was got, what was wanted and the remedy."""
+    """The user asked for something invalid; the message says what was got, what was wanted and the remedy."""
 
 
 class AgreedUsageError(UsageError):
-    """One that every process raises, so that one of them says it."""
+    """A UsageError that every process raises, so that one of them says it."""
+
+
+def one_line(error: BaseException) -> str:
+    """The words of an error in one line."""
+    return " ".join(str(error).split())
+
+
+def reason_of(error: Exception) -> str:
+    """The words of an error, without the path that an OSError names."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+@contextlib.contextmanager
+def refused(*kinds: type[Exception], before: str = "", after: str = "") -> Iterator[None]:
+    """Within it, an error of these kinds becomes a UsageError. before, after: put around the error's own words."""
+    try:
+        yield
+    except kinds as error:
+        raise UsageError(f"{before}{error}{after}") from error
 
 
 class RunEnded(Exception):
-    """A run that had begun ends before its last step; the message says why, what is kept, and how to go on.
+    """A run ends before its last step; the message says why, what is kept, and how to go on.
 
-    is_of_all: every process raises it, so that one of them says it. can_resume: what is kept is worth going on from.
+    is_of_all: every process raises it, so that one of them says it. can_resume: the run can go on from what is kept.
     """
 
     exit_code = 1
@@ -24,11 +46,11 @@ class RunEnded(Exception):
 
 
 class RunStopped(RunEnded):
-    """A run that cannot go on."""
+    """The run failed."""
 
 
 class ProcessStopped(RunStopped):
-    """One process that cannot go on, and says so itself; its launcher ends the others."""
+    """One process failed, and says so itself; its launcher ends the others."""
 
     def __init__(self, message: str):
         # the worker of a data loader hands it on as text, behind a traceback
@@ -37,7 +59,7 @@ class ProcessStopped(RunStopped):
 
 
 class RunRefused(RunEnded):
-    """A run that cannot be as it was asked for, which its first generation shows; nothing was trained."""
+    """The first generation shows that the flags do not fit together; nothing was trained."""
 
     exit_code = 2
 
@@ -46,7 +68,7 @@ class RunRefused(RunEnded):
 
 
 class Preempted(RunEnded):
-    """A run that was told to stop, and has saved and stopped."""
+    """The run was told to stop, and has saved."""
 
     # sysexits.h: a temporary failure, try again. Job scripts may requeue on it.
     exit_code = 75

@@ -1,11 +1,10 @@
 """The processes of a run: one that has a problem stops them all, with the same words.
 
-A check that one process alone could fail goes through here, because a process that raises by itself leaves the others
-waiting in their next collective. Imports torch only where processes talk.
+A process that raises by itself leaves the others waiting. Imports torch only where processes talk.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fleet.errors import AgreedUsageError, UsageError
@@ -22,16 +21,20 @@ def is_alone() -> bool:
 
 
 def result_or_problem(check: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """(the result of the check, None), or (None, the words of its UsageError) for `raise_together` to raise.
-
-    A process that was started alone raises UsageError itself.
-    """
+    """(result, None), or (None, the words of the UsageError) of a check. Raises it in a process started alone."""
     try:
         return check(), None
     except UsageError as error:
         if is_alone():
             raise
         return None, str(error)
+
+
+def first_problem(problem: str | None, *checks: Callable[[], object]) -> str | None:
+    """The problem if there is one, else the words of the first check that fails, as in `result_or_problem`."""
+    for check in checks:
+        problem = problem or result_or_problem(check)[1]
+    return problem
 
 
 def gather_by_rank(value: Any) -> list[Any]:
@@ -49,9 +52,9 @@ def raise_together(problem: str | None, error_class: type[Exception] = AgreedUsa
 def raise_first(
     problem_by_rank: Sequence[str | None], error_class: type[Exception] = AgreedUsageError, who: str | None = None
 ) -> None:
-    """Raises the first problem, as every process does that has the same list of them.
+    """Raises the first problem, as every process does that has the same list.
 
-    who: the words before it, with {rank} in them; by default the process, where there are several.
+    who: the words before it, with {rank} in them; by default the process where there are several.
     """
     words = ("process {rank}: " if len(problem_by_rank) > 1 else "") if who is None else who
     for rank, problem in enumerate(problem_by_rank):
@@ -60,22 +63,18 @@ def raise_first(
 
 
 def together(check: Callable[[], Result]) -> Result:
-    """The result of the check, once it has passed on every process. Raises UsageError on all if it failed on any."""
+    """The result of a check that passes on every process. Raises UsageError on all if it fails on any."""
     found: list[Result] = []
     _, problem = result_or_problem(lambda: found.append(check()))
     raise_together(problem)
     return found[0]
 
 
-def require_same_flags(flags: dict[str, Any]) -> None:
+def require_same_flags(flags: Mapping[str, Any]) -> None:
     """Raises UsageError on every process if any was started with other flags. flags: this process's, by name."""
     flags_by_rank = gather_by_rank(flags)
-    differing = [
-        f"{name}={sorted({str(flags[name]) for flags in flags_by_rank})}"
-        for name in sorted(flags)
-        if any(other[name] != flags_by_rank[0][name] for other in flags_by_rank)
-    ]
+    values = {name: [other[name] for other in flags_by_rank] for name in sorted(flags)}
+    differing = {name: found for name, found in values.items() if any(value != found[0] for value in found)}
     if differing:
-        raise AgreedUsageError(
-            f"processes were started with different flags: {', '.join(differing)}; give all the same"
-        )
+        shown = ", ".join(f"{name}={sorted(set(map(str, found)))}" for name, found in differing.items())
+        raise AgreedUsageError(f"processes were started with different flags: {shown}; give all the same")

@@ -1,4 +1,4 @@
-"""The files of a run's folder: their names, how a file is replaced as a whole, and how JSON lines are read.
+"""The files of a run's folder: their names, the replacement of a file as a whole, and lines of JSON.
 
 Imports nothing heavy, so that a report can be written wherever the folder was copied to.
 """
@@ -27,7 +27,7 @@ FINAL_NAME = "final"
 MERGED_NAME = "final_merged"
 TENSORBOARD_NAME = "tensorboard"
 EVALUATION_SCHEMA_VERSION = 1
-UNFINISHED_NAME = "unfinished"  # what is being written; nothing in it is ever read
+UNFINISHED_NAME = "unfinished"  # unfinished files; none is ever read
 # what a run writes in place or reads again
 FILE_NAMES = (
     CONFIG_NAME, IMAGES_NAME, METRICS_NAME, ROLLOUTS_NAME, EVALUATIONS_NAME, CURVE_NAME, REPORT_NAME,
@@ -35,19 +35,14 @@ FILE_NAMES = (
 FOLDER_NAMES = (UNFINISHED_NAME, THUMBNAILS_NAME, FINAL_NAME, MERGED_NAME, TENSORBOARD_NAME)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file of UTF-8 text as a whole: after a kill or a power cut it has its old content or the new one."""
-    write_bytes_atomically(path, text.encode())
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Writes a file as a whole, as write_atomically does. Raises OSError, which names the file."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file as a whole: a kill or a power cut leaves the old or the new content. An OSError names the file."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        # what is there may be a pipe or a link to nothing
+        # a pipe or a link to nothing may be there
         unfinished.unlink(missing_ok=True)
         with unfinished.open("xb") as file:
-            file.write(content)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -67,10 +62,7 @@ def flush_folder(folder: Path) -> None:
 
 
 class LineFile:
-    """A file of one JSON object a line that a run appends to, and that no full or vanished disk stops.
-
-    Lines that cannot be written wait for the next `append`.
-    """
+    """A file of JSON lines that a run appends to. Lines that a full or vanished disk does not take are tried again."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -78,7 +70,7 @@ class LineFile:
         self._has_warned = False
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Writes the lines, and those that waited; says once if they cannot be written."""
+        """Writes the lines, and those that waited. Warns once if the disk takes none."""
         self._waiting += [json.dumps(line) + "\n" for line in lines]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

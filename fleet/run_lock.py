@@ -1,9 +1,8 @@
-"""RunLock: one run at a time writes into a folder, whichever of the machines that share the folder it is on.
+"""RunLock: one run at a time writes into a folder, also where several machines share it.
 
-A lock is a file `run-<n>.lock` that says which process holds it. It is made exclusively, which is atomic on NFS too,
-and of several the one with the highest number holds: so of two runs that take over a dead run's lock at once, one wins.
-`flock` is not used, as on NFS it may be missing or hold on one machine alone. A holder on this machine lives if its
-process does; one elsewhere lives if it goes on touching its file. Imports no torch.
+A lock is a file `run-<n>.lock` that names its holder. It is made exclusively, which is atomic on NFS too, where `flock`
+may be missing. The highest number holds, so one of two runs wins that take over a dead run's lock at once. A holder on
+this machine lives if its process does; one elsewhere lives if it goes on touching its file. Imports no torch.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from fleet.errors import UsageError
+from fleet.errors import UsageError, reason_of
 from fleet.run_folder import CONFIG_NAME
 
 logger = logging.getLogger("fleet")
@@ -31,7 +30,7 @@ LOCK_NAME = re.compile(r"run-(\d+)\.lock")
 
 
 def is_lock(path: Path) -> bool:
-    """Whether a file in a run's folder is a lock by its name."""
+    """True for a file that has a lock's name."""
     return LOCK_NAME.fullmatch(path.name) is not None
 
 
@@ -40,7 +39,7 @@ def require_free(folder: Path) -> None:
     try:
         path = _newest_lock(folder)
     except (OSError, ValueError):
-        # it is no name of a folder, which others say
+        # require_output_dir refuses what is not a folder's name
         return
     if path is not None and _lives(holder := _read_holder(path), path):
         raise _in_use(folder, path, holder)
@@ -68,13 +67,14 @@ class RunLock:
         self.release()
 
     def take(self) -> None:
-        """Makes the folder if need be, and the lock in it. Takes over the lock of a run that is dead.
+        """Makes the folder if need be, and the lock in it. Takes over the lock of a dead run.
 
-        Where that run was on another machine, waits until it has been silent for silence_s. Raises UsageError if
-        the run lives, or if the folder cannot be written to.
+        Waits for silence_s where that was on another machine. Raises UsageError if it lives, or a write fails.
         """
         try:
-            self._made = _make_folders(self.folder)
+            missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._made = missing
             while not self._claim():
                 continue
         except UsageError:
@@ -82,18 +82,17 @@ class RunLock:
             raise
         except (OSError, ValueError) as error:
             self.release()
-            reason = getattr(error, "strerror", None) or error
             raise UsageError(
-                f"output_dir={self.folder} cannot be written to ({reason}); make it writable with room on its disk, or "
-                "pass another folder"
+                f"output_dir={self.folder} cannot be written to ({reason_of(error)}); make it writable with room on "
+                "its disk, or pass another folder"
             ) from error
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
     def displaced_by(self) -> str | None:
-        """Why this run may write into the folder no longer, in words; None while it may.
+        """The holder that has taken over the folder, in words; None while this run may write.
 
-        A folder that was moved away or emptied during the run is no reason: the lock is made anew where it was.
+        Where the folder was moved away or emptied during the run, the lock is made anew.
         """
         with self._mutex:
             if self._displaced is None and self._number:
@@ -122,22 +121,20 @@ class RunLock:
         return _read_holder(path).get("token") == self._token
 
     def _claim(self) -> bool:
-        """Makes the next lock, once the newest is a dead run's. False where another process was faster."""
+        """Makes the next lock if the newest is a dead run's. False where another process was faster."""
         newest = _newest_lock(self.folder)
-        of_dead: dict[str, Any] = {}
-        if newest is not None:
-            of_dead = self._require_dead(newest)
+        dead = {} if newest is None else self._require_dead(newest)
         self._number = 1 if newest is None else _number_of(newest) + 1
         if not self._make():
             self._number = 0
             return False
         # somebody may have taken the folder and let it go since the look
-        if _newest_lock(self.folder) != self._path or (newest and _read_holder(newest) not in ({}, of_dead)):
+        if _newest_lock(self.folder) != self._path or (newest and _read_holder(newest) not in ({}, dead)):
             self._path.unlink(missing_ok=True)
             self._number = 0
             return False
         if newest is not None:
-            logger.warning(f"output_dir={self.folder}: {_who(of_dead)} was in it and is gone; its lock is taken over")
+            logger.warning(f"output_dir={self.folder}: {_who(dead)} was in it and is gone; its lock is taken over")
         for path in _locks(self.folder):
             if path != self._path:
                 path.unlink(missing_ok=True)
@@ -150,7 +147,17 @@ class RunLock:
         except FileExistsError:
             return False
         try:
-            os.write(descriptor, _described(self._token, os.fstat(descriptor).st_ino))
+            holder = {
+                "host": socket.gethostname(),
+                "machine": _this_machine(),
+                "pid": os.getpid(),
+                "pid_started": _start_of(os.getpid()),
+                "since": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+                # tells a copy of the folder apart
+                "inode": os.fstat(descriptor).st_ino,
+                "token": self._token,
+            }
+            os.write(descriptor, json.dumps(holder).encode())
             os.fsync(descriptor)
         except OSError:
             self._path.unlink(missing_ok=True)
@@ -160,14 +167,13 @@ class RunLock:
         return True
 
     def _require_dead(self, path: Path) -> dict[str, Any]:
-        """What a dead run's lock says. Raises UsageError as soon as its holder shows that it lives."""
+        """The holder of a dead run's lock. Raises UsageError as soon as it shows that it lives."""
         started_s, first = time.monotonic(), _touched_ns(path)
         silent_s = 0.0 if first is None else max(0.0, (self._now_ns() - first) / 1e9)
         has_said = False
         while _touched_ns(path) == first and first is not None:
             holder = _read_holder(path)
-            lives = _lives(holder, path)
-            if lives:
+            if lives := _lives(holder, path):
                 raise _in_use(self.folder, path, holder)
             left_s = self.silence_s - silent_s - (time.monotonic() - started_s)
             if lives is False or left_s <= 0:
@@ -175,7 +181,7 @@ class RunLock:
             if holder and not has_said:
                 logger.warning(f"output_dir={self.folder}: waiting up to {left_s:.0f} s to see if {_who(holder)} lives")
                 has_said = True
-            # one that is being written says who holds it in a moment
+            # a lock that is being written has its holder in a moment
             time.sleep(min(1.0, self.silence_s / 20) if holder else 0.01)
         if first is None or _touched_ns(path) is None:
             return {}
@@ -207,16 +213,8 @@ class RunLock:
         return None
 
 
-def _make_folders(folder: Path) -> list[Path]:
-    """Makes a folder and those above it; returns those that were not there, the innermost first."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _number_of(path: Path) -> int:
-    match = LOCK_NAME.fullmatch(path.name)
-    return int(match[1]) if match else 0
+def _number_of(lock: Path) -> int:
+    return int(lock.stem.removeprefix("run-"))
 
 
 def _locks(folder: Path) -> list[Path]:
@@ -227,22 +225,8 @@ def _newest_lock(folder: Path) -> Path | None:
     return max(_locks(folder), key=_number_of, default=None)
 
 
-def _described(token: str, inode: int) -> bytes:
-    """What a lock of this process says. inode: of the lock's file, by which a copy of the folder is told apart."""
-    holder = {
-        "host": socket.gethostname(),
-        "machine": _this_machine(),
-        "pid": os.getpid(),
-        "pid_started": _start_of(os.getpid()),
-        "since": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
-        "inode": inode,
-        "token": token,
-    }
-    return json.dumps(holder).encode()
-
-
 def _read_holder(path: Path) -> dict[str, Any]:
-    """What a lock says; nothing if it is gone, not written yet, or torn by a kill."""
+    """The holder that a lock names; empty if the lock is gone, not written yet, or torn by a kill."""
     try:
         holder = json.loads(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError):
@@ -251,9 +235,9 @@ def _read_holder(path: Path) -> dict[str, Any]:
 
 
 def _touched_ns(path: Path) -> int | None:
-    """When a lock was last touched; None if it is gone. Opens the file, as NFS answers a mere look from memory."""
+    """The time of a lock's last touch; None if it is gone. Opens the file, as NFS answers a mere look from memory."""
     try:
-        # what somebody has put there may be a pipe
+        # somebody may have put a pipe there
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
@@ -264,7 +248,7 @@ def _touched_ns(path: Path) -> int | None:
 
 
 def _this_machine() -> str | None:
-    """What processes must share to see each other's ids: the machine since its start, and the container."""
+    """The machine since its start, and the container: processes that share both see each other's ids."""
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot_id} {os.readlink('/proc/self/ns/pid')}"
@@ -273,7 +257,7 @@ def _this_machine() -> str | None:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process was started, in the kernel's ticks, which tells it from a later one of its id; None if dead."""
+    """The start of a process in the kernel's ticks, which tells it from a later one of its id; None if dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -283,7 +267,7 @@ def _start_of(pid: int) -> str | None:
 
 
 def _lives(holder: dict[str, Any], path: Path) -> bool | None:
-    """Whether a lock's holder lives; None if that does not show on this machine, or the lock may be a mere copy."""
+    """True if a lock's holder lives; None if that does not show on this machine, or the lock may be a mere copy."""
     here = _this_machine()
     if here is None or holder.get("machine") != here or not isinstance(holder.get("pid"), int):
         return None

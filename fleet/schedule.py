@@ -1,4 +1,4 @@
-"""How the steps, generations and episodes of a run add up, in plain integers, for all who count them."""
+"""The count of a run's steps, generations and episodes, in plain integers."""
 
 
 def optimizer_steps_per_generation(

@@ -117,4 +117,4 @@ def functions_with_all_options() -> list[str]:
 def test_options_stop_at_the_door() -> None:
     found = functions_with_all_options()
     assert [name for name in found if not name.startswith(("fleet.command.", "fleet.run.build."))] == []
-    assert len(found) <= 12, found
+    assert len(found) <= 10, found

@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from fleet.errors import AgreedUsageError, RunEnded, UsageError
+from fleet.errors import AgreedUsageError, RunEnded, UsageError, one_line
 from fleet.processes import is_alone
 from utils.plain_text import printable, printable_lines
 
@@ -15,16 +15,16 @@ COLOURED = {"is_coloured": True}
 
 
 def run(main: Callable[[], None]) -> int:
-    """Runs a command; returns the exit code, with the reason in one line where it is not 0.
+    """Runs a command; returns the exit code, and says the reason in one line where it is not 0.
 
-    2 for a refusal, 1 for a run that could not go on, 75 for one that was told to stop and has saved. One of
-    several processes that fails ends at once: it must not wait, in whatever runs at an interpreter's end, for others.
+    2: refused. 1: failed. 75: told to stop, and saved. Of several processes a failed one ends at once: the
+    interpreter's own end would wait for the others.
     """
     rank = os.environ.get("RANK", "0")
     try:
         main()
     except UsageError as error:
-        # until the processes know of each other, all raise the same, or hear of it as they agree
+        # before the processes know of each other, all raise the same, or hear of it as they agree
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {printable(error)}", file=sys.stderr)
         elif not isinstance(error, AgreedUsageError) and _knows_other_processes():
@@ -39,7 +39,7 @@ def run(main: Callable[[], None]) -> int:
     except Exception as error:
         print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
         who = "" if is_alone() else f"process {rank}: "
-        print(f"error: {who}{type(error).__name__}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"error: {who}{type(error).__name__}: {printable(one_line(error))}", file=sys.stderr)
         code = 1
     else:
         return 0
@@ -56,10 +56,7 @@ def _knows_other_processes() -> bool:
 
 
 class PlainFormatter(logging.Formatter):
-    """Shows what people and models wrote as it is spelled: no character of it does anything to a terminal.
-
-    A text of Fleet's own that has colours in it, with all else in it spelled out, is logged with COLOURED as `extra`.
-    """
+    """Spells out all that could act on a terminal, except in Fleet's own coloured text, logged with COLOURED."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's text, its lines kept."""

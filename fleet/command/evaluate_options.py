@@ -1,6 +1,6 @@
-"""The options of an evaluation: its own flags, what it takes over from the run that a model is from, and its checks.
+"""The options of an evaluation: its own flags, those of the run that left the model, and their checks.
 
-The flags that it shares with training are in flags.py. Imports no torch.
+flags.py has the flags that it shares with training. Imports no torch.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from fleet.model_folder.files import read_json
 # fmt: off
 @dataclass(frozen=True)
 class ScoringFlags:
-    """The scoring of answers, and what becomes of the figures."""
+    """The scoring of answers, and the file of figures."""
 
     baseline: str | None = flag(None, "another model, scored on the same episodes and compared", "none", metavar="ID",
         parse=user_path)
@@ -73,7 +73,7 @@ GROUPS = {
     "generation": (SamplingFlags,),
     "evaluation": (HeldOutFlags, ScoringFlags),
 }
-# what an evaluation does not take over from the run that a model is from
+# the flags that an evaluation never takes over from the run that left the model
 NOT_INHERITED = frozenset({"model_id", "revision", "dtype", "eval_episodes", "eval_seed"})
 
 
@@ -88,7 +88,7 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
 
 
 def parse_evaluate_options(argv: Sequence[str], launch_variables: Mapping[str, str] = os.environ) -> EvaluateOptions:
-    """The options of a command line. Raises UsageError for flags or numbers that are invalid, or would do nothing.
+    """The options of a command line. Raises UsageError for flags that are invalid or would do nothing.
 
     For a model in a run's folder, the task, the prompt and the sampling are the run's unless they are given.
     """
@@ -121,7 +121,7 @@ def parse_evaluate_options(argv: Sequence[str], launch_variables: Mapping[str, s
 def resolve_evaluate_options(
     options: EvaluateOptions, *, has_bf16_gpu: bool
 ) -> tuple[EvaluateOptions, list[ResolvedDefault]]:
-    """The options with every case-dependent default filled in, and what was filled in why."""
+    """The options with every case-dependent default filled in, and the list of these."""
     is_toy = TOY_MODEL_ID in (options.model_id, run_options(options.model_id).get("model_id"))
     size = (128, "the toy is small") if is_toy else (4, "20 rows of a real model with 4 samples each")
     others = {"per_device_batch_size": size}
@@ -132,7 +132,7 @@ def resolve_evaluate_options(
 
 
 def run_config(model_id: str) -> dict[str, Any]:
-    """What the run that left this folder (a checkpoint or final/) wrote of itself; empty for any other model."""
+    """The config.json of the run that left this folder (a checkpoint or final/); empty for any other model."""
     folder = Path(model_id).resolve()
     for path in (folder / "run_config.json", folder.parent / "config.json"):
         if folder.is_dir() and path.is_file():
@@ -145,24 +145,20 @@ def run_config(model_id: str) -> dict[str, Any]:
 def run_options(model_id: str) -> dict[str, Any]:
     """The resolved flags of the run that left this folder; empty for any other model.
 
-    A path that leads nowhere from the folder we are in is taken from the one in which the run was started.
+    A path that leads nowhere from the working directory is taken from the one in which the run was started.
     """
     known = {field.name for field in fields(Options)}
     config = run_config(model_id)
     options = {name: value for name, value in config.get("options", {}).items() if name in known}
-    for name in PATH_FLAGS:
-        path = options.get(name)
-        if isinstance(path, str) and "directory" in config and not Path(_without_name(name, path)).exists():
-            options[name] = as_seen_from(config["directory"], path)
+    for name in PATH_FLAGS if "directory" in config else ():
+        value = options.get(name)
+        if isinstance(value, str) and not Path(value if name == "data_root" else value.rpartition(":")[0]).exists():
+            options[name] = as_seen_from(config["directory"], value)
     return options
 
 
-def _without_name(flag: str, path: str) -> str:
-    return path if flag == "data_root" else path.rpartition(":")[0]
-
-
 def require_output(output: str | None, *, overwrite: bool) -> None:
-    """Raises UsageError if the figures could not be written, or would replace others, once all is measured."""
+    """Raises UsageError if the figures would replace others, or have no folder to go to."""
     if output is None:
         return
     path = Path(output)

@@ -1,7 +1,6 @@
 """The images of an environment that can be used: each process reads a share of them, and all agree on the whole.
 
-Owns the check of the files, the verdict over all processes, what becomes of bad images, and the digest of what is drawn
-from. Imports no torch: run/data.py tells the processes of each other's shares.
+Bad images stop the run or are left out. Imports no torch: run/data.py tells the processes of each other's shares.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ from typing import Any
 
 from environment import EpisodeSource, PickImageEnv
 from fleet.command.flags import TaskFlags
-from fleet.errors import UsageError
+from fleet.errors import UsageError, refused
 from fleet.model_folder.files import base_of
 from utils.image_folders import LabelledImage
 from utils.images import BadImage, checked_sha256
@@ -32,10 +31,10 @@ SECONDS_PER_PROGRESS_LINE = 10.0
 
 @dataclass(frozen=True)
 class ImageShare:
-    """What one process found in its share of the images: those at places first, first + stride, ... of the list.
+    """The result of reading one process's share of the images: places first, first + stride, ... of the list.
 
-    names_digest: of the whole list, names and labels. sha256s: 32 bytes per image of the share, of the file's bytes;
-    zeros where there is a problem. problems: why an image cannot be used, by its place in the list.
+    names_digest: of the whole list, names and labels. sha256s: 32 bytes a file of the share, zeros for a bad one.
+    problems: the reason against an image, by its place in the list.
     """
 
     first: int
@@ -47,11 +46,10 @@ class ImageShare:
 
 @dataclass(frozen=True)
 class Findings:
-    """What one process knows before it hears of others: the environment, and its share of the images.
+    """The findings of one process before it hears of others: the environment, and its share of the images.
 
-    share: None for an environment that keeps no list of `images` as PickImageEnv does, so that there is none to check.
-    data: what the run draws from, if this is its only process. episode_digests: of a user's environment, of the fields
-    of its first episodes; empty where one cannot be shown. beginning: as settle's.
+    share: None for an environment without a list of `images`. data: of the only process of a run. episode_digests: as
+    first_digests'; empty where an episode does not open. beginning: as settle's.
     """
 
     env: EpisodeSource
@@ -63,11 +61,11 @@ class Findings:
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run draws from, the same on every process.
+    """The images that a run draws from, the same on every process.
 
-    data_digest: hex, of the name, label and bytes of every image that is drawn from, in order; None where the
-    environment has no list of images. skipped_images: the names (relative to data_root) of those that are left out.
-    sha256s: hex, of the bytes of each image that is drawn from, by its name; of one that has gone bad, as it was.
+    data_digest: hex, of the name, label and bytes of each in order; None where the environment has no list of images.
+    skipped_images: the names (relative to data_root) of those that are left out. sha256s: hex, of the bytes of each by
+    its name; of an image that has gone bad, as it was.
     """
 
     env: EpisodeSource
@@ -83,21 +81,18 @@ def find_bad_images(
     launch_variables: Mapping[str, str],
     beginning: Mapping[str, str] | None = None,
 ) -> Findings:
-    """What is found in this process's share of the environment's images: every L-th of them on a machine of L.
+    """The findings of this process, which reads every L-th image on a machine of L processes.
 
-    launch_variables: what the launcher put into the process environment, known to be consistent. beginning: as
-    settle's. Raises UsageError, as settle does, in a run of one process.
+    launch_variables: known to be consistent. beginning: as settle's. Raises UsageError, as settle does, if it is alone.
     """
     beginning = beginning or {}
-    images = images_of(env)
     for note in getattr(env, "folder_notes", ()):
         logger.info(f"{task.data_root}: {note}")
     if task.bad_images == "skip":
         env = with_lost_images(env, beginning, task)
-        images = images_of(env)
     is_alone = launch_variables.get("WORLD_SIZE", "1") == "1"
     share = None
-    if images is not None:
+    if (images := images_of(env)) is not None:
         first = 0 if is_alone else int(launch_variables.get("LOCAL_RANK", "0"))
         stride = 1 if is_alone else int(launch_variables.get("LOCAL_WORLD_SIZE", "1"))
         literals = added_token_literals(model_id) | added_token_literals(base_of(model_id))
@@ -120,10 +115,7 @@ def check_share(
     stride: int,
     literals: Collection[str] = QWEN_ADDED_TOKENS,
 ) -> ImageShare:
-    """Reads and decodes every `stride`-th image from the `first` on, one after the other in memory.
-
-    literals: of the model's added tokens, which no label may hold.
-    """
+    """Reads and decodes every `stride`-th image from `first` on. literals: tokens' texts, which no label may hold."""
     sha256s: list[bytes] = []
     problems: dict[int, str] = {}
     next_line_s = time.monotonic() + SECONDS_PER_PROGRESS_LINE
@@ -140,7 +132,10 @@ def check_share(
         if time.monotonic() >= next_line_s:
             logger.info(f"checked {number + 1:,} of {len(places):,} images")
             next_line_s += SECONDS_PER_PROGRESS_LINE
-    return ImageShare(first, stride, _digest_of_names(images, data_root), b"".join(sha256s), problems)
+    names_digest = hashlib.sha256()
+    for image in images:
+        names_digest.update(_line(image_name(image.path, data_root), image.label))
+    return ImageShare(first, stride, names_digest.digest(), b"".join(sha256s), problems)
 
 
 def settle(
@@ -149,12 +144,11 @@ def settle(
     found: Sequence[ImageShare | None],
     beginning: Mapping[str, str] | None = None,
 ) -> RunData:
-    """What the run draws from, once the shares of all processes are known: the same on each of them.
+    """The images that the run draws from, given the shares of all processes: the same on each of them.
 
-    found: by rank, of equal names_digest; None where the environment has no list of images. beginning: the sha256s
-    of a run that is resumed: an image that has gone bad since is still drawn and its episode replaced, as it would be
-    in a run that goes on, if bad ones are skipped. Raises UsageError if an image is bad on any machine and bad ones
-    stop the run, if too little is left, or if machines hold different files.
+    found: by rank, of equal names_digest; None where the environment has no list of images. beginning: the sha256s of
+    a resumed run. If bad images are skipped, one that has gone bad since is still drawn, and its episode replaced.
+    Raises UsageError if bad images stop the run or leave too little, or machines hold different files.
     """
     images, shares = images_of(env), [share for share in found if share is not None]
     if images is None or not shares:
@@ -172,10 +166,8 @@ def settle(
     if problems and task.bad_images == "stop":
         raise UsageError(f"{description}; replace or remove what is bad, or pass --bad_images skip to leave it out")
     skipped = tuple(names[place] for place in sorted(problems))
-    try:
+    with refused(UsageError, before=f"{description}; left out, "):
         narrowed = without_images(env, skipped, task)
-    except UsageError as error:
-        raise UsageError(f"{description}; left out, {error}") from error
     if problems:
         logger.info(f"left out: {description}\n")
     drawn_from = {name: sha256s[place].hex() for place, name in enumerate(names) if place not in problems}
@@ -183,10 +175,7 @@ def settle(
 
 
 def with_lost_images(env: EpisodeSource, names: Collection[str], task: TaskFlags) -> EpisodeSource:
-    """The environment as it was before images of these names were deleted; one of a user's own as it is.
-
-    Its episodes stay what they were then, and those that show what is gone are replaced as they are drawn.
-    """
+    """Fleet's environment as it was before images of these names were deleted, so that its episodes stay the same."""
     if task.env is not None or not isinstance(env, PickImageEnv):
         return env
     lost = set(names) - {image_name(image.path, task.data_root) for image in env.images}
@@ -194,7 +183,7 @@ def with_lost_images(env: EpisodeSource, names: Collection[str], task: TaskFlags
 
 
 def without_images(env: EpisodeSource, names: Collection[str], task: TaskFlags) -> EpisodeSource:
-    """The environment without the images of these names. Raises UsageError if it cannot do without them."""
+    """The environment without the images of these names. Raises UsageError if it needs them."""
     left_out = set(names)
     paths = [image.path for image in images_of(env) or () if image_name(image.path, task.data_root) in left_out]
     if not paths:
@@ -222,7 +211,7 @@ def without_images(env: EpisodeSource, names: Collection[str], task: TaskFlags) 
 
 
 def image_name(path: str | Path, data_root: str | Path) -> str:
-    """What an image is called on every machine: its path from the data folder on."""
+    """The name of an image on every machine: its path from the data folder on."""
     name, root = str(path), _prefix_of(data_root)
     if name.startswith(root) and "/../" not in name:
         # most by far, and there may be a million
@@ -236,7 +225,7 @@ def _prefix_of(folder: str | Path) -> str:
 
 
 def describe_problems(task: TaskFlags, names: Sequence[str], problems: Mapping[int, str]) -> str:
-    """How many images cannot be used, and the first few with the reason each, in a line."""
+    """The number of bad images, and the first few with the reason each, in a line."""
     places = sorted(problems)
     named = "; ".join(f"{printable(names[place])} {problems[place]}" for place in places[:MAX_NAMED])
     more = f"; and {len(places) - MAX_NAMED:,} more" if len(places) > MAX_NAMED else ""
@@ -244,10 +233,7 @@ def describe_problems(task: TaskFlags, names: Sequence[str], problems: Mapping[i
 
 
 def first_difference(listings: Sequence[Sequence[tuple[str, str]]]) -> str:
-    """What the first difference between the processes' lists of (name, label) is, in words.
-
-    listings: by rank, not all equal, each in the order in which images are drawn from.
-    """
+    """The first difference between lists of (name, label), in words. listings: by rank, not all equal."""
     other = next(rank for rank, listing in enumerate(listings) if listing != listings[0])
     ours, theirs = dict(listings[0]), dict(listings[other])
     for name in sorted(ours.keys() | theirs.keys()):
@@ -288,13 +274,6 @@ def _sha256s(names: Sequence[str], shares: Sequence[ImageShare], problems: Colle
     return [entry[0] for entry in read if entry is not None]
 
 
-def _digest_of_names(images: Sequence[LabelledImage], data_root: str | Path) -> bytes:
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(_line(image_name(image.path, data_root), image.label))
-    return digest.digest()
-
-
 def _data_digest(
     images: Sequence[LabelledImage], names: Sequence[str], sha256s: Sequence[bytes], problems: Collection[int]
 ) -> str:
@@ -306,5 +285,5 @@ def _data_digest(
 
 
 def _line(*words: str) -> bytes:
-    # no name of a file and no text holds a zero; a name may hold bytes that are no text
+    # neither names of files nor texts hold a zero; a name may hold bytes that are not text
     return b"".join(word.encode("utf-8", "surrogatepass") + b"\0" for word in words)

@@ -1,7 +1,6 @@
 """The run as asked for: flags and YAML become one checked, resolved Options.
 
-Owns which values exclude each other. The flags are declared in flags.py and training_flags.py. idle_flags.py says which
-of them do nothing beside which, and preflight.py checks what a flag points to (folders, images, packages).
+Owns the values that exclude each other; flags.py and training_flags.py declare the flags.
 """
 
 import argparse
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 from fleet.command.flags import TOY_MODEL_ID, Case, HeldOutFlags, ModelFlags, SamplingFlags, TaskFlags, models_of_case
 from fleet.command.idle_flags import IDLE_IN_TRAINING, refuse_idle
-from fleet.command.parser import flag_of, make_parser, names_where, parse_flags
+from fleet.command.parser import flag_of, make_parser, parse_flags
 from fleet.command.training_flags import (
     EvaluationFlags,
     GenerationFlags,
@@ -22,7 +21,7 @@ from fleet.command.training_flags import (
     RunFlags,
     TrainedPartFlags,
 )
-from fleet.errors import UsageError
+from fleet.errors import UsageError, refused
 from fleet.schedule import optimizer_steps_per_generation
 from reward import RewardWeights
 
@@ -44,17 +43,17 @@ GROUPS = {
     "held-out evaluation": (EvaluationFlags, HeldOutFlags),
     "run": (RunFlags,),
 }
-# Flags that name a file or a folder of the user's own.
-PATH_FLAGS = names_where(Options, lambda flag: flag.is_file)
-# Every other flag must be as it was when a run is resumed, or it would be another run.
-MAY_CHANGE_ON_RESUME = frozenset(names_where(Options, lambda flag: flag.may_change))
+# flags that name a file or a folder of the user's own
+PATH_FLAGS = tuple(field.name for field in fields(Options) if flag_of(field).is_file)
+# with any other flag changed, a resumed run would be another run
+MAY_CHANGE_ON_RESUME = frozenset(field.name for field in fields(Options) if flag_of(field).may_change)
 
 AnyOptions = TypeVar("AnyOptions")
 
 
 @dataclass(frozen=True)
 class ResolvedDefault:
-    """One default that depended on the case, with the reason, for the start of the log."""
+    """A default that depended on the case, with the reason, for the start of the log."""
 
     flag: str
     value: Any
@@ -73,9 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_options(argv: Sequence[str], launch_variables: Mapping[str, str] = os.environ) -> Options:
     """The options of a command line, `--config` file included; flags on the command line win over the file.
 
-    launch_variables: what the launcher put into the process environment. Raises UsageError for an unknown or misspelt
-    flag or key (naming the nearest known one), a value of the wrong kind, a flag that would do nothing beside the
-    others, or a config file that cannot be read. `--help` prints and exits, as argparse does.
+    launch_variables: the launcher's part of the process environment. Raises UsageError for an unknown flag or key
+    (naming the nearest), an invalid value, a flag that would do nothing, or a bad config file. `--help` prints and
+    exits.
     """
     flags = parse_flags(build_parser(), argv)
     options = Options(**flags.values)
@@ -86,20 +85,16 @@ def parse_options(argv: Sequence[str], launch_variables: Mapping[str, str] = os.
 
 def own_code(options: Any) -> dict[str, str]:
     """The specs `path/to/file.py:name` that are given, by their flag."""
-    specs = {name: getattr(options, name) for name in PATH_FLAGS if name != "data_root"}
-    return {name: spec for name, spec in specs.items() if spec is not None}
+    return {name: spec for name in PATH_FLAGS if name != "data_root" and (spec := getattr(options, name)) is not None}
 
 
 def starts_sighted(model_id: str, task: TaskFlags) -> bool:
-    """True if the toy of this task is the sighted one: only where pictures are asked for by name does sight help."""
+    """True if this task takes the sighted toy: sight helps only where pictures are asked for by name."""
     return model_id == TOY_MODEL_ID and task.env is None and task.fixed_correct_index is None
 
 
 def fill_in(options: AnyOptions, case: Case, **others: tuple[Any, str]) -> tuple[AnyOptions, list[ResolvedDefault]]:
-    """The options with the case's defaults where nothing was given, and what was filled in why.
-
-    others: (default, reason) by flag, which win over the flags' own.
-    """
+    """The options with the case's defaults where nothing was given, and these. others: (default, reason) by flag."""
     filled = []
     for declared in fields(options):  # type: ignore[arg-type]
         default_of = flag_of(declared).default_of
@@ -110,10 +105,7 @@ def fill_in(options: AnyOptions, case: Case, **others: tuple[Any, str]) -> tuple
 
 
 def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, list[ResolvedDefault]]:
-    """The options with every case-dependent default filled in, and what was filled in why.
-
-    has_bf16_gpu: a GPU that computes in bfloat16 will train.
-    """
+    """The options with all defaults filled in, and these. has_bf16_gpu: a GPU that computes in bfloat16 trains."""
     why_no_features = "" if options.shared_prefix else "TRL's own passes take no features"
     if not (options.freeze_vision or options.use_lora):
         why_no_features = "vision trains, so features change"
@@ -129,7 +121,7 @@ def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, l
 
 
 def refuse_numbers(options: Any) -> None:
-    """Raises UsageError if a flag of an options class has a number that is not finite or beyond its bounds."""
+    """Raises UsageError if a flag has a number that is not finite or beyond its bounds. options: of any command."""
     for declared in fields(options):
         value = getattr(options, declared.name)
         for bound in flag_of(declared).bounds if value is not None else ():
@@ -147,37 +139,37 @@ def refuse_contradictions(options: Options) -> None:
             "pass --num_rollouts 4"
         )
     refuse_numbers(options)
-    if options.reward_timeout_s >= options.step_timeout_s:
-        raise UsageError(
-            f"reward_timeout_s={options.reward_timeout_s:g} is not below step_timeout_s={options.step_timeout_s:g}, "
-            "which would end the run first; lower one or raise the other"
-        )
-    try:
+    with refused(ValueError, before="reward_correct, reward_valid_call: "):
         RewardWeights(options.reward_correct, options.reward_valid_call)
-    except ValueError as error:
-        raise UsageError(f"reward_correct, reward_valid_call: {error}") from error
-    if options.steps_per_generation and options.steps_per_generation % options.gradient_accumulation_steps:
-        raise UsageError(
-            f"steps_per_generation={options.steps_per_generation} is not a multiple of gradient_accumulation_steps="
-            f"{options.gradient_accumulation_steps}, so a step would mix two generations; make it one"
-        )
-    if options.load_in_4bit and not options.use_lora:
-        raise UsageError("load_in_4bit=true, but 4-bit weights cannot be trained themselves; add --use_lora true")
-    if options.eval_steps and options.eval_seed == options.seed:
-        raise UsageError(
-            f"eval_seed={options.eval_seed} is the run's own seed, so it would be evaluated on its training episodes; "
-            "pass another --eval_seed"
-        )
+    accumulation, per_generation = options.gradient_accumulation_steps, options.steps_per_generation
+    # fmt: off
+    contradictions = (
+        (options.reward_timeout_s >= options.step_timeout_s,
+         f"reward_timeout_s={options.reward_timeout_s:g} is not below step_timeout_s={options.step_timeout_s:g}, which "
+         "would end the run first; lower one or raise the other"),
+        (per_generation and per_generation % accumulation,
+         f"steps_per_generation={per_generation} is not a multiple of gradient_accumulation_steps={accumulation}, so a "
+         "step would mix two generations; make it one"),
+        (options.load_in_4bit and not options.use_lora,
+         "load_in_4bit=true, but 4-bit weights do not train themselves; add --use_lora true"),
+        (options.eval_steps and options.eval_seed == options.seed,
+         f"eval_seed={options.eval_seed} is the run's own seed, so it would be evaluated on its training episodes; "
+         "pass another --eval_seed"),
+        (options.resume and options.overwrite,
+         "resume and overwrite are both given, but one keeps the run and one deletes it; drop one"),
+        (options.resume and options.output_dir is None,
+         "resume is given without output_dir; pass --output_dir with the run to continue"),
+    )
+    # fmt: on
+    for contradicts, message in contradictions:
+        if contradicts:
+            raise UsageError(message)
     if options.keep_best:
         _refuse_best(options.save_total_limit, options, options.eval_steps)
-    if options.resume and options.overwrite:
-        raise UsageError("resume and overwrite are both given, but one keeps the run and one deletes it; drop one")
-    if options.resume and options.output_dir is None:
-        raise UsageError("resume is given without output_dir; pass --output_dir with the run to continue")
 
 
 def _refuse_best(save_total_limit: int, rloo: RLOOFlags, eval_steps: int) -> None:
-    """Raises UsageError if the best checkpoint has no place, or falls into a generation, where nothing is saved."""
+    """Raises UsageError if the best checkpoint has no place, or lies within a generation, where nothing is saved."""
     if save_total_limit == 1:
         raise UsageError(
             "keep_best=true with save_total_limit=1 would leave no place for the newest checkpoint; pass "

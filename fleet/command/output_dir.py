@@ -4,6 +4,7 @@ run_lock.py says who may write into it, and run_folder.py names what a run leave
 """
 
 import datetime
+import itertools
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fleet.command.training_flags import RunFlags
-from fleet.errors import UsageError
+from fleet.errors import UsageError, reason_of
 from fleet.model_folder.files import base_of, is_adapter, read_json
 from fleet.run_folder import CONFIG_NAME, FILE_NAMES, FOLDER_NAMES
 from fleet.run_lock import is_lock
@@ -26,9 +27,9 @@ MAX_NAME_CHARS = 80  # of a model in a folder's name
 
 
 def require_output_dir(run: RunFlags, paths_read: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Raises UsageError if the run would mix with another one's files, or resumes what it cannot.
+    """Raises UsageError if the run would mix with another one's files, or has none to resume.
 
-    paths_read: every path that must survive `--overwrite`, by the name of what named it.
+    paths_read: those that must survive `--overwrite`, by what named them.
     """
     if run.output_dir is None:
         require_can_be_made(NEW_RUNS, f"output_dir: {NEW_RUNS.absolute()}, where runs without one go,")
@@ -48,14 +49,14 @@ def require_output_dir(run: RunFlags, paths_read: Mapping[str, str] = MappingPro
 
 
 def require_can_be_made(folder: Path, words: str) -> None:
-    """Raises UsageError unless there is a folder to write to, or one can be made. words: what is wrong of it."""
+    """Raises UsageError unless there is a folder to write to, or one can be made. words: name it, for the message."""
     try:
         kind = kind_of(folder)
         astray = next((path for path in folder.parents if kind_of(path) == "a link to nothing"), None)
         nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     except (OSError, ValueError, RuntimeError) as error:
         # a name that is too long, a link in a circle, a zero byte
-        raise UsageError(f"{words} cannot be a folder ({_reason(error)}); pass another --output_dir") from error
+        raise UsageError(f"{words} is not a valid folder ({reason_of(error)}); pass another --output_dir") from error
     if kind not in (None, "a folder"):
         raise UsageError(f"{words} is {kind}; pass a folder as --output_dir")
     if astray is not None:
@@ -65,18 +66,18 @@ def require_can_be_made(folder: Path, words: str) -> None:
 
 
 def require_right_kinds(folder: Path) -> None:
-    """Raises UsageError if a file or folder of the run's is of another kind, such as a pipe, on which it would wait."""
+    """Raises UsageError if a file or folder of the run is of another kind, such as a pipe, on which it would wait."""
     for name, wanted in (dict.fromkeys(FILE_NAMES, "a file") | dict.fromkeys(FOLDER_NAMES, "a folder")).items():
         try:
             kind = kind_of(folder / name)
         except OSError as error:
-            raise UsageError(f"resume: {folder / name} cannot be read ({_reason(error)}); restore it") from error
+            raise UsageError(f"resume: {folder / name} cannot be read ({reason_of(error)}); restore it") from error
         if kind not in (None, wanted):
             raise UsageError(f"resume: {folder / name} is {kind}, wanted {wanted}; move it away")
 
 
 def require_can_be_emptied(folder: Path, paths_read: Mapping[str, str], *, overwrite: bool) -> None:
-    """Raises UsageError unless --overwrite is given for a run's own folder, which holds nothing that the run reads."""
+    """Raises UsageError unless --overwrite is given for the folder of a run, and the new run reads nothing in it."""
     if not overwrite:
         raise UsageError(
             f"output_dir={folder} is not empty; pass --resume to continue the run in it, --overwrite to delete it, "
@@ -98,13 +99,13 @@ def require_can_be_emptied(folder: Path, paths_read: Mapping[str, str], *, overw
 
 def paths_read(model_id: str, data_root: str, code: Mapping[str, str]) -> dict[str, str]:
     """The paths that a run reads, by the flag that named them. code: the specs of the user's own code, by flag."""
-    paths = {"model_id": model_id, "data_root": data_root}
-    paths |= {flag: spec.rpartition(":")[0] for flag, spec in code.items()}
-    return paths | ({"base model": base_of(model_id)} if is_adapter(model_id) else {})
+    files = {flag: spec.rpartition(":")[0] for flag, spec in code.items()}
+    base = {"base model": base_of(model_id)} if is_adapter(model_id) else {}
+    return {"model_id": model_id, "data_root": data_root, **files, **base}
 
 
 def is_run_folder(folder: Path) -> bool:
-    """True if a run of Fleet's left its configuration in `folder`."""
+    """True if a run left its configuration in `folder`."""
     path = folder / CONFIG_NAME
     return path.is_file() and "options" in read_json(path)
 
@@ -113,36 +114,27 @@ def make_new_output_dir(model_id: str) -> Path:
     """A new folder of this run alone, also if another run starts in the same second. Raises UsageError."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_id).resolve().name)[:MAX_NAME_CHARS]
     stem = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
-    number = 1
-    while True:
+    for number in itertools.count(1):
         folder = NEW_RUNS / (stem if number == 1 else f"{stem}-{number}")
         try:
             NEW_RUNS.mkdir(exist_ok=True)
             folder.mkdir()
+            break
         except OSError as error:
             if isinstance(error, FileExistsError) and NEW_RUNS.is_dir():
-                number += 1
                 continue
             raise UsageError(
-                f"output_dir: {folder} cannot be made ({_reason(error)}); pass --output_dir with a folder to write to"
+                f"output_dir: {folder} cannot be made ({reason_of(error)}); pass --output_dir with a folder to write to"
             ) from error
-        logger.info(f"--output_dir {folder}: a new folder each time\n")
-        return folder
+    logger.info(f"--output_dir {folder}: a new folder each time\n")
+    return folder
 
 
 def empty_run_folder(folder: Path) -> None:
-    """Deletes what a run left; its config.json last, so that a kill leaves what can be overwritten again.
-
-    A folder that is new, or holds no more than an unfinished file, has no config.json. The lock stays: it is the new
-    run's.
-    """
+    """Deletes a run's files but its lock, config.json last: after a kill --overwrite works again."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != CONFIG_NAME and not is_lock(path):
             path.unlink()
     (folder / CONFIG_NAME).unlink(missing_ok=True)
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)

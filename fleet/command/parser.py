@@ -1,6 +1,6 @@
-"""The machine of the command line: a dataclass of flags becomes a parser, and argv and a YAML file become its values.
+"""A dataclass of flags becomes a parser, and argv and a YAML file become its values.
 
-A flag is a field of a dataclass in flags.py: `flag(...)` holds all there is to know of it. Imports no torch.
+A flag is a field of a dataclass, as in flags.py, and `flag(...)` holds all that is known of it. Imports no torch.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
-from fleet.errors import UsageError
+from fleet.errors import UsageError, one_line, refused
 from utils.file_kinds import kind_of
 
 MAX_VALUE_LENGTH = 4096  # Linux takes no longer path
@@ -25,7 +25,7 @@ MAX_REASON_LENGTH = 300
 
 @dataclass(frozen=True)
 class Bound:
-    """A condition on a number. words: it, behind "must be"."""
+    """A condition on a number. words: follow "must be" in an error."""
 
     words: str
     holds: Callable[[float], bool]
@@ -33,14 +33,13 @@ class Bound:
 
 @dataclass(frozen=True)
 class Flag:
-    """All that is known of a flag besides its name, type and default, which are its dataclass field's.
+    """All that is known of a flag besides its name, type and default, which the dataclass field has.
 
     meaning: for --help, with its unit. why: the reason for the default in --help, or the words for a default of None.
-    metavar: of the value in --help. parse: from text, where the field's type does not say how. bounds: on a number.
-    default_of: (value, reason) of a default that depends on the case, given a Case (options.py). trl: its name in
-    TRL's RLOOConfig, True for the same one. needs: (package, how to install it) by the value that needs it. is_file:
-    it names a file or folder of the user's own. takes_several: its value is a list. may_change: a resumed run may have
-    another value.
+    metavar: of the value in --help. parse: from text, where the field's type is not enough. bounds: on a number.
+    default_of: (value, reason) of a default that depends on the Case (flags.py). trl: its name in TRL's RLOOConfig,
+    True for the same one. needs: (package, how to install it) by the value that needs it. is_file: it names a file or
+    folder of the user's own. takes_several: its value is a list. may_change: a resumed run may have another value.
     """
 
     meaning: str
@@ -69,22 +68,16 @@ def replace_default(options_class: type[Any], name: str, default: Any) -> Any:
 
 
 def flag_of(name_and_default: Field[Any]) -> Flag:
-    """The flag that a field of an options class is."""
+    """The flag that a field declares."""
     return name_and_default.metadata["flag"]
-
-
-def names_where(options_class: type[Any], holds: Callable[[Flag], object]) -> tuple[str, ...]:
-    """The names of the flags of which something holds."""
-    return tuple(field.name for field in fields(options_class) if holds(flag_of(field)))
 
 
 def make_parser(
     prog: str, description: str, groups: Mapping[str, Sequence[type[Any]]], options_class: type[Any]
 ) -> argparse.ArgumentParser:
-    """The parser of a command, with --config, and errors as UsageError.
+    """The parser of a command, with --config; it raises UsageError.
 
-    groups: the heading of each group in --help, and the dataclasses whose flags it has. options_class: has them all,
-    and its own defaults count.
+    groups: the dataclasses of flags under each heading of --help. options_class: has them all, and decides defaults.
     """
     parser = _Parser(
         prog=prog,
@@ -108,7 +101,7 @@ def make_parser(
 
 
 def _argument(declared: Field[Any], kind: Any) -> dict[str, Any]:
-    """The keywords of argparse for a field. kind: its type, as int or int | None."""
+    """The keywords of argparse for a field. kind: its type, such as int | None."""
     known, default = flag_of(declared), declared.default
     value_type = next((part for part in get_args(kind) if part is not type(None)), kind)
     is_switch = value_type is bool or known.parse is true_false_or_auto
@@ -118,11 +111,10 @@ def _argument(declared: Field[Any], kind: Any) -> dict[str, Any]:
         "type": known.parse or (true_or_false if is_switch else value_type),
         "default": default,
         "help": f"{known.meaning} (default: {shown})",
+        # without a metavar --help lists the choices
+        "metavar": known.metavar or (None if known.choices else metavar),
+        "choices": known.choices,
     }
-    if known.choices and not known.metavar:
-        argument["choices"] = known.choices
-    else:
-        argument |= {"metavar": known.metavar or metavar, "choices": known.choices}
     if known.takes_several:
         argument["nargs"] = "+"
     return argument | ({"nargs": "?", "const": True} if is_switch else {})
@@ -141,10 +133,7 @@ class ParsedFlags:
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str], inherited: Sequence[str] = ()) -> ParsedFlags:
-    """The values that `argv` gives. They are from defaults, `inherited` flags, the `--config` file and `argv` itself.
-
-    Later ones win. Raises UsageError as parse_options does.
-    """
+    """The values from defaults, `inherited` flags, --config and `argv`; later ones win. Raises UsageError."""
     own_flags = list(argv)
     config_path = _parse_known(parser, own_flags).config
     if config_path is not None:
@@ -155,7 +144,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str], inherited:
 
 
 def user_path(text: str) -> str:
-    """A path, or what may be one, with `~` as the shell would have it: files of settings know no shell."""
+    """A value that may be a path, with `~` replaced as a shell does: a file of settings has no shell."""
     return os.path.expanduser(text)
 
 
@@ -176,7 +165,7 @@ def true_or_false(text: str) -> bool:
 
 
 def true_false_or_auto(text: str) -> bool | str:
-    """The value of a switch that may be left to what is found."""
+    """The value of a switch that may also be auto."""
     if text.lower() not in ("true", "false", "auto"):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted true, false or auto")
     return "auto" if text.lower() == "auto" else true_or_false(text)
@@ -205,9 +194,9 @@ def _help_formatter(prog: str) -> argparse.HelpFormatter:
 
 
 def _flags_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
-    """The flags that a command line names, whatever their values."""
+    """The flags that a command line names."""
     nothing = object()
-    # a parser leaves alone what its namespace has, and sets what the command line names
+    # a parser keeps the values of its namespace, except those that the command line sets
     blank = argparse.Namespace(**{action.dest: nothing for action in parser._actions})
     return frozenset(name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not nothing)
 
@@ -222,11 +211,10 @@ def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpar
 
 
 def _refuse_long_words(argv: Sequence[str]) -> None:
-    for word in argv:
-        if len(word) > MAX_VALUE_LENGTH:
-            raise UsageError(
-                f"{word[:20]}... has {len(word):,} characters, but wanted at most {MAX_VALUE_LENGTH:,}; shorten it"
-            )
+    if word := next((word for word in argv if len(word) > MAX_VALUE_LENGTH), None):
+        raise UsageError(
+            f"{word[:20]}... has {len(word):,} characters, but wanted at most {MAX_VALUE_LENGTH:,}; shorten it"
+        )
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -238,6 +226,7 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """The file's settings as command-line flags, so that they meet the same checks."""
     try:
         kind = kind_of(path)
+        content = path.read_bytes() if kind == "a file" else b""
     except OSError as error:
         raise UsageError(f"config file {path} cannot be read ({error.strerror}); correct --config") from error
     if kind is None:
@@ -246,14 +235,12 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         # every process and every restart reads it, and a pipe gives its content once
         raise UsageError(f"config file {path} is {kind}; pass a file that can be read more than once")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_ConfigLoader)
-    except OSError as error:
-        raise UsageError(f"config file {path} cannot be read ({error.strerror}); correct --config") from error
+        settings = yaml.load(content.decode("utf-8"), Loader=_ConfigLoader)
     except RecursionError as error:
         raise UsageError(f"config file {path} is nested too deep, wanted lines of 'flag: value'; correct it") from error
     # besides its own errors yaml lets through those of int, float and datetime
     except (yaml.YAMLError, ValueError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:MAX_REASON_LENGTH]
+        reason = one_line(error)[:MAX_REASON_LENGTH]
         raise UsageError(f"config file {path} is not YAML: {reason}; wanted lines of 'flag: value'") from error
     if not isinstance(settings, dict):
         raise UsageError(f"config file {path} holds a {type(settings).__name__}, wanted lines of 'flag: value'")
@@ -266,19 +253,14 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
             raise UsageError(f"config file {path}: {key} is a {type(value).__name__}, wanted one value")
         if value is not None or key == "fixed_correct_index":
             flags.append(f"--{key}={as_flag_value(value)}")
-    try:
+    with refused(UsageError, before=f"config file {path}: "):
         _refuse_long_words(flags)
         parser.parse_args(flags)
-    except UsageError as error:
-        raise UsageError(f"config file {path}: {error}") from error
     return flags
 
 
 class _ConfigLoader(yaml.SafeLoader):
-    """YAML's safe loader, except that a key given twice is an error, not the last one's win, and numbers stay text.
-
-    A flag's own type reads them, as on the command line: 010 is ten there, and a folder 1.10 keeps its zero.
-    """
+    """YAML's safe loader, but a key given twice is an error, and numbers stay text: a folder 1.10 keeps its zero."""
 
     yaml_implicit_resolvers = {
         first: [(tag, form) for tag, form in known if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
@@ -287,8 +269,7 @@ class _ConfigLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
+        if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.YAMLError(f"key {twice[0]!r} is given twice; keep one")
         return super().construct_mapping(node, deep)
 

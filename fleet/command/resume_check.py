@@ -1,7 +1,4 @@
-"""A run that is resumed is the run that was begun: flags, processes and images are compared with what it recorded.
-
-Imports no torch.
-"""
+"""A resumed run is the run that was begun: config.json has its flags, processes and images. Imports no torch."""
 
 import os
 import re
@@ -19,31 +16,26 @@ from fleet.model_folder.files import read_json
 from fleet.run_folder import CONFIG_NAME, IMAGES_NAME, RUN_CONFIG_NAME
 from utils.plain_text import printable
 
-# Learning rates that do not depend on how many steps there will be.
+# Learning rates that do not depend on the number of steps.
 ENDLESS_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
 
 
 def resumes(run: RunFlags) -> bool:
-    """True if the run goes on: --resume true, or auto with a run in output_dir."""
+    """True for --resume true, or auto with a run in output_dir."""
     return is_run_folder(Path(str(run.output_dir))) if run.resume == "auto" else bool(run.resume)
 
 
 def require_same_run(run: RunFlags, now: Mapping[str, Any], idle: Collection[str], num_processes: int) -> None:
-    """Raises UsageError if the flags or the processes of a resumed run are not those that it began with.
-
-    now: the resolved flags by name. idle: the names of those that have no part in the run.
-    """
+    """Raises UsageError if a resumed run has other flags or processes. now: all flags. idle: those without a part."""
     if not run.resume:
         return
     folder = Path(str(run.output_dir))
     recorded = read_json(folder / CONFIG_NAME)
     before = recorded.get("options", {})
-    # the flags that decide this are compared themselves
-    had_no_part = {*recorded.get("idle_flags", ()), *idle}
     changed = [
         f"{name} (was {before[name]}, now {now[name]})"
-        for name in sorted(now.keys() & before.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
-        if before[name] != now[name] and not _is_same_path(name, before[name], now[name], recorded.get("directory"))
+        for name in _differing({"options": now, "idle_flags": idle}, recorded)
+        if not _is_same_path(name, before[name], now[name], recorded.get("directory"))
     ]
     if changed:
         raise UsageError(
@@ -66,40 +58,40 @@ def require_same_run(run: RunFlags, now: Mapping[str, Any], idle: Collection[str
 def why_of_another_run(recorded: Mapping[str, Any], checkpoint: Path) -> str | None:
     """The reason why a checkpoint in a run's folder is another run's; None if it is this run's, or nothing tells.
 
-    recorded: the run's config.json. A run begun before runs had an id is told by its flags, images and processes.
+    recorded: the run's config.json. Flags, images and processes tell apart runs that were begun before runs had an id.
     """
     if not (checkpoint / RUN_CONFIG_NAME).is_file():
         return None
     try:
-        theirs = read_json(checkpoint / RUN_CONFIG_NAME)
+        there = read_json(checkpoint / RUN_CONFIG_NAME)
     except UsageError as error:
         return str(error)
-    ids = recorded.get("run_id"), theirs.get("run_id")
+    ids = recorded.get("run_id"), there.get("run_id")
     if None not in ids and ids[0] == ids[1]:
         return None
-    differences = _differences(recorded, theirs)
+    differences = [
+        f"{name} is {there['options'][name]} there and {recorded['options'][name]} here"
+        for name in _differing(recorded, there)
+    ]
+    for name, words in (("data_digest", "other images"), ("num_processes", "another number of processes")):
+        if recorded.get(name) is not None and there.get(name) not in (None, recorded[name]):
+            differences.append(words)
     if None in ids and not differences:
         return None
     return f"it is another run's ({', '.join(differences) or 'with the same flags'})"
 
 
-def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """The differences of two runs that no resume may make."""
+def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """The flags with a part in both runs that no resume may change, and that differ. here, there: as in config.json."""
     ours, theirs = here.get("options", {}), there.get("options", {})
-    had_no_part = {*here.get("idle_flags", ()), *there.get("idle_flags", ())}
-    found = [
-        f"{name} is {theirs[name]} there and {ours[name]} here"
-        for name in sorted(ours.keys() & theirs.keys() - MAY_CHANGE_ON_RESUME - had_no_part)
-        if ours[name] != theirs[name]
-    ]
-    for name, words in (("data_digest", "other images"), ("num_processes", "another number of processes")):
-        if here.get(name) is not None and there.get(name) not in (None, here[name]):
-            found.append(words)
-    return found
+    # the flags that leave others without a part are compared themselves
+    without_part = {*here.get("idle_flags", ()), *there.get("idle_flags", ())}
+    compared = ours.keys() & theirs.keys() - MAY_CHANGE_ON_RESUME - without_part
+    return sorted(name for name in compared if ours[name] != theirs[name])
 
 
 def images_of_beginning(run: RunFlags) -> dict[str, str]:
-    """The SHA-256 in hex of each image that a resumed run drew from as it began, by its name; nothing if not known."""
+    """The SHA-256 in hex of each image that a resumed run drew from at its start, by its name; empty if not known."""
     path = Path(str(run.output_dir)) / IMAGES_NAME
     if not run.resume or not path.is_file():
         return {}
@@ -110,17 +102,13 @@ def images_of_beginning(run: RunFlags) -> dict[str, str]:
 
 
 def _is_same_path(name: str, before: Any, now: Any, directory: str | None) -> bool:
-    """True if two values of a flag name one file, `before` from the directory that the run was started in."""
-    if name not in PATH_FLAGS or directory is None or not isinstance(before, str) or not isinstance(now, str):
-        return False
-    return as_seen_from(directory, before) == as_seen_from(os.getcwd(), now)
+    """True if two values of a flag name one file, `before` as seen from the run's first `directory`."""
+    are_paths = name in PATH_FLAGS and isinstance(before, str) and isinstance(now, str)
+    return are_paths and directory is not None and as_seen_from(directory, before) == as_seen_from(os.getcwd(), now)
 
 
 def require_same_images(recorded: Mapping[str, Any], data: RunData, beginning: Mapping[str, str]) -> None:
-    """Raises UsageError if a resumed run would draw from other images than its config.json has recorded.
-
-    beginning: the SHA-256 of each as it was, by its name, as far as known.
-    """
+    """Raises UsageError if a resumed run would draw from other images than config.json has. beginning: theirs."""
     if recorded.get("data_digest") in (None, data.data_digest):
         return
     what = _changed_images(beginning, data.sha256s)

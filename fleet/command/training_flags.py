@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fleet.command.flags import A_SEED, A_SHARE, ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, by_model
+from fleet.command.flags import A_SEED, A_SHARE, ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, ModelFlags, by_model
 from fleet.command.parser import Bound, flag, true_false_or_auto, user_path
 
 LORA_RATE = by_model(toy=(5e-4, "LoRA on the toy model"), real=(1e-5, "LoRA: ten times a full fine-tune's"))
@@ -15,8 +15,8 @@ FULL_RATE = by_model(
 
 # fmt: off
 @dataclass(frozen=True)
-class TrainedPartFlags:
-    """The parts that train, and those that are frozen."""
+class TrainedPartFlags(ModelFlags):
+    """The parts of the model that train, and those that are frozen."""
 
     use_lora: bool = flag(False, "train LoRA adapters on the language model, not all weights")
     lora_rank: int = flag(16, "rank of new adapters", bounds=(AT_LEAST_1,))

@@ -1,7 +1,4 @@
-"""The held-out episodes: those of another seed that match no episode used in training.
-
-Owns the draw and what counts as alike. Imports no torch.
-"""
+"""The held-out episodes use another seed and match no episode used in training. Imports no torch."""
 
 import hashlib
 import json
@@ -14,18 +11,16 @@ from PIL import Image
 from fleet.command.flags import HeldOutFlags
 from fleet.command.preflight import make_environment
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode, checked_fields
-from fleet.errors import UsageError
+from fleet.errors import refused
 from fleet.evaluation.figures import EvaluationPlan
 from utils.images import BadImage, image_digest
 
-# Draws per held-out episode before a folder counts as too small to hold anything out.
-MAX_DRAWS_PER_EPISODE = 20
-# Episodes of a run that are compared with; the later ones of a longer run are not.
-MAX_COMPARED_EPISODES = 200_000
+MAX_DRAWS_PER_EPISODE = 20  # held-out, before a folder counts as too small
+MAX_COMPARED_EPISODES = 200_000  # of a run, from the first on
 
 
 class TooFewEpisodes(ValueError):
-    """A folder that does not hold as many unseen episodes as are wanted."""
+    """The folder holds too few unseen episodes."""
 
 
 def make_plan(
@@ -40,31 +35,24 @@ def make_plan(
 ) -> EvaluationPlan:
     """The evaluation that the flags ask for, on episodes that none of these runs draws.
 
-    runs: the environment of each run and how many episodes it draws from the first on. skipped_images: what is drawn
-    from no more than in training. drawn_images: what is drawn from, deleted ones among them. prompt_style: compare
-    prompts under the parser that accepts text before the call; None takes prompt and parser from the flags.
-    Raises UsageError if the folder holds too few unseen episodes, or an environment fails.
+    runs: the environment of each run, and the number of episodes that it draws. skipped_images, drawn_images: as for
+    make_environment. prompt_style: the prompt, with the parser that accepts text before the call; None takes prompt
+    and parser from the flags. Raises UsageError if the folder holds too few unseen episodes, or an environment fails.
     """
-    prompts_reasoning = held_out.allow_reasoning if prompt_style is None else prompt_style == "reasoning"
-    env = make_environment(
-        held_out,
-        held_out.eval_seed,
-        prompts_reasoning=prompts_reasoning,
-        skipped_images=skipped_images,
-        drawn_images=drawn_images,
-    )
+    reasons = held_out.allow_reasoning if prompt_style is None else prompt_style == "reasoning"
+    images = {"skipped_images": skipped_images, "drawn_images": drawn_images}
+    env = make_environment(held_out, held_out.eval_seed, prompts_reasoning=reasons, **images)
     drawn = chain.from_iterable(
         (checked_fields(run_env, index) for index in range(min(num_episodes, MAX_COMPARED_EPISODES)))
         for run_env, num_episodes in runs
     )
-    try:
+    named = f"env={held_out.env}: "
+    with (
+        refused(TooFewEpisodes, before=f"eval_episodes={held_out.eval_episodes}: "),
+        refused(BrokenEpisode, before=named),
+        refused(BadImage, OSError, before=f"{named}a held-out episode cannot be drawn (", after=")"),
+    ):
         episodes, num_passed_over = draw_held_out(env, held_out.eval_episodes, drawn)
-    except TooFewEpisodes as error:
-        raise UsageError(f"eval_episodes={held_out.eval_episodes}: {error}") from error
-    except BrokenEpisode as error:
-        raise UsageError(f"env={held_out.env}: {error}") from error
-    except (BadImage, OSError) as error:
-        raise UsageError(f"env={held_out.env}: a held-out episode cannot be drawn ({error})") from error
     return EvaluationPlan(
         env=env,
         episodes=tuple(episodes),
@@ -73,16 +61,16 @@ def make_plan(
         num_samples=num_samples,
         ks=ks,
         allow_reasoning=held_out.allow_reasoning or prompt_style is not None,
-        prompt_style="reasoning" if prompts_reasoning else "direct",
+        prompt_style="reasoning" if reasons else "direct",
         max_pixels=held_out.image_max_pixels,
     )
 
 
 def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode] = ()) -> tuple[list[Episode], int]:
-    """(episodes, how many were passed over): the first of `env`, each different, that are like none of `drawn`.
+    """(episodes, number passed over): the first of `env` that are unlike each other and all of `drawn`.
 
-    Episodes are alike if they show the same files, or pictures of the same pixels, in the same order and ask for the
-    same one. Raises TooFewEpisodes if the folder has too few: 20 draws for each episode that is wanted.
+    Alike ones show the same files or pixels in the same order and ask for the same one. Raises TooFewEpisodes after 20
+    draws for each that is wanted.
     """
     seen = {fingerprint(episode) for episode in drawn}
     num_drawn = len(seen)
@@ -96,7 +84,7 @@ def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode
             )
         episode = checked_episode(env, num_draws)
         num_draws += 1
-        # each once: an episode that came twice would count as two trials
+        # an episode that came twice would count as two trials
         if (digest := fingerprint(episode)) not in seen:
             seen.add(digest)
             held_out.append(episode)
@@ -104,7 +92,7 @@ def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode
 
 
 def fingerprint(episode: Episode) -> bytes:
-    """16 bytes that are equal for episodes that show the same in the same order and ask for the same one."""
+    """16 bytes, equal for episodes that are alike."""
     shown = [
         image_digest(image).hex() if isinstance(image, Image.Image) else os.path.abspath(image)
         for image in episode.images

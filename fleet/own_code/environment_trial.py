@@ -1,8 +1,6 @@
-"""An environment of the user's own: what it is built with, and the trial of its first episodes before a weight loads.
+"""The trial of a user's own environment before a weight loads: its constructor, methods and first episodes.
 
-Owns what a class given by --env must be besides what its episodes must be (episodes.py): its constructor, its methods,
-and that it is pure. Raises BrokenEpisode, of which command/preflight.py makes a UsageError that names the file. Imports
-no torch.
+Raises BrokenEpisode, and command/preflight.py names the file. Imports no torch.
 """
 
 import hashlib
@@ -35,32 +33,25 @@ FIELDS = ("images", "correct_index", "labels", "target", "seed", "messages")
 
 
 def accepted_arguments(env_class: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the class's constructor takes by name; all of them if it takes **kwargs.
-
-    Raises BrokenEpisode if it needs one that is not given.
-    """
-    parameters = inspect.signature(env_class).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    """The arguments that a constructor takes by name. Raises BrokenEpisode if it needs another one."""
+    parameters = inspect.signature(env_class).parameters
+    kinds = {name: parameter.kind for name, parameter in parameters.items()}
+    if inspect.Parameter.VAR_KEYWORD in kinds.values():
         return dict(given)
-    by_name = {parameter.name for parameter in parameters if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD,
-                                                                                parameter.KEYWORD_ONLY)}  # fmt: skip
-    wanting = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty
-        and parameter.kind is not parameter.VAR_POSITIONAL
-        and parameter.name not in by_name & given.keys()
-    ]
+    by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    accepted = {name: value for name, value in given.items() if kinds.get(name) in by_name}
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    wanting = [name for name in required if name not in accepted and kinds[name] != inspect.Parameter.VAR_POSITIONAL]
     if wanting:
         raise BrokenEpisode(
             f"its constructor needs {', '.join(wanting)}, but is given {', '.join(given)} by name, each if it takes "
             "it; give the other parameters defaults"
         )
-    return {name: value for name, value in given.items() if name in by_name}
+    return accepted
 
 
 def require_methods(env: EpisodeSource) -> None:
-    """Raises BrokenEpisode unless `episode(index)` and `prompt_messages(episode)` can be called so."""
+    """Raises BrokenEpisode unless `episode(index)` and `prompt_messages(episode)` take these arguments."""
     for method, parameter in ((env.episode, "index"), (env.prompt_messages, "episode")):
         try:
             inspect.signature(method).bind(None)
@@ -73,10 +64,7 @@ def require_methods(env: EpisodeSource) -> None:
 
 
 def require_pure(env: EpisodeSource, another: EpisodeSource) -> None:
-    """Raises BrokenEpisode, with the field, if an episode changes with when, after what or of whom it is asked.
-
-    another: an instance built with the same arguments, which has not been asked yet.
-    """
+    """Raises BrokenEpisode, with the field, if an episode changes with the order of asking, or in another instance."""
     first = {index: checked_episode(env, index) for index in TRIED}
     for asked, how in ((env, "asked for again"), (another, "asked of another instance, built alike")):
         for index in ASKED_AGAIN:
@@ -84,10 +72,10 @@ def require_pure(env: EpisodeSource, another: EpisodeSource) -> None:
 
 
 def require_same_in_another_process(env: EpisodeSource, spec: str, arguments: Mapping[str, Any]) -> None:
-    """Raises BrokenEpisode, with the field, if another process with other hashes of text draws other first episodes.
+    """Raises BrokenEpisode, with the field, if a process with other hashes of text draws other first episodes.
 
-    spec, arguments: with which `env` was made. A process that fails or takes two minutes, as where the environment
-    holds something that one process alone can have, shows nothing and is passed over.
+    spec, arguments: with which `env` was made. A process that fails or takes two minutes shows nothing: the environment
+    may hold something that one process alone can have.
     """
     other_hashes = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     try:
@@ -105,10 +93,10 @@ def require_same_in_another_process(env: EpisodeSource, spec: str, arguments: Ma
     require_same_digests([first_digests(env), digests])
 
 
-def require_same_digests(of_processes: Sequence[Mapping[str, str]]) -> None:
+def require_same_digests(digests_by_process: Sequence[Mapping[str, str]]) -> None:
     """Raises BrokenEpisode, with the field, if two processes drew other first episodes."""
-    for digests in of_processes[1:]:
-        for name, digest in of_processes[0].items():
+    for digests in digests_by_process[1:]:
+        for name, digest in digests_by_process[0].items():
             if digests.get(name) != digest:
                 raise BrokenEpisode(
                     f"the {name} is another one in another process; derive all randomness from the seed and the index, "
@@ -117,18 +105,14 @@ def require_same_digests(of_processes: Sequence[Mapping[str, str]]) -> None:
 
 
 def first_digests(env: EpisodeSource) -> dict[str, str]:
-    """A digest of each field of the first episodes, by the words that name it in an error.
-
-    A file counts by its name: machines may keep it in different folders.
-    """
+    """A digest of each field of the first episodes, by its name in an error. A file counts by its name alone."""
     digests = {}
     for index in TRIED:
         episode = checked_episode(env, index)
         for field in FIELDS:
-            entries = [
-                entry.name if isinstance(entry, Path) else entry for entry in _comparable(getattr(episode, field))
-            ]
-            digests[f"{field} of episode {index}"] = hashlib.sha256(repr(entries).encode()).hexdigest()
+            entries = _comparable(getattr(episode, field))
+            named = [entry.name if isinstance(entry, Path) else entry for entry in entries]
+            digests[f"{field} of episode {index}"] = hashlib.sha256(repr(named).encode()).hexdigest()
     return digests
 
 
@@ -145,22 +129,16 @@ def _require_same(index: int, first: Episode, now: Episode, how: str) -> None:
 
 
 def _comparable(value: Any) -> Sequence[Any]:
-    """A field as entries that are equal for equal pictures, paths and texts."""
+    """The entries of a field, equal for equal pictures, paths and texts."""
     entries = value if isinstance(value, tuple) else (value,)
     return [image_digest(entry).hex() if isinstance(entry, Image.Image) else entry for entry in entries]
 
 
-def require_plain_prompts(env: EpisodeSource, literals: Collection[str]) -> None:
-    """Raises NotPlainText if the first episodes' messages hold a literal that is a token to the model."""
-    for index in TRIED:
-        require_plain_messages(checked_episode(env, index).messages, f"episode {index}", literals)
+def require_usable(env: EpisodeSource, max_pixels: int | None, literals: Collection[str]) -> None:
+    """Raises BrokenEpisode unless the first episodes can be shown, answered, judged, recorded and reordered.
 
-
-def require_usable(env: EpisodeSource, max_pixels: int | None) -> None:
-    """Raises BrokenEpisode unless the first episodes go all the way: shown, answered, judged, recorded, reordered.
-
-    max_pixels: budget of one image. The files that the environment lists in `images` are checked by
-    command/image_check.py and not opened here. Raises BadImage or OSError for another one that does not open.
+    max_pixels: budget of an image. Raises BadImage or OSError for one that does not open and is not in `env.images`.
+    literals: the texts of tokens. Raises NotPlainText for a message that holds one.
     """
     listed = {getattr(image, "path", None) for image in getattr(env, "images", None) or ()}
     for index in TRIED:
@@ -168,24 +146,20 @@ def require_usable(env: EpisodeSource, max_pixels: int | None) -> None:
         for image in episode.images:
             if isinstance(image, Image.Image) or image not in listed:
                 open_image(image, max_pixels)
-        _require_verdicts(index, episode)
+        right, wrong = episode.correct_index, episode.correct_index + 1
+        first, second = (judge(make_tool_call_str(call), right, episode.num_candidates) for call in (right, wrong))
+        if not first.is_right or second.is_right:
+            raise BrokenEpisode(
+                f"episode {index}: the calls {right} and {wrong} are judged {first.outcome} and {second.outcome}; "
+                "leave num_candidates of Episode as it is"
+            )
+        # as rollouts.jsonl records it
+        json.dumps([episode.labels, episode.target, episode.messages])
         try:
-            with_order_permuted(env, episode, episode.correct_index, random.Random(index))
+            with_order_permuted(env, episode, right, random.Random(index))
         except RunStopped as error:
             raise BrokenEpisode(str(error)) from error
-
-
-def _require_verdicts(index: int, episode: Episode) -> None:
-    """Raises BrokenEpisode unless the right call is judged right and the next one is not."""
-    indices = episode.correct_index, episode.correct_index + 1
-    verdicts = [judge(make_tool_call_str(index), episode.correct_index, episode.num_candidates) for index in indices]
-    if not verdicts[0].is_right or verdicts[1].is_right:
-        raise BrokenEpisode(
-            f"episode {index}: the calls {indices[0]} and {indices[1]} are judged {verdicts[0].outcome} and "
-            f"{verdicts[1].outcome}; leave num_candidates of Episode as it is"
-        )
-    # as rollouts.jsonl records it
-    json.dumps([episode.labels, episode.target, episode.messages])
+        require_plain_messages(episode.messages, f"episode {index}", literals)
 
 
 def main() -> None:

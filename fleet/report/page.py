@@ -31,7 +31,7 @@ from fleet.run_folder import (
     SEPARATE_EVALUATION_NAME,
     THUMBNAILS_NAME,
     read_jsonl,
-    write_bytes_atomically,
+    write_atomically,
 )
 from utils.plain_text import printable_lines
 
@@ -71,7 +71,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         raise UsageError(f"output {path} is a folder; pass --output with a file")
     page = render_page(read_run(run_dir))
     try:
-        write_bytes_atomically(path, page.encode("utf-8", "replace"))
+        write_atomically(path, page.encode("utf-8", "replace"))
     except OSError as error:
         problem = f"output {path} cannot be written ({error.strerror}); pass --output with another file"
         raise UsageError(problem) from error

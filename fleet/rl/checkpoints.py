@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: how one is committed, found sound or damaged, chosen, and removed.
+"""Checkpoints that are whole or not there: committed, compared with their manifest, chosen and removed.
 
-A checkpoint is written under `unfinished/`, and becomes `checkpoint-<step>` by one rename, once a manifest with the
-size and SHA-256 of each of its files is on disk. Hashing and flushing happen in the background, each process over the
-files that it wrote, so training goes on meanwhile. What is in a checkpoint is the trainer's affair. Imports no torch.
+A checkpoint is written under `unfinished/`, then a manifest with the size and SHA-256 of each of its files. One rename
+makes it `checkpoint-<step>`. Each process hashes and flushes the files that it wrote, in the background, while training
+goes on. The trainer says which files a checkpoint has. Imports no torch.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ MAX_WAIT_FOR_PARTS_S = 1800
 FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded")
 DISPLACED_REMEDY = "this run writes there no more: let the other one go on, or stop it"
 
-# Why a checkpoint is another run's than the folder's, in words; None if it is the folder's own.
+# The reason why a whole checkpoint is another run's; None if it is the folder's own.
 WhyForeign = Callable[[Path], str | None]
 
 
@@ -42,7 +42,7 @@ class Displaced(Exception):
 
 @dataclass(frozen=True)
 class ProcessPlace:
-    """Which of how many processes this one is."""
+    """The rank of this process among those of the run."""
 
     rank: int = 0
     num_processes: int = 1
@@ -55,16 +55,15 @@ def checkpoint_step(path: Path) -> int:
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """What is named like a checkpoint of a run, damaged ones and what is no folder included, the newest first."""
+    """All that is named like a checkpoint, damaged ones and mere files included, the newest first."""
     found = [path for path in run_folder.glob("checkpoint-*") if checkpoint_step(path) >= 0]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def find_damage(checkpoint: Path, place: ProcessPlace = ProcessPlace(), *, reads_content: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in words, or None.
+    """The damage of a checkpoint in words; None if it is as its manifest says.
 
-    Compares with the manifest: the files that there are, their sizes, and the SHA-256 of this process's share of them.
-    reads_content: False leaves the hashes out. Hidden files are passed over.
+    Compares names, sizes and, with reads_content, the SHA-256 of this process's share of the files, but hidden ones.
     """
     try:
         if (kind := kind_of(checkpoint)) != "a folder":
@@ -75,7 +74,7 @@ def find_damage(checkpoint: Path, place: ProcessPlace = ProcessPlace(), *, reads
         listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         step = int(manifest["step"])
     except Exception as error:
-        # whatever a damaged file makes of JSON; one process must not raise where the others gather
+        # a damaged file may hold any JSON; one process must not raise where the others gather
         return f"its {MANIFEST_NAME} cannot be read ({type(error).__name__})"
     if step != checkpoint_step(checkpoint):
         return f"it is step {step}'s under another name"
@@ -88,27 +87,19 @@ def find_damage(checkpoint: Path, place: ProcessPlace = ProcessPlace(), *, reads
 def choose_checkpoint(
     run_folder: Path, place: ProcessPlace, gather: Gather, why_foreign: WhyForeign = lambda checkpoint: None
 ) -> Path | None:
-    """The newest checkpoint of a run that is sound, the same on all processes; None where there is no checkpoint.
+    """The newest sound checkpoint of this run, the same on all processes; None where there is no checkpoint.
 
-    why_foreign: why a whole checkpoint is another run's, so that it is passed over like a damaged one.
-
-    Every process reads a share of the files, and damage that one finds counts for all. Says which checkpoints are
-    passed over and why. Raises UsageError if there are checkpoints and all are damaged.
+    Damage that one process finds in its share counts for all. Raises UsageError if all are damaged or foreign.
     """
-    # process 0's list: another process may see a folder change between two looks
-    candidates = gather([list_checkpoints(run_folder)])[0]
     found: list[str] = []
-    for checkpoint in candidates:
-        damages = [
-            damage
-            for damage in gather([find_damage(checkpoint, place) or why_foreign(checkpoint)])
-            if damage is not None
-        ]
-        if not damages:
+    # process 0's list: another process may see a folder change between two looks
+    for checkpoint in gather([list_checkpoints(run_folder)])[0]:
+        damages = filter(None, gather([find_damage(checkpoint, place) or why_foreign(checkpoint)]))
+        if (damage := next(damages, None)) is None:
             if found:
                 logger.warning(f"resume: passed over {'; '.join(found)}; going on from {checkpoint}")
             return checkpoint
-        found.append(f"{checkpoint.name}: {damages[0]}")
+        found.append(f"{checkpoint.name}: {damage}")
     if found:
         raise AgreedUsageError(
             f"resume: no checkpoint in {run_folder} is whole and of this run ({'; '.join(found)}); restore one, or "
@@ -118,9 +109,9 @@ def choose_checkpoint(
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: `begin`, write into the folder that it names, `commit`; `wait` before relying on it.
+    """The checkpoints of one run: `begin`, write into `staging`, `commit`; `wait` before relying on it.
 
-    All processes call each method together, and all raise RunStopped if the commit of any of them failed.
+    All processes call each method together, and all raise RunStopped if a commit failed on any.
     """
 
     def __init__(
@@ -136,9 +127,6 @@ class CheckpointFolder:
         """keep: whole checkpoints to keep, at least 1. on_waiting: called every second while a commit is waited for.
 
         displaced_by: who has taken over the folder, if anybody; process 0 asks before it changes anything there.
-        why_foreign: why a whole checkpoint is another run's; such ones do not count and are left alone.
-
-        Deletes nothing before the first `begin`.
         """
         self.run_folder, self.place, self.keep = run_folder, place, keep
         self._gather, self._on_waiting = gather, on_waiting
@@ -166,11 +154,7 @@ class CheckpointFolder:
         self._raise_together(self._gather([self._own_failure()]))
 
     def commit(self, step: int, kept_best: int | None = None) -> None:
-        """Makes staging/checkpoint-<step> the run's newest checkpoint, in the background; then deletes old ones.
-
-        Every process has written its own files by now; process 0 waits for the hashes of all.
-        kept_best: the step of the best checkpoint, which is not deleted.
-        """
+        """Makes the staged checkpoint of `step` the newest, in the background; deletes old ones, but `kept_best`."""
         self._thread = threading.Thread(target=self._commit, args=(step, kept_best), daemon=True)
         self._thread.start()
 
@@ -179,14 +163,14 @@ class CheckpointFolder:
         # process 0 waits for the parts of the others, and must hear first that one will not come
         if self.place.rank != 0:
             self._join()
-        of_others = self._gather([None if self.place.rank == 0 else self._own_failure()])
-        if any(of_others):
+        failures = self._gather([None if self.place.rank == 0 else self._own_failure()])
+        if any(failures):
             self._has_failed_elsewhere.set()
         if self.place.rank == 0:
             self._join()
-        of_first = self._gather([self._own_failure() if self.place.rank == 0 else None])
+        failure_of_first = self._gather([self._own_failure() if self.place.rank == 0 else None])
         self._has_failed_elsewhere.clear()
-        self._raise_together(of_others if any(of_others) else of_first)
+        self._raise_together(failures if any(failures) else failure_of_first)
 
     def _join(self) -> None:
         while self._thread is not None and self._thread.is_alive():
@@ -198,7 +182,7 @@ class CheckpointFolder:
         error = self._failure
         if error is None:
             return None
-        # one that is not the disk's says nothing without its kind
+        # an error that is not the disk's says nothing without its kind
         reason = str(error) if isinstance(error, (OSError, Displaced)) else f"{type(error).__name__}: {error}"
         return f"{reason}; those before it are whole; {remedy_of(error, self.run_folder)}, and pass --resume"
 
@@ -230,7 +214,7 @@ class CheckpointFolder:
             remove_old_checkpoints(self.run_folder, self.keep, step, kept_best, self._why_foreign)
             remove_unfinished(self.run_folder)
         except OSError as error:
-            # the new checkpoint is whole; what could not be deleted costs room alone
+            # the new checkpoint is whole, and old ones cost no more than room
             logger.warning(f"an old checkpoint could not be deleted ({error})")
 
     def _commit_whole(self, staged: Path, step: int) -> None:
@@ -254,32 +238,27 @@ class CheckpointFolder:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file, which is on disk when this returns."""
+    """Size in bytes and SHA-256 of a file, which is flushed to the disk first."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def remedy_of(error: Exception, folder: Path) -> str:
-    """What is to be done about a failure to write into a folder: only a full disk or quota is told to be one."""
+    """The remedy of a failure to write into a folder: to make room only where the disk or quota is full."""
     if isinstance(error, Displaced):
         return DISPLACED_REMEDY
+    try:
+        room = f"make room ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there)"
+    except OSError:
+        room = "make room (its folder is gone)"
     if any(words in str(error) for words in FULL_DISK_WORDS):
-        return f"make room ({free_space(folder)})"
+        return room
     if isinstance(error, OSError):
         return f"restore {folder}"
-    if type(error).__name__ in ("RuntimeError", "SafetensorError"):
-        # torch and safetensors pass on no more than that they could not write
-        return f"make room ({free_space(folder)}) or restore {folder}"
-    return "correct it"
-
-
-def free_space(folder: Path) -> str:
-    """How much room a folder's disk has, in words."""
-    try:
-        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there"
-    except OSError:
-        return "its folder is gone"
+    # torch and safetensors pass on no more than that they could not write
+    unsaid = type(error).__name__ in ("RuntimeError", "SafetensorError")
+    return f"{room} or restore {folder}" if unsaid else "correct it"
 
 
 def remove_old_checkpoints(
@@ -289,11 +268,8 @@ def remove_old_checkpoints(
     kept_best: int | None = None,
     why_foreign: WhyForeign = lambda checkpoint: None,
 ) -> None:
-    """Deletes whole checkpoints up to step `newest`, but the last `keep` of them and the best.
-
-    Damaged ones and other runs' are left alone and do not count, and neither do later ones: a run that has just saved
-    `newest` has passed them over as it was resumed, for damage that only reading them shows.
-    """
+    """Deletes whole checkpoints of this run up to step `newest`, but the last `keep` of them and the best."""
+    # a resumed run has passed over later ones, for damage that only reading them shows
     candidates = [path for path in list_checkpoints(run_folder) if checkpoint_step(path) <= newest]
     whole = [path for path in candidates if not (find_damage(path, reads_content=False) or why_foreign(path))]
     others = [path for path in whole if checkpoint_step(path) != kept_best]
@@ -307,10 +283,10 @@ def remove_old_checkpoints(
 
 
 def remove_unfinished(run_folder: Path) -> None:
-    """Deletes what a save that was cut off left behind. Raises OSError if a visible file of it stays."""
+    """Deletes the rest of a save that was cut off. Raises OSError if a visible file of it stays."""
     folder = run_folder / UNFINISHED_NAME
     if folder.is_symlink() or not folder.is_dir():
-        # not Fleet's own, and nothing could be written there
+        # not Fleet's own
         folder.unlink(missing_ok=True)
         return
     # a file that another process still reads stays on NFS, under a hidden name
@@ -332,11 +308,9 @@ def _compare(
             return f"{name} is {kind or 'gone'}"
         if (actual := (checkpoint / name).stat().st_size) != size:
             return f"{name} has {actual:,} bytes instead of {size:,}"
-    if not reads_content:
-        return None
     # the largest first and dealt in turns, so that every process reads about as much
     by_size = sorted(listed, key=lambda name: (-listed[name][0], name))
-    for name in by_size[place.rank :: place.num_processes]:
+    for name in by_size[place.rank :: place.num_processes] if reads_content else ():
         with (checkpoint / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != listed[name][1]:
                 return f"the content of {name} is not what was saved"
@@ -351,15 +325,13 @@ def _file_names(folder: Path) -> list[str]:
 
 def _own_files(folder: Path, place: ProcessPlace) -> list[str]:
     """The files that this process wrote: those with its number in their names, and for process 0 all others."""
-    owners = {}
-    for name in _file_names(folder):
-        match = re.match(r"(?:zero_pp_rank_|bf16_zero_pp_rank_|rng_state_)(\d+)", Path(name).name)
-        owners[name] = int(match[1]) if match else 0
-    return [name for name, owner in owners.items() if owner == place.rank]
+    numbered = re.compile(r"(?:zero_pp_rank_|bf16_zero_pp_rank_|rng_state_)(\d+)")
+    names = [(name, numbered.match(Path(name).name)) for name in _file_names(folder)]
+    return [name for name, match in names if (int(match[1]) if match else 0) == place.rank]
 
 
 def _read_part(path: Path, will_not_come: threading.Event) -> dict[str, Any]:
-    """A process's part of the manifest, once it is there."""
+    """A process's part of the manifest, which is waited for."""
     deadline_s = time.monotonic() + MAX_WAIT_FOR_PARTS_S
     while not path.exists():
         if will_not_come.is_set():

@@ -1,8 +1,8 @@
-"""ResumableTrainer: a Trainer whose checkpoints are whole, and whose resumed run is the run it resumes.
+"""ResumableTrainer: a Trainer whose checkpoints are whole, and whose resumed run is the run that was begun.
 
 The only code that leans on how transformers' Trainer and DeepSpeed save and load. Unlike theirs, a save is staged and
-committed (checkpoints.py) and happens between generations alone, as half a generation is in no checkpoint; weights
-are loaded strictly by name; and no file is unpickled into anything but tensors and plain values unless it is trusted.
+committed (checkpoints.py), between generations alone. Weights are loaded strictly by name. Files are unpickled into
+nothing but tensors and plain values, unless they are trusted.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,22 @@ from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
 
 from fleet.command.resume_check import why_of_another_run
-from fleet.errors import RunEnded, RunStopped, UsageError
+from fleet.errors import RunEnded, RunStopped, UsageError, one_line
 from fleet.processes import Gather, gather_by_rank, raise_first
 from fleet.rl.checkpoints import CheckpointFolder, ProcessPlace, remedy_of
 from fleet.run_folder import CONFIG_NAME, RUN_CONFIG_NAME, write_atomically
 from fleet.schedule import optimizer_steps_per_generation
 
 # Classes besides torch's own that Trainer and DeepSpeed write into what they pickle. They hold plain values.
-KNOWN_CLASSES = frozenset(
-    {
-        "numpy._core.multiarray._reconstruct",
-        "numpy.core.multiarray._reconstruct",
-        "numpy.ndarray",
-        "numpy.dtype",
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    }
-)
+KNOWN_CLASSES = {
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+}
 # In the words of torch's RuntimeError for a file that it cannot write.
 WRITE_FAILURES = ("PytorchStreamWriter", "inline_container")
 # What a resume unpickles; training_args.bin is written for people alone.
@@ -53,10 +51,9 @@ UNPICKLED_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"
 class ResumableTrainer(RLOOTrainer):
     """TRL's RLOOTrainer with Fleet's checkpoints.
 
-    `run_config` is the text of the run's configuration, which goes into each checkpoint. `num_kept_checkpoints` are
-    kept, the best among them. `trusts_checkpoint` unpickles what a checkpoint holds, whatever it is. `on_activity` is
-    told what the trainer is at, each time that it gets there. `displaced_by` says why this process may write into the
-    run's folder no longer, and None while it may.
+    run_config: the text of the run's configuration, which goes into each checkpoint. trusts_checkpoint: anything that
+    a checkpoint holds is unpickled. num_kept_checkpoints: the best among them. on_activity: told of each thing that
+    the trainer begins. displaced_by: why this process may write into the run's folder no longer, None while it may.
     """
 
     def __init__(
@@ -72,16 +69,15 @@ class ResumableTrainer(RLOOTrainer):
         """The others are RLOOTrainer's."""
         super().__init__(*args, **kwargs)
         self.run_config, self.trusts_checkpoint = run_config, trusts_checkpoint
-        # Trainer's own limit stays unset: at its end it deletes checkpoints, whole or not, by that
+        # Trainer's own limit stays unset, as it counts damaged checkpoints too
         self.num_kept_checkpoints = num_kept_checkpoints
         self.on_activity, self.displaced_by = on_activity, displaced_by
-        self._checkpoints: CheckpointFolder | None = None
         self._is_saving = False
         self.is_save_due = False
         self.add_callback(SnapToGeneration(self))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains, and returns once the last checkpoint is on disk. Raises RunStopped if one cannot be saved."""
+        """Trains, and returns when the last checkpoint is on disk. Raises RunStopped if a save fails."""
         try:
             output = super().train(*args, **kwargs)
         except RunEnded as ended:
@@ -91,35 +87,30 @@ class ResumableTrainer(RLOOTrainer):
         self.checkpoints.wait()
         return output
 
-    @property
+    @cached_property
     def checkpoints(self) -> CheckpointFolder:
         """The run's checkpoints, in args.output_dir."""
-        if self._checkpoints is None:
-            place = ProcessPlace(self.args.process_index, self.args.world_size)
-            self._checkpoints = CheckpointFolder(
-                Path(self.args.output_dir),
-                place,
-                gather_object,
-                self.num_kept_checkpoints,
-                on_waiting=lambda: self.on_activity("the commit of a save"),
-                displaced_by=lambda: self.displaced_by(),
-                why_foreign=partial(why_of_another_run, json.loads(self.run_config)),
-            )
-        return self._checkpoints
+        return CheckpointFolder(
+            Path(self.args.output_dir),
+            ProcessPlace(self.args.process_index, self.args.world_size),
+            gather_object,
+            self.num_kept_checkpoints,
+            on_waiting=lambda: self.on_activity("the commit of a save"),
+            displaced_by=self.displaced_by,
+            why_foreign=partial(why_of_another_run, json.loads(self.run_config)),
+        )
 
     def is_at_generation_end(self) -> bool:
-        """Whether the steps so far have used up every generation, so that the next step begins with a new one."""
+        """True if the next step begins with a new generation."""
         args = self.args
-        cycle = optimizer_steps_per_generation(
-            args.steps_per_generation, args.num_iterations, args.gradient_accumulation_steps
-        )
-        return self.state.global_step % cycle == 0
+        generation = args.steps_per_generation, args.num_iterations, args.gradient_accumulation_steps
+        return self.state.global_step % optimizer_steps_per_generation(*generation) == 0
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints.staging) if self._is_saving else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Saves between generations; in the middle of one, the save waits for its end (SnapToGeneration asks again)."""
+        """Saves between generations. In the middle of one the save waits for its end: SnapToGeneration asks again."""
         self.is_save_due = not self.is_at_generation_end()
         if self.is_save_due:
             return
@@ -134,7 +125,7 @@ class ResumableTrainer(RLOOTrainer):
                 raise
             raise RunStopped(
                 f"process {self.args.process_index} could not save step {self.state.global_step} "
-                f"({' '.join(str(error).split())}); the checkpoints before it are whole; "
+                f"({one_line(error)}); the checkpoints before it are whole; "
                 f"{remedy_of(error, Path(self.args.output_dir))}, and pass --resume",
                 is_of_all=False,
             ) from error
@@ -143,13 +134,13 @@ class ResumableTrainer(RLOOTrainer):
         self.checkpoints.commit(self.state.global_step, self.state.best_global_step)
 
     def _finish_staged(self) -> None:
-        """Adds what Trainer does not save, and replaces the one path in it that is of the staging folder."""
+        """Adds the run's configuration, and replaces the one path that names the staging folder."""
         if not self.args.should_save:
             return
         staged = self.checkpoints.staging / f"checkpoint-{self.state.global_step}"
         if self.state.best_model_checkpoint is not None:
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best)
+            best = f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / best)
             self.state.save_to_json(str(staged / "trainer_state.json"))
         (staged / RUN_CONFIG_NAME).write_text(self.run_config, encoding="utf-8")
         config = Path(self.args.output_dir) / CONFIG_NAME
@@ -170,10 +161,9 @@ class ResumableTrainer(RLOOTrainer):
                 raise UsageError(_refusal_of_pickle(Path(resume_from_checkpoint), str(error).split("\n")[0])) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Loads a checkpoint's weights by name, all of them or none. Raises UsageError naming the first that differs.
+        """Loads a checkpoint's weights by name, all or none. Raises UsageError naming the first that differs.
 
-        Trainer's own way leaves a full fine-tune at its base weights: the names in the file differ from the model's
-        and are passed over. `from_pretrained` maps them.
+        Trainer passes over names that differ, as all of a full fine-tune do. `from_pretrained` maps them.
         """
         policy = self.accelerator.unwrap_model(self.model if model is None else model)
         checkpoint = Path(resume_from_checkpoint)
@@ -183,28 +173,24 @@ class ResumableTrainer(RLOOTrainer):
                 _require_same_names(checkpoint, saved_adapter.keys(), wanted)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        assert isinstance(policy, PreTrainedModel), f"a {type(policy).__name__} has no checkpoints of Fleet's"
+        assert isinstance(policy, PreTrainedModel), f"Fleet saves no {type(policy).__name__}"
         saved, loading = type(policy).from_pretrained(
             checkpoint, dtype=policy.dtype, use_safetensors=True, output_loading_info=True
         )
-        wrong_shapes = [name for name, *_ in loading["mismatched_keys"]]
-        lacking = [*loading["missing_keys"], *wrong_shapes]
+        lacking = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
         _refuse_names(checkpoint, lacking, loading["unexpected_keys"])
         policy.load_state_dict(saved.state_dict(), strict=True)
 
     def _require_deepspeed_names(self, checkpoint: Path) -> None:
         """Raises UsageError unless this process's ZeRO file has the weights that train, in their order and shapes."""
-        # DeepSpeed cuts the weights out of one flat tensor by their place, whatever their names are
+        # DeepSpeed cuts the weights out of one flat tensor by their place, not by their names
         pattern = f"global_step*/*zero_pp_rank_{self.args.process_index}_mp_rank_00_model_states.pt"
-        paths = list(checkpoint.glob(pattern))
-        if not paths:
+        path = next(checkpoint.glob(pattern), None)
+        if path is None:
             raise UsageError(f"resume: {checkpoint} has no {pattern}; restore the checkpoint, or begin another run")
-        groups = torch.load(paths[0], weights_only=not self.trusts_checkpoint, mmap=True)["param_shapes"]
-        trained = {
-            name: tuple(getattr(weight, "ds_shape", weight.shape))
-            for name, weight in self.model.named_parameters()
-            if weight.requires_grad
-        }
+        groups = torch.load(path, weights_only=not self.trusts_checkpoint, mmap=True)["param_shapes"]
+        weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        trained = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
         _require_same_names(checkpoint, [name for group in groups for name in group], trained)
         for group in groups:
             saved = [(name, tuple(shape)) for name, shape in group.items()]
@@ -218,24 +204,24 @@ class ResumableTrainer(RLOOTrainer):
 
     def _together(self, check: Callable[[], None]) -> None:
         """Runs a check on every process; all raise UsageError if it fails on any."""
+        problem = None
         try:
             check()
-            problem = None
         except UsageError as error:
             problem = str(error)
         except Exception as error:
-            problem = f"resume: the checkpoint cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
+            problem = f"resume: the checkpoint cannot be read ({type(error).__name__}: {one_line(error)})"
         raise_first(gather_by_rank(problem), who="")
 
 
 class SnapToGeneration(TrainerCallback):
-    """Has a save that fell into the middle of a generation made at its end."""
+    """Makes up for a save that fell into a generation, at the generation's end."""
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes this run's own intervals of logging, evaluating and saving, not those that the checkpoint has."""
+        """Takes the intervals of logging, evaluating and saving from this run's flags, not from the checkpoint."""
         state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -246,10 +232,7 @@ class SnapToGeneration(TrainerCallback):
 
 
 def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather) -> None:
-    """Raises UsageError, on all processes, if a file that a resume unpickles names a class that no save writes.
-
-    Only the names in the files are read. Unpickling itself is restricted as well, for what hides its names.
-    """
+    """Raises UsageError on all processes if a file to unpickle names a class that no save writes; reads the names."""
     paths = sorted(path for pattern in UNPICKLED_FILES for path in checkpoint.glob(pattern))
     problems = []
     for path in paths[place.rank :: place.num_processes]:
@@ -258,7 +241,7 @@ def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather)
         except OSError as error:
             problems.append(f"resume: {path} cannot be read ({error.strerror or error}); restore it")
         except Exception as error:
-            # whatever a file that torch.save did not write makes of it
+            # a file that torch.save did not write may raise anything
             problems.append(_refusal_of_pickle(path, str(error).split("\n")[0]))
         else:
             if unknown:
@@ -268,15 +251,13 @@ def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather)
 
 @contextlib.contextmanager
 def nothing_unpickled_unless(is_trusted: bool) -> Iterator[None]:
-    """Within it, torch.load makes tensors, plain values and the known classes alone, whatever its caller asks for.
-
-    DeepSpeed asks for everything (`weights_only=False`); torch's own environment variable overrules it.
-    """
-    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(variable)
+    """Within it, torch.load makes tensors, plain values and known classes alone, also for files that hide names."""
     if is_trusted:
         yield
         return
+    # overrules DeepSpeed, which asks for everything (`weights_only=False`)
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
         with torch.serialization.safe_globals(_known_classes()):
@@ -312,11 +293,8 @@ def _require_same_names(checkpoint: Path, saved: Iterable[str], wanted: Iterable
 
 def _refuse_names(checkpoint: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Raises UsageError if there are any names."""
-    found = [
-        f"{word} {len(names)} weights, {names[0]} among them"
-        for word, names in (("lacks", sorted(missing)), ("has unknown", sorted(unexpected)))
-        if names
-    ]
+    by_word = {"lacks": sorted(missing), "has unknown": sorted(unexpected)}
+    found = [f"{word} {len(names)} weights, {names[0]} among them" for word, names in by_word.items() if names]
     if found:
         raise UsageError(
             f"resume: {checkpoint} does not fit the model: it {' and '.join(found)}; restore the checkpoint, or "

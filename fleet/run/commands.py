@@ -24,10 +24,7 @@ def resume_command(output_dir: str) -> str:
 
 
 def launched_command(argv: Sequence[str] | None = None, parent_words: Sequence[str] | None = None) -> list[str]:
-    """The words by which this process was started, its launcher's before them if it has one.
-
-    argv: by default sys.argv. parent_words: the command line of the process that started this one.
-    """
+    """The words that started this process, its launcher's first. parent_words: the parent's command line."""
     own = list(sys.argv if argv is None else argv)
     parent = list(_words_of(os.getppid()) if parent_words is None else parent_words)
     names = [Path(word).name for word in parent]
@@ -39,10 +36,10 @@ def launched_command(argv: Sequence[str] | None = None, parent_words: Sequence[s
 
 
 def next_commands(folder: Path, base: ModelFlags, env: EpisodeSource) -> str:
-    """The commands for a finished run, which score it, show it and use it; each runs as it stands.
+    """The commands that score a finished run, show it and use it; each runs as it stands.
 
-    folder: of the run. base: the model that it began with. env: of the run, whose first sound episode is what the
-    model is asked. Without one of two or more files and an instruction among the first there is no last command.
+    base: the model that the run began with. The model is asked the first sound episode of `env` that has files and an
+    instruction; without one the last command is left out.
     """
     model = str(folder / FINAL_NAME)
     score = ["python", "evaluate.py", "--model_id", model]
@@ -59,7 +56,7 @@ def next_commands(folder: Path, base: ModelFlags, env: EpisodeSource) -> str:
 
 
 def _question(env: EpisodeSource, index: int) -> list[str]:
-    """The flags that ask what this episode asks; none where it shows no files, or cannot be drawn or shown."""
+    """The flags that ask what this episode asks; empty where it shows no files, or fails."""
     try:
         episode = checked_episode(env, index)
         paths = [str(image) for image in episode.images if isinstance(image, Path)]
@@ -76,20 +73,17 @@ def _question(env: EpisodeSource, index: int) -> list[str]:
 def _without_flags(words: Sequence[str], flags: Sequence[str]) -> list[str]:
     """The words less these flags and the values that follow them."""
     kept: list[str] = []
-    drops_value = False
+    previous = ""
     for word in words:
-        if word.split("=")[0] in flags:
-            drops_value = "=" not in word
-        elif drops_value and not word.startswith("-"):
-            drops_value = False
-        else:
-            drops_value = False
+        is_value = previous in flags and not word.startswith("-")
+        if not is_value and word.split("=")[0] not in flags:
             kept.append(word)
+        previous = word
     return kept
 
 
 def _words_of(process_id: int) -> list[str]:
-    """A process's command line; nothing where the system does not show it."""
+    """The command line of a process; empty where the system does not show it."""
     try:
         content = Path(f"/proc/{process_id}/cmdline").read_bytes()
     except OSError:

@@ -1,8 +1,6 @@
-"""The content of config.json: the resolved flags, what is drawn from, and the versions that count.
+"""The content of config.json: flags, images, and the versions that count. Imports no torch."""
 
-Imports no torch.
-"""
-
+import contextlib
 import hashlib
 import json
 import os
@@ -28,9 +26,8 @@ def config_text(
 ) -> str:
     """The text of config.json: the resolved flags, what is drawn from, processes, command, commit and versions.
 
-    flags: by name, null for one that has no part in the run. idle: the names of these. code: the specs of the user's
-    own code, by flag. others: run_id (drawn as the run begins and kept when it is resumed; its checkpoints are told
-    from other runs' by it), num_episodes, num_processes.
+    flags: by name, null for `idle` ones. code: the specs of the user's own code, by flag. others: num_episodes,
+    num_processes and run_id, which a resumed run keeps and its checkpoints bear.
     """
     config = {
         "run_id": others["run_id"],
@@ -52,24 +49,24 @@ def config_text(
 
 
 def sha256_of_user_files(code: Mapping[str, str]) -> dict[str, str | None]:
-    """The digest of each file that holds code of the user's own, by its flag."""
+    """The digest of each file of the user's own code, by its flag."""
     return {flag: sha256_of(Path(spec.rpartition(":")[0])) for flag, spec in code.items()}
 
 
 def sha256_of_imported_files(code: Mapping[str, str]) -> dict[str, dict[str, str | None]]:
-    """The digests of the files beside them that they have imported, by the flag and their place there."""
+    """The digests of the files that these have imported from beside them, by the flag and their place there."""
     return {
         flag: {place: sha256_of(folder_of(spec) / place) for place in files_beside(spec)} for flag, spec in code.items()
     }
 
 
 def sha256_of(path: Path) -> str | None:
-    """Hex of a file's SHA-256; None where there is no such file."""
+    """Hex of a file's SHA-256; None if there is no file."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def what_changed_since(recorded: Mapping[str, Any], code: Mapping[str, str], model_id: str) -> list[str]:
-    """The versions and files that are not as a run's config.json has them, and may change a result."""
+    """The versions and files that differ from a run's config.json and may change a result."""
     before, now = recorded.get("versions", {}), installed_versions()
     changed = [
         f"{name} (was {before[name]}, now {now.get(name, 'gone')})"
@@ -90,25 +87,17 @@ def what_changed_since(recorded: Mapping[str, Any], code: Mapping[str, str], mod
 
 
 def sizes_of_model_files(model_id: str) -> dict[str, int]:
-    """Bytes of each file of weights or configuration in a model's folder; nothing for a hub model, whose name is one.
-
-    Of an adapter its own files; sizes and not contents, as a model's take minutes to read.
-    """
-    folder = Path(model_id)
-    paths = (
-        [path for pattern in ("*.safetensors", "*.json") for path in folder.glob(pattern)] if folder.is_dir() else []
-    )
+    """Bytes of each file of weights or configuration in a folder, as contents take minutes; empty for a hub model."""
+    paths = [path for pattern in ("*.safetensors", "*.json") for path in Path(model_id).glob(pattern)]
     return {path.name: path.stat().st_size for path in sorted(paths)}
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that can change a result, as far as they are installed."""
+    """The installed versions of the packages that can change a result."""
     versions = {}
     for package in RECORDED_PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions
 
 

@@ -1,15 +1,16 @@
 """The data that a run draws from: all processes agree on it, and the model can read its prompts."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from fleet.command.flags import TOY_MODEL_ID, TaskFlags
 from fleet.command.image_check import Findings, RunData, first_difference, listing_of, settle
 from fleet.episodes import BrokenEpisode, EpisodeSource, checked_episode
-from fleet.errors import AgreedUsageError, UsageError
+from fleet.errors import AgreedUsageError, UsageError, one_line, refused
 from fleet.model_folder.files import base_of
 from fleet.own_code.environment_trial import TRIED, require_same_digests
-from fleet.processes import gather_by_rank, result_or_problem, together
+from fleet.processes import gather_by_rank, together
 from fleet.run.model_setup import naming_the_model
 from fleet.toy.model import PLAIN, default_cache_root, folder_name, is_whole
 from model_utils import load_processor
@@ -19,8 +20,7 @@ from utils.images import BadImage
 def agree_on_data(task: TaskFlags, findings: Findings) -> RunData:
     """The data that the run draws from, the same on every process. Every process takes part.
 
-    Raises UsageError on every process if images are bad and stop the run, if machines hold different folders, or if the
-    processes draw different episodes.
+    Raises UsageError on all if bad images stop the run, or machines hold or processes draw different things.
     """
     if findings.data is not None:
         return findings.data
@@ -39,58 +39,36 @@ def agree_on_data(task: TaskFlags, findings: Findings) -> RunData:
 
 
 def require_last_episode(env: EpisodeSource, spec: str, num_episodes: int) -> None:
-    """Raises UsageError on every process if a user's environment has not as many episodes as the run draws.
-
-    spec: what --env names.
-    """
+    """Raises UsageError on every process if the environment of --env has fewer episodes than the run draws."""
+    words = f"env={spec}, of which the run draws {num_episodes} episodes: "
 
     def draw_last() -> None:
-        try:
+        # with a bad picture the episode is there, and --bad_images decides
+        with suppress(BadImage, OSError), refused(BrokenEpisode, before=words):
             checked_episode(env, num_episodes - 1)
-        except BrokenEpisode as error:
-            raise UsageError(f"env={spec}, of which the run draws {num_episodes} episodes: {error}") from error
-        except (BadImage, OSError):
-            # the episode is there, and its picture is a matter of --bad_images
-            pass
 
     together(draw_last)
 
 
-def problem_of_prompts(task: TaskFlags, findings: Findings | None, model_id: str) -> str | None:
-    """The reason why the first prompts of a user's environment do not encode for the model; None if they do.
-
-    None too where the model's processor is not on this machine yet. Started alone, a process raises UsageError itself.
-    """
-    folder = _processor_folder(model_id)
-    if task.env is None or findings is None or folder is None:
-        return None
-    return result_or_problem(lambda: _require_encodable(task, findings.env, model_id, folder))[1]
-
-
-def _processor_folder(model_id: str) -> str | None:
-    if model_id == TOY_MODEL_ID:
-        path = default_cache_root() / folder_name(PLAIN)
-        return str(path) if is_whole(path) else None
-    return base_of(model_id) if Path(base_of(model_id)).is_dir() else None
-
-
-def _require_encodable(task: TaskFlags, env: EpisodeSource, model_id: str, folder: str) -> None:
+def require_encodable_prompts(task: TaskFlags, findings: Findings | None, model_id: str) -> None:
+    """Raises UsageError if a user's first prompts do not encode for a model whose processor is on this machine."""
+    folder = default_cache_root() / folder_name(PLAIN) if model_id == TOY_MODEL_ID else Path(base_of(model_id))
+    is_here = is_whole(folder) if model_id == TOY_MODEL_ID else folder.is_dir()
+    if task.env is None or findings is None or not is_here:
+        return
     with naming_the_model(model_id):
-        processor = load_processor(folder)
-    dataset = RepeatableEpisodeDataset(env, task.image_max_pixels)
+        processor = load_processor(str(folder))
+    dataset = RepeatableEpisodeDataset(findings.env, task.image_max_pixels)
+    prompts = f"env={task.env}: the prompts of episodes {TRIED[0]} to {TRIED[-1]}"
     try:
         batch = VLMDataCollator(processor, 1)([dataset[index] for index in TRIED])
-    # what a processor raises depends on where it meets what it does not expect
+    # a processor may raise anything for what it does not expect
     except Exception as error:
-        words = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"env={task.env}: the prompts of episodes {TRIED[0]} to {TRIED[-1]} cannot be encoded for "
-            f"{model_id} ({type(error).__name__}: {words}); correct prompt_messages()"
-        ) from error
+        words = f"{type(error).__name__}: {one_line(error)[:300]}"
+        raise UsageError(f"{prompts} cannot be encoded for {model_id} ({words}); correct prompt_messages()") from error
     num_tokens = int((batch["mm_token_type_ids"] == 1).sum())
     num_wanted = int(batch["image_grid_thw"].prod(dim=1).sum()) // processor.image_processor.merge_size**2
     if num_tokens != num_wanted:
         raise UsageError(
-            f"env={task.env}: the prompts of episodes {TRIED[0]} to {TRIED[-1]} have {num_tokens} image tokens for "
-            f"{num_wanted} of their pictures; correct prompt_messages()"
+            f"{prompts} have {num_tokens} image tokens for {num_wanted} of their pictures; correct prompt_messages()"
         )

@@ -1,7 +1,4 @@
-"""The launcher must agree with the flags, which is checked before a weight loads.
-
-Owns what accelerate, its file and its DeepSpeed settings may ask for. Which process is which: preflight.py.
-"""
+"""accelerate, its file and its DeepSpeed settings must agree with the flags, before a weight loads."""
 
 import os
 

@@ -18,11 +18,11 @@ from transformers.utils import logging as transformers_logging
 from fleet.command.evaluate_options import run_options
 from fleet.command.flags import TOY_MODEL_ID, ModelFlags, TaskFlags
 from fleet.command.options import starts_sighted
-from fleet.errors import AgreedUsageError, RunStopped, UsageError
+from fleet.errors import AgreedUsageError, RunStopped, UsageError, one_line
 from fleet.model_folder.files import base_of
 from fleet.model_folder.hub import require_qwen_on_hub
 from fleet.model_folder.weights import first_weight_not_finite
-from fleet.processes import gather_by_rank, result_or_problem, together
+from fleet.processes import gather_by_rank, together
 from fleet.run.watchdog import is_of_collective
 from fleet.toy.model import PLAIN, SIGHTED, CacheError
 from fleet.toy.pictures import untaught
@@ -33,21 +33,20 @@ logger = logging.getLogger("fleet")
 
 
 def has_gpu() -> bool:
-    """Whether a GPU will train: there is one, and the launcher was not told to use the CPU."""
+    """True if there is a GPU, and the launcher was not told to use the CPU."""
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
 
 
 def has_bfloat16() -> bool:
-    """Whether to compute in bfloat16: a GPU does so natively, or the launcher was told to."""
+    """True if a GPU computes in bfloat16 natively, or the launcher was told to."""
     asked_by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     return asked_by_launcher or (has_gpu() and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def use_every_core() -> None:
-    """Without a GPU, gives this machine's processes its cores, up to 4 each; accelerate gives each a single thread.
+    """Without a GPU, gives this machine's processes its cores, up to 4 each, where accelerate gives one thread.
 
-    A number of threads above 1 that was asked for (OMP_NUM_THREADS, or accelerate's --num_cpu_threads_per_process)
-    stays; 1 cannot be told from accelerate's own.
+    A number above 1 in OMP_NUM_THREADS or accelerate's --num_cpu_threads_per_process stays.
     """
     if not has_gpu() and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         num_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -55,10 +54,7 @@ def use_every_core() -> None:
 
 
 def local_model_path(model_id: str, task: TaskFlags) -> str:
-    """The path or hub id for `from_pretrained`; builds the toy model if need be. Every process takes part.
-
-    Raises UsageError on every process if the toy model cannot be built or kept on any.
-    """
+    """The path or hub id for `from_pretrained`. All processes build the toy if need be, or raise UsageError."""
     if model_id != TOY_MODEL_ID:
         return model_id
     return str(together(lambda: _built_toy(SIGHTED if starts_sighted(model_id, task) else PLAIN)))
@@ -70,25 +66,18 @@ def _built_toy(kind: str) -> Path:
     except CacheError as error:
         raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
     except BuildError as error:
-        raise UsageError(
-            f"the toy model could not be built ({error}); mend that, or pass another --model_id"
-        ) from error
+        remedy = "mend that, or pass another --model_id"
+        raise UsageError(f"the toy model could not be built ({error}); {remedy}") from error
 
 
-def problem_of_models(*model_ids: str, revision: str | None = None) -> str | None:
-    """What is wrong with the files of these models, by names and shapes alone; None if nothing is.
+def require_loadable_models(*model_ids: str, revision: str | None = None) -> None:
+    """Raises UsageError if the files of models or of adapters' bases do not fit by names and shapes.
 
-    Of models in folders, adapters' bases too. A hub model is asked for its kind alone, by one process of a machine: its
-    files may not be here yet, and are checked as they load. revision: of a hub model.
-    Started alone, a process raises UsageError itself. Must come before a DeepSpeed configuration is made.
+    One process of a machine asks for a hub model's kind alone. Must come before a DeepSpeed configuration is made.
     """
-    return result_or_problem(lambda: _require_loadable(model_ids, revision))[1]
-
-
-def _require_loadable(model_ids: Sequence[str], revision: str | None) -> None:
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
-    # its table of weights would stand above the one line that says what is wrong
+    # its table of weights would stand above the one line of the error
     transformers_logging.set_verbosity_error()
     try:
         for model_id in model_ids:
@@ -103,7 +92,7 @@ def _require_loadable(model_ids: Sequence[str], revision: str | None) -> None:
 
 
 def say_what_the_toy_has_not_seen(model_id: str, task: TaskFlags, paths: Sequence[Path]) -> None:
-    """Says in a line which share of the pictures the toy cannot know, where it is to pick them by name."""
+    """Says in a line which share of the pictures the toy does not know, where it is to pick them by name."""
     run = run_options(model_id)
     is_toy = TOY_MODEL_ID in (model_id, run.get("model_id"))
     if not is_toy or task.env is not None or task.fixed_correct_index is not None:
@@ -117,25 +106,23 @@ def say_what_the_toy_has_not_seen(model_id: str, task: TaskFlags, paths: Sequenc
 
 @contextmanager
 def naming_the_model(model_id: str) -> Iterator[None]:
-    """Within it, what the libraries and model_utils say of files that do not open becomes a UsageError.
+    """Within it, an error of the libraries or model_utils about a model's files becomes a UsageError.
 
-    Raises RunStopped where another process was lost, with which the model's files have nothing to do.
+    Raises RunStopped where another process was lost, which is no fault of the files.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = " ".join(str(error).split())
         raise UsageError(
-            f"model {model_id} does not fit into the GPU's memory ({reason}); pass a smaller one, or more GPUs under "
-            "ZeRO-3"
+            f"model {model_id} does not fit into the GPU's memory ({one_line(error)}); pass a smaller one, or more "
+            "GPUs under ZeRO-3"
         ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if is_of_collective(traceback.extract_tb(error.__traceback__)):
             message = f"process {os.environ.get('RANK', '0')} lost another one while model {model_id} loaded ({reason})"
-            raise RunStopped(
-                f"{message}; look at the others' last lines, and start the run again", is_of_all=False
-            ) from error
+            remedy = "look at the others' last lines, and start the run again"
+            raise RunStopped(f"{message}; {remedy}", is_of_all=False) from error
         raise UsageError(f"model {model_id} cannot be loaded ({reason}); correct it or pass another") from error
 
 
@@ -143,14 +130,15 @@ def load_model(
     flags: ModelFlags,
     model_path: str,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     trains_adapter: bool = False,
     freeze_vision: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, processor). Every process takes part.
+    """(model, processor). Every process takes part. dtype: of the weights, by default the one that is computed in.
 
-    Raises UsageError if the model cannot be found or opened; on all processes if a weight on any of them is not finite.
+    Raises UsageError if the model does not open; on all processes if a weight on any of them is not finite.
     """
+    computed = torch.bfloat16 if flags.dtype == "bfloat16" else torch.float32
     transformers_logging.disable_progress_bar()
     with naming_the_model(flags.model_id):
         model, processor = load_qwen25_vl(
@@ -158,13 +146,12 @@ def load_model(
             use_lora=trains_adapter,
             freeze_vision=freeze_vision,
             load_in_4bit=flags.load_in_4bit,
-            dtype=dtype,
+            dtype=dtype or computed,
             attn_implementation=flags.attn_implementation,
             revision=flags.revision,
         )
     # under ZeRO-3 a process sees its own shards alone
-    names = [name for name in gather_by_rank(first_weight_not_finite(model)) if name is not None]
-    if names:
+    if names := [name for name in gather_by_rank(first_weight_not_finite(model)) if name is not None]:
         raise AgreedUsageError(
             f"model {flags.model_id} has weights that are not finite numbers, {names[0]} the first of them, but wanted "
             "a model that can answer; pass another, or a checkpoint from before its training failed"
@@ -174,8 +161,7 @@ def load_model(
 
 def load_policy(flags: ModelFlags, task: TaskFlags) -> tuple[Any, Any]:
     """(model, processor) that answer on this process's device. Raises UsageError if the model does not open."""
-    dtype = torch.bfloat16 if flags.dtype == "bfloat16" else torch.float32
-    model, processor = load_model(flags, local_model_path(flags.model_id, task), dtype=dtype)
+    model, processor = load_model(flags, local_model_path(flags.model_id, task))
     if has_gpu() and not flags.load_in_4bit:
         model = model.to("cuda")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The run's folder while the run is on: named, held by one run, resumed from or begun, and how to go on with it.
+"""The run's folder while the run is on: named, held by one run, resumed from or begun.
 
 All processes agree before anything is written, and the main one writes.
 """
@@ -31,7 +31,7 @@ logger = logging.getLogger("fleet")
 
 
 def name_output_dir(output_dir: str | None, model_id: str, rank: int) -> Path:
-    """The run's folder, the same on every process. Touches none, except for making a new one where none was named."""
+    """The run's folder, the same on every process; a new one is made if `output_dir` is None."""
     is_maker = output_dir is None and rank == 0
     made = together(lambda: str(make_new_output_dir(model_id)) if is_maker else output_dir)
     folder = gather_by_rank(made)[0]
@@ -41,10 +41,7 @@ def name_output_dir(output_dir: str | None, model_id: str, rank: int) -> Path:
 
 @contextlib.contextmanager
 def held(folder: Path, rank: int) -> Iterator[RunLock | None]:
-    """Within it, no other run writes into the run's folder. The main process holds the lock; others get None.
-
-    Raises UsageError on every process if another run holds it.
-    """
+    """Within it, the main process holds the lock; others get None. Raises UsageError on all if another run has it."""
     lock = RunLock(folder) if rank == 0 else None
     try:
         together(lambda: None if lock is None else lock.take())
@@ -59,8 +56,7 @@ def find_checkpoint(
 ) -> Path | None:
     """The checkpoint that the run goes on from, the same on every process; None for a run that begins.
 
-    code: the specs of the user's own code, by flag. Raises UsageError if all checkpoints are damaged, the one to load
-    could run code, or the images changed.
+    Raises UsageError if all checkpoints are damaged, the chosen one could run code, or the images changed.
     """
     if not run.resume:
         return None
@@ -83,12 +79,11 @@ def begin_folder(
 ) -> None:
     """Called after all checks pass: makes or empties the run's folder, then writes config.json and images.json.
 
-    config: what config.json holds. sha256s: of each image that is drawn from. Raises UsageError on all processes if
-    somebody has put files there since the checks, or the folder cannot be written to.
+    Raises UsageError on all processes if somebody has put files there since the checks, or a write fails.
     """
 
     def begin() -> None:
-        # loading the model took its time, and what was not there then must not be deleted or mixed with now
+        # the model took its time to load, and files that are new since must not be deleted or mixed with
         require_output_dir(run, paths_read)
         try:
             if run.overwrite and folder.is_dir():
@@ -108,7 +103,7 @@ def begin_folder(
 
 @contextlib.contextmanager
 def telling_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Within it, a run that ends early has a note with the whole command that goes on with it."""
+    """Within it, a run that ends early gets a note with the command that goes on with it."""
     try:
         yield
     except RunEnded as error:

@@ -17,7 +17,7 @@ from rich.text import Text
 from environment import Outcome
 from fleet.command.options import ResolvedDefault
 from fleet.rl.rollouts import RolloutRecord
-from fleet.run_folder import write_bytes_atomically
+from fleet.run_folder import write_atomically
 from utils.plain_text import printable
 
 OUTCOME_STYLES = {Outcome.CORRECT: "green", Outcome.WRONG_INDEX: "yellow"}
@@ -117,7 +117,7 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     png = io.BytesIO()
     figure.savefig(png, format="png")
     pyplot.close(figure)
-    write_bytes_atomically(path, png.getvalue())
+    write_atomically(path, png.getvalue())
 
 
 def _cut(text: str, max_chars: int = 160) -> str:

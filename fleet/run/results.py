@@ -1,6 +1,6 @@
-"""A trained model becomes files and the last lines of the log.
+"""A trained model becomes the files and the last lines of the log that a run leaves at its end.
 
-Owns what a run leaves at its end. Every process takes part in saving weights; the main one writes the rest.
+Every process takes part in saving weights; the main one writes the rest.
 """
 
 import logging
@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -15,7 +16,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from fleet.command.flags import ModelFlags
 from fleet.episodes import EpisodeSource
-from fleet.errors import RunStopped, UsageError
+from fleet.errors import RunStopped, UsageError, one_line
 from fleet.report.page import training_seconds, write_report
 from fleet.rl.checkpoints import remedy_of
 from fleet.rl.trainer import FleetRLOOTrainer
@@ -28,18 +29,14 @@ logger = logging.getLogger("fleet")
 
 
 def save_results(trainer: FleetRLOOTrainer, model: ModelFlags, *, merge_lora: bool) -> None:
-    """Writes final/, final_merged/ if asked for, curve.png and report.html. Every process takes part.
-
-    model: that the run began with.
-    Raises RunStopped if they cannot be written.
-    """
+    """Writes final/, final_merged/, curve.png and report.html on all processes. Raises RunStopped if a write fails."""
     folder = Path(str(trainer.args.output_dir))
     try:
         _write_results(folder, trainer, f"RLOO on {model.model_id}")
     except (OSError, SafetensorError) as error:
         raise RunStopped(
             f"the last step is saved, but the results could not be written to {folder} "
-            f"({' '.join(str(error).split())}); {remedy_of(error, folder)}, and pass --resume",
+            f"({one_line(error)}); {remedy_of(error, folder)}, and pass --resume",
             is_of_all=False,
         ) from error
     if merge_lora and trainer.is_world_process_zero():
@@ -49,7 +46,7 @@ def save_results(trainer: FleetRLOOTrainer, model: ModelFlags, *, merge_lora: bo
         except (OSError, SafetensorError) as error:
             raise RunStopped(
                 f"{folder / FINAL_NAME} is written, but its adapter could not be merged "
-                f"({' '.join(str(error).split())}); correct that and pass --resume",
+                f"({one_line(error)}); correct that and pass --resume",
                 is_of_all=False,
             ) from error
 
@@ -88,27 +85,22 @@ def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None
 
 
 def describe_results(trainer: FleetRLOOTrainer, model: ModelFlags, env: EpisodeSource) -> str:
-    """The end of the log: the gain, how long it took, where everything is, and the commands for it.
-
-    model: that the run began with. env: of the run.
-    """
+    """The end of the log: the gain, the time, the place of everything, and the commands for it."""
     lines = [line for line in trainer.state.log_history if "reward" in line]
     left = f"in {trainer.args.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
     left = f"{left}\n\n{next_commands(Path(str(trainer.args.output_dir)), model, env)}"
     if not lines:
         return f"\nresumed at step {trainer.state.global_step}, the last one; before it no step was logged\n{left}"
     window = max(1, min(3, len(lines) // 2))
-    means = {
-        name: [_mean([line[name] for line in part]) for part in (lines[:window], lines[-window:])]
+    figures = ", ".join(
+        f"mean {name} {_mean(lines[:window], name)} -> {_mean(lines[-window:], name)}"
         for name in ("reward", "accuracy")
-    }
-    figures = ", ".join(f"mean {name} {first} -> {last}" for name, (first, last) in means.items())
-    seconds = training_seconds(lines)
+    )
     steps = f"{window} logged steps" if window > 1 else "logged step"
-    return f"\n{figures} (first and last {steps}), {seconds:.0f} s of training\n{left}"
+    return f"\n{figures} (first and last {steps}), {training_seconds(lines):.0f} s of training\n{left}"
 
 
-def _mean(values: Sequence[float | None]) -> str:
-    """The mean of those that there are; "none" where a step's rollouts may all have been dropped."""
-    found = [value for value in values if value is not None]
+def _mean(lines: Sequence[dict[str, Any]], name: str) -> str:
+    """The mean of a metric; "none" where all rollouts of these steps were dropped."""
+    found = [line[name] for line in lines if line[name] is not None]
     return f"{sum(found) / len(found):.2f}" if found else "none"

@@ -113,7 +113,7 @@ def test_a_folder_below_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x" * 300, "circle", "circle/run", "mine\0"])
 def test_a_name_that_no_folder_can_have_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to("circle")
-    with pytest.raises(UsageError, match=r"output_dir=.* cannot be a folder \(.*\); pass another"):
+    with pytest.raises(UsageError, match=r"output_dir=.* is not a valid folder \(.*\); pass another"):
         require_output_dir(replace(options_of(), output_dir=str(tmp_path / name)))
 
 

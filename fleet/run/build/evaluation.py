@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator, DistributedType
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
 
+from fleet.command.command_line import COLOURED
 from fleet.command.evaluate_options import EvaluateOptions, resolve_evaluate_options, run_config, run_options
 from fleet.command.flags import TaskFlags
 from fleet.command.image_check import Findings, images_of
@@ -29,18 +28,10 @@ from fleet.errors import UsageError
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
 from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, with_baseline
 from fleet.evaluation.held_out import make_plan
-from fleet.processes import raise_together, require_same_flags, together
+from fleet.processes import first_problem, raise_together, require_same_flags, together
 from fleet.progress import count_progress
-from fleet.run.data import agree_on_data, problem_of_prompts
-from fleet.run.model_setup import (
-    has_bfloat16,
-    has_gpu,
-    load_model,
-    local_model_path,
-    problem_of_models,
-    say_what_the_toy_has_not_seen,
-    use_every_core,
-)
+from fleet.run import model_setup
+from fleet.run.data import agree_on_data, require_encodable_prompts
 from fleet.run.records import resolved_table
 from utils.plain_text import printable
 
@@ -52,23 +43,27 @@ TASK = ("data_root", "env", "candidates_per_episode", "fixed_correct_index")
 
 @dataclass(frozen=True)
 class PreparedEvaluation:
-    """An evaluation that is sound as far as it can be known before a weight loads, the same on every process."""
+    """An evaluation that has passed all checks that need no weight, the same on every process."""
 
     options: EvaluateOptions
     accelerator: Accelerator
     plan: EvaluationPlan
+    settings: AnswerSettings
 
 
 def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | None) -> PreparedEvaluation:
-    """Resolves the options, starts the processes, and has all of them agree. Writes nothing.
+    """Resolves the options, and has all processes agree on the evaluation. Writes nothing.
 
-    findings, problem: of the checks on this process. Raises UsageError on all processes if any has a problem.
+    findings, problem: of this process's checks. Raises UsageError on all processes if any has a problem.
     """
-    options, filled = resolve_evaluate_options(options, has_bf16_gpu=has_bfloat16())
-    problem = problem or problem_of_models(*options.models, revision=options.revision)
-    problem = problem or problem_of_prompts(options, findings, options.model_id)
-    use_every_core()
-    accelerator = Accelerator(cpu=not has_gpu())
+    options, filled = resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
+    problem = first_problem(
+        problem,
+        lambda: model_setup.require_loadable_models(*options.models, revision=options.revision),
+        lambda: require_encodable_prompts(options, findings, options.model_id),
+    )
+    model_setup.use_every_core()
+    accelerator = Accelerator(cpu=not model_setup.has_gpu())
     raise_together(problem)
     require_same_flags(asdict(options))
     assert findings is not None, "a process without findings has a problem, which is raised by now"
@@ -83,13 +78,22 @@ def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | 
             prompt_style=options.prompt_style,
         )
     )
-    logger.info(describe(options.model_id, plan, filled), extra={"is_coloured": True})
-    say_what_the_toy_has_not_seen(options.model_id, options, [image.path for image in images_of(data.env) or ()])
-    return PreparedEvaluation(options, accelerator, plan)
+    logger.info(describe(options.model_id, plan, filled), extra=COLOURED)
+    paths = [image.path for image in images_of(data.env) or ()]
+    model_setup.say_what_the_toy_has_not_seen(options.model_id, options, paths)
+    settings = AnswerSettings(
+        episodes_per_batch=int(options.per_device_batch_size or 0),
+        max_completion_length=int(options.max_completion_length or 0),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_pixels=options.image_max_pixels,
+        seed=options.seed,
+    )
+    return PreparedEvaluation(options, accelerator, plan, settings)
 
 
 def runs_behind(task: TaskFlags, model_id: str) -> list[tuple[EpisodeSource, int]]:
-    """The environment of the run that left this model, and how many episodes it drew; of those before it likewise."""
+    """(environment, number of episodes drawn) of the run that left this model, and of those before it."""
     runs, folders = [], set()
     while (config := run_config(model_id)) and Path(model_id).resolve() not in folders:
         folders.add(Path(model_id).resolve())
@@ -112,11 +116,10 @@ def runs_behind(task: TaskFlags, model_id: str) -> list[tuple[EpisodeSource, int
 def describe(model_id: str, plan: EvaluationPlan, filled: Sequence[ResolvedDefault]) -> str:
     """The start of the log: the measurement, and the defaults that were chosen for it."""
     passed_over = f", {plan.num_passed_over} like the run's own passed over" if plan.num_passed_over else ""
-    headline = (
-        f"Fleet: {printable(model_id)} on {len(plan.episodes)} held-out episodes of seed {plan.seed}"
-        f"{passed_over}; a greedy answer, {plan.num_samples} samples and 4 controls each"
+    return (
+        f"Fleet: {printable(model_id)} on {len(plan.episodes)} held-out episodes of seed {plan.seed}{passed_over}; "
+        f"a greedy answer, {plan.num_samples} samples and 4 controls each\n\n{resolved_table(filled)}"
     )
-    return f"{headline}\n\n{resolved_table(filled)}"
 
 
 def score_all(run: PreparedEvaluation) -> Evaluation:
@@ -130,13 +133,12 @@ def score_all(run: PreparedEvaluation) -> Evaluation:
 def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
     """The evaluation of one model, which is loaded for it and let go. Every process takes part.
 
-    Raises UsageError if an image has gone bad: models are compared on the same episodes, so none is left out.
+    Raises UsageError if an image has gone bad: models are compared on the same episodes, so all must be shown.
     """
     options, plan, accelerator = replace(run.options, model_id=model_id), run.plan, run.accelerator
-    sound_part(plan, rank=accelerator.process_index, num_ranks=accelerator.num_processes, skips_bad_images=False)
-    transformers_logging.disable_progress_bar()
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    model, processor = load_model(options, local_model_path(model_id, options), dtype=dtype)
+    place = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
+    sound_part(plan, **place, skips_bad_images=False)
+    model, processor = model_setup.load_model(options, model_setup.local_model_path(model_id, options))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         wrapped = prepare_deepspeed(model, accelerator)
@@ -151,32 +153,13 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
         ) as policy_model,
         count_progress(f"scoring {model_id}", num_rows, "answer", is_shown=accelerator.is_main_process) as note_answers,
     ):
-        policy = ModelPolicy(
-            policy_model,
-            processor,
-            _answer_settings(options),
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
-            on_progress=note_answers,
-        )
+        policy = ModelPolicy(policy_model, processor, run.settings, **place, on_progress=note_answers)
         start_s = time.perf_counter()
         evaluation = evaluate(policy, plan, model_id)
     logger.info(f"{model_id}: scored in {time.perf_counter() - start_s:.0f} s")
     del model, wrapped, policy, policy_model
     gc.collect()
     return evaluation
-
-
-def _answer_settings(options: EvaluateOptions) -> AnswerSettings:
-    assert options.per_device_batch_size and options.max_completion_length
-    return AnswerSettings(
-        episodes_per_batch=options.per_device_batch_size,
-        max_completion_length=options.max_completion_length,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_pixels=options.image_max_pixels,
-        seed=options.seed,
-    )
 
 
 def table(document: dict[str, Any]) -> str:
@@ -219,11 +202,8 @@ def _rows(columns: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[di
     for k in first["pass_at_k"]:
         yield f"pass@{k}", "", in_each_column("pass_at_k", k)
     yield "chance", "", in_each_column("chance")
-    yield (
-        "best constant index",
-        f"always {first['best_constant_index']['index']}",
-        in_each_column("best_constant_index"),
-    )
+    constant = first["best_constant_index"]["index"]
+    yield "best constant index", f"always {constant}", in_each_column("best_constant_index")
     for control, meaning in CONTROL_MEANINGS.items():
         yield control.replace("_", " "), meaning, in_each_column("controls", control)
     for family in ("outcome", "parse_status"):

@@ -19,7 +19,8 @@ from transformers.trainer_callback import ProgressCallback
 from trl import RLOOConfig
 
 from dataset import RepeatableEpisodeDataset
-from fleet.command.flags import ModelFlags
+from fleet.command.command_line import COLOURED
+from fleet.command.flags import TaskFlags
 from fleet.command.idle_flags import idle_flags, options_in_force
 from fleet.command.image_check import Findings, RunData, images_of
 from fleet.command.options import Options, ResolvedDefault, own_code, resolve_options
@@ -27,33 +28,20 @@ from fleet.command.output_dir import paths_read
 from fleet.command.parser import flag_of
 from fleet.command.preflight import own_reward
 from fleet.command.resume_check import require_same_run
-from fleet.command.training_flags import GenerationFlags
-from fleet.errors import Preempted, UsageError
+from fleet.command.training_flags import GenerationFlags, RLOOFlags, TrainedPartFlags
+from fleet.errors import Preempted, UsageError, one_line
 from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan
 from fleet.evaluation.held_out import make_plan
 from fleet.model_folder.files import read_json
-from fleet.processes import raise_together, require_same_flags, result_or_problem, together
+from fleet.processes import first_problem, raise_together, require_same_flags, together
 from fleet.qwen.vision_cache import vision_is_frozen
 from fleet.rl.checkpoints import ProcessPlace
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer
+from fleet.run import launch_checks, model_setup
 from fleet.run.config import config_text
-from fleet.run.data import agree_on_data, problem_of_prompts, require_last_episode
-from fleet.run.launch_checks import (
-    require_launchers_deepspeed,
-    require_launchers_dtype,
-    require_one_gpu_or_a_launcher,
-)
-from fleet.run.model_setup import (
-    has_bfloat16,
-    has_gpu,
-    load_model,
-    local_model_path,
-    problem_of_models,
-    say_what_the_toy_has_not_seen,
-    use_every_core,
-)
+from fleet.run.data import agree_on_data, require_encodable_prompts, require_last_episode
 from fleet.run.output import begin_folder, find_checkpoint, held, name_output_dir, telling_how_to_go_on
 from fleet.run.peers import connect
 from fleet.run.preemption import Preemption
@@ -73,7 +61,7 @@ logger = logging.getLogger("fleet")
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that is sound as far as it can be known before a weight loads, the same on every process.
+    """A run that has passed all checks that need no weight, the same on every process.
 
     options: resolved. args: TRL's. num_episodes: drawn over all processes. plan: of held-out evaluation, if any.
     """
@@ -90,27 +78,32 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
 
     findings, problem: of the checks on this process. Raises UsageError on all processes if any has a problem.
     """
-    use_every_core()
-    require_one_gpu_or_a_launcher()
-    options, filled = resolve_options(options, has_bf16_gpu=has_bfloat16())
-    require_launchers_dtype(options.dtype)
+    model_setup.use_every_core()
+    launch_checks.require_one_gpu_or_a_launcher()
+    options, filled = resolve_options(options, has_bf16_gpu=model_setup.has_bfloat16())
+    launch_checks.require_launchers_dtype(options.dtype)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    now, idle = asdict(options), idle_flags(options)
-    problem = problem or result_or_problem(lambda: require_same_run(options, now, idle, num_processes))[1]
-    logger.info(describe_run(options, filled), extra={"is_coloured": True})
-    problem = problem or problem_of_models(options.model_id, revision=options.revision)
-    problem = problem or problem_of_prompts(options, findings, options.model_id)
+    flags, idle = asdict(options), idle_flags(options)
+    problem = first_problem(problem, lambda: require_same_run(options, flags, idle, num_processes))
+    logger.info(describe_run(options.model_id, options, options, filled), extra=COLOURED)
+    problem = first_problem(
+        problem,
+        lambda: model_setup.require_loadable_models(options.model_id, revision=options.revision),
+        lambda: require_encodable_prompts(options, findings, options.model_id),
+    )
     # from here on the processes hear of each other
     args = make_rloo_config(options)
-    raise_together(problem or result_or_problem(lambda: require_launchers_deepspeed(args))[1])
-    require_same_flags(asdict(options))
+    raise_together(first_problem(problem, lambda: launch_checks.require_launchers_deepspeed(args)))
+    require_same_flags(flags)
     watchdog.peers = connect(
         args.process_index, args.world_size, os.environ.get("MASTER_ADDR", "127.0.0.1"), gather_object
     )
     assert findings is not None, "a process without findings has a problem, which is raised by now"
     watchdog.start_with("the comparison of images and the plan of evaluation")
     data = agree_on_data(options, findings)
-    say_what_the_toy_has_not_seen(options.model_id, options, [image.path for image in images_of(data.env) or ()])
+    model_setup.say_what_the_toy_has_not_seen(
+        options.model_id, options, [image.path for image in images_of(data.env) or ()]
+    )
     num_episodes = num_episodes_of_run(
         args.max_steps,
         steps_per_generation=args.steps_per_generation,
@@ -127,26 +120,23 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     return PreparedRun(options, args, data, num_episodes, plan)
 
 
-def describe_run(options: Options, filled: Sequence[ResolvedDefault]) -> str:
+def describe_run(model_id: str, task: TaskFlags, rloo: RLOOFlags, filled: Sequence[ResolvedDefault]) -> str:
     """The start of the log: the run in a line, and the defaults that were chosen for it."""
-    assert options.train_steps is not None, "resolved"
-    right = "drawn and named" if options.fixed_correct_index is None else f"always {options.fixed_correct_index}"
-    task = f"{options.candidates_per_episode} images, right index {right}"
-    if options.env is not None:
-        task = f"environment {printable(options.env)}"
-    headline = (
-        f"Fleet: RLOO on {printable(options.model_id)}, {count_of(options.train_steps, 'step')} of "
-        f"{options.per_device_batch_size} episodes x {options.num_rollouts} rollouts a device; "
-        f"{task}"
+    right = "drawn and named" if task.fixed_correct_index is None else f"always {task.fixed_correct_index}"
+    shown = f"{task.candidates_per_episode} images, right index {right}"
+    if task.env is not None:
+        shown = f"environment {printable(task.env)}"
+    return (
+        f"Fleet: RLOO on {printable(model_id)}, {count_of(int(rloo.train_steps or 0), 'step')} of "
+        f"{rloo.per_device_batch_size} episodes x {rloo.num_rollouts} rollouts a device; {shown}\n\n"
+        f"{resolved_table(filled)}"
     )
-    return f"{headline}\n\n{resolved_table(filled)}"
 
 
 def make_rloo_config(options: Options) -> RLOOConfig:
-    """TRL's arguments for these resolved options. Constructing them starts the process group and DeepSpeed.
+    """TRL's arguments for these resolved options. Their making starts the process group and DeepSpeed.
 
-    The flags that TRL has too say so where they are declared. Fleet counts episodes where TRL counts rollouts: a
-    device's batch is per_device_batch_size x num_rollouts.
+    Fleet counts episodes where TRL counts rollouts: a device's batch is per_device_batch_size x num_rollouts.
     """
     assert options.per_device_batch_size is not None
     shared = {
@@ -161,8 +151,8 @@ def make_rloo_config(options: Options) -> RLOOConfig:
         # the watchdog, which says why, comes first
         ddp_timeout=max(1800, int(options.step_timeout_s) + 120),
         bf16=options.dtype == "bfloat16",
-        use_cpu=not has_gpu(),
-        dataloader_pin_memory=has_gpu(),
+        use_cpu=not model_setup.has_gpu(),
+        dataloader_pin_memory=model_setup.has_gpu(),
         eval_strategy="steps" if options.eval_steps else "no",
         eval_steps=options.eval_steps or None,
         # Trainer's own evaluation loop, which is never run, wants whole groups
@@ -180,12 +170,11 @@ def make_rloo_config(options: Options) -> RLOOConfig:
 def built(run: PreparedRun, watchdog: Watchdog) -> Iterator[tuple[FleetRLOOTrainer, Path | None]]:
     """Within it, the run holds its folder. Gives the trainer with its model loaded, and the checkpoint to go on from.
 
-    Raises UsageError on all processes if a checkpoint, the model or the folder cannot be used. A run that ends early
-    says how to go on with it.
+    Raises UsageError on all processes if one refuses. A run that ends early says how to go on with it.
     """
     options, rank = run.options, run.args.process_index
     watchdog.start_with("the making of the toy model, or the reading of a checkpoint")
-    model_path = local_model_path(options.model_id, options)
+    model_path = model_setup.local_model_path(options.model_id, options)
     folder = name_output_dir(options.output_dir, options.model_id, rank)
     with held(folder, rank) as lock:
         trainer, checkpoint = build_trainer(run, folder, model_path, watchdog, lock)
@@ -253,23 +242,30 @@ def build_trainer(
     return trainer, checkpoint
 
 
-def load_for_training(options: Options, args: RLOOConfig, model_path: str) -> tuple[Any, Any, LoraConfig | None, int]:
-    """(model, processor, the adapter that TRL is to wrap it in, MiB for image features). Every process takes part."""
+def load_for_training(
+    flags: TrainedPartFlags, args: RLOOConfig, model_path: str
+) -> tuple[Any, Any, LoraConfig | None, int]:
+    """(model, processor, the adapter that TRL wraps it in, MiB for image features). Every process takes part.
+
+    bfloat16 keeps 8 bits of a weight, so a step of 1e-6 would round away: weights that train are held in float32 and
+    computed in bfloat16 by autocast, unless DeepSpeed keeps a float32 copy or only adapters train.
+    """
     is_adapter = read_adapter_config(model_path) is not None
-    model, processor = load_model(
-        options,
+    can_be_half = args.deepspeed_plugin is not None or flags.use_lora
+    model, processor = model_setup.load_model(
+        flags,
         model_path,
-        dtype=weight_dtype(options, is_deepspeed=args.deepspeed_plugin is not None, use_lora=options.use_lora),
+        dtype=None if can_be_half else torch.float32,
         # TRL wraps the model in a new adapter itself; an adapter that exists is opened here
-        trains_adapter=options.use_lora and is_adapter,
-        freeze_vision=options.freeze_vision,
+        trains_adapter=flags.use_lora and is_adapter,
+        freeze_vision=flags.freeze_vision,
     )
     lora = None
-    if options.use_lora and not is_adapter:
-        lora = make_lora_config(options.lora_rank, options.lora_alpha, options.lora_dropout)
-    cache_mib = int(options.vision_cache_mib or 0)
+    if flags.use_lora and not is_adapter:
+        lora = make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
+    cache_mib = int(flags.vision_cache_mib or 0)
     if cache_mib and lora is None and not vision_is_frozen(model):
-        logger.info(f"the adapter {options.model_id} trains the vision side, so no image features are kept\n")
+        logger.info(f"the adapter {flags.model_id} trains the vision side, so no image features are kept\n")
         cache_mib = 0
     return model, processor, lora, cache_mib
 
@@ -289,18 +285,17 @@ def trainer_settings(options: Options, vision_cache_bytes: int) -> TrainerSettin
 
 @contextlib.contextmanager
 def server_problems_said(flags: GenerationFlags) -> Iterator[None]:
-    """Within it, a vLLM server that is not there, or was started without what TRL needs, raises UsageError."""
+    """Within it, a vLLM server that is missing or unfit for TRL raises UsageError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if not (flags.use_vllm and flags.vllm_mode == "server"):
-            raise
-        # memory and files of this machine are no fault of the server's
-        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "filename", None) is not None:
+        # memory and files of this machine are no fault of the server
+        is_ours = isinstance(error, torch.OutOfMemoryError) or getattr(error, "filename", None) is not None
+        if is_ours or not flags.use_vllm or flags.vllm_mode != "server":
             raise
         raise UsageError(
             f"no vLLM server can be used at {flags.vllm_server_host}:{flags.vllm_server_port} "
-            f"({' '.join(str(error).split())}); start one as docs/many_gpus.md says, or pass --vllm_mode colocate"
+            f"({one_line(error)}); start one as docs/many_gpus.md says, or pass --vllm_mode colocate"
         ) from error
 
 
@@ -315,7 +310,7 @@ def _answer_settings(options: Options) -> AnswerSettings:
 
 
 def train(trainer: FleetRLOOTrainer, checkpoint: Path | None) -> None:
-    """Trains from a checkpoint on, or from the start. Raises Preempted once a run that was told to stop has saved."""
+    """Trains from a checkpoint on, or from the start. Raises Preempted after the save of a run that is told to stop."""
     preemption = Preemption(trainer)
     trainer.add_callback(preemption)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -324,16 +319,6 @@ def train(trainer: FleetRLOOTrainer, checkpoint: Path | None) -> None:
             f"told to stop: saved step {trainer.state.global_step} of {trainer.args.max_steps} in "
             f"{trainer.args.output_dir}"
         )
-
-
-def weight_dtype(flags: ModelFlags, *, is_deepspeed: bool, use_lora: bool) -> torch.dtype:
-    """The dtype that the weights are held in.
-
-    bfloat16 keeps 8 bits of a weight, so a step of 1e-6 would round away: weights that train are held in float32 and
-    computed in bfloat16 by autocast, unless DeepSpeed keeps a float32 copy or only adapters train.
-    """
-    can_be_half = flags.dtype == "bfloat16" and (is_deepspeed or use_lora)
-    return torch.bfloat16 if can_be_half else torch.float32
 
 
 def describe_parameters(model: torch.nn.Module) -> str:
