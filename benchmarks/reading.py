@@ -18,37 +18,36 @@ from pathlib import Path
 # profiler saw them. STEP must be read to follow a step; ASIDE (checks, bounds, clocks, kernels) is taken by its names.
 # A file that a checkout lacks is searched for in all others.
 STEP = {
-    "dataset.py": "VLMDataCollator(__call__ _encode _one_row_per_group)",
-    "environment.py": "judge",
-    "reward.py": "make_trl_reward_function compute_rewards_from_generations reward_of",
+    "dataset.py": "VLMDataCollator(__call__ _encode)",
+    "environment.py": "judge Judgement",
+    "reward.py": "reward_of",
     "fleet/qwen/group_passes.py": "generate_groups image_inputs base_qwen prompt_positions score_packed",
-    "fleet/qwen/shared_prefix.py": "pack_groups attention_mask may_see unpack",
-    "fleet/rl/algorithm.py": "needs_old_logps leave_one_out_advantages",
-    "fleet/rl/guards.py": "without_gradient_if_not_finite RewardGuard(__call__) "
-    "StepGuard(begin_generation note_scores on_pre_optimizer_step _count)",
-    "fleet/rl/rollouts.py": "make_records instruction_of rollout_metrics",
-    "fleet/rl/trainer.py": "Rollouts _without_media FleetRLOOTrainer(_prepare_inputs _groups_per_step _roll_out "
-    "_image_features _sample_completions _usable _generate_behind_one_prefill _pad_completions _chooses_packing "
-    "_task_rewards _take_advantages _own_rows _record _compute_loss _completion_logps _compare_with_vllm "
-    "_get_per_token_logps_and_entropies _get_grad_norm)",
-    "trl/trainer/rloo_trainer.py": "RLOOTrainer(training_step compute_loss _compute_loss)",
+    "fleet/qwen/shared_prefix.py": "pack_groups attention_mask unpack",
+    "fleet/rl/algorithm.py": "needs_old_logps shaped_rewards leave_one_out_advantages sequence_logps clipped_loss",
+    "fleet/rl/guards.py": "without_gradient_if_not_finite "
+    "StepGuard(begin_generation note_scores on_pre_optimizer_step)",
+    "fleet/rl/policy_passes.py": "SampledGroups PolicyPasses(_sample _image_features _sample_completion_ids "
+    "_generate_behind_one_prefill _usable _add_metrics _chooses_packing _groups_per_step _completion_logps "
+    "_compare_with_vllm)",
+    "fleet/rl/rollouts.py": "picture_names make_records instruction_of rollout_metrics",
+    "fleet/rl/trainer.py": "Rollouts FleetRLOOTrainer(_prepare_inputs _roll_out _judge_and_reward _rewards "
+    "_log_rewards _take_advantages _record _compute_loss _log_loss _get_grad_norm)",
+    "trl/trainer/rloo_trainer.py": "RLOOTrainer(training_step compute_loss)",
     "trl/trainer/utils.py": "add_fused_lm_head",
     "trl/models/utils.py": "unwrap_model_for_generation _unwrap_model_for_generation",
 }
 ASIDE = {
-    "dataset.py": "require_episodes count_faults",
+    "dataset.py": "require_episodes count_faults _with_ranks",
     "model_utils.py": "up_to_end media_token_ids decode_completion",
-    "fleet/own_code/reward_function.py": "BoundedReward(__call__ _call) checked_call checked_value _as_list _length "
-    "_is_table _checked",
-    "fleet/qwen/flops.py": "compare_work packed_work unpacked_work vision_flops text_flops _pieces add_up",
+    "fleet/qwen/flops.py": "compare_work _packed_work vision_flops text_flops _squares add_up",
     "fleet/qwen/group_passes.py": "why_not_to_pack",
-    "fleet/qwen/shared_prefix.py": "_require_sound",
     "fleet/rl/rollouts.py": "length_metrics",
-    "fleet/rl/trainer.py": "FleetRLOOTrainer(_log_completions)",
-    "fleet/run/watchdog.py": "Watchdog(beat _note _tell_frozen_watch) StillTime(beat tick)",
+    "fleet/rl/policy_passes.py": "PolicyPasses(_log_lengths)",
+    "fleet/rl/trainer.py": "FleetRLOOTrainer(_require_shown)",
+    "fleet/run/watchdog.py": "Watchdog(beat) StillTime(beat tick)",
     "utils/images.py": "image_digest",
     "utils/plain_text.py": "require_plain_messages require_plain_text first_literal printable",
-    "utils/tool_calls.py": "parse_tool_call_str _without_fence _parse_call_json _json_depth _object_with_unique_keys",
+    "utils/tool_calls.py": "parse_tool_call_str _without_fence _parse_call_json _json_depth object_with_unique_keys",
     "utils/user_files.py": "folder_kept",
     "trl/distributed.py": "DistributedBackend(__init__ is_zero3)",
     "trl/extras/profiling.py": "profiling_decorator profiling_context "

@@ -14,7 +14,7 @@ import training
 from environment import Outcome
 from fleet.errors import RunStopped
 from fleet.evaluation import answering
-from fleet.rl import trainer
+from fleet.rl import policy_passes
 from fleet.rl.trainer import FleetRLOOTrainer
 from report import write_report
 from tests.conftest import call_text
@@ -158,7 +158,7 @@ def test_a_whole_command_goes_through_and_leaves_files_that_can_be_read(
 
         return generate_groups
 
-    monkeypatch.setattr(trainer, "generate_groups", forced(in_training))
+    monkeypatch.setattr(policy_passes, "generate_groups", forced(in_training))
     monkeypatch.setattr(answering, "generate_groups", forced(in_evaluation))
     run = tmp_path / "run"
     num_steps = len(BATCHES)

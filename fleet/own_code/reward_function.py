@@ -53,9 +53,9 @@ class BoundedReward:
     (reward_process.py), with a main thread, which is ended when it hangs.
     """
 
-    def __init__(self, function: Callable[..., Any], timeout_s: float = 60.0, *, gives_copies: bool = True):
-        """timeout_s: limit of one call. gives_copies: the function, which may change them, gets copies of COPIED."""
-        self.function, self.timeout_s, self.gives_copies = function, timeout_s, gives_copies
+    def __init__(self, function: Callable[..., Any], timeout_s: float = 60.0):
+        """timeout_s: limit of one call. The function, which may change them, gets copies of COPIED."""
+        self.function, self.timeout_s = function, timeout_s
         self.__name__ = name_of(function)
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
@@ -67,7 +67,7 @@ class BoundedReward:
 
         def call() -> None:
             # an entry at a time, as siblings share one prompt
-            copied = [key for key in COPIED if key in columns and self.gives_copies]
+            copied = [key for key in COPIED if key in columns]
             given = columns | {key: [copy.deepcopy(entry) for entry in columns[key]] for key in copied}
             found.append(checked_call(self.function, self.__name__, list(completions), given))
 

@@ -221,9 +221,7 @@ def test_a_server_that_cannot_be_used_is_said_in_a_line(error: Exception) -> Non
             raise error
 
     server = ["--vllm_mode", "server", "--vllm_server_port", "8001"]
-    with pytest.raises(
-        UsageError, match=f"no vLLM server can be used at 127.0.0.1:8001 .{error}.; start one as README"
-    ):
+    with pytest.raises(UsageError, match=f"no vLLM server can be used at 127.0.0.1:8001 .{error}.; start one as docs"):
         attempt(*server)
     # a fault beside a colocated vLLM is no server's
     with pytest.raises(type(error)):

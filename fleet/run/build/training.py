@@ -194,16 +194,7 @@ def build_trainer(
     args.output_dir = str(folder)
     place, code = ProcessPlace(args.process_index, args.world_size), own_code(options)
     checkpoint = find_checkpoint(folder, options, run.data, place, code, options.model_id)
-    recorded_id = read_json(folder / CONFIG_NAME).get("run_id") if options.resume else None
-    config = config_text(
-        options_in_force(options),
-        idle_flags(options),
-        code,
-        run.data,
-        run_id=str(recorded_id or uuid.uuid4().hex),
-        num_episodes=run.num_episodes,
-        num_processes=args.world_size,
-    )
+    config = run_config(replace(run, options=options), folder)
     # a resumed run has that evaluation already
     args.eval_on_start = bool(options.eval_steps) and checkpoint is None
     watchdog.start_with("the loading of the model")
@@ -214,7 +205,7 @@ def build_trainer(
             args,
             RepeatableEpisodeDataset(run.data.env, options.image_max_pixels),
             processor,
-            trainer_settings(options, cache_mib * 2**20),
+            trainer_settings(run, cache_mib * 2**20),
             reward_function=own_reward(options),
             peft_config=lora,
             evaluation=None if run.plan is None else (run.plan, _answer_settings(options)),
@@ -270,8 +261,24 @@ def load_for_training(
     return model, processor, lora, cache_mib
 
 
-def trainer_settings(options: Options, vision_cache_bytes: int) -> TrainerSettings:
-    """The trainer's settings for these options."""
+def run_config(run: PreparedRun, folder: Path) -> str:
+    """The text of the run's config.json. A resumed run keeps the id in its folder."""
+    options = run.options
+    recorded_id = read_json(folder / CONFIG_NAME).get("run_id") if options.resume else None
+    return config_text(
+        options_in_force(options),
+        idle_flags(options),
+        own_code(options),
+        run.data,
+        run_id=str(recorded_id or uuid.uuid4().hex),
+        num_episodes=run.num_episodes,
+        num_processes=run.args.world_size,
+    )
+
+
+def trainer_settings(run: PreparedRun, vision_cache_bytes: int) -> TrainerSettings:
+    """The trainer's settings for the run's options."""
+    options = run.options
     return TrainerSettings(
         RewardWeights(options.reward_correct, options.reward_valid_call),
         allow_reasoning=options.allow_reasoning,
