@@ -38,7 +38,7 @@ class MostDotsEnv:
         )
 
     def prompt_messages(self, episode: Episode) -> list[dict]:
-        """What the model reads: the tool, one placeholder a picture behind its number, and the question."""
+        """The messages that the model reads: the tool, a placeholder a picture behind its number, and the question."""
         content: list[str | dict] = []
         for place in range(len(episode.images)):
             content += [f"Image {place}: ", {"type": "image"}, "\n"]

@@ -25,5 +25,5 @@ class OddOneOutEnv(PickImageEnv):
         return self.with_messages(Episode(paths, (), place, labels, odd.label, seed))
 
     def instruction(self, episode: Episode) -> str:
-        """What is asked, without naming any picture."""
+        """The question, which names no picture."""
         return "All images but one are the same. Pick the one that differs."
