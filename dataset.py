@@ -103,7 +103,7 @@ def episode_row(
 
     Its columns: `episode_index`; `prompt` (chat messages) and `images` (RGB pictures), which TRL's own trainer reads
     too; `correct_index` and `num_candidates`, which a reward of TRL's reads; `episode`; `fault`, the reason why it is
-    not the episode of that index, or None; `broken`, the reason why it is a stand-in for none, or None.
+    not the episode of that index, or None; `broken`, the reason why the environment gave no episode, or None.
     """
     return {
         "episode_index": index,

@@ -130,7 +130,7 @@ class PickImageEnv:
     def without_images(self, paths: Collection[Path]) -> Self:
         """This environment on the rest of its images. Raises ValueError if too few are left.
 
-        An environment of your own that derives more than episodes from `images` overrides this and derives it anew.
+        Override this if your environment derives more than episodes from `images`.
         """
         narrowed, left_out = copy(self), set(paths)
         narrowed._draw_from(tuple(image for image in self.images if image.path not in left_out))

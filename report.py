@@ -22,7 +22,7 @@ __all__ = [
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the report and returns the exit code: 0, or 2 with a reason of one line if the folder is no run's."""
+    """Writes the report and returns the exit code: 0, or 2 with a reason of one line if it is not a run's folder."""
     parser = argparse.ArgumentParser(prog="report.py", description="Write one HTML page that shows a whole run.")
     parser.add_argument(
         "run_dir", type=expanduser, metavar="RUN_DIR", help="folder that training.py wrote (--output_dir)"

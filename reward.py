@@ -73,7 +73,7 @@ def compute_rewards_from_generations(
     if not len(generations) == len(correct_indices) == len(num_candidates):
         raise ValueError(
             f"{len(generations)} generations, {len(correct_indices)} correct_indices and {len(num_candidates)} "
-            "num_candidates, but each generation needs one of both"
+            "num_candidates, but each generation needs one of each"
         )
     return [
         reward_of(judge(completion, correct_index, count, allow_reasoning=allow_reasoning), weights)

@@ -15,7 +15,7 @@ from utils.images import BadImage, open_image
 
 # each control: what its figure counts, and which figure is good
 CONTROL_MEANINGS = {
-    "blank_images": "right with every picture grey: good near chance, far above it the answer is not in the pictures",
+    "blank_images": "right with every picture grey: good near chance, far above it the answer leaks elsewhere",
     "swapped_images": "follows the picture it chose to its new place: good near 100 %",
     "permuted_order": "stays at its place though another picture is there: good near 0 %, high is a habit",
     "redrawn_images": "right on the pictures in another size, place, shade: good near the greedy accuracy",

@@ -52,7 +52,7 @@ def raise_together(problem: str | None, error_class: type[Exception] = AgreedUsa
 def raise_first(
     problem_by_rank: Sequence[str | None], error_class: type[Exception] = AgreedUsageError, who: str | None = None
 ) -> None:
-    """Raises the first problem, as every process does that has the same list.
+    """Raises the first problem. Every process passes the same list.
 
     who: the words before it, with {rank} in them; by default the process where there are several.
     """

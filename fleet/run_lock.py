@@ -25,7 +25,7 @@ from fleet.run_folder import CONFIG_NAME
 logger = logging.getLogger("fleet")
 
 BEAT_S = 5.0  # between two touches of a lock that is held
-SILENCE_S = 60.0  # without one, after which a holder on another machine is taken for dead
+SILENCE_S = 60.0  # without a touch, after which a holder on another machine counts as dead
 LOCK_NAME = re.compile(r"run-(\d+)\.lock")
 
 
@@ -69,7 +69,7 @@ class RunLock:
     def take(self) -> None:
         """Makes the folder if need be, and the lock in it. Takes over the lock of a dead run.
 
-        Waits for silence_s where that was on another machine. Raises UsageError if it lives, or a write fails.
+        Waits silence_s if the lock is another machine's. Raises UsageError if its holder lives, or a write fails.
         """
         try:
             missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
@@ -167,7 +167,7 @@ class RunLock:
         return True
 
     def _require_dead(self, path: Path) -> dict[str, Any]:
-        """The holder of a dead run's lock. Raises UsageError as soon as it shows that it lives."""
+        """The holder of a dead run's lock. Raises UsageError as soon as the holder shows life."""
         started_s, first = time.monotonic(), _touched_ns(path)
         silent_s = 0.0 if first is None else max(0.0, (self._now_ns() - first) / 1e9)
         has_said = False

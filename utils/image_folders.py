@@ -225,7 +225,7 @@ def _labels_by_metadata(root: Path, metadata: Sequence[str], images: Sequence[st
             labels[path] = label
     if outside := [name for name in images if not name.startswith(prefixes)]:
         raise ValueError(
-            f"{root / metadata[0]} says what images show, but {count_of(len(outside), 'image')} elsewhere are in none, "
-            f"{printable(outside[0])} first; write one {METADATA_NAMES[0]} in {root} that lists all of them"
+            f"{root / metadata[0]} labels images, but {count_of(len(outside), 'image')} outside it are in no metadata, "
+            f"first {printable(outside[0])}; write one {METADATA_NAMES[0]} in {root} that lists all of them"
         )
     return labels, notes

@@ -70,7 +70,7 @@ def problem_of_label(label: str, literals: Collection[str] = QWEN_ADDED_TOKENS) 
         return f"has a name or label of {len(label):,} characters, wanted at most {MAX_LABEL_LENGTH:,}; shorten it"
     odd = "" if label.isprintable() else next((char for char in label if _is_control(char)), "")
     if unicodedata.category(odd or " ") == "Cs":
-        return "has a name or label that is no text"
+        return "has a name or label with half a surrogate pair, which is not text; write it in UTF-8"
     if odd:
         return f"has a name or label with a control character, {printable(odd)} in '{printable(label)}'; take it out"
     literal = first_literal(label, literals)

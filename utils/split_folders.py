@@ -74,7 +74,7 @@ def split_of(folder: str, pattern: re.Pattern[str] = SPLIT_FOLDER) -> str | None
 
 
 def _require_classes(root: Path, folders: Mapping[str, int], names: Sequence[str], place: int) -> None:
-    """Raises ValueError if some of these folders are surely splits, unless it is "train" among classes, as a car.
+    """Raises ValueError if some of these folders are surely splits. A folder train/ among classes of vehicles passes.
 
     folders: those at one place of all paths, "" for no folder there.
     """

@@ -113,7 +113,7 @@ def folder_of(spec: str) -> Path:
 def files_beside(spec: str) -> list[str]:
     """The files beside the one in `spec` that this process has imported, as paths from its folder on.
 
-    None for a file in Fleet's own folder: config.json names the commit of what lies there.
+    Empty for a file in Fleet's own folder: config.json names the commit of what lies there.
     """
     folder = folder_of(spec)
     files = set() if folder == FLEET_ROOT else {*_imported_from([folder]).values(), *_set_aside}

@@ -48,8 +48,8 @@ class ImageShare:
 class Findings:
     """The findings of one process before it hears of others: the environment, and its share of the images.
 
-    share: None for an environment without a list of `images`. data: of the only process of a run. episode_digests: as
-    first_digests'; empty where an episode does not open. beginning: as settle's.
+    share: None for an environment without a list of `images`. data: of the only process of a run. episode_digests: of
+    the first episodes' fields; empty where one does not open. beginning: SHA-256 by name, as the run began.
     """
 
     env: EpisodeSource
@@ -65,7 +65,7 @@ class RunData:
 
     data_digest: hex, of the name, label and bytes of each in order; None where the environment has no list of images.
     skipped_images: the names (relative to data_root) of those that are left out. sha256s: hex, of the bytes of each by
-    its name; of an image that has gone bad, as it was.
+    its name; an image that has gone bad keeps its old one.
     """
 
     env: EpisodeSource

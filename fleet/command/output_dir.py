@@ -62,7 +62,7 @@ def require_can_be_made(folder: Path, words: str) -> None:
     if astray is not None:
         raise UsageError(f"{words} lies in {astray}, a link to nothing; mount it, or pass another --output_dir")
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UsageError(f"{words} cannot be made in {nearest}; pass a folder to write to as --output_dir")
+        raise UsageError(f"{words}: {nearest} is not a folder to write to; pass another --output_dir")
 
 
 def require_right_kinds(folder: Path) -> None:

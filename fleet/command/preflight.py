@@ -47,8 +47,8 @@ MIN_VLLM, MAX_VLLM = (0, 22), (0, 31)
 def check_before_loading(options: Options, launch_variables: Mapping[str, str] = os.environ) -> Findings:
     """The environment of the run and this process's share of its images, after all checks that need no weight.
 
-    launch_variables: the launcher's part of the process environment. Raises UsageError; of bad images in a run of one
-    process alone, as several must first hear of each other's shares.
+    launch_variables: the launcher's part of the process environment. Raises UsageError. Bad
+    images raise here with one process alone; several decide in run/data.py.
     """
     require_packages(options)
     require_consistent_launch(launch_variables)

@@ -108,12 +108,15 @@ def _is_same_path(name: str, before: Any, now: Any, directory: str | None) -> bo
 
 
 def require_same_images(recorded: Mapping[str, Any], data: RunData, beginning: Mapping[str, str]) -> None:
-    """Raises UsageError if a resumed run would draw from other images than config.json has. beginning: theirs."""
+    """Raises UsageError if a resumed run would draw from other images than config.json has.
+
+    beginning: the SHA-256 of each image by its name, as the run began.
+    """
     if recorded.get("data_digest") in (None, data.data_digest):
         return
     what = _changed_images(beginning, data.sha256s)
     if skipped := set(data.skipped_images) ^ set(recorded.get("skipped_images", ())):
-        what.append(f"left out now or then: {_first(skipped)}")
+        what.append(f"left out in only one of the two: {_first(skipped)}")
     # deleted ones alone would not stop Fleet's own environment, if bad images were skipped
     can_skip = len(what) == 1 and what[0].startswith("lost: ") and recorded.get("options", {}).get("env") is None
     raise UsageError(

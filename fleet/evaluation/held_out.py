@@ -69,8 +69,8 @@ def make_plan(
 def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode] = ()) -> tuple[list[Episode], int]:
     """(episodes, number passed over): the first of `env` that are unlike each other and all of `drawn`.
 
-    Alike ones show the same files or pixels in the same order and ask for the same one. Raises TooFewEpisodes after 20
-    draws for each that is wanted.
+    Episodes are alike if they show the same files or pixels in the same order and ask for the same one. Raises
+    TooFewEpisodes after 20 draws for each that is wanted.
     """
     seen = {fingerprint(episode) for episode in drawn}
     num_drawn = len(seen)

@@ -1,4 +1,4 @@
-"""Of a model folder's generation settings, the end and padding tokens decide how the model answers, and no other.
+"""Only the end and padding tokens of a model folder's generation settings decide how the model answers.
 
 `generate` takes each setting that its caller leaves unset from the model's generation_config. So a loaded model gets
 one of these tokens alone, and no setting leaks. The folder's own settings are written wherever the model is saved.

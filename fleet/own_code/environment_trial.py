@@ -74,8 +74,8 @@ def require_pure(env: EpisodeSource, another: EpisodeSource) -> None:
 def require_same_in_another_process(env: EpisodeSource, spec: str, arguments: Mapping[str, Any]) -> None:
     """Raises BrokenEpisode, with the field, if a process with other hashes of text draws other first episodes.
 
-    spec, arguments: with which `env` was made. A process that fails or takes two minutes shows nothing: the environment
-    may hold something that one process alone can have.
+    spec, arguments: what `env` was made from. A process that fails or takes two minutes is ignored: the environment may
+    hold something that one process alone can have.
     """
     other_hashes = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     try:
@@ -99,7 +99,7 @@ def require_same_digests(digests_by_process: Sequence[Mapping[str, str]]) -> Non
         for name, digest in digests_by_process[0].items():
             if digests.get(name) != digest:
                 raise BrokenEpisode(
-                    f"the {name} is another one in another process; derive all randomness from the seed and the index, "
+                    f"the {name}: not the same in another process; derive all randomness from the seed and the index, "
                     'as random.Random(f"{seed}/{index}"), and depend on no rank, no hash() of a text, no order of a set'
                 )
 
@@ -123,7 +123,7 @@ def _require_same(index: int, first: Episode, now: Episode, how: str) -> None:
             differing = [pair for pair in zip_longest(before, after) if pair[0] != pair[1]][0]
             shown = [" ".join(repr(value).split())[-60:] for value in differing]
             raise BrokenEpisode(
-                f"episode {index} is another one when {how}: its {field} had {shown[0]}, then {shown[1]}; derive all "
+                f"episode {index} changed when {how}: its {field} had {shown[0]}, then {shown[1]}; derive all "
                 'randomness from the seed and the index, as random.Random(f"{seed}/{index}")'
             )
 

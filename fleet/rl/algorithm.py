@@ -59,8 +59,8 @@ def shaped_rewards(
 ) -> Tensor:
     """R(y, x): the task's rewards (B,), clipped to the range, less beta times the KL of the sequence.
 
-    kl_BT: of token_kl, or None without a reference. A rollout whose R is not finite has NaN: it has no reward, or the
-    reference gives one of its tokens no chance.
+    kl_BT: of token_kl, or None without a reference. R is NaN for a rollout without a reward, or with a token that is
+    impossible under the reference.
     """
     shaped_B = rewards_B if clip_range is None else rewards_B.clamp(*clip_range)
     if kl_BT is not None:

@@ -63,7 +63,7 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 def find_damage(checkpoint: Path, place: ProcessPlace = ProcessPlace(), *, reads_content: bool = True) -> str | None:
     """The damage of a checkpoint in words; None if it is as its manifest says.
 
-    Compares names, sizes and, with reads_content, the SHA-256 of this process's share of the files, but hidden ones.
+    Compares names, sizes and, with reads_content, the SHA-256 of this process's share of the files. Hidden ones pass.
     """
     try:
         if (kind := kind_of(checkpoint)) != "a folder":
@@ -302,7 +302,7 @@ def _compare(
     if missing := sorted(listed.keys() - there):
         return f"{missing[0]} is missing"
     if unknown := sorted(there - listed.keys()):
-        return f"{unknown[0]} is no file of it"
+        return f"its manifest does not list {unknown[0]}"
     for name, (size, _) in listed.items():
         if (kind := kind_of(checkpoint / name)) != "a file":
             return f"{name} is {kind or 'gone'}"

@@ -63,8 +63,8 @@ class StepGuard(TrainerCallback, ExportableState):
 
     A skipped step changes no weight, no moment of the optimizer and no learning rate. `num_skipped` counts those of
     the whole run; checkpoints keep it. After `max_in_a_row` steps in a row that were skipped, or had no group of two
-    rollouts with a reward, training ends with a checkpoint and `stop_reason` says why. A shorter run of such steps
-    alone ends so too, with `has_taught` False.
+    rollouts with a reward, training ends with a checkpoint and `stop_reason` says why. A shorter run with
+    such steps alone ends likewise, with `has_taught` False.
     """
 
     def __init__(self, accelerator: Accelerator, max_in_a_row: int, may_save: Callable[[], bool]):

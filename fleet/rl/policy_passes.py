@@ -106,7 +106,7 @@ class PolicyPasses(ResumableTrainer):
             self._metrics["train"][name].append(value)
 
     def _sample(self, batch: EpisodeBatch) -> SampledGroups:
-        """G completions of each episode, and all that scoring them takes. Every rank takes part."""
+        """G completions of each episode, with the inputs of their scoring passes. Every rank takes part."""
         features, sampler_logps = self._image_features(batch), None
         if self.vllm is None:
             completion_ids = self._sample_completion_ids(batch, features)
@@ -183,10 +183,11 @@ class PolicyPasses(ResumableTrainer):
         """Logs TRL's metrics of completion lengths, over all devices, and of tokens seen since the start."""
         num_prompt_tokens = int(batch["attention_mask"].sum()) * batch["group_size"]
         by_rank = gather_object([(num_prompt_tokens, [len(ids) for ids in completion_ids], is_ended)])
-        lengths = [length for _, of_rank, _ in by_rank for length in of_rank]
+        lengths = [length for _, rank_lengths, _ in by_rank for length in rank_lengths]
         self.state.num_input_tokens_seen += sum(num_tokens for num_tokens, _, _ in by_rank) + sum(lengths)
         self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
-        self._add_metrics(length_metrics(lengths, [has_end for _, _, of_rank in by_rank for has_end in of_rank]))
+        are_ended = [has_end for _, _, rank_are_ended in by_rank for has_end in rank_are_ended]
+        self._add_metrics(length_metrics(lengths, are_ended))
 
     def _chooses_packing(self, batch: EpisodeBatch, mask_BT: Tensor) -> bool:
         """True if this generation's passes have each group as one row; decided on the work of all devices."""
@@ -213,7 +214,7 @@ class PolicyPasses(ResumableTrainer):
         """The completions' log-probabilities (B, T) under the reference: another model, or this one's base."""
         if self.ref_model is not None:
             return self._score(self.ref_model, sampled)
-        # TRL keeps a copy of an adapter that training began with as "ref"; a new adapter begins as none at all
+        # TRL keeps a copy of an adapter that training began with as "ref"; a new one begins at zero, as the bare base
         policy = self.accelerator.unwrap_model(self.model)
         with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
             return self._score(self.model, sampled)
@@ -252,7 +253,7 @@ class PolicyPasses(ResumableTrainer):
         return logps_BT, None if entropies_PS is None else unpack(entropies_PS, packed).flatten(0, 1)
 
     def _logps_of_rows(self, model: nn.Module, sampled: SampledGroups, groups: slice) -> tuple[Tensor, Tensor | None]:
-        """The same from TRL's own pass, which has a prompt for each rollout."""
+        """Log-probabilities and entropies from TRL's own pass, which has a prompt for each rollout."""
         rows = sampled.rows_of(groups)
         ids_BT, mask_BT = sampled.completion_ids_BT[rows], sampled.completion_mask_BT[rows]
         prompts = repeat_episodes(sampled.batch, groups.start, groups.stop)

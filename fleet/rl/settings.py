@@ -1,4 +1,4 @@
-"""TrainerSettings: what FleetRLOOTrainer does that TRL's arguments do not say. The flags of the same names set it."""
+"""The settings of FleetRLOOTrainer that TRL's arguments lack. fleet/run/build sets them from the flags."""
 
 from dataclasses import dataclass
 

@@ -82,7 +82,7 @@ class FleetRLOOTrainer(PolicyPasses):
         """args: `make_rloo_config` says how episodes become TRL's batch sizes. processing_class: pads left.
 
         reward_function: the user's own in place of Fleet's. evaluation: the held-out episodes that `evaluate` scores,
-        and how they are answered. resumable: of ResumableTrainer. Raises ValueError if a device would split a group.
+        and how they are answered. resumable: ResumableTrainer's arguments. Raises ValueError for a split group.
         """
         require_whole_groups(args.per_device_train_batch_size, args.num_generations)
         super().__init__(
@@ -120,7 +120,7 @@ class FleetRLOOTrainer(PolicyPasses):
 
     @torch.no_grad()
     def _roll_out(self, batch: EpisodeBatch) -> Rollouts:
-        """Samples G completions of each episode, rewards them and scores them as far as the loss needs it before.
+        """Samples and rewards G completions of each episode, and scores them where the loss needs it beforehand.
 
         Every rank takes part.
         """

@@ -18,7 +18,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from dataset import EpisodeBatch, prompts_of_rollouts
 from fleet.errors import RunRefused, RunStopped
 
-# A bias of vLLM's that leaves a token no chance; its protocol allows none below.
+# vLLM's lowest bias: the token is never drawn.
 NEVER = -100.0
 
 
@@ -34,7 +34,7 @@ class VLLMSampler:
     """
 
     def __init__(self, generation: VLLMGeneration, processor: Any, max_gap: float):
-        """max_gap: of the log-probabilities, on average over the tokens of the first generation, in nats."""
+        """max_gap: the largest accepted mean difference of log-probabilities in the first generation, in nats."""
         # asks for the log-probability of each token that is drawn
         generation.logprobs = 0
         self.generation, self.processor, self.max_gap = generation, processor, max_gap

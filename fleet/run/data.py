@@ -20,7 +20,8 @@ from utils.images import BadImage
 def agree_on_data(task: TaskFlags, findings: Findings) -> RunData:
     """The data that the run draws from, the same on every process. Every process takes part.
 
-    Raises UsageError on all if bad images stop the run, or machines hold or processes draw different things.
+    Raises UsageError on all if bad images stop the run, machines hold different images, or processes draw
+    different episodes.
     """
     if findings.data is not None:
         return findings.data
@@ -70,5 +71,5 @@ def require_encodable_prompts(task: TaskFlags, findings: Findings | None, model_
     num_wanted = int(batch["image_grid_thw"].prod(dim=1).sum()) // processor.image_processor.merge_size**2
     if num_tokens != num_wanted:
         raise UsageError(
-            f"{prompts} have {num_tokens} image tokens for {num_wanted} of their pictures; correct prompt_messages()"
+            f"{prompts} have {num_tokens} image tokens, but their pictures need {num_wanted}; correct prompt_messages()"
         )

@@ -123,7 +123,7 @@ def _log_as_table(tracker: Any, samples: Sequence[Sample], step: int) -> None:
 
 
 def _row(sample: Sample) -> list[Any]:
-    """The values of COLUMNS; of texts every character that does not print is spelled out, but for line breaks."""
+    """The values of COLUMNS. In texts, characters that do not print are spelled out; line breaks stay."""
     rollout, episode, verdict = sample.rollout, sample.rollout.episode, sample.rollout.verdict
     candidates = ", ".join(f"{index}: {label}" for index, label in enumerate(episode.labels))
     return [

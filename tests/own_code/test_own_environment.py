@@ -97,7 +97,7 @@ def test_what_the_first_episodes_show_to_be_wrong_is_refused(body: str, words: s
     assert words in refusal(write_env(tmp_path, body))
 
 
-AGAIN, ELSEWHERE = "is another one when asked for again", "is another one when asked of another instance, built alike"
+AGAIN, ELSEWHERE = "changed when asked for again", "changed when asked of another instance, built alike"
 IMPURE = {
     "the module's generator": (
         "def change(self, index): return {'labels': [str(random.random()) for _ in 'abc']}",
@@ -149,7 +149,7 @@ ELSEWHERE_IN_PROCESSES = {
 
 @pytest.mark.parametrize(("body", "field"), ELSEWHERE_IN_PROCESSES.values(), ids=ELSEWHERE_IN_PROCESSES.keys())
 def test_an_episode_that_is_another_one_in_another_process_is_refused(body: str, field: str, tmp_path: Path) -> None:
-    assert f"the {field} is another one in another process; derive all" in refusal(write_env(tmp_path, body))
+    assert f"the {field}: not the same in another process; derive all" in refusal(write_env(tmp_path, body))
 
 
 def test_seeded_randomness_is_pure(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_prompts_that_the_model_cannot_read_are_refused_before_a_weight_loads(
         (
             "def change(self, index):\n        import os\n        return {'seed': int(os.environ['RANK'])}",
             2,
-            "the seed of episode 0 is another one in another process",
+            "the seed of episode 0: not the same in another process",
         ),
     ],
     ids=["one breaks", "they differ"],

@@ -110,8 +110,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "the content of global_step1/zero_pp_rank_0",
     ),
     "folder emptied": (lambda at: empty(at), "it has no manifest.json"),
-    "left-over temporary": (lambda at: (at / "optimizer.pt.tmp").touch(), "optimizer.pt.tmp is no file of it"),
-    "planted file": (lambda at: (at / "pytorch_model.bin").touch(), "pytorch_model.bin is no file of it"),
+    "left-over temporary": (
+        lambda at: (at / "optimizer.pt.tmp").touch(),
+        "its manifest does not list optimizer.pt.tmp",
+    ),
+    "planted file": (lambda at: (at / "pytorch_model.bin").touch(), "its manifest does not list pytorch_model.bin"),
     "manifest cut off": (lambda at: os.truncate(at / "manifest.json", 200), "its manifest.json cannot be read"),
     "manifest emptied": (lambda at: os.truncate(at / "manifest.json", 0), "its manifest.json cannot be read"),
     "manifest of another form": (lambda at: (at / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),

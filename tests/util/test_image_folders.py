@@ -124,7 +124,7 @@ def test_what_could_be_splits_or_classes_is_refused(tmp_path: Path, files: list[
         ({"a.png": "", "metadata.csv": HEADER, "metadata.jsonl": "{}"}, "both metadata.csv and metadata.jsonl; keep"),
         ({"a.png": "", "Metadata.CSV": HEADER}, "Metadata.CSV is not read, as metadata is metadata.csv or"),
         ({"a.png": "", "metadata.parquet": "PAR1"}, "metadata.parquet is not read, as metadata is metadata.csv or"),
-        ({"a/1.png": "", "b/1.png": "", "b/metadata.csv": f"{HEADER}1.png,bee\n"}, "but 1 image elsewhere are in none"),
+        ({"a/1.png": "", "b/1.png": "", "b/metadata.csv": f"{HEADER}1.png,bee\n"}, "but 1 image outside it are in no"),
         (
             {"b/1.png": "", "metadata.csv": f"{HEADER}b/1.png,x\n", "b/metadata.csv": f"{HEADER}1.png,y\n"},
             "listed before; keep one of the two",

@@ -126,7 +126,11 @@ KINDS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "name that turns the writing": ("red \u202egnp.png", of_mode("RGB", 0), "has a name or label with a control"),
     "name like a token": ("<|box|>.png", of_mode("RGB", 0), None),
     "name that is a token": ("<tool_call>.png", of_mode("RGB", 0), "has a name or label that is no text to the model"),
-    "name that is no text": (os.fsdecode(b"red \xff.png"), of_mode("RGB", 0), "has a name or label that is no text"),
+    "name that is no text": (
+        os.fsdecode(b"red \xff.png"),
+        of_mode("RGB", 0),
+        "has a name or label with half a surrogate pair",
+    ),
     # orientations
     **{f"EXIF orientation {n}": ("a.jpg", with_orientation(n), None) for n in range(1, 9)},
     "EXIF orientation that is none": ("a.jpg", with_orientation(9), None),

@@ -106,7 +106,9 @@ def runs_behind(task: TaskFlags, model_id: str) -> list[tuple[EpisodeSource, int
                 skipped_images=config.get("skipped_images", ()),
             )
         except (KeyError, UsageError) as error:
-            logger.info(f"what the run of {model_id} trained on is not known, and not passed over: {error}")
+            logger.info(
+                f"the training episodes of {model_id} are unknown, so held-out episodes may repeat them: {error}"
+            )
         else:
             runs.append((env, num_episodes))
         model_id = str(run.get("model_id"))

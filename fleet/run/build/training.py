@@ -134,7 +134,7 @@ def describe_run(model_id: str, task: TaskFlags, rloo: RLOOFlags, filled: Sequen
 
 
 def make_rloo_config(options: Options) -> RLOOConfig:
-    """TRL's arguments for these resolved options. Their making starts the process group and DeepSpeed.
+    """TRL's arguments for these resolved options. Constructing them starts the process group and DeepSpeed.
 
     Fleet counts episodes where TRL counts rollouts: a device's batch is per_device_batch_size x num_rollouts.
     """
