@@ -22,7 +22,7 @@ Row = dict[str, Any]
 # Replacements are drawn this far on: no run gets there, and a prime step leaves the period of a repeating environment.
 REPLACEMENT_STRIDE = 1_000_000_007
 MAX_REPLACEMENTS = 100
-STAND_IN_SIZE_PX = (56, 56)
+STAND_IN_SIDE_PX = 56
 
 
 class EpisodeBatch(TypedDict):
@@ -119,7 +119,7 @@ def episode_row(
 
 def broken_row(index: int, reason: str) -> Row:
     """A row in place of an episode that does not exist; the run stops before anything is generated for it."""
-    picture = Image.new("RGB", STAND_IN_SIZE_PX)
+    picture = Image.new("RGB", (STAND_IN_SIDE_PX, STAND_IN_SIDE_PX))
     episode = Episode((picture,), ({"role": "user", "content": [{"type": "image"}]},), 0, ("",), None, 0)
     return episode_row(episode, index, [picture], broken=reason)
 

@@ -15,9 +15,12 @@ from typing import Any
 
 from fleet.command import command_line
 from fleet.command.evaluate_options import parse_evaluate_options
-from fleet.command.preflight import check_evaluation
+from fleet.command.preflight import check_evaluation as check_before_loading
+from fleet.evaluation.held_out import TASK, runs_behind
 from fleet.processes import result_or_problem
 from fleet.run_folder import write_atomically
+
+__all__ = ["TASK", "check_before_loading", "main", "runs_behind", "write_document"]
 
 logger = logging.getLogger("fleet")
 
@@ -26,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one evaluation from start to end. Raises UsageError, before any weight loads, for one that is refused."""
     command_line.set_up_logging()
     options = parse_evaluate_options(sys.argv[1:] if argv is None else argv)
-    findings, problem = result_or_problem(lambda: check_evaluation(options))
+    findings, problem = result_or_problem(lambda: check_before_loading(options))
     command_line.keep_libraries_quiet()
     from fleet.run.build import evaluation
 

@@ -12,12 +12,24 @@ from os.path import expanduser
 from pathlib import Path
 
 from fleet.errors import UsageError
-from fleet.report.page import RunRecords, Tile, headline, levels, read_run, render_page, training_seconds, write_report
+from fleet.report.page import (
+    LAST_STEPS,
+    TEMPLATE_NAME,
+    RunRecords,
+    Tile,
+    headline,
+    levels,
+    read_run,
+    render_page,
+    training_seconds,
+    write_report,
+)
 from fleet.run_folder import REPORT_NAME
 from utils.plain_text import printable
 
 __all__ = [
-    "RunRecords", "Tile", "headline", "levels", "main", "read_run", "render_page", "training_seconds", "write_report",
+    "LAST_STEPS", "TEMPLATE_NAME", "RunRecords", "Tile", "headline", "levels", "main", "read_run", "render_page",
+    "training_seconds", "write_report",
 ]  # fmt: skip
 
 

@@ -48,6 +48,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(unfinished, path)
         flush_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         # a full disk is found by calls that know no name
         raise OSError(error.errno, error.strerror, str(path)) from error
 

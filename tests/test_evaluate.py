@@ -16,7 +16,6 @@ import training
 from fleet.command.evaluate_options import parse_evaluate_options, resolve_evaluate_options
 from fleet.command.options import parse_options
 from fleet.errors import UsageError
-from fleet.run.build.evaluation import runs_behind
 from fleet.run_folder import read_jsonl
 from fleet.toy.model import SIGHTED, toy_model_path
 from tests import HANG_S
@@ -195,9 +194,9 @@ def test_episodes_of_every_run_behind_a_model_are_passed_over(run: Path, tmp_pat
     flags = ["--model_id", str(run / "final"), "--seed", "1", "--report_to", "none"]
     training.main([*UNWATCHED_RUN, *flags, "--output_dir", str(second)])
     options = parse_evaluate_options(["--model_id", str(second / "final")])
-    found = runs_behind(options, str(second / "final"))
+    found = evaluate.runs_behind(options, str(second / "final"))
     assert [(getattr(env, "seed", None), number) for env, number in found] == [(1, 6), (0, 6)]
-    assert runs_behind(options, "toy") == []
+    assert evaluate.runs_behind(options, "toy") == []
 
 
 BAD = {

@@ -206,7 +206,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 def test_when_a_rank_raises_dies_or_stalls_all_end_and_say_which(fault: str, words: str, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     # a step takes a second, or several on a busy machine
-    limits = ["--step_timeout_s", "20", "--reward_timeout_s", "10"]
+    limits = ["--step_timeout_s", "20"]
     flags = [*QUICK, "--output_dir", str(run), "--train_steps", "999", *limits, fault]
     process = start(ZERO3, ["tests/speaking_training.py", *flags], log)
     deadline_s = time.monotonic() + HANG_S
@@ -236,7 +236,7 @@ def test_when_a_rank_raises_dies_or_stalls_all_end_and_say_which(fault: str, wor
 def test_a_rank_that_is_lost_before_the_first_generation_ends_the_others(
     fault: str, words: str, tmp_path: Path
 ) -> None:
-    limits = ["--step_timeout_s", "10", "--reward_timeout_s", "5"]
+    limits = ["--step_timeout_s", "10"]
     flags = [*QUICK, "--output_dir", str(tmp_path / "run"), "--train_steps", "1", *limits, fault]
     ranks = start_ranks(tmp_path, flags, 2, zero3=True, target="tests.early_fault")
     lost, other = ranks if fault.startswith("0") else ranks[::-1]
@@ -250,7 +250,7 @@ def test_a_rank_that_is_lost_before_the_first_generation_ends_the_others(
 
 @pytest.mark.exhaustive  # test_watchdog.py counts the time by a clock of its own
 def test_a_process_that_was_stopped_for_long_goes_on_when_it_is_continued(tmp_path: Path) -> None:
-    limits = ["--step_timeout_s", "20", "--reward_timeout_s", "10"]
+    limits = ["--step_timeout_s", "20"]
     flags = [*QUICK, "--output_dir", str(tmp_path / "run"), "--train_steps", "12", *limits]
     (rank,) = start_ranks(tmp_path, flags, target="tests.speaking_training")
     wait_until(lambda: rank.output.count("[rewards]") >= 2, [rank])

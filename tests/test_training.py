@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +267,7 @@ def test_warmup_reaches_trl() -> None:
 
 def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--freeze_vision", "--attn_implementation", "eager", "--reward_correct", "0.5", "--reward_valid_call",
-             "0.25", "--allow_reasoning", "--image_max_pixels", "1600", "--reward_timeout_s", "7",
+             "0.25", "--allow_reasoning", "--image_max_pixels", "1600",
              "--max_skipped_steps", "3", "--save_total_limit", "3", "--output_dir", str(tmp_path)]  # fmt: skip
     options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
     env = make_environment(options, options.seed)
@@ -283,7 +282,7 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
     assert [reward_of(verdict, trainer.settings.reward_weights) for verdict in verdicts] == [0.75, 0.25]
     assert trainer.reward_guard is None and trainer.step_guard.max_in_a_row == 3
     (tmp_path / "reward.py").write_text("def score(completions, **columns): return [1.0 for _ in completions]")
-    reward = own_reward(replace(options, reward=f"{tmp_path}/reward.py:score"))
+    reward = own_reward(parse_options(["--reward", f"{tmp_path}/reward.py:score", "--reward_timeout_s", "7"]))
     assert reward is not None
     with contextlib.closing(reward):
         assert reward.timeout_s == 7

@@ -79,6 +79,8 @@ IDLE_IN_TRAINING = (
         "the vision tower trains, so features change with every step", "add --freeze_vision true", off=0),
     IdleFlags(("vision_cache_mib",), lambda options, launch: not options.shared_prefix, "TRL's own passes take no "
         "features", "drop --shared_prefix false", off=0),
+    IdleFlags(("reward_timeout_s",), lambda options, launch: options.reward is None,
+        "no reward function of your own is called", "add --reward FILE:FUNCTION"),
     IdleFlags(("reward_correct", "reward_valid_call"), lambda options, launch: options.reward is not None,
         "the function of --reward has its own values", "drop --reward"),
     IdleFlags(("warmup_steps",), lambda options, launch: options.lr_scheduler_type == "constant",

@@ -144,7 +144,7 @@ def refuse_contradictions(options: Options) -> None:
     accumulation, per_generation = options.gradient_accumulation_steps, options.steps_per_generation
     # fmt: off
     contradictions = (
-        (options.reward_timeout_s >= options.step_timeout_s,
+        (options.reward is not None and options.reward_timeout_s >= options.step_timeout_s,
          f"reward_timeout_s={options.reward_timeout_s:g} is not below step_timeout_s={options.step_timeout_s:g}, which "
          "would end the run first; lower one or raise the other"),
         (per_generation and per_generation % accumulation,

@@ -2,21 +2,30 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 from PIL import Image
 
-from fleet.command.flags import HeldOutFlags
+from fleet.command.evaluate_options import run_config, run_options
+from fleet.command.flags import HeldOutFlags, TaskFlags
 from fleet.command.preflight import make_environment
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode, checked_fields
-from fleet.errors import refused
+from fleet.errors import UsageError, refused
 from fleet.evaluation.figures import EvaluationPlan
 from utils.images import BadImage, image_digest
 
+logger = logging.getLogger("fleet")
+
 MAX_DRAWS_PER_EPISODE = 20  # held-out, before a folder counts as too small
 MAX_COMPARED_EPISODES = 200_000  # of a run, from the first on
+
+# the flags that say which episodes a run has
+TASK = ("data_root", "env", "candidates_per_episode", "fixed_correct_index")
 
 
 class TooFewEpisodes(ValueError):
@@ -64,6 +73,29 @@ def make_plan(
         prompt_style="reasoning" if reasons else "direct",
         max_pixels=held_out.image_max_pixels,
     )
+
+
+def runs_behind(task: TaskFlags, model_id: str) -> list[tuple[EpisodeSource, int]]:
+    """(environment, number of episodes drawn) of the run that left this model, and of those before it."""
+    runs, folders = [], set()
+    while (config := run_config(model_id)) and Path(model_id).resolve() not in folders:
+        folders.add(Path(model_id).resolve())
+        run = run_options(model_id)
+        try:
+            num_episodes = int(config["num_episodes"])
+            env = make_environment(
+                replace(task, **{name: run[name] for name in TASK}),
+                run["seed"],
+                skipped_images=config.get("skipped_images", ()),
+            )
+        except (KeyError, UsageError) as error:
+            logger.info(
+                f"the training episodes of {model_id} are unknown, so held-out episodes may repeat them: {error}"
+            )
+        else:
+            runs.append((env, num_episodes))
+        model_id = str(run.get("model_id"))
+    return runs
 
 
 def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode] = ()) -> tuple[list[Episode], int]:

@@ -1,7 +1,6 @@
-"""Run as the process of a user's reward function: imports the user's file, then answers one call after another.
+"""The process of a user's reward function: imports the user's file, then answers one call after another.
 
-    python reward_worker.py <descriptor of a socket> <process id of the parent>
-
+Its arguments are the descriptor of a socket and the process id of the parent.
 The user's code runs in the only thread of the process, as ordinary code does. Over the socket come pickled requests
 and go answers, a line of JSON each; the code's own output goes where the parent's goes. Imports no torch by itself.
 """

@@ -34,6 +34,7 @@ TRAINING = [
     ("freeze_vision", "true", "--use_lora --model_id adapter", "trains the parts that it was made for", "--use_lora"),
     ("vision_cache_mib", "64", "", "the vision tower trains, .*; add --freeze_vision true", "--freeze_vision"),
     ("vision_cache_mib", "64", "--use_lora --shared_prefix false", "TRL's own passes take no features", "--use_lora"),
+    ("reward_timeout_s", "60", "", "no reward function of your own is called; add --reward", "--reward my.py:f"),
     ("reward_correct", "0.95", "--reward my.py:f", "the function of --reward has its own values; drop --reward", ""),
     ("reward_valid_call", "0.1", "--reward my.py:f", "the function of --reward has its own values", ""),
     ("warmup_steps", "5", "", "does not warm up; add --lr_scheduler_type constant_with", "--lr_scheduler_type linear"),
@@ -66,7 +67,7 @@ EVALUATION = [
 ALWAYS_IN_TRAINING = {
     "model_id", "dtype", "attn_implementation", "load_in_4bit", "data_root", "bad_images", "env",
     "candidates_per_episode", "fixed_correct_index", "allow_reasoning", "image_max_pixels", "temperature", "top_p",
-    "max_completion_length", "seed", "use_lora", "reward", "reward_timeout_s", "train_steps", "num_rollouts",
+    "max_completion_length", "seed", "use_lora", "reward", "train_steps", "num_rollouts",
     "per_device_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations", "learning_rate",
     "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_skipped_steps", "beta", "normalize_advantages",
     "mask_truncated_completions", "gradient_checkpointing", "shared_prefix", "use_vllm", "eval_steps", "output_dir",
@@ -174,7 +175,7 @@ def resume(options: Options) -> None:
 
 def test_config_json_has_null_for_what_had_no_part() -> None:
     full, lora = recorded(""), recorded("--use_lora --lora_rank 4 --eval_steps 2")
-    nothing = ["epsilon", "eval_episodes", "eval_seed", "lora_alpha", "lora_dropout", "lora_rank",
+    nothing = ["epsilon", "eval_episodes", "eval_seed", "lora_alpha", "lora_dropout", "lora_rank", "reward_timeout_s",
                "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "vllm_mode", "vllm_server_host",
                "vllm_server_port", "vllm_tensor_parallel_size"]  # fmt: skip
     assert full["idle_flags"] == nothing

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
@@ -17,17 +16,13 @@ from rich.text import Text
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
 
 from fleet.command.command_line import COLOURED
-from fleet.command.evaluate_options import EvaluateOptions, resolve_evaluate_options, run_config, run_options
-from fleet.command.flags import TaskFlags
+from fleet.command.evaluate_options import EvaluateOptions, resolve_evaluate_options
 from fleet.command.image_check import Findings, images_of
 from fleet.command.options import ResolvedDefault
-from fleet.command.preflight import make_environment
 from fleet.controls import CONTROL_MEANINGS
-from fleet.episodes import EpisodeSource
-from fleet.errors import UsageError
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
 from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, with_baseline
-from fleet.evaluation.held_out import make_plan
+from fleet.evaluation.held_out import make_plan, runs_behind
 from fleet.processes import first_problem, raise_together, require_same_flags, together
 from fleet.progress import count_progress
 from fleet.run import model_setup
@@ -36,9 +31,6 @@ from fleet.run.records import resolved_table
 from utils.plain_text import printable
 
 logger = logging.getLogger("fleet")
-
-# of the flags that say what a run's episodes are
-TASK = ("data_root", "env", "candidates_per_episode", "fixed_correct_index")
 
 
 @dataclass(frozen=True)
@@ -90,29 +82,6 @@ def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | 
         seed=options.seed,
     )
     return PreparedEvaluation(options, accelerator, plan, settings)
-
-
-def runs_behind(task: TaskFlags, model_id: str) -> list[tuple[EpisodeSource, int]]:
-    """(environment, number of episodes drawn) of the run that left this model, and of those before it."""
-    runs, folders = [], set()
-    while (config := run_config(model_id)) and Path(model_id).resolve() not in folders:
-        folders.add(Path(model_id).resolve())
-        run = run_options(model_id)
-        try:
-            num_episodes = int(config["num_episodes"])
-            env = make_environment(
-                replace(task, **{name: run[name] for name in TASK}),
-                run["seed"],
-                skipped_images=config.get("skipped_images", ()),
-            )
-        except (KeyError, UsageError) as error:
-            logger.info(
-                f"the training episodes of {model_id} are unknown, so held-out episodes may repeat them: {error}"
-            )
-        else:
-            runs.append((env, num_episodes))
-        model_id = str(run.get("model_id"))
-    return runs
 
 
 def describe(model_id: str, plan: EvaluationPlan, filled: Sequence[ResolvedDefault]) -> str:

@@ -83,8 +83,9 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     options, filled = resolve_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     launch_checks.require_launchers_dtype(options.dtype)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    flags, idle = asdict(options), idle_flags(options)
-    problem = first_problem(problem, lambda: require_same_run(options, flags, idle, num_processes))
+    flags = asdict(options)
+    # also the files of an adapter decide which flags are idle, and they may be broken on one machine
+    problem = first_problem(problem, lambda: require_same_run(options, flags, idle_flags(options), num_processes))
     logger.info(describe_run(options.model_id, options, options, filled), extra=COLOURED)
     problem = first_problem(
         problem,
