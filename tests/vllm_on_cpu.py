@@ -59,9 +59,9 @@ def run_training(argv: list[str], on_trainer: Callable[[Any], None] = lambda tra
     build = run_build.build_trainer
 
     def build_and_show(*args: Any, **kwargs: Any) -> Any:
-        trainer = build(*args, **kwargs)
+        trainer, checkpoint = build(*args, **kwargs)
         on_trainer(trainer)
-        return trainer
+        return trainer, checkpoint
 
     run_build.build_trainer = build_and_show
     return command_line.run(lambda: training.main(argv))

@@ -608,7 +608,7 @@ def test_adapter_without_use_lora_is_refused(tmp_path):
 
 def test_output_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    assert "cannot be made" in refusal_of(
+    assert "is not a folder to write to" in refusal_of(
         output_dir.require_output_dir, options_of("--output_dir", tmp_path / "file" / "run")
     )
 
