@@ -118,7 +118,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest cut off": (lambda at: os.truncate(at / "manifest.json", 200), "its manifest.json cannot be read"),
     "manifest emptied": (lambda at: os.truncate(at / "manifest.json", 0), "its manifest.json cannot be read"),
     "manifest of another form": (lambda at: (at / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
-    "file left out of the manifest": (lambda at: remove_from_manifest(at / "manifest.json"), "does not list optimizer.pt"),
+    "file left out of the manifest": (
+        lambda at: remove_from_manifest(at / "manifest.json"),
+        "does not list optimizer.pt",
+    ),
     "file became a folder": (lambda at: become_folder(at / "rng_state.pth"), "rng_state.pth is missing"),
 }
 
