@@ -281,6 +281,8 @@ def test_a_second_run_in_a_folder_is_refused_and_goes_on_once_the_first_is_kille
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for rank in first:
                 os.kill(rank.pid, number)
+    # a killed process is there until the system has taken it away
+    assert [rank.wait() for rank in first] == [-signal.SIGKILL] * num_processes
     third = start_ranks(tmp_path, [*arguments, "--resume", "auto"], num_processes, zero3=zero3)
     steps = newest_step(run)
     wait_until(lambda: newest_step(run) > steps, third)
