@@ -45,12 +45,14 @@ def earlier(tmp_path: Path) -> Path:
 
 def test_it_is_resumed_where_it_was(earlier: Path) -> None:
     assert find_damage(earlier / "checkpoint-4") is None
+    run_id = json.loads((earlier / "config.json").read_text())["run_id"]
     before = {name: read_jsonl(earlier / name) for name in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")}
     training.main([*FLAGS, "--train_steps", "6", "--output_dir", str(earlier), "--resume"])
     for name, lines in before.items():
         now = read_jsonl(earlier / name)
         assert now[: len(lines)] == lines
         assert {line["step"] for line in now[len(lines) :]} == ({6} if name == "evaluations.jsonl" else {5, 6})
+    assert json.loads((earlier / "config.json").read_text())["run_id"] == run_id, "it is the same run"
     assert (earlier / "checkpoint-6").is_dir() and not (earlier / "checkpoint-4").exists()
 
 

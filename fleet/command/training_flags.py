@@ -19,7 +19,8 @@ class TrainedPartFlags(ModelFlags):
     """The parts of the model that train, and those that are frozen."""
 
     use_lora: bool = flag(False, "train LoRA adapters on the language model, not all weights")
-    lora_rank: int = flag(16, "rank of new adapters", bounds=(AT_LEAST_1,))
+    lora_rank: int = flag(16, "rank of new adapters",
+        bounds=(AT_LEAST_1, Bound("at most 8,192", lambda value: value <= 8192)))  # the width of the widest model
     lora_alpha: int = flag(32, "scale of new adapters", "twice the rank", bounds=(AT_LEAST_1,))
     lora_dropout: float = flag(0.0, "dropout in new adapters, 0 to 1", "as old and new log-probabilities must agree",
         metavar="P", bounds=(AT_LEAST_0, BELOW_1))

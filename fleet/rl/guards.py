@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from fleet.errors import RunStopped
 from fleet.own_code.reward_function import MAX_REWARD, Reward
+from fleet.processes import gather_by_rank, raise_first
 
 logger = logging.getLogger("fleet")
 
@@ -44,11 +45,9 @@ class RewardGuard:
         """
         checked = self.reward(completions, **columns)
         # before anything else is gathered: a process without values would leave the others waiting for them
-        found_by_process = gather_object([(checked.problem, checked.dropped)])
-        for process, (problem, _) in enumerate(found_by_process):
-            if problem is not None:
-                raise RunStopped(f"process {process}: {problem}" if len(found_by_process) > 1 else problem)
-        dropped = next((f"{self.reward.__name__} gave {value}" for _, value in found_by_process if value), None)
+        found_by_rank = gather_by_rank((checked.problem, checked.dropped))
+        raise_first([problem for problem, _ in found_by_rank], RunStopped)
+        dropped = next((f"{self.reward.__name__} gave {value}" for _, value in found_by_rank if value), None)
         if dropped is not None and not self._has_told:
             self._has_told = True
             logger.warning(

@@ -17,6 +17,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from dataset import EpisodeBatch, prompts_of_rollouts
 from fleet.errors import RunRefused, RunStopped
+from fleet.processes import gather_by_rank, raise_first
 
 # vLLM's lowest bias: the token is never drawn.
 NEVER = -100.0
@@ -104,9 +105,7 @@ class VLLMSampler:
 
     def _raise_together(self, problem: str | None) -> None:
         """Raises the first problem of any process on all of them."""
-        for found in gather_object([problem]):
-            if found is not None:
-                raise RunStopped(found) if self._is_sound else RunRefused(found)
+        raise_first(gather_by_rank(problem), RunStopped if self._is_sound else RunRefused, who="")
 
 
 def collapse_runs(ids: Sequence[int], token: int) -> list[int]:

@@ -8,10 +8,9 @@ import contextlib
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-Gather = Callable[[list[Any]], list[Any]]
+from fleet.processes import Gather
 
 CONNECT_S = 60.0
 HELLO = struct.Struct("!16sI")  # the run's token, the rank

@@ -59,11 +59,15 @@ class Watchdog:
     def __init__(self, timeout_s: float, rank: int):
         """timeout_s: at least 1."""
         self.timeout_s, self.rank = timeout_s, rank
-        self.peers = Peers([])
+        self._peers = Peers([])
         self._activity, self._limit_s = "", timeout_s
         self._is_watching = False
         self._still = StillTime(min(1.0, timeout_s / 10))
         self._frozen_watch: subprocess.Popen[bytes] | None = None
+
+    def listen_to(self, peers: Peers) -> None:
+        """Watches the other processes too, from now on."""
+        self._peers = peers
 
     def start_with(self, activity: str) -> None:
         """Notes progress before the first generation, where one activity may take STARTING_S."""
@@ -90,7 +94,7 @@ class Watchdog:
         """Stops watching. is_at_end: tells the other processes that this one may be gone from now on."""
         self._is_watching = False
         if is_at_end:
-            self.peers.say_goodbye()
+            self._peers.say_goodbye()
         if self._frozen_watch is not None:
             with self._frozen_watch as watch:
                 watch.kill()
@@ -107,7 +111,7 @@ class Watchdog:
             with contextlib.suppress(OSError, ValueError):
                 line = f"{limit_s + FROZEN_GRACE_S} {self._activity}\n"
                 os.write(self._frozen_watch.stdin.fileno(), line.encode())
-            lost = self.peers.first_lost(self._still.tick_s, self.timeout_s + FROZEN_GRACE_S, WAITING_GRACE_S)
+            lost = self._peers.first_lost(self._still.tick_s, self.timeout_s + FROZEN_GRACE_S, WAITING_GRACE_S)
             if lost is not None and self._is_watching:
                 self._end(f"process {self.rank} ends during {self._activity}, as {lost}")
             if still_s < limit_s:

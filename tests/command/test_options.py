@@ -229,6 +229,7 @@ IMPOSSIBLE = {
     "--steps_per_generation 0": "steps_per_generation=0, but it must be at least 1",
     "--num_iterations 0": "num_iterations=0, but it must be at least 1",
     "--lora_rank 0": "lora_rank=0, but it must be at least 1",
+    "--use_lora --lora_rank 8193": "lora_rank=8193, but it must be at most 8,192; correct --lora_rank",
     "--lora_alpha 0": "lora_alpha=0, but it must be at least 1",
     "--max_completion_length 0": "max_completion_length=0, but it must be at least 1",
     "--save_steps 0": "save_steps=0, but it must be at least 1",
