@@ -15,35 +15,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 # Every function of Fleet and TRL that runs between the collator's batch and the optimizer's step by default flags, as a
-# profiler saw them. STEP must be read to follow a step; ASIDE (checks, bounds, clocks, kernels) is taken by its names.
-# A file that a checkout lacks is searched for in all others.
+# profiler saw them. STEP turns the batch into the loss and must be read to follow a step. ASIDE is taken by its names:
+# the collator before it; judge and reward, which are the task's; records and metrics; checks, bounds and clocks; kernels
+# and functions of libraries. A file that a checkout lacks is searched for in all others.
 STEP = {
-    "dataset.py": "VLMDataCollator(__call__ _encode)",
-    "environment.py": "judge Judgement",
-    "reward.py": "reward_of",
+    "dataset.py": "EpisodeBatch",
     "fleet/qwen/group_passes.py": "generate_groups image_inputs base_qwen prompt_positions score_packed",
-    "fleet/qwen/shared_prefix.py": "pack_groups attention_mask unpack",
+    "fleet/qwen/shared_prefix.py": "PackedGroups pack_groups attention_mask unpack",
     "fleet/rl/algorithm.py": "needs_old_logps shaped_rewards leave_one_out_advantages sequence_logps clipped_loss",
-    "fleet/rl/guards.py": "without_gradient_if_not_finite "
-    "StepGuard(begin_generation note_scores on_pre_optimizer_step)",
-    "fleet/rl/policy_passes.py": "SampledGroups PolicyPasses(_sample _image_features _sample_completion_ids "
-    "_generate_behind_one_prefill _usable _add_metrics _chooses_packing _groups_per_step _completion_logps "
-    "_compare_with_vllm)",
-    "fleet/rl/rollouts.py": "picture_names make_records instruction_of rollout_metrics",
+    "fleet/rl/policy_passes.py": "SampledGroups PolicyPasses(_sample _image_features _sample_completion_ids _usable "
+    "_chooses_packing _groups_per_step _completion_logps)",
     "fleet/rl/trainer.py": "Rollouts FleetRLOOTrainer(_prepare_inputs _roll_out _judge_and_reward _rewards "
-    "_log_rewards _take_advantages _record _compute_loss _log_loss _get_grad_norm)",
-    "trl/trainer/rloo_trainer.py": "RLOOTrainer(training_step compute_loss)",
-    "trl/trainer/utils.py": "add_fused_lm_head",
-    "trl/models/utils.py": "unwrap_model_for_generation _unwrap_model_for_generation",
+    "_take_advantages _compute_loss)",
 }
 ASIDE = {
-    "dataset.py": "require_episodes count_faults _with_ranks",
+    "dataset.py": "VLMDataCollator(__call__ _encode) require_episodes count_faults _with_ranks",
+    "environment.py": "judge Judgement",
     "model_utils.py": "up_to_end media_token_ids decode_completion",
+    "reward.py": "reward_of",
     "fleet/qwen/flops.py": "compare_work _packed_work vision_flops text_flops _squares add_up",
     "fleet/qwen/group_passes.py": "why_not_to_pack",
-    "fleet/rl/rollouts.py": "length_metrics",
-    "fleet/rl/policy_passes.py": "PolicyPasses(_log_lengths)",
-    "fleet/rl/trainer.py": "FleetRLOOTrainer(_require_shown)",
+    "fleet/rl/guards.py": "without_gradient_if_not_finite "
+    "StepGuard(begin_generation note_scores on_pre_optimizer_step)",
+    "fleet/rl/rollouts.py": "picture_names make_records instruction_of rollout_metrics length_metrics",
+    "fleet/rl/policy_passes.py": "PolicyPasses(_add_metrics _log_lengths _compare_with_vllm)",
+    "fleet/rl/trainer.py": "FleetRLOOTrainer(_require_shown _log_rewards _record _log_loss _get_grad_norm)",
     "fleet/run/watchdog.py": "Watchdog(beat) StillTime(beat tick)",
     "utils/images.py": "image_digest",
     "utils/plain_text.py": "require_plain_messages require_plain_text first_literal printable",
@@ -54,8 +50,9 @@ ASIDE = {
     "ProfilingContext(__init__ __enter__ __exit__ _log_metrics)",
     "trl/kernels/chunked_logprob.py": "_use_triton ChunkedLogProbFunction(forward backward) _forward_tile "
     "_torch_transform _backward_tile _addmm_fp32",
-    "trl/models/utils.py": "_override_model_generation_config",
-    "trl/trainer/utils.py": "pad nanstd nanmin nanmax maybe_gather_lm_head_ctx",
+    "trl/models/utils.py": "unwrap_model_for_generation _unwrap_model_for_generation _override_model_generation_config",
+    "trl/trainer/rloo_trainer.py": "RLOOTrainer(training_step compute_loss)",
+    "trl/trainer/utils.py": "add_fused_lm_head pad nanstd nanmin nanmax maybe_gather_lm_head_ctx",
 }
 # flags that no case of a run changes, and the files in which their names are flags
 PLAIN_FLAGS = ("weight_decay", "normalize_advantages", "mask_truncated_completions", "dataloader_num_workers")

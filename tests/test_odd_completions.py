@@ -69,13 +69,7 @@ class OddFleetTrainer(FleetRLOOTrainer):
 
     num_generations_done = 0
 
-    def _generate_behind_one_prefill(self, batch: Any, features: Any) -> list[list[int]]:
-        return self._odd_completions()
-
-    def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
-        return self._odd_completions()
-
-    def _odd_completions(self) -> list[list[int]]:
+    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
         self.num_generations_done += 1
         rows, _ = list(BATCHES.values())[self.num_generations_done - 1]
         return [list(row) for row in rows]

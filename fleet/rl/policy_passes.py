@@ -112,7 +112,7 @@ class PolicyPasses(ResumableTrainer):
             completion_ids = self._sample_completion_ids(batch, features)
         else:
             completion_ids, sampler_logps = self.vllm.sample(batch, self.state.global_step)
-            completion_ids = self._usable(completion_ids)
+        completion_ids = self._usable(completion_ids)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         is_ended = [ids[-1] in ends for ids in completion_ids]
         self._log_lengths(batch, completion_ids, is_ended)
@@ -153,14 +153,11 @@ class PolicyPasses(ResumableTrainer):
         return features
 
     def _sample_completion_ids(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
-        """B completions as token ids, each up to and with its first end token, never empty, free of media tokens."""
-        if self.settings.shared_prefix:
-            return self._usable(self._generate_behind_one_prefill(batch, features))
-        rows = repeat_episodes(batch, 0, len(batch["episodes"]))
-        fields = {key: rows[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
-        return self._usable(self._generate_single_turn(*prompts_of_rollouts(batch), fields))
-
-    def _generate_behind_one_prefill(self, batch: EpisodeBatch, features: list[Tensor] | None) -> list[list[int]]:
+        """B completions as token ids, each up to and with its first end token."""
+        if not self.settings.shared_prefix:
+            rows = repeat_episodes(batch, 0, len(batch["episodes"]))
+            fields = {key: rows[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+            return self._generate_single_turn(*prompts_of_rollouts(batch), fields)
         with unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
@@ -168,8 +165,8 @@ class PolicyPasses(ResumableTrainer):
             generation_kwargs=self.generation_kwargs,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as policy:
-            rows = generate_groups(policy, batch, features, self.generation_config).tolist()
-        return [up_to_end(ids, self.eos_token_ids) for ids in rows]
+            sampled = generate_groups(policy, batch, features, self.generation_config).tolist()
+        return [up_to_end(ids, self.eos_token_ids) for ids in sampled]
 
     def _usable(self, completion_ids: list[list[int]]) -> list[list[int]]:
         """Each completion up to its first media token, which a sampler is told never to draw; an end if empty."""

@@ -436,7 +436,7 @@ def test_media_tokens_are_never_sampled(media_token: str, tmp_path: Path) -> Non
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
     unguarded = model.generate(**{name: batch[name] for name in names}, max_new_tokens=4, do_sample=False)
     assert media_id in unguarded[:, batch["input_ids"].shape[1] :], "the trap must be one"
-    sampled = trainer._generate_behind_one_prefill(batch, None)
+    sampled = trainer._sample_completion_ids(batch, None)
     assert all(media_id not in ids for ids in sampled)
 
 
