@@ -16,8 +16,8 @@ from pathlib import Path
 
 # Every function of Fleet and TRL that runs between the collator's batch and the optimizer's step by default flags, as a
 # profiler saw them. STEP turns the batch into the loss and must be read to follow a step. ASIDE is taken by its names:
-# the collator before it; judge and reward, which are the task's; records and metrics; checks, bounds and clocks; kernels
-# and functions of libraries. A file that a checkout lacks is searched for in all others.
+# the collator before it; judge and reward, which are the task's; records and metrics; checks, bounds and clocks;
+# kernels and functions of libraries. A file that a checkout lacks is searched for in all others.
 STEP = {
     "dataset.py": "EpisodeBatch",
     "fleet/qwen/group_passes.py": "generate_groups image_inputs base_qwen prompt_positions score_packed",
