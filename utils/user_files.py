@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 logger = logging.getLogger("fleet")
 
@@ -31,21 +31,18 @@ _set_aside: set[Path] = set()
 class _Beside:
     """Finds modules beside the user's files, the latest file's folder first, after every other finder."""
 
-    def __init__(self) -> None:
-        self.folders: list[Path] = []
+    folders: ClassVar[list[Path]] = []
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
         """The module of this name in one of the folders, as Python's import asks for it."""
-        for folder in self.folders if path is None else ():
+        for folder in cls.folders if path is None else ():
             spec = PathFinder.find_spec(name, [str(folder)])
             # a folder of data or of a tracker's runs is not a package
             patterns = ("*.py", "*/*.py")
             if spec and (spec.origin is not None or any(any((folder / name).glob(pattern)) for pattern in patterns)):
                 return spec
         return None
-
-
-_beside = _Beside()
 
 
 @contextlib.contextmanager
@@ -132,7 +129,7 @@ def _look_beside(folder: Path) -> None:
     """Makes the files of `folder` importable: before those beside other user files, after everything else."""
     if folder == FLEET_ROOT:
         return
-    others = [other for other in _beside.folders if other != folder]
+    others = [other for other in _Beside.folders if other != folder]
     # a name that two such folders have stands for the file in the folder of whoever imports it
     for name, file in _imported_from(others).items():
         root = name.partition(".")[0]
@@ -141,9 +138,9 @@ def _look_beside(folder: Path) -> None:
             # their packages too: a folder without __init__.py is a module, and remembers its place
             for parts in range(1 + name.count("."), 0, -1):
                 sys.modules.pop(".".join(name.split(".")[:parts]), None)
-    _beside.folders = [folder, *others]
-    if _beside not in sys.meta_path:
-        sys.meta_path.append(_beside)
+    _Beside.folders = [folder, *others]
+    if _Beside not in sys.meta_path:
+        sys.meta_path.append(_Beside)
     importlib.invalidate_caches()
 
 
