@@ -76,20 +76,18 @@ def _regular_file(path: str | Path) -> BufferedReader:
     """The file, open. Raises BadImage for anything else: opening a pipe would wait for a writer that may never come."""
     try:
         kind, num_bytes = kind_of(Path(path)), os.stat(path).st_size
-        if kind != "a file":
-            raise BadImage(printable(path), f"is {kind}, not a file", "remove it")
-        if num_bytes == 0:
-            raise BadImage(printable(path), "is empty", "replace it or remove it")
-        if num_bytes > MAX_FILE_BYTES:
-            reason = f"is a file of {num_bytes:,} bytes, more than the {MAX_FILE_BYTES:,} allowed"
-            raise BadImage(printable(path), reason, "shrink it or remove it")
-        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    except BadImage:
-        raise
+        if kind == "a file" and 0 < num_bytes <= MAX_FILE_BYTES:
+            return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except (OSError, ValueError) as error:
         # ValueError: a name that no file can have, which metadata may hold
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise BadImage(printable(path), f"cannot be read ({reason})", "replace it or remove it") from error
+    if kind != "a file":
+        raise BadImage(printable(path), f"is {kind}, not a file", "remove it")
+    if num_bytes == 0:
+        raise BadImage(printable(path), "is empty", "replace it or remove it")
+    reason = f"is a file of {num_bytes:,} bytes, more than the {MAX_FILE_BYTES:,} allowed"
+    raise BadImage(printable(path), reason, "shrink it or remove it")
 
 
 def _decoded(source: BufferedReader | Image.Image, name: str, max_pixels: int | None) -> Image.Image:
