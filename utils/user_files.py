@@ -175,18 +175,14 @@ def _winner_over(name: str, path: Path) -> str | None:
 
 def _say_what_was_not_taken(path: Path, named: str) -> None:
     """Says once which imports of a user's file gave another module than the file of that name beside it."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names = [node.module]
-        else:
-            continue
-        for name in {name.partition(".")[0] for name in names}:
-            beside = _found_beside(name, path.parent)
-            is_other_file = beside is not None and beside.is_file() and beside != path
-            winner = _winner_over(name, path) if is_other_file else None
-            line = f"{named}: {winner} if it is meant"
-            if winner is not None and line not in _said:
-                _said.add(line)
-                logger.warning(f"{line}\n")
+    nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module]
+    for name in dict.fromkeys(module.partition(".")[0] for module in imported):
+        beside = _found_beside(name, path.parent)
+        is_other_file = beside is not None and beside.is_file() and beside != path
+        winner = _winner_over(name, path) if is_other_file else None
+        line = f"{named}: {winner} if it is meant"
+        if winner is not None and line not in _said:
+            _said.add(line)
+            logger.warning(f"{line}\n")
