@@ -102,8 +102,8 @@ def episode_row(
     """An episode as a row of the data set.
 
     Its columns: `episode_index`; `prompt` (chat messages) and `images` (RGB pictures), which TRL's own trainer reads
-    too; `correct_index` and `num_candidates`, which a reward of TRL's reads; `episode`; `fault`, the reason why it is
-    not the episode of that index, or None; `broken`, the reason why the environment gave no episode, or None.
+    too; `correct_index` and `num_candidates`, which a reward of TRL's reads; `episode`; `fault` and `broken`, as in
+    EpisodeBatch.
     """
     return {
         "episode_index": index,

@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Collection, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
@@ -210,13 +210,8 @@ class PickImageEnv:
             raise RuntimeError("step() without an episode: each has one step; call reset() first")
         episode, self._current = self._current, None
         judgement = judge(action, episode.correct_index, episode.num_candidates, allow_reasoning=self.allow_reasoning)
-        info = {
-            "outcome": judgement.outcome,
-            "parse_status": judgement.parse_status,
-            "index": judgement.index,
-            "correct_index": episode.correct_index,
-        }
-        return None, float(judgement.outcome is Outcome.CORRECT), True, False, info
+        info = {**asdict(judgement), "correct_index": episode.correct_index}
+        return None, float(judgement.is_right), True, False, info
 
 
 def pick_image_messages(num_images: int, instruction: str, *, allow_reasoning: bool = False) -> list[Message]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from environment import Judgement, Outcome, judge
 
-_VALID_OUTCOMES = frozenset({Outcome.CORRECT, Outcome.WRONG_INDEX})
-
 
 @dataclass(frozen=True)
 class RewardWeights:
@@ -48,7 +46,8 @@ def reward_of(verdict: Judgement, weights: RewardWeights = DEFAULT_WEIGHTS) -> f
     | index_out_of_range  | 0       | 0          | 0.00              |
     | unparsable          | 0       | 0          | 0.00              |
     """
-    return weights.correct * verdict.is_right + weights.valid_call * (verdict.outcome in _VALID_OUTCOMES)
+    is_valid_call = verdict.outcome in (Outcome.CORRECT, Outcome.WRONG_INDEX)
+    return weights.correct * verdict.is_right + weights.valid_call * is_valid_call
 
 
 def compute_rewards_from_generations(

@@ -65,7 +65,7 @@ class Episode:
     seed: int
 
     def __post_init__(self) -> None:
-        _settle(self)
+        _sound_episode(self)
 
     @property
     def num_candidates(self) -> int:
@@ -118,39 +118,35 @@ def _asked(ask: Callable[[], Any], check: Callable[[Any], Value], name: str, met
 
 
 def _sound_episode(given: Any) -> Episode:
+    """The same episode, its fields converted to their types. Raises BrokenEpisode for a field of another meaning."""
     if not isinstance(given, Episode):
         raise BrokenEpisode(
             f"episode() returned {_shown(given)}, but wanted an Episode; return environment.Episode(images, messages, "
             "correct_index, labels, target, seed)"
         )
-    return _settle(given)
-
-
-def _settle(episode: Episode) -> Episode:
-    """The same episode, its fields converted to their types. Raises BrokenEpisode for a field of another meaning."""
-    images = tuple(_image(image, place) for place, image in enumerate(_items(episode.images, "images")))
+    images = tuple(_image(image, place) for place, image in enumerate(_items(given.images, "images")))
     if not images:
         raise BrokenEpisode("images is empty, but an episode shows at least one; give it images")
-    correct_index = _integer(episode.correct_index, "correct_index")
+    correct_index = _integer(given.correct_index, "correct_index")
     if not 0 <= correct_index < len(images):
         raise BrokenEpisode(
             f"correct_index={correct_index}, but the episode has {len(images)} images, numbered from 0; "
             "correct the environment's episode()"
         )
-    labels = tuple(_text(label, f"labels[{place}]") for place, label in enumerate(_items(episode.labels, "labels")))
+    labels = tuple(_text(label, f"labels[{place}]") for place, label in enumerate(_items(given.labels, "labels")))
     if len(labels) != len(images):
         raise BrokenEpisode(f"{len(labels)} labels for {len(images)} images; give each image one, in the same order")
     settled = {
         "images": images,
-        "messages": tuple(_items(episode.messages, "messages")),
+        "messages": tuple(_items(given.messages, "messages")),
         "correct_index": correct_index,
         "labels": labels,
-        "target": None if episode.target is None else _text(episode.target, "target"),
-        "seed": _integer(episode.seed, "seed"),
+        "target": None if given.target is None else _text(given.target, "target"),
+        "seed": _integer(given.seed, "seed"),
     }
     for field, value in settled.items():
-        object.__setattr__(episode, field, value)
-    return episode
+        object.__setattr__(given, field, value)
+    return given
 
 
 def _items(value: Any, field: str) -> Iterable[Any]:
@@ -205,7 +201,7 @@ def _image(image: Any, place: int) -> ImageSource:
 
 def _sound_messages(given: Any, num_images: int) -> tuple[Message, ...]:
     messages = _items(given, "what prompt_messages() returned")
-    sound = tuple(_message(message, place) for place, message in enumerate(messages))
+    sound = tuple(_message(message, f"message {place}") for place, message in enumerate(messages))
     num_placeholders = sum(part["type"] == "image" for message in sound for part in message["content"])
     if num_placeholders != num_images:
         raise BrokenEpisode(
@@ -214,8 +210,7 @@ def _sound_messages(given: Any, num_images: int) -> tuple[Message, ...]:
     return sound
 
 
-def _message(message: Any, place: int) -> Message:
-    what = f"message {place}"
+def _message(message: Any, what: str) -> Message:
     if not isinstance(message, Mapping):
         raise BrokenEpisode(f'{what} is {_shown(message)}, but wanted {{"role": "user", "content": [...]}}')
     if set(message) != {"role", "content"}:

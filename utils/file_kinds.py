@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
 
 def kind_of(path: Path) -> str | None:
     """ "a file", "a folder", "a link to nothing", "a pipe", "a socket" or "a device"; None if there is nothing.
@@ -17,7 +19,4 @@ def kind_of(path: Path) -> str | None:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return "a link to nothing" if os.path.islink(path) else None
-    names = (
-        (stat.S_ISREG, "a file"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
-    )  # fmt: skip
-    return next((name for is_kind, name in names if is_kind(mode)), "a device")
+    return KINDS.get(stat.S_IFMT(mode), "a device")

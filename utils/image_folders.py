@@ -8,13 +8,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.file_kinds import kind_of
 from utils.metadata import METADATA_NAMES, read_metadata
 from utils.plain_text import normalized, printable
-from utils.split_folders import count_of, is_drawn, place_of_splits, split_of, without_splits
+from utils.split_folders import MAX_NAMED, count_of, is_drawn, place_of_splits, split_of, without_splits
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 METADATA_ENDINGS = frozenset({".csv", ".jsonl", ".json", ".ndjson", ".tsv", ".txt", ".parquet", ".arrow", ".xlsx"})
@@ -25,7 +25,6 @@ REMEDIES = {
     "unpack": frozenset({".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}),
     "write the images out as files": frozenset({".parquet", ".arrow", ".feather", ".tfrecord", ".h5", ".npy", ".npz"}),
 }
-MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,6 @@ class ImageFolder:
 
     images: tuple[LabelledImage, ...]
     notes: tuple[str, ...]
-
-
-@dataclass
-class _Found:
-    """The files in a folder and below: paths of images and metadata from it on, and the number of others by suffix."""
-
-    images: list[str] = field(default_factory=list)
-    metadata: list[str] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
 
 
 def list_labelled_images(data_root: str | Path) -> tuple[LabelledImage, ...]:
@@ -78,17 +68,15 @@ def list_folder(data_root: str | Path, gone: Iterable[str] = ()) -> ImageFolder:
         raise NotADirectoryError(f"data folder {root} is a file; pass --data_root with a folder of images")
     for name in METADATA_NAMES:
         _require_file(root / name)
-    found = _Found()
-    for folder, name in _files(root):
-        _sort_in(found, root, folder, name)
-    found.images += sorted(set(gone).difference(found.images))
-    notes = _notes_of_others(found.others)
-    if notes and not found.images and not found.metadata:
+    images, metadata, others = _files_by_kind(root)
+    images += sorted(set(gone).difference(images))
+    notes = _notes_of_others(others)
+    if notes and not images and not metadata:
         raise ValueError(f"data folder {root} has no image that is read ({notes[0]}); pass a folder of images")
-    place, left_out = place_of_splits(root, found.images, found.metadata)
+    place, left_out = place_of_splits(root, images, metadata)
     notes += left_out
-    images = [name for name in found.images if is_drawn(name, place)]
-    metadata = [name for name in found.metadata if is_drawn(name, place)]
+    images = [name for name in images if is_drawn(name, place)]
+    metadata = [name for name in metadata if is_drawn(name, place)]
     if metadata:
         listed, notes_of_metadata = _labels_by_metadata(root, metadata, images)
         notes += notes_of_metadata
@@ -123,25 +111,32 @@ def _require_file(path: Path) -> None:
         raise ValueError(f"{path} is {kind}, but metadata is read from a file; replace it or remove it")
 
 
-def _sort_in(found: _Found, root: Path, folder: str, name: str) -> None:
-    """Counts one file among images, metadata or others. Raises ValueError for metadata under another name."""
-    suffix = os.path.splitext(name)[1].lower()
-    if name in METADATA_NAMES:
-        _require_file(root / folder / name)
-        found.metadata.append(folder + name)
-    elif suffix in METADATA_ENDINGS and name.casefold() == f"metadata{suffix}":
-        raise ValueError(
-            f"{root / folder / name} is not read, as metadata is {' or '.join(METADATA_NAMES)}; save it as one of "
-            "them, or remove it"
-        )
-    elif suffix in IMAGE_SUFFIXES:
-        found.images.append(folder + name)
-    else:
-        found.others[suffix or "without an ending"] += 1
+def _files_by_kind(root: Path) -> tuple[list[str], list[str], Counter[str]]:
+    """(images, metadata, the number of other files by suffix) in a folder and below; paths are from it on.
+
+    Raises ValueError for metadata under another name.
+    """
+    images, metadata, others = [], [], Counter[str]()
+    for path in _files(root):
+        name = path.rpartition("/")[2]
+        suffix = os.path.splitext(name)[1].lower()
+        if name in METADATA_NAMES:
+            _require_file(root / path)
+            metadata.append(path)
+        elif suffix in METADATA_ENDINGS and name.casefold() == f"metadata{suffix}":
+            raise ValueError(
+                f"{root / path} is not read, as metadata is {' or '.join(METADATA_NAMES)}; save it as one of them, or "
+                "remove it"
+            )
+        elif suffix in IMAGE_SUFFIXES:
+            images.append(path)
+        else:
+            others[suffix or "without an ending"] += 1
+    return images, metadata, others
 
 
-def _files(root: Path, below: str = "", above: frozenset[Path] = frozenset()) -> Iterator[tuple[str, str]]:
-    """(folder, name) of every file in a folder and below that is not hidden. folder: from the root on, "" or "a/b/".
+def _files(root: Path, below: str = "", above: frozenset[Path] = frozenset()) -> Iterator[str]:
+    """The paths, from the root on, of all files below it that are not hidden. below: a folder in it, "" or "a/b/".
 
     above: the folders that this one is in, which no link leads back to.
     """
@@ -156,18 +151,12 @@ def _files(root: Path, below: str = "", above: frozenset[Path] = frozenset()) ->
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if _is_folder(entry):
+        # an entry's own is_dir raises for a link that leads round in a circle
+        is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+        if is_folder:
             yield from _files(root, f"{below}{entry.name}/", above | {real})
         else:
-            yield below, entry.name
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        # a link that leads round in a circle
-        return False
+            yield f"{below}{entry.name}"
 
 
 def _notes_of_others(others: Mapping[str, int]) -> list[str]:

@@ -13,7 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import cast
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from utils.file_kinds import kind_of
 from utils.image_folders import LabelledImage as LabelledImage
@@ -27,8 +27,6 @@ MAX_FILE_BYTES = 2**28  # what a decoder may hold besides the pixels
 MAX_ASPECT_RATIO = 200  # Qwen2.5-VL's image processor refuses this and beyond
 STRIP_PIXELS = 2**20  # converted at a time, so that a large picture is held twice at most
 MAX_TILE_PIXELS = 2**24  # of a TIFF smaller than that: its decoder holds a whole tile however small the picture is
-TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 322, 323
-EXIF_ORIENTATION = 0x0112
 UPRIGHT_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -78,20 +76,18 @@ def _regular_file(path: str | Path) -> BufferedReader:
     """The file, open. Raises BadImage for anything else: opening a pipe would wait for a writer that may never come."""
     try:
         kind, num_bytes = kind_of(Path(path)), os.stat(path).st_size
-        if kind != "a file":
-            raise BadImage(printable(path), f"is {kind}, not a file", "remove it")
-        if num_bytes == 0:
-            raise BadImage(printable(path), "is empty", "replace it or remove it")
-        if num_bytes > MAX_FILE_BYTES:
-            reason = f"is a file of {num_bytes:,} bytes, more than the {MAX_FILE_BYTES:,} allowed"
-            raise BadImage(printable(path), reason, "shrink it or remove it")
-        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    except BadImage:
-        raise
+        if kind == "a file" and 0 < num_bytes <= MAX_FILE_BYTES:
+            return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except (OSError, ValueError) as error:
         # ValueError: a name that no file can have, which metadata may hold
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise BadImage(printable(path), f"cannot be read ({reason})", "replace it or remove it") from error
+    if kind != "a file":
+        raise BadImage(printable(path), f"is {kind}, not a file", "remove it")
+    if num_bytes == 0:
+        raise BadImage(printable(path), "is empty", "replace it or remove it")
+    reason = f"is a file of {num_bytes:,} bytes, more than the {MAX_FILE_BYTES:,} allowed"
+    raise BadImage(printable(path), reason, "shrink it or remove it")
 
 
 def _decoded(source: BufferedReader | Image.Image, name: str, max_pixels: int | None) -> Image.Image:
@@ -108,7 +104,8 @@ def _decoded(source: BufferedReader | Image.Image, name: str, max_pixels: int | 
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
-        raise _too_large(name) from error
+        reason = f"has more than the {MAX_FILE_PIXELS:,} pixels allowed (a decompression bomb?)"
+        raise BadImage(name, reason, "shrink it or remove it") from error
     except UnidentifiedImageError as error:
         known = ", ".join(IMAGE_FORMATS)
         raise BadImage(name, f"is not in a format that is read ({known})", "convert it or remove it") from error
@@ -119,12 +116,12 @@ def _decoded(source: BufferedReader | Image.Image, name: str, max_pixels: int | 
 
 
 def _require_size(image: Image.Image, name: str) -> None:
-    """Raises BadImage for a picture of too many pixels, in all or in the tiles of its file, or too narrow."""
+    """Raises DecompressionBombError for a picture of too many pixels, BadImage for too large tiles or too narrow."""
     width, height = image.size
     tags = getattr(image, "tag_v2", {})
-    tile_pixels = int(tags.get(TIFF_TILE_WIDTH, 0)) * int(tags.get(TIFF_TILE_LENGTH, 0))
+    tile_pixels = int(tags.get(ExifTags.Base.TileWidth, 0)) * int(tags.get(ExifTags.Base.TileLength, 0))
     if width * height > MAX_FILE_PIXELS:
-        raise _too_large(name)
+        raise Image.DecompressionBombError  # as Pillow does at twice as many
     if tile_pixels > max(MAX_TILE_PIXELS, width * height):
         raise BadImage(name, f"has tiles of {tile_pixels:,} pixels (a decompression bomb?)", "replace it or remove it")
     if min(width, height) == 0:
@@ -134,15 +131,10 @@ def _require_size(image: Image.Image, name: str) -> None:
         raise BadImage(name, f"is {size}, which Qwen2.5-VL refuses", "crop it or remove it")
 
 
-def _too_large(name: str) -> BadImage:
-    reason = f"has more than the {MAX_FILE_PIXELS:,} pixels allowed (a decompression bomb?)"
-    return BadImage(name, reason, "shrink it or remove it")
-
-
 def _orientation(image: Image.Image) -> int:
     """EXIF's number for the way the picture was held; 1, upright, where its EXIF cannot be read."""
     try:
-        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         # Pillow's reader raises what comes up; a photo with a damaged note is a photo
         return 1

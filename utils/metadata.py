@@ -22,6 +22,9 @@ FILE_COLUMN = "file_name"
 ROW_IN_A_TEXT = re.compile(r'\n[^\n]*\.(png|jpe?g|webp|bmp|gif|tiff?)"?,', re.IGNORECASE)
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
+# the place of a row in errors, as "metadata.csv:3, row 2", and its values by column
+Row = tuple[str, dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Metadata:
@@ -34,20 +37,6 @@ class Metadata:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of a file: its number from 1 up, the line it starts at, and its values by column."""
-
-    path: Path
-    number: int
-    line: int
-    values: dict[str, Any]
-
-    def refused(self, problem: str) -> ValueError:
-        """The error that names the row. problem: got, wanted, remedy."""
-        return ValueError(f"{self.path}:{self.line}, row {self.number}: {problem}")
-
-
 def read_metadata(path: Path) -> Metadata:
     """The files and labels of a metadata file, with slashes in its paths.
 
@@ -57,14 +46,14 @@ def read_metadata(path: Path) -> Metadata:
     unread: dict[str, None] = {}  # columns that could be the labels' and are not, in their order
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for row in _csv_rows(path, file) if path.suffix == ".csv" else _json_rows(path, file):
-                column, *others = (column for column in LABEL_COLUMNS if column in row.values)
+            for where, values in _csv_rows(path, file) if path.suffix == ".csv" else _json_rows(path, file):
+                column, *others = (column for column in LABEL_COLUMNS if column in values)
                 unread |= dict.fromkeys(f"{other} is not read where there is {column}" for other in others)
-                name, label = _file_name(row), _label(row, column)
+                name, label = _file_name(values[FILE_COLUMN], where, path.parent), _label(values[column], where, column)
                 if name in listed:
                     before = list(listed).index(name) + 1
-                    raise row.refused(
-                        f"image {path.parent / name} is listed before, in row {before}; keep one of the two"
+                    raise ValueError(
+                        f"{where}: image {path.parent / name} is listed before, in row {before}; keep one of the two"
                     )
                 # many images have one label, which is kept once
                 listed[name] = sys.intern(label)
@@ -87,7 +76,7 @@ def _line_of_other_text(path: Path) -> int:
     return 1
 
 
-def _csv_rows(path: Path, file: TextIO) -> Iterator[_Row]:
+def _csv_rows(path: Path, file: TextIO) -> Iterator[Row]:
     reader = csv.reader(file, strict=True)
     header: list[str] | None = None
     number, line = 0, 1
@@ -100,9 +89,9 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[_Row]:
                 header = _header(path, cells)
                 continue
             number += 1
-            row = _Row(path, number, start, dict(zip(header, cells, strict=False)))
-            _require_cells(row, header, cells)
-            yield row
+            where = f"{path}:{start}, row {number}"
+            _require_cells(where, header, cells)
+            yield where, dict(zip(header, cells, strict=False))
     except csv.Error as error:
         # a file that ends in the middle of a quoted text is broken where the quote opens
         where = "header" if header is None else f"row {number + 1}"
@@ -128,20 +117,20 @@ def _header(path: Path, cells: Sequence[str]) -> list[str]:
     return header
 
 
-def _require_cells(row: _Row, header: Sequence[str], cells: Sequence[str]) -> None:
+def _require_cells(where: str, header: Sequence[str], cells: Sequence[str]) -> None:
     """Raises ValueError for a row of another length than the header's, for the header again, for rows inside a text."""
     if any("\n" in cell and ROW_IN_A_TEXT.search(cell) for cell in cells):
-        raise row.refused("a text in quotes goes on over rows that list images; close its quote")
+        raise ValueError(f"{where}: a text in quotes goes on over rows that list images; close its quote")
     if [cell.strip() for cell in cells[: len(header)]] == list(header):
-        raise row.refused("it repeats the header; remove it")
+        raise ValueError(f"{where}: it repeats the header; remove it")
     if len(cells) < len(header) or any(cell.strip() for cell in cells[len(header) :]):
-        raise row.refused(
-            f"got {len(cells)} values for the {len(header)} columns {list(header)}; put a text that has a comma in it "
-            'in quotes: "cup, red"'
+        raise ValueError(
+            f"{where}: got {len(cells)} values for the {len(header)} columns {list(header)}; put a text that has a "
+            'comma in it in quotes: "cup, red"'
         )
 
 
-def _json_rows(path: Path, file: TextIO) -> Iterator[_Row]:
+def _json_rows(path: Path, file: TextIO) -> Iterator[Row]:
     filled = ((line, text) for line, text in enumerate(file, start=1) if text.strip())
     for number, (line, text) in enumerate(filled, start=1):
         where = f"{path}:{line}, row {number}"
@@ -154,7 +143,7 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[_Row]:
         if not isinstance(values, dict):
             raise ValueError(f"{where}: got a {type(values).__name__}, wanted one JSON object a line")
         _require_columns(where, list(values), "write both")
-        yield _Row(path, number, line, values)
+        yield where, values
 
 
 def _require_columns(where: str, columns: Sequence[str], remedy: str) -> None:
@@ -169,30 +158,27 @@ def _require_columns(where: str, columns: Sequence[str], remedy: str) -> None:
     )
 
 
-def _file_name(row: _Row) -> str:
-    """The path of a row's image from the metadata's folder on, in one spelling."""
-    value, folder = row.values[FILE_COLUMN], row.path.parent
+def _file_name(value: object, where: str, folder: Path) -> str:
+    """The path of a row's image from `folder`, the metadata's, on, in one spelling."""
     if not isinstance(value, str) or not value.strip():
-        raise row.refused(f"its {FILE_COLUMN} is {_shown(value)}; write the image's path from {folder} on")
+        raise ValueError(f"{where}: its {FILE_COLUMN} is {_shown(value)}; write the image's path from {folder} on")
     name = posixpath.normpath(value.replace("\\", "/"))
-    is_elsewhere = name.startswith(("/", "../")) or name in (".", "..") or re.match(r"[A-Za-z]:/|\w+://", value)
-    if is_elsewhere or re.match(r"[A-Za-z]:\\", value):
-        raise row.refused(
-            f"its {FILE_COLUMN} {_shown(value)} is not below {folder}; move the image there and write its path "
-            "from there on"
+    if name.startswith(("/", "../")) or name in (".", "..") or re.match(r"[A-Za-z]:[/\\]|\w+://", value):
+        raise ValueError(
+            f"{where}: its {FILE_COLUMN} {_shown(value)} is not below {folder}; move the image there and write its "
+            "path from there on"
         )
     return name
 
 
-def _label(row: _Row, column: str) -> str:
-    """The words for a row's image in this column: a text, or a whole number."""
-    value = row.values[column]
+def _label(value: object, where: str, column: str) -> str:
+    """The words for a row's image, from its value in this column: a text, or a whole number."""
     label = normalized(value or "") if value is None or isinstance(value, str) else str(value)
     if not label:
-        raise row.refused(f"its {column} is empty; write what the image shows")
+        raise ValueError(f"{where}: its {column} is empty; write what the image shows")
     if type(value) not in (str, int):
-        raise row.refused(
-            f"its {column} is {_shown(value)}, wanted a text or a whole number; write what it shows as text"
+        raise ValueError(
+            f"{where}: its {column} is {_shown(value)}, wanted a text or a whole number; write what it shows as text"
         )
     return label
 

@@ -23,6 +23,8 @@ QWEN_ADDED_TOKENS = frozenset(
 # A system prompt shows the form of a call, which is written with these.
 FORM_OF_A_CALL = frozenset({CALL_OPEN, CALL_CLOSE})
 
+# Unicode's categories of characters that show nothing and do something: break a line, turn the writing, hide.
+CONTROLS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 # Invisible characters that letters of some scripts and emoji are joined by.
 JOINERS = frozenset("\u200c\u200d")
 MAX_LABEL_LENGTH = 1000  # characters; a prompt asks for one label, and the report's tables show it
@@ -68,7 +70,7 @@ def problem_of_label(label: str, literals: Collection[str] = QWEN_ADDED_TOKENS) 
     """
     if len(label) > MAX_LABEL_LENGTH:
         return f"has a name or label of {len(label):,} characters, wanted at most {MAX_LABEL_LENGTH:,}; shorten it"
-    odd = "" if label.isprintable() else next((char for char in label if _is_control(char)), "")
+    odd = next((char for char in label if unicodedata.category(char) in CONTROLS and char not in JOINERS), "")
     if unicodedata.category(odd or " ") == "Cs":
         return "has a name or label with half a surrogate pair, which is not text; write it in UTF-8"
     if odd:
@@ -84,11 +86,6 @@ def first_literal(text: str, literals: Collection[str]) -> str | None:
     composed = unicodedata.normalize("NFC", text)
     found = [(composed.index(literal), literal) for literal in literals if literal in composed]
     return min(found)[1] if found else None
-
-
-def _is_control(char: str) -> bool:
-    """True for a character that shows nothing and does something: breaks a line, turns the writing, hides."""
-    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in JOINERS
 
 
 def require_plain_text(text: str, where: str, literals: Collection[str] = QWEN_ADDED_TOKENS) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from utils.plain_text import printable
 
 # The words by which ImageFolder knows a split's folder, alone or with more beside them after a number, dot or dash.
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
+SPLIT_BY_WORD = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_WORD = "|".join(word for words in SPLIT_WORDS.values() for word in words)
+_WORD = "|".join(SPLIT_BY_WORD)
 SPLIT_FOLDER = re.compile(rf"(?:.*[-._ 0-9])?({_WORD})(?:[-._ 0-9].*)?", re.IGNORECASE)
 # A split's folder even beside others; "train station" names a class.
 _FILLER = "(?:images?|imgs?|data|dataset|set|split)"
@@ -61,16 +61,14 @@ def without_splits(names: Sequence[str], place: int | None) -> dict[str, str]:
     if place is None:
         return {name: name for name in names}
     inside = {name: "/".join(part for at, part in enumerate(name.split("/")) if at != place) for name in names}
-    is_doubled = place == 0 and all(
-        "/" in rest and rest.split("/")[0] == name.split("/")[0] for name, rest in inside.items()
-    )
+    is_doubled = place == 0 and all(rest.startswith(f"{name.split('/')[0]}/") for name, rest in inside.items())
     return {name: rest.partition("/")[2] for name, rest in inside.items()} if is_doubled else inside
 
 
 def split_of(folder: str, pattern: re.Pattern[str] = SPLIT_FOLDER) -> str | None:
     """The split that a folder's name stands for."""
     match = pattern.fullmatch(folder)
-    return next((split for split, words in SPLIT_WORDS.items() if match and match[1].lower() in words), None)
+    return SPLIT_BY_WORD.get(match[1].lower()) if match else None
 
 
 def _require_classes(root: Path, folders: Mapping[str, int], names: Sequence[str], place: int) -> None:

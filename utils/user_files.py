@@ -13,11 +13,11 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import find_spec, module_from_spec, spec_from_loader
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 logger = logging.getLogger("fleet")
 
@@ -31,21 +31,18 @@ _set_aside: set[Path] = set()
 class _Beside:
     """Finds modules beside the user's files, the latest file's folder first, after every other finder."""
 
-    def __init__(self) -> None:
-        self.folders: list[Path] = []
+    folders: ClassVar[list[Path]] = []
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
         """The module of this name in one of the folders, as Python's import asks for it."""
-        for folder in self.folders if path is None else ():
+        for folder in cls.folders if path is None else ():
             spec = PathFinder.find_spec(name, [str(folder)])
             # a folder of data or of a tracker's runs is not a package
             patterns = ("*.py", "*/*.py")
             if spec and (spec.origin is not None or any(any((folder / name).glob(pattern)) for pattern in patterns)):
                 return spec
         return None
-
-
-_beside = _Beside()
 
 
 @contextlib.contextmanager
@@ -73,15 +70,14 @@ def load_user_file(spec: str, flag: str, form: str) -> tuple[ModuleType, str]:
         raise ValueError(f"{flag}={spec!r}: {path} is not a file; correct the path")
     # absolute before it runs: the file's own code may change the working directory
     path = path.resolve()
-    loader = SourceFileLoader(f"fleet_{flag}_{path.stem}", str(path))
-    module_spec = spec_from_loader(loader.name, loader)
-    assert module_spec is not None, "a loader of source has a spec"
+    module_spec = spec_from_file_location(f"fleet_{flag}_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None, "a file of Python has both"
     module = module_from_spec(module_spec)
     # dataclasses and pickling look a class's module up by name
     sys.modules[module_spec.name] = module
     _look_beside(path.parent)
     try:
-        loader.exec_module(module)
+        module_spec.loader.exec_module(module)
     # the user's code may also leave by sys.exit
     except (Exception, SystemExit) as error:
         words = " ".join(str(error).split())
@@ -96,13 +92,12 @@ def _import_remedy(error: BaseException, path: Path) -> str | None:
     if isinstance(error, ImportError) and "relative import" in str(error):
         return f"{path.name} is run by itself, not as part of a package: write `from name import ...` without the dot"
     if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
-        name = error.obj.__name__.partition(".")[0]
+        name = error.obj.__name__
     elif isinstance(error, ImportError) and error.name is not None:
-        name = error.name.partition(".")[0]
+        name = error.name
     else:
         return None
-    beside = _passed_over(name, path)
-    return None if beside is None else f"{name} is {_origin_in_words(name)}, not {beside}; rename that one"
+    return _winner_over(name.partition(".")[0], path)
 
 
 def folder_of(spec: str) -> Path:
@@ -122,14 +117,11 @@ def files_beside(spec: str) -> list[str]:
 
 def _imported_from(folders: Sequence[Path]) -> dict[str, Path]:
     """The files of the modules imported from these folders, by the modules' names."""
-    wanted = {str(folder) for folder in folders}
     files = {}
     for name, module in list(sys.modules.items()):
-        origin = getattr(module, "__file__", None) or ""
-        place = os.sep + name.replace(".", os.sep)
-        for ending in (f"{place}.py", os.path.join(place, "__init__.py")):
-            if origin.endswith(ending) and origin.removesuffix(ending) in wanted:
-                files[name] = Path(origin)
+        origin, place = getattr(module, "__file__", None) or "", name.replace(".", os.sep)
+        if any(origin in (f"{folder}/{place}.py", f"{folder}/{place}/__init__.py") for folder in folders):
+            files[name] = Path(origin)
     return files
 
 
@@ -137,67 +129,60 @@ def _look_beside(folder: Path) -> None:
     """Makes the files of `folder` importable: before those beside other user files, after everything else."""
     if folder == FLEET_ROOT:
         return
-    others = [other for other in _beside.folders if other != folder]
+    others = [other for other in _Beside.folders if other != folder]
     # a name that two such folders have stands for the file in the folder of whoever imports it
     for name, file in _imported_from(others).items():
         root = name.partition(".")[0]
-        if _file_beside(root, folder) or (folder / root).is_dir():
+        if _found_beside(root, folder):
             _set_aside.add(file)
             # their packages too: a folder without __init__.py is a module, and remembers its place
             for parts in range(1 + name.count("."), 0, -1):
                 sys.modules.pop(".".join(name.split(".")[:parts]), None)
-    _beside.folders = [folder, *others]
-    if _beside not in sys.meta_path:
-        sys.meta_path.append(_beside)
+    _Beside.folders = [folder, *others]
+    if _Beside not in sys.meta_path:
+        sys.meta_path.append(_Beside)
     importlib.invalidate_caches()
 
 
-def _file_beside(name: str, folder: Path) -> Path | None:
-    """The file or package of this name in a folder, or None."""
-    candidates = (folder / f"{name}.py", folder / name / "__init__.py")
-    return next((path for path in candidates if path.is_file()), None)
+def _found_beside(name: str, folder: Path) -> Path | None:
+    """The file, the package's file or the folder of this name in a folder, or None."""
+    for path in (folder / f"{name}.py", folder / name / "__init__.py"):
+        if path.is_file():
+            return path
+    return folder / name if (folder / name).is_dir() else None
 
 
-def _passed_over(name: str, path: Path) -> Path | None:
-    """The file beside `path` that `import name` does not give, because another module of that name wins."""
-    beside = _file_beside(name, path.parent) or (path.parent / name if (path.parent / name).is_dir() else None)
+def _winner_over(name: str, path: Path) -> str | None:
+    """The sentence that `import name` gives another module than the one beside `path`; None if it gives that one."""
+    beside = _found_beside(name, path.parent)
     if beside is None or path.parent == FLEET_ROOT:
         return None
-    origin = _origin(name)
-    if origin is not None:
-        return None if Path(origin) == beside else beside
-    # a folder without __init__.py
-    return None if beside in map(Path, getattr(sys.modules.get(name), "__path__", ())) else beside
-
-
-def _origin(name: str) -> str | None:
-    """The file that `import name` gives or has given; None for a folder without __init__.py and for nothing."""
+    module = sys.modules.get(name)
     try:
-        return getattr(sys.modules.get(name), "__file__", None) or getattr(find_spec(name), "origin", None)
+        origin = getattr(module, "__file__", None) or getattr(find_spec(name), "origin", None)
     except (ImportError, ValueError):
+        origin = None
+    # a folder without __init__.py has no file
+    given = [Path(origin)] if origin is not None else map(Path, getattr(module, "__path__", ()))
+    if beside in given:
         return None
-
-
-def _origin_in_words(name: str) -> str:
-    origin = _origin(name)
     if origin is not None and Path(origin).is_relative_to(FLEET_ROOT) and "site-packages" not in origin:
-        return "Fleet's own module"
-    return "Python's own module" if name in sys.stdlib_module_names else f"the installed {name}"
+        owned = "Fleet's own module"
+    else:
+        owned = "Python's own module" if name in sys.stdlib_module_names else f"the installed {name}"
+    return f"{name} is {owned}, not {beside}; rename that one"
 
 
 def _say_what_was_not_taken(path: Path, named: str) -> None:
     """Says once which imports of a user's file gave another module than the file of that name beside it."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names = [node.module]
-        else:
-            continue
-        for name in {name.partition(".")[0] for name in names}:
-            beside = _file_beside(name, path.parent)
-            passed_over = _passed_over(name, path) if beside is not None and beside != path else None
-            line = f"{named}: {name} is {_origin_in_words(name)}, not {passed_over}; rename that one if it is meant"
-            if passed_over is not None and line not in _said:
-                _said.add(line)
-                logger.warning(f"{line}\n")
+    nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module]
+    for name in dict.fromkeys(module.partition(".")[0] for module in imported):
+        beside = _found_beside(name, path.parent)
+        is_other_file = beside is not None and beside.is_file() and beside != path
+        winner = _winner_over(name, path) if is_other_file else None
+        line = f"{named}: {winner} if it is meant"
+        if winner is not None and line not in _said:
+            _said.add(line)
+            logger.warning(f"{line}\n")
