@@ -42,13 +42,8 @@ def name_output_dir(output_dir: str | None, model_id: str, rank: int) -> Path:
 @contextlib.contextmanager
 def held(folder: Path, rank: int) -> Iterator[RunLock | None]:
     """Within it, the main process holds the lock; others get None. Raises UsageError on all if another run has it."""
-    lock = RunLock(folder) if rank == 0 else None
-    try:
-        together(lambda: None if lock is None else lock.take())
-        yield lock
-    finally:
-        if lock is not None:
-            lock.release()
+    with contextlib.ExitStack() as stack:
+        yield together(lambda: stack.enter_context(RunLock(folder)) if rank == 0 else None)
 
 
 def find_checkpoint(

@@ -97,7 +97,7 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     raise_together(first_problem(problem, lambda: launch_checks.require_launchers_deepspeed(args)))
     require_same_flags(flags)
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    watchdog.listen_to(connect(args.process_index, args.world_size, host, gather_object))
+    watchdog.peers = connect(args.process_index, args.world_size, host, gather_object)
     assert findings is not None, "a process without findings has a problem, which is raised by now"
     watchdog.start_with("the comparison of images and the plan of evaluation")
     data = agree_on_data(options, findings)
