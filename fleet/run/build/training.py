@@ -38,7 +38,7 @@ from fleet.processes import first_problem, raise_together, require_same_flags, t
 from fleet.qwen.vision_cache import vision_is_frozen
 from fleet.rl.checkpoints import ProcessPlace
 from fleet.rl.settings import TrainerSettings
-from fleet.rl.trainer import FleetRLOOTrainer
+from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from fleet.run import launch_checks, model_setup
 from fleet.run.config import config_text
 from fleet.run.data import agree_on_data, require_encodable_prompts, require_last_episode
@@ -50,7 +50,6 @@ from fleet.run.records import resolved_table
 from fleet.run.watchdog import Watchdog
 from fleet.run_folder import CONFIG_NAME
 from fleet.run_lock import RunLock
-from fleet.schedule import num_episodes_of_run
 from model_utils import count_parameters, make_lora_config, read_adapter_config
 from reward import RewardWeights
 from utils.plain_text import printable
@@ -104,13 +103,7 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     model_setup.say_what_the_toy_has_not_seen(
         options.model_id, options, [image.path for image in images_of(data.env) or ()]
     )
-    num_episodes = num_episodes_of_run(
-        args.max_steps,
-        steps_per_generation=args.steps_per_generation,
-        num_iterations=args.num_iterations,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        episodes_per_micro_step=int(options.per_device_batch_size or 0) * num_processes,
-    )
+    num_episodes = num_episodes_of_run(args)
     if options.env is not None:
         require_last_episode(data.env, options.env, num_episodes)
     plan = None
@@ -216,17 +209,7 @@ def build_trainer(
             displaced_by=(lambda: None) if lock is None else lock.displaced_by,
         )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(
-        RunRecorder(
-            trainer,
-            folder,
-            report_to=options.report_to,
-            sample_steps=options.sample_steps,
-            evaluates=bool(options.eval_steps),
-            keep_best=options.keep_best,
-            fixed_correct_index=options.fixed_correct_index,
-        )
-    )
+    trainer.add_callback(RunRecorder(trainer, options, fixed_correct_index=options.fixed_correct_index))
     logger.info(describe_parameters(trainer.model))
     paths = paths_read(options.model_id, options.data_root, code)
     begin_folder(folder, options, paths, config, run.data.sha256s, args.process_index)
