@@ -17,12 +17,11 @@ from fleet.command.image_check import RunData
 from fleet.command.output_dir import empty_run_folder, make_new_output_dir, require_output_dir
 from fleet.command.resume_check import images_of_beginning, require_same_images, why_of_another_run
 from fleet.command.training_flags import RunFlags
-from fleet.errors import RunEnded, UsageError
+from fleet.errors import UsageError
 from fleet.model_folder.files import read_json
 from fleet.processes import gather_by_rank, together
 from fleet.rl.checkpoints import ProcessPlace, choose_checkpoint, remedy_of, remove_unfinished
 from fleet.rl.resumable_trainer import require_plain_pickles
-from fleet.run.commands import resume_command
 from fleet.run.config import what_changed_since
 from fleet.run_folder import CONFIG_NAME, IMAGES_NAME, write_atomically
 from fleet.run_lock import RunLock
@@ -94,14 +93,3 @@ def begin_folder(
             ) from error
 
     together(begin if rank == 0 else lambda: None)
-
-
-@contextlib.contextmanager
-def telling_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Within it, a run that ends early gets a note with the command that goes on with it."""
-    try:
-        yield
-    except RunEnded as error:
-        if error.can_resume:
-            error.add_note(f"to go on: {resume_command(str(folder))}")
-        raise

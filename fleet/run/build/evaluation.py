@@ -20,7 +20,7 @@ from fleet.controls import CONTROL_MEANINGS
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
 from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, with_baseline
 from fleet.evaluation.held_out import make_plan, runs_behind
-from fleet.processes import first_problem, raise_together, require_same_flags, together
+from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.progress import count_progress
 from fleet.run import model_setup
 from fleet.run.data import agree_on_data, require_encodable_prompts
@@ -53,7 +53,7 @@ def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | 
     )
     model_setup.use_every_core()
     accelerator = Accelerator(cpu=not model_setup.has_gpu())
-    raise_together(problem)
+    raise_first(gather_by_rank(problem))
     require_same_flags(asdict(options))
     assert findings is not None, "a process without findings has a problem, which is raised by now"
     data = agree_on_data(options, findings)

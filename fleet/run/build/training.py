@@ -29,20 +29,21 @@ from fleet.command.parser import flag_of
 from fleet.command.preflight import own_reward
 from fleet.command.resume_check import require_same_run
 from fleet.command.training_flags import GenerationFlags, RLOOFlags, TrainedPartFlags
-from fleet.errors import Preempted, UsageError, one_line
+from fleet.errors import Preempted, RunEnded, UsageError, one_line
 from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan
 from fleet.evaluation.held_out import make_plan
 from fleet.model_folder.files import read_json
-from fleet.processes import first_problem, raise_together, require_same_flags, together
+from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.qwen.vision_cache import vision_is_frozen
 from fleet.rl.checkpoints import ProcessPlace
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from fleet.run import launch_checks, model_setup
+from fleet.run.commands import resume_command
 from fleet.run.config import config_text
 from fleet.run.data import agree_on_data, require_encodable_prompts, require_last_episode
-from fleet.run.output import begin_folder, find_checkpoint, held, name_output_dir, telling_how_to_go_on
+from fleet.run.output import begin_folder, find_checkpoint, held, name_output_dir
 from fleet.run.peers import connect
 from fleet.run.preemption import Preemption
 from fleet.run.recorder import RunRecorder
@@ -93,7 +94,8 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     )
     # from here on the processes hear of each other
     args = make_rloo_config(options)
-    raise_together(first_problem(problem, lambda: launch_checks.require_launchers_deepspeed(args)))
+    problem = first_problem(problem, lambda: launch_checks.require_launchers_deepspeed(args))
+    raise_first(gather_by_rank(problem))
     require_same_flags(flags)
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     watchdog.peers = connect(args.process_index, args.world_size, host, gather_object)
@@ -172,8 +174,12 @@ def built(run: PreparedRun, watchdog: Watchdog) -> Iterator[tuple[FleetRLOOTrain
     with held(folder, rank) as lock:
         trainer, checkpoint = build_trainer(run, folder, model_path, watchdog, lock)
         watchdog.start_with("the preparation of training")
-        with telling_how_to_go_on(folder):
+        try:
             yield trainer, checkpoint
+        except RunEnded as error:
+            if error.can_resume:
+                error.add_note(f"to go on: {resume_command(str(folder))}")
+            raise
 
 
 def build_trainer(
