@@ -23,7 +23,7 @@ from fleet.processes import gather_by_rank, together
 from fleet.rl.checkpoints import ProcessPlace, choose_checkpoint, remedy_of, remove_unfinished
 from fleet.rl.resumable_trainer import require_plain_pickles
 from fleet.run.config import what_changed_since
-from fleet.run_folder import CONFIG_NAME, IMAGES_NAME, write_atomically
+from fleet.run_folder import CONFIG_NAME, IMAGES_NAME, TENSORBOARD_NAME, write_atomically
 from fleet.run_lock import RunLock
 
 logger = logging.getLogger("fleet")
@@ -33,9 +33,9 @@ def name_output_dir(output_dir: str | None, model_id: str, rank: int) -> Path:
     """The run's folder, the same on every process; a new one is made if `output_dir` is None."""
     is_maker = output_dir is None and rank == 0
     made = together(lambda: str(make_new_output_dir(model_id)) if is_maker else output_dir)
-    folder = gather_by_rank(made)[0]
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(folder) / "tensorboard")
-    return Path(folder)
+    folder = Path(gather_by_rank(made)[0])
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD_NAME)
+    return folder
 
 
 @contextlib.contextmanager

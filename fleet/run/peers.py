@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from fleet.processes import Gather
+from fleet.processes import gather_by_rank
 
 CONNECT_S = 60.0
 HELLO = struct.Struct("!16sI")  # the run's token, the rank
@@ -73,16 +73,16 @@ class Peers:
                 peer.connection.send(GOODBYE)
 
 
-def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers:
+def connect(rank: int, num_processes: int, host: str) -> Peers:
     """This process's peers; none if the first process, at `host`, is out of reach. Every process takes part."""
     if num_processes == 1:
         return Peers([])
     if rank == 0:
         token = secrets.token_bytes(16)
         with socket.create_server(("", 0), backlog=num_processes) as server:
-            gather([(server.getsockname()[1], token)])
+            gather_by_rank((server.getsockname()[1], token))
             return Peers(_accept(server, token, num_processes - 1))
-    port, token = gather([None])[0]
+    port, token = gather_by_rank(None)[0]
     try:
         connection = socket.create_connection((host, port), CONNECT_S)
         connection.sendall(HELLO.pack(token, rank))

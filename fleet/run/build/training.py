@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from peft import LoraConfig
 from transformers.trainer_callback import ProgressCallback
 from trl import RLOOConfig
@@ -98,7 +97,7 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     raise_first(gather_by_rank(problem))
     require_same_flags(flags)
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    watchdog.peers = connect(args.process_index, args.world_size, host, gather_object)
+    watchdog.peers = connect(args.process_index, args.world_size, host)
     assert findings is not None, "a process without findings has a problem, which is raised by now"
     watchdog.start_with("the comparison of images and the plan of evaluation")
     data = agree_on_data(options, findings)
