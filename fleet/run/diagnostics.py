@@ -170,8 +170,9 @@ class Diagnostics:
         before, lines = both[: self.window], both[self.window :]
         first, now = mean_of(self._first_lines, "entropy"), mean_of(lines, "entropy")
         past_accuracy, accuracy = mean_of(before, "accuracy"), mean_of(lines, "accuracy")
+        has_fallen = now < MAX_ENTROPY_LEFT * first
         is_stuck = accuracy < SOLVED_ACCURACY and accuracy <= past_accuracy + SLOWEST_GAIN
-        if not is_stuck or not now < MAX_ENTROPY_LEFT * first:
+        if not (has_fallen and is_stuck):
             return None
         return Kind.ENTROPY_COLLAPSE, (
             f"entropy fell to {now / first:.1%} of what it was at first, at an accuracy of {accuracy:.2f} that no "
