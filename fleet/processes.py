@@ -5,7 +5,7 @@ A process that raises by itself leaves the others waiting. Imports torch only wh
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fleet.errors import AgreedUsageError, UsageError
 
@@ -44,15 +44,10 @@ def gather_by_rank(value: Any) -> list[Any]:
     return gather_object([value])
 
 
-def raise_together(problem: str | None, error_class: type[Exception] = AgreedUsageError) -> None:
-    """Raises the problem of the first process that has one, on every process. All take part, with None or a problem."""
-    raise_first(gather_by_rank(problem), error_class)
-
-
 def raise_first(
     problem_by_rank: Sequence[str | None], error_class: type[Exception] = AgreedUsageError, who: str | None = None
 ) -> None:
-    """Raises the first problem. Every process passes the same list.
+    """Raises the first problem. Every process passes the same list, as `gather_by_rank` gives it.
 
     who: the words before it, with {rank} in them; by default the process where there are several.
     """
@@ -64,10 +59,9 @@ def raise_first(
 
 def together(check: Callable[[], Result]) -> Result:
     """The result of a check that passes on every process. Raises UsageError on all if it fails on any."""
-    found: list[Result] = []
-    _, problem = result_or_problem(lambda: found.append(check()))
-    raise_together(problem)
-    return found[0]
+    result, problem = result_or_problem(check)
+    raise_first(gather_by_rank(problem))
+    return cast(Result, result)
 
 
 def require_same_flags(flags: Mapping[str, Any]) -> None:

@@ -77,7 +77,7 @@ class LineFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # unbuffered, as a buffer's rest would be written on closing, behind the truncation
-            with open(self.path, "ab", buffering=0, opener=_without_waiting) as file:
+            with open(self.path, "ab", buffering=0, opener=open_without_waiting) as file:
                 length, rest = file.tell(), "".join(self._waiting).encode()
                 try:
                     while rest:
@@ -107,8 +107,8 @@ class LineFile:
         return kept
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """An opener that does not wait for whoever reads from a pipe: without a reader there is an OSError."""
+def open_without_waiting(path: str, flags: int) -> int:
+    """An opener that does not wait for the other end of a pipe; one that writes raises OSError without a reader."""
     return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 

@@ -16,11 +16,11 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from fleet.errors import UsageError, reason_of
-from fleet.run_folder import CONFIG_NAME
+from fleet.run_folder import CONFIG_NAME, open_without_waiting
+from utils.child_process import stat_of
 
 logger = logging.getLogger("fleet")
 
@@ -46,27 +46,20 @@ def require_free(folder: Path) -> None:
 
 
 class RunLock:
-    """The right of one process to write into `folder`, from `take` to `release`; a context manager of both."""
+    """The right of one process to write into `folder`, within it."""
 
     def __init__(self, folder: Path, *, beat_s: float = BEAT_S, silence_s: float = SILENCE_S):
         """beat_s, silence_s: the same for all runs that share a folder."""
         self.folder, self.beat_s, self.silence_s = folder, beat_s, silence_s
         self._token = uuid.uuid4().hex
         self._number = 0
-        self._made: list[Path] = []  # the folders that `take` made, the innermost first
+        self._made: list[Path] = []  # the folders that were made for it, the innermost first
         self._displaced: str | None = None
         self._mutex = threading.Lock()
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self.take()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.release()
-
-    def take(self) -> None:
         """Makes the folder if need be, and the lock in it. Takes over the lock of a dead run.
 
         Waits silence_s if the lock is another machine's. Raises UsageError if its holder lives, or a write fails.
@@ -77,17 +70,17 @@ class RunLock:
             self._made = missing
             while not self._claim():
                 continue
-        except UsageError:
-            self.release()
-            raise
         except (OSError, ValueError) as error:
-            self.release()
+            self.__exit__()
+            if isinstance(error, UsageError):
+                raise
             raise UsageError(
                 f"output_dir={self.folder} cannot be written to ({reason_of(error)}); make it writable with room on "
                 "its disk, or pass another folder"
             ) from error
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
+        return self
 
     def displaced_by(self) -> str | None:
         """The holder that has taken over the folder, in words; None while this run may write.
@@ -100,13 +93,13 @@ class RunLock:
                     self._displaced = self._look()
             return self._displaced
 
-    def release(self) -> None:
-        """Deletes the lock unless it was taken over, and the folders that `take` made if they are still empty."""
+    def __exit__(self, *error: object) -> None:
+        """Deletes the lock unless it was taken over, and the folders that were made for it if they are still empty."""
         self._is_over.set()
         if self._thread is not None:
             self._thread.join()
         with contextlib.suppress(OSError):
-            if self._number and self._is_mine(self._path):
+            if self._is_mine(self._path):
                 self._path.unlink()
         self._number = 0
         for folder in self._made:
@@ -126,12 +119,10 @@ class RunLock:
         dead = {} if newest is None else self._require_dead(newest)
         self._number = 1 if newest is None else _number_of(newest) + 1
         if not self._make():
-            self._number = 0
             return False
         # somebody may have taken the folder and let it go since the look
         if _newest_lock(self.folder) != self._path or (newest and _read_holder(newest) not in ({}, dead)):
             self._path.unlink(missing_ok=True)
-            self._number = 0
             return False
         if newest is not None:
             logger.warning(f"output_dir={self.folder}: {_who(dead)} was in it and is gone; its lock is taken over")
@@ -238,13 +229,10 @@ def _touched_ns(path: Path) -> int | None:
     """The time of a lock's last touch; None if it is gone. Opens the file, as NFS answers a mere look from memory."""
     try:
         # somebody may have put a pipe there
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(path, "rb", buffering=0, opener=open_without_waiting) as file:
+            return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
-    try:
-        return os.fstat(descriptor).st_mtime_ns
-    finally:
-        os.close(descriptor)
 
 
 def _this_machine() -> str | None:
@@ -258,10 +246,7 @@ def _this_machine() -> str | None:
 
 def _start_of(pid: int) -> str | None:
     """The start of a process in the kernel's ticks, which tells it from a later one of its id; None if dead."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
+    fields = stat_of(pid)
     # a zombie has ended, and its parent has not asked for it yet
     return None if fields[0] in "ZX" else fields[19]
 

@@ -14,28 +14,6 @@ def optimizer_steps_per_generation(
     return steps_per_generation * num_iterations // gradient_accumulation_steps
 
 
-def num_episodes_of_run(
-    num_steps: int,
-    *,
-    steps_per_generation: int,
-    num_iterations: int,
-    gradient_accumulation_steps: int,
-    episodes_per_micro_step: int,
-) -> int:
-    """Episodes that `num_steps` optimizer steps draw over all devices; the last generation is drawn whole.
-
-    episodes_per_micro_step: over all devices.
-
-    >>> num_episodes_of_run(
-    ...     3, steps_per_generation=2, num_iterations=2, gradient_accumulation_steps=1, episodes_per_micro_step=8
-    ... )
-    16
-    """
-    micro_steps = num_steps * gradient_accumulation_steps
-    num_generations = -(-micro_steps // (steps_per_generation * num_iterations))
-    return num_generations * steps_per_generation * episodes_per_micro_step
-
-
 def require_whole_groups(rollouts_per_micro_batch: int, group_size: int) -> None:
     """Raises ValueError unless every device's micro-batch holds whole groups."""
     if rollouts_per_micro_batch % group_size:

@@ -23,6 +23,14 @@ def command_of(module: str, *arguments: object, python_flags: tuple[str, ...] = 
     return [sys.executable, *python_flags, "-c", program, *map(str, arguments)]
 
 
+def stat_of(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat from the state (field 3 in proc(5)) on; for a process that is gone, X alone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ["X"]
+
+
 def end_with_parent(parent_pid: int) -> None:
     """Has the system end this process when its parent ends, in whatever way and at whatever moment."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

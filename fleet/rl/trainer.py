@@ -36,7 +36,7 @@ from fleet.rl.guards import RewardGuard, StepGuard, without_gradient_if_not_fini
 from fleet.rl.policy_passes import PolicyPasses, SampledGroups
 from fleet.rl.rollouts import RolloutRecord, make_records, picture_names, rollout_metrics
 from fleet.rl.settings import DEFAULT_SETTINGS, TrainerSettings
-from fleet.schedule import num_episodes_of_run, require_whole_groups
+from fleet.schedule import require_whole_groups
 from model_utils import decode_completion
 from reward import make_trl_reward_function, reward_of
 
@@ -92,7 +92,7 @@ class FleetRLOOTrainer(PolicyPasses):
             settings=settings,
             # TRL asks it for its name alone, under which rewards are logged
             reward_funcs=reward_function or make_trl_reward_function(),
-            train_dataset=dataset.as_hf_dataset(_num_episodes(args)),
+            train_dataset=dataset.as_hf_dataset(num_episodes_of_run(args)),
             # Trainer wants one before it evaluates; `evaluate` has its own
             eval_dataset=None if evaluation is None else dataset.as_hf_dataset(1),
             peft_config=peft_config,
@@ -331,12 +331,11 @@ class FleetRLOOTrainer(PolicyPasses):
         """Writes nothing: TRL's card presents a published text model, and a run folder has config.json."""
 
 
-def _num_episodes(args: RLOOConfig) -> int:
-    """The episodes that `args.max_steps` optimizer steps draw over all devices: one epoch, so no order repeats."""
-    return num_episodes_of_run(
-        args.max_steps,
-        steps_per_generation=args.steps_per_generation,
-        num_iterations=args.num_iterations,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        episodes_per_micro_step=args.generation_batch_size // args.steps_per_generation // args.num_generations,
-    )
+def num_episodes_of_run(args: RLOOConfig) -> int:
+    """The episodes that `args.max_steps` optimizer steps draw over all devices: one epoch, so no order repeats.
+
+    The last generation is drawn whole.
+    """
+    micro_steps = args.max_steps * args.gradient_accumulation_steps
+    num_generations = -(-micro_steps // (args.steps_per_generation * args.num_iterations))
+    return num_generations * (args.generation_batch_size // args.num_generations)

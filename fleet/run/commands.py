@@ -19,14 +19,13 @@ LAUNCHERS = ("accelerate", "torchrun", "deepspeed")
 
 def resume_command(output_dir: str) -> str:
     """The whole command that goes on with this run, on this machine."""
-    words = _without_flags(launched_command(), ("--output_dir", "--resume", "--overwrite"))
+    started = launched_command(sys.argv, _words_of(os.getppid()))
+    words = _without_flags(started, ("--output_dir", "--resume", "--overwrite"))
     return shlex.join([*words, "--output_dir", output_dir, "--resume", "true"])
 
 
-def launched_command(argv: Sequence[str] | None = None, parent_words: Sequence[str] | None = None) -> list[str]:
-    """The words that started this process, its launcher's first. parent_words: the parent's command line."""
-    own = list(sys.argv if argv is None else argv)
-    parent = list(_words_of(os.getppid()) if parent_words is None else parent_words)
+def launched_command(own: list[str], parent: list[str]) -> list[str]:
+    """The words that started this process, its launcher's first. own, parent: the command lines of both processes."""
     names = [Path(word).name for word in parent]
     launcher = next((place for place, name in enumerate(names) if name in LAUNCHERS), None)
     # what the launcher was given ends with what this process was given

@@ -96,36 +96,29 @@ class Diagnostics:
         self.warnings |= new
         return list(new.values())
 
-    def _latest(self, num_lines: int) -> list[Metrics] | None:
-        """The last lines, or None as long as there are fewer."""
-        return list(self._latest_lines)[-num_lines:] if len(self._latest_lines) >= num_lines else None
+    def _latest(self, num_lines: int) -> list[Metrics]:
+        """The last lines; none, which have no means, as long as there are fewer."""
+        return list(self._latest_lines)[-num_lines:] if len(self._latest_lines) >= num_lines else []
 
     def _unparsable(self) -> tuple[Kind, str] | None:
         lines = self._latest(self.window // 2)
-        if lines is None:
-            return None
         older, newer = lines[: len(lines) // 2], lines[len(lines) // 2 :]
         for status, remedy in PARSE_REMEDIES.items():
             name = f"parse/{status}"
             share, before, lately = mean_of(lines, name), mean_of(older, name), mean_of(newer, name)
-            if share is None or before is None or lately is None or share <= MIN_DOMINANT:
-                continue
             # a format that is being learnt needs no help
-            if lately < before - 0.1:
-                continue
-            is_cut_off = (mean_of(lines, "completions/clipped_ratio") or 0) > MIN_DOMINANT
-            if is_cut_off and status in CUT_OFF_STATUSES:
-                remedy = "most are cut off at their token limit: raise --max_completion_length"
-            text = f"{share:.0%} of completions in the last {len(lines)} logged steps are no call, for one reason, "
-            return Kind.UNPARSABLE, f"{text}{status}: {remedy}"
+            if share > MIN_DOMINANT and lately >= before - 0.1:
+                is_cut_off = mean_of(lines, "completions/clipped_ratio") > MIN_DOMINANT
+                if is_cut_off and status in CUT_OFF_STATUSES:
+                    remedy = "most are cut off at their token limit: raise --max_completion_length"
+                text = f"{share:.0%} of completions in the last {len(lines)} logged steps are no call, for one reason, "
+                return Kind.UNPARSABLE, f"{text}{status}: {remedy}"
         return None
 
     def _no_signal(self) -> tuple[Kind, str] | None:
         lines = self._latest(self.window)
-        if lines is None:
-            return None
         mixed, right, wrong = (mean_of(lines, f"groups/{kind}") for kind in ("mixed", "all_right", "all_wrong"))
-        if mixed is None or right is None or wrong is None or mixed > MAX_MIXED:
+        if any(map(math.isnan, (mixed, right, wrong))) or mixed > MAX_MIXED:
             return None
         since = f"in the last {len(lines)} logged steps"
         if right >= MIN_ONE_KIND:
@@ -149,21 +142,21 @@ class Diagnostics:
 
     def _not_looking(self) -> tuple[Kind, str] | None:
         lines = self._latest(self.window)
-        if self.fixed_correct_index is not None or lines is None or not is_as_good_as_blind(lines):
+        if self.fixed_correct_index is not None or not is_as_good_as_blind(lines):
             return None
-        shares = {name: mean_of(lines, name) or 0.0 for name in family(lines, "chosen_index/")}
-        favourite, valid = max(shares, key=shares.__getitem__), sum(shares.values())
+        found = {index: mean_of(lines, f"chosen_index/{index}") for index in chosen_indices(lines)}
+        shares = {index: share for index, share in found.items() if not math.isnan(share)}
+        index, valid = max(shares, key=shares.__getitem__), sum(shares.values())
         accuracy = mean_of(lines, "accuracy")
-        if shares[favourite] >= MIN_ONE_KIND * valid:
-            index = favourite.removeprefix("chosen_index/")
-            right_share = mean_of(lines, f"correct_index/{index}") or 0.0
+        if shares[index] >= MIN_ONE_KIND * valid:
+            right_share = mean_of(lines, f"correct_index/{index}")
             return Kind.NOT_LOOKING, (
-                f"the policy does not look: {shares[favourite] / valid:.0%} of its picks in the last {len(lines)} "
+                f"the policy does not look: {shares[index] / valid:.0%} of its picks in the last {len(lines)} "
                 f"logged steps are index {index}, right {right_share:.0%} of the time, and accuracy {accuracy:.2f} is "
                 "what that earns; start again with a lower --learning_rate, a higher --temperature or --beta 0.01"
             )
         all_lines = self._latest(NUM_WINDOWS_AT_CHANCE * self.window)
-        if all_lines is None or not is_as_good_as_blind(all_lines):
+        if not is_as_good_as_blind(all_lines):
             return None
         return Kind.NOT_LOOKING, (
             f"the policy does not look: for {len(all_lines)} logged steps its accuracy, lately {accuracy:.2f}, is what "
@@ -174,15 +167,12 @@ class Diagnostics:
 
     def _entropy_collapse(self) -> tuple[Kind, str] | None:
         both = self._latest(2 * self.window)
-        if both is None:
-            return None
         before, lines = both[: self.window], both[self.window :]
         first, now = mean_of(self._first_lines, "entropy"), mean_of(lines, "entropy")
         past_accuracy, accuracy = mean_of(before, "accuracy"), mean_of(lines, "accuracy")
-        if first is None or now is None or past_accuracy is None or accuracy is None:
-            return None
-        is_learning = accuracy >= SOLVED_ACCURACY or accuracy > past_accuracy + SLOWEST_GAIN
-        if now >= MAX_ENTROPY_LEFT * first or is_learning:
+        has_fallen = now < MAX_ENTROPY_LEFT * first
+        is_stuck = accuracy < SOLVED_ACCURACY and accuracy <= past_accuracy + SLOWEST_GAIN
+        if not (has_fallen and is_stuck):
             return None
         return Kind.ENTROPY_COLLAPSE, (
             f"entropy fell to {now / first:.1%} of what it was at first, at an accuracy of {accuracy:.2f} that no "
@@ -201,13 +191,12 @@ def is_as_good_as_blind(lines: Sequence[Metrics]) -> bool:
     invalid, or half the lines or more lack a figure.
     """
     excesses, valid_shares = [], []
-    indices = [name.removeprefix("chosen_index/") for name in family(lines, "chosen_index/")]
-    right = [mean_of(lines, f"correct_index/{index}") for index in indices]
+    right = {index: mean_of(lines, f"correct_index/{index}") for index in chosen_indices(lines)}
     for line in lines:
         accuracy = _known(line, "accuracy")
-        chosen = [_known(line, f"chosen_index/{index}") for index in indices]
-        pairs = [(c, q) for c, q in zip(chosen, right, strict=True) if c is not None and q is not None]
-        if accuracy is not None and pairs:
+        pairs = [(_known(line, f"chosen_index/{index}"), q) for index, q in right.items()]
+        pairs = [(c, q) for c, q in pairs if not math.isnan(c * q)]
+        if pairs and not math.isnan(accuracy):
             excesses.append(accuracy - sum(c * q for c, q in pairs))
             valid_shares.append(sum(c for c, _ in pairs))
     if len(excesses) <= len(lines) / 2 or fmean(valid_shares) <= 0.5:
@@ -215,21 +204,24 @@ def is_as_good_as_blind(lines: Sequence[Metrics]) -> bool:
     return fmean(excesses) <= max(0.01, 2 * stdev(excesses) / math.sqrt(len(excesses)))
 
 
-def mean_of(lines: Sequence[Metrics], name: str) -> float | None:
-    """The mean of one figure over the lines that have it; None if fewer than half have it.
+def mean_of(lines: Sequence[Metrics], name: str) -> float:
+    """The mean of one figure over the lines that have it; NaN, for which no comparison holds, if under half have it.
 
     >>> mean_of([{"accuracy": 0.25}, {"accuracy": None}, {"accuracy": 0.75}], "accuracy")
     0.5
     """
-    known = [value for line in lines if (value := _known(line, name)) is not None]
-    return fmean(known) if known and len(known) >= len(lines) / 2 else None
+    known = [value for line in lines if not math.isnan(value := _known(line, name))]
+    return fmean(known) if known and len(known) >= len(lines) / 2 else math.nan
 
 
-def family(lines: Sequence[Metrics], prefix: str) -> list[str]:
-    """The names that begin with `prefix`, each once, in the order in which they appear."""
-    return list(dict.fromkeys(name for line in lines for name in line if name.startswith(prefix)))
+def chosen_indices(lines: Sequence[Metrics]) -> list[str]:
+    """The indices of the figures chosen_index/<index>, each once, in the order in which they appear."""
+    prefix = "chosen_index/"
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith(prefix))
+    return [name.removeprefix(prefix) for name in names]
 
 
-def _known(line: Metrics, name: str) -> float | None:
+def _known(line: Metrics, name: str) -> float:
+    """A figure of one line; NaN if it is missing or infinite."""
     value = line.get(name)
-    return value if value is not None and math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else math.nan

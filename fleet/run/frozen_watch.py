@@ -12,9 +12,8 @@ import select
 import signal
 import sys
 import time
-from pathlib import Path
 
-from utils.child_process import end_with_parent
+from utils.child_process import end_with_parent, stat_of
 
 LOOK_S = 1.0
 LAST_WORDS_S = 5.0  # for the stacks that a process prints as it ends
@@ -35,19 +34,11 @@ def main() -> None:
                 return
             latest, silent_s = content.splitlines()[-1], 0.0
             continue
-        # a look counts as it should last: in a longer one this process was stopped
-        silent_s += 0.0 if is_stopped(pid) else LOOK_S
+        # a look counts as it should last: in a longer one this process was stopped, in states T and t the other is
+        silent_s += 0.0 if stat_of(pid)[0] in "Tt" else LOOK_S
         limit_s, _, activity = latest.decode(errors="replace").partition(" ")
         if latest and silent_s >= float(limit_s):
             end(pid, rank, activity, silent_s)
-
-
-def is_stopped(pid: int) -> bool:
-    """True if a process is stopped, by a signal or a debugger."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in ("T", "t")
-    except OSError:
-        return False
 
 
 def end(pid: int, rank: str, activity: str, silent_s: float) -> None:

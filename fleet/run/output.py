@@ -17,14 +17,13 @@ from fleet.command.image_check import RunData
 from fleet.command.output_dir import empty_run_folder, make_new_output_dir, require_output_dir
 from fleet.command.resume_check import images_of_beginning, require_same_images, why_of_another_run
 from fleet.command.training_flags import RunFlags
-from fleet.errors import RunEnded, UsageError
+from fleet.errors import UsageError
 from fleet.model_folder.files import read_json
 from fleet.processes import gather_by_rank, together
 from fleet.rl.checkpoints import ProcessPlace, choose_checkpoint, remedy_of, remove_unfinished
 from fleet.rl.resumable_trainer import require_plain_pickles
-from fleet.run.commands import resume_command
 from fleet.run.config import what_changed_since
-from fleet.run_folder import CONFIG_NAME, IMAGES_NAME, write_atomically
+from fleet.run_folder import CONFIG_NAME, IMAGES_NAME, TENSORBOARD_NAME, write_atomically
 from fleet.run_lock import RunLock
 
 logger = logging.getLogger("fleet")
@@ -34,21 +33,16 @@ def name_output_dir(output_dir: str | None, model_id: str, rank: int) -> Path:
     """The run's folder, the same on every process; a new one is made if `output_dir` is None."""
     is_maker = output_dir is None and rank == 0
     made = together(lambda: str(make_new_output_dir(model_id)) if is_maker else output_dir)
-    folder = gather_by_rank(made)[0]
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(folder) / "tensorboard")
-    return Path(folder)
+    folder = Path(gather_by_rank(made)[0])
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD_NAME)
+    return folder
 
 
 @contextlib.contextmanager
 def held(folder: Path, rank: int) -> Iterator[RunLock | None]:
     """Within it, the main process holds the lock; others get None. Raises UsageError on all if another run has it."""
-    lock = RunLock(folder) if rank == 0 else None
-    try:
-        together(lambda: None if lock is None else lock.take())
-        yield lock
-    finally:
-        if lock is not None:
-            lock.release()
+    with contextlib.ExitStack() as stack:
+        yield together(lambda: stack.enter_context(RunLock(folder)) if rank == 0 else None)
 
 
 def find_checkpoint(
@@ -99,14 +93,3 @@ def begin_folder(
             ) from error
 
     together(begin if rank == 0 else lambda: None)
-
-
-@contextlib.contextmanager
-def telling_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Within it, a run that ends early gets a note with the command that goes on with it."""
-    try:
-        yield
-    except RunEnded as error:
-        if error.can_resume:
-            error.add_note(f"to go on: {resume_command(str(folder))}")
-        raise

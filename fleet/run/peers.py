@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from fleet.processes import Gather
+from fleet.processes import gather_by_rank
 
 CONNECT_S = 60.0
 HELLO = struct.Struct("!16sI")  # the run's token, the rank
@@ -22,7 +22,7 @@ class Peer:
 
     def __init__(self, rank: int, connection: socket.socket):
         self.rank, self.connection = rank, connection
-        self.silent_s = self.closed_s = 0.0
+        self.silent_s = 0.0  # since its last sign, or since its connection closed
         self.is_closed = self.has_said_goodbye = False
         connection.setblocking(False)
 
@@ -30,7 +30,6 @@ class Peer:
         """Sends a sign and reads what has come."""
         self.silent_s += tick_s
         if self.is_closed:
-            self.closed_s += tick_s
             return
         try:
             # read before sending: a goodbye may have come before the end that sending would meet
@@ -41,7 +40,7 @@ class Peer:
         except BlockingIOError:
             pass
         except OSError:
-            self.is_closed = True
+            self.silent_s, self.is_closed = 0.0, True
         with contextlib.suppress(OSError):
             self.connection.send(SIGN)
 
@@ -61,7 +60,7 @@ class Peers:
             peer.tick(tick_s)
             if peer.has_said_goodbye:
                 continue
-            if peer.closed_s > closed_s:
+            if peer.is_closed and peer.silent_s > closed_s:
                 return f"process {peer.rank} has ended"
             if not peer.is_closed and peer.silent_s > silence_s:
                 return f"process {peer.rank} has given no sign for {peer.silent_s:.0f} s: it is stopped or lost"
@@ -74,16 +73,16 @@ class Peers:
                 peer.connection.send(GOODBYE)
 
 
-def connect(rank: int, num_processes: int, host: str, gather: Gather) -> Peers:
+def connect(rank: int, num_processes: int, host: str) -> Peers:
     """This process's peers; none if the first process, at `host`, is out of reach. Every process takes part."""
     if num_processes == 1:
         return Peers([])
     if rank == 0:
         token = secrets.token_bytes(16)
         with socket.create_server(("", 0), backlog=num_processes) as server:
-            gather([(server.getsockname()[1], token)])
+            gather_by_rank((server.getsockname()[1], token))
             return Peers(_accept(server, token, num_processes - 1))
-    port, token = gather([None])[0]
+    port, token = gather_by_rank(None)[0]
     try:
         connection = socket.create_connection((host, port), CONNECT_S)
         connection.sendall(HELLO.pack(token, rank))

@@ -14,12 +14,13 @@ from typing import Any
 from PIL import Image, ImageOps
 from transformers.trainer_callback import TrainerCallback
 
+from fleet.command.training_flags import RunFlags
 from fleet.errors import RunStopped
 from fleet.progress import StepProgress
 from fleet.rl.checkpoints import remedy_of
 from fleet.rl.rollouts import RolloutRecord
 from fleet.run.diagnostics import Diagnostics
-from fleet.run.records import distinct_rollouts, group_lines, sample_table
+from fleet.run.records import distinct_rollouts, group_lines, percent_with_interval, sample_table
 from fleet.run.trackers import Sample, log_samples
 from fleet.run_folder import EVALUATIONS_NAME, METRICS_NAME, ROLLOUTS_NAME, THUMBNAILS_NAME, LineFile
 
@@ -33,24 +34,9 @@ THUMBNAIL_PX = 112
 class RunRecorder(TrainerCallback):
     """Shows progress, tables of completions and warnings, and writes the run's records."""
 
-    def __init__(
-        self,
-        trainer: Any,
-        output_dir: Path,
-        *,
-        report_to: str,
-        sample_steps: int,
-        evaluates: bool,
-        keep_best: bool,
-        fixed_correct_index: int | None,
-    ):
-        """trainer: a FleetRLOOTrainer. report_to, sample_steps, keep_best and fixed_correct_index: the flags.
-
-        evaluates: the last step is evaluated.
-        """
-        self.trainer, self.output_dir = trainer, output_dir
-        self.report_to, self.sample_steps = report_to, sample_steps
-        self.evaluates, self.keep_best = evaluates, keep_best
+    def __init__(self, trainer: Any, run: RunFlags, *, fixed_correct_index: int | None):
+        """trainer: a FleetRLOOTrainer. fixed_correct_index: the flag."""
+        self.trainer, self.run, self.output_dir = trainer, run, Path(trainer.args.output_dir)
         self.diagnostics = Diagnostics(fixed_correct_index=fixed_correct_index)
         self._metrics = LineFile(self.output_dir / METRICS_NAME)
         self._rollouts = LineFile(self.output_dir / ROLLOUTS_NAME)
@@ -82,12 +68,12 @@ class RunRecorder(TrainerCallback):
         # a run that is resumed at its end logs nothing, and its page is drawn from this file
         self._metrics.append([])
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         """Writes the step's figures and rollouts, shows two of the figures, and gives new warnings."""
-        is_training_step = bool(logs) and "loss" in (logs or {})
+        is_training_step = "loss" in logs
         if is_training_step:
             self._keep_thumbnails()
-        if not state.is_world_process_zero or not logs or not (is_training_step or "eval_greedy_accuracy" in logs):
+        if not state.is_world_process_zero or not (is_training_step or "eval_greedy_accuracy" in logs):
             return
         named = {name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name: logs[name] for name in logs}
         figures = {name: value for name, value in named.items() if isinstance(value, int | float)}
@@ -107,14 +93,14 @@ class RunRecorder(TrainerCallback):
         """Writes the evaluation's document and says its main figures; asks for a checkpoint of a new best."""
         document = self.trainer.latest_evaluation
         is_best = metrics["eval_greedy_accuracy"] > (-math.inf if state.best_metric is None else state.best_metric)
-        if self.keep_best and state.global_step > 0 and is_best:
+        if args.metric_for_best_model is not None and state.global_step > 0 and is_best:
             control.should_save = True
         if state.is_world_process_zero:
             self._evaluations.append([document])
             accuracy, blank = document["greedy_accuracy"], document["controls"]["blank_images"]
             self._say(
-                f"step {state.global_step}: held-out accuracy {_with_interval(accuracy)}, "
-                f"with blank pictures {_with_interval(blank)}"
+                f"step {state.global_step}: held-out accuracy {percent_with_interval(accuracy)}, "
+                f"with blank pictures {percent_with_interval(blank)}"
             )
         return control
 
@@ -124,13 +110,14 @@ class RunRecorder(TrainerCallback):
             self._progress.step_done(state.global_step)
         if state.global_step == state.max_steps:
             control.should_log = True
-            control.should_evaluate |= self.evaluates
-        is_due = self.sample_steps and (state.global_step == 1 or state.global_step % self.sample_steps == 0)
+            control.should_evaluate |= args.do_eval
+        every = self.run.sample_steps
+        is_due = every and (state.global_step == 1 or state.global_step % every == 0)
         if state.is_world_process_zero and is_due:
             shown = distinct_rollouts(self.trainer.latest_rollouts)
             self._say(sample_table(shown, state.global_step))
             callbacks = self.trainer.callback_handler.callbacks
-            log_samples(self.report_to, callbacks, self._samples(shown), state.global_step)
+            log_samples(self.run.report_to, callbacks, self._samples(shown), state.global_step)
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -173,8 +160,3 @@ def _save_thumbnail(picture: Image.Image, path: Path) -> None:
     unfinished = path.with_name(f"{path.stem}.{os.getpid()}.unfinished")
     small.save(unfinished, format="WEBP", quality=85)
     os.replace(unfinished, path)
-
-
-def _with_interval(estimate: dict[str, Any]) -> str:
-    low, high = estimate["ci95"]
-    return f"{100 * estimate['value']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

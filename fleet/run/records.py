@@ -50,7 +50,7 @@ def sample_table(rollouts: Sequence[RolloutRecord], step: int) -> str:
             f"{rollout.reward:.2f}",
             f"{rollout.advantage:+.2f}",
         )
-    return _rendered(table)
+    return rendered(table, 110)
 
 
 def group_lines(rollouts: Sequence[RolloutRecord], group_size: int, step: int) -> list[dict[str, Any]]:
@@ -92,7 +92,15 @@ def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
         table.add_column(name)
     for default in filled:
         table.add_row(f"--{default.flag}", Text(printable(default.value)), default.reason)
-    return _rendered(table)
+    return rendered(table, 110)
+
+
+def rendered(table: Table, width: int) -> str:
+    """A table as text for the terminal, whose width it takes; `width` characters wide in a log file."""
+    is_terminal = sys.stderr.isatty()
+    target = io.StringIO()
+    Console(file=target, width=None if is_terminal else width, force_terminal=is_terminal).print(table)
+    return target.getvalue()
 
 
 def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -120,14 +128,16 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     write_atomically(path, png.getvalue())
 
 
+def percent_with_interval(figure: dict[str, Any] | None) -> str:
+    """An estimate of an evaluation's document in percent, as "50.0 % (40.4 to 59.6)"; "-" for one that is not there."""
+    if figure is None or figure["value"] is None:
+        return "-"
+    low, high = figure["ci95"]
+    interval = "" if low == high else f" ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * figure['value']:.1f} %{interval}"
+
+
 def _cut(text: str, max_chars: int = 160) -> str:
     """The text in one line of so many characters at most."""
     flat = printable(text)
     return flat if len(flat) <= max_chars else flat[: max_chars - 1] + "…"
-
-
-def _rendered(table: Table) -> str:
-    is_terminal = sys.stderr.isatty()
-    target = io.StringIO()
-    Console(file=target, width=None if is_terminal else 110, force_terminal=is_terminal).print(table)
-    return target.getvalue()

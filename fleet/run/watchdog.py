@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from fleet.run.peers import Peers
 from utils.child_process import command_of
@@ -54,20 +55,15 @@ class StillTime:
 
 
 class Watchdog:
-    """Ends the process `timeout_s` seconds after the last `beat`. Does nothing before the first one."""
+    """Ends the process `timeout_s` seconds after the last `beat`."""
 
     def __init__(self, timeout_s: float, rank: int):
         """timeout_s: at least 1."""
         self.timeout_s, self.rank = timeout_s, rank
-        self._peers = Peers([])
+        self.peers = Peers([])  # the other processes, once they are connected
+        self.is_watching = True
         self._activity, self._limit_s = "", timeout_s
-        self._is_watching = False
         self._still = StillTime(min(1.0, timeout_s / 10))
-        self._frozen_watch: subprocess.Popen[bytes] | None = None
-
-    def listen_to(self, peers: Peers) -> None:
-        """Watches the other processes too, from now on."""
-        self._peers = peers
 
     def start_with(self, activity: str) -> None:
         """Notes progress before the first generation, where one activity may take STARTING_S."""
@@ -75,50 +71,28 @@ class Watchdog:
 
     def beat(self, activity: str, limit_s: float | None = None) -> None:
         """Notes progress. activity: what begins now, for the report. limit_s: in place of timeout_s."""
-        self._activity, self._limit_s, self._is_watching = activity, limit_s or self.timeout_s, True
+        self._activity, self._limit_s = activity, limit_s or self.timeout_s
         self._still.beat()
-        if self._frozen_watch is None:
-            # prints every thread's stack where frozen_watch.py ends this process
-            faulthandler.enable(file=STDERR)
-            self._frozen_watch = subprocess.Popen(
-                command_of("fleet.run.frozen_watch", os.getpid(), self.rank, python_flags=("-E", "-S")),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                process_group=0,
-            )
-            assert self._frozen_watch.stdin is not None
-            os.set_blocking(self._frozen_watch.stdin.fileno(), False)
-            threading.Thread(target=self._watch, daemon=True).start()
 
-    def stop(self, *, is_at_end: bool = True) -> None:
-        """Stops watching. is_at_end: tells the other processes that this one may be gone from now on."""
-        self._is_watching = False
-        if is_at_end:
-            self._peers.say_goodbye()
-        if self._frozen_watch is not None:
-            with self._frozen_watch as watch:
-                watch.kill()
-
-    def _watch(self) -> None:
+    def watch(self, frozen_watch: IO[bytes]) -> None:
+        """Looks at each tick until `is_watching` ends. frozen_watch: standard input of frozen_watch.py."""
         while True:
             time.sleep(self._still.tick_s)
             still_s = self._still.tick()
-            if not self._is_watching:
+            if not self.is_watching:
                 return
             limit_s = self._limit_s
-            assert self._frozen_watch is not None and self._frozen_watch.stdin is not None
             # it may be stopped or ended by somebody, and training may just have ended
             with contextlib.suppress(OSError, ValueError):
-                line = f"{limit_s + FROZEN_GRACE_S} {self._activity}\n"
-                os.write(self._frozen_watch.stdin.fileno(), line.encode())
-            lost = self._peers.first_lost(self._still.tick_s, self.timeout_s + FROZEN_GRACE_S, WAITING_GRACE_S)
-            if lost is not None and self._is_watching:
+                os.write(frozen_watch.fileno(), f"{limit_s + FROZEN_GRACE_S} {self._activity}\n".encode())
+            lost = self.peers.first_lost(self._still.tick_s, self.timeout_s + FROZEN_GRACE_S, WAITING_GRACE_S)
+            if lost is not None and self.is_watching:
                 self._end(f"process {self.rank} ends during {self._activity}, as {lost}")
             if still_s < limit_s:
                 continue
             calls = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
             is_waiting = is_of_collective(calls)
-            if still_s > limit_s + WAITING_GRACE_S * is_waiting and self._is_watching:
+            if still_s > limit_s + WAITING_GRACE_S * is_waiting and self.is_watching:
                 self._end(self._describe(calls, is_waiting, still_s))
 
     def _end(self, reason: str) -> None:
@@ -139,13 +113,20 @@ def watched(timeout_s: float) -> Iterator[Watchdog]:
     """Within it, a process that makes no progress for `timeout_s` seconds is ended, and says why."""
     watchdog = Watchdog(timeout_s, int(os.environ.get("RANK", "0")))
     watchdog.start_with("the start of all processes")
-    try:
-        yield watchdog
-    except BaseException:
-        # the others hear of it if they do not end for the same reason
-        watchdog.stop(is_at_end=False)
-        raise
-    watchdog.stop()
+    # prints every thread's stack where frozen_watch.py ends this process
+    faulthandler.enable(file=STDERR)
+    command = command_of("fleet.run.frozen_watch", os.getpid(), watchdog.rank, python_flags=("-E", "-S"))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0) as frozen_watch:
+        assert frozen_watch.stdin is not None
+        os.set_blocking(frozen_watch.stdin.fileno(), False)
+        threading.Thread(target=watchdog.watch, args=(frozen_watch.stdin,), daemon=True).start()
+        try:
+            yield watchdog
+        finally:
+            watchdog.is_watching = False
+            frozen_watch.kill()
+    # not after an error: the others hear of it if they do not end for the same reason
+    watchdog.peers.say_goodbye()
 
 
 def is_of_collective(calls: traceback.StackSummary) -> bool:

@@ -14,7 +14,7 @@ from trl import RLOOTrainer
 from environment import Judgement, Outcome, judge
 from fleet.qwen.group_passes import takes_image_features
 from fleet.rl.algorithm import clipped_loss, leave_one_out_advantages, needs_old_logps, shaped_rewards, token_kl
-from fleet.rl.trainer import FleetRLOOTrainer
+from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from model_utils import make_lora_config
 from tests.helpers import (
     ScriptedFleetTrainer,
@@ -52,6 +52,13 @@ def test_normalized_advantages_worked_by_hand() -> None:
     found = leave_one_out_advantages(torch.tensor([[1.0, 0.0, 1.0, NAN]]), normalize=True)
     scale = math.sqrt(3 / 4) + 1e-4
     torch.testing.assert_close(found, torch.tensor([[0.5 / scale, -1 / scale, 0.5 / scale, 0.0]]))
+
+
+def test_a_run_draws_the_episodes_of_its_last_generation_whole(tmp_path: Path) -> None:
+    # two micro-batches of 8 episodes a generation, each taken twice: three steps need one generation, five need two
+    generation = {"per_device_train_batch_size": 32, "steps_per_generation": 2, "num_iterations": 2}
+    numbers = [num_episodes_of_run(rloo_config(tmp_path, max_steps=steps, **generation)) for steps in (3, 5)]
+    assert numbers == [16, 32]
 
 
 def test_advantages_equal_brute_force() -> None:

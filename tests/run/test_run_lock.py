@@ -31,15 +31,12 @@ SPAWN = multiprocessing.get_context("spawn")
 def hold(folder: Path, barrier: Barrier, said: Any) -> None:
     """A process that takes the folder, says so, and holds it until it is killed or told to let go."""
     barrier.wait(HANG_S)
-    lock = RunLock(folder)
     try:
-        lock.take()
+        with RunLock(folder):
+            said.put((os.getpid(), None))
+            signal.sigwait({signal.SIGTERM})
     except UsageError as error:
         said.put((os.getpid(), str(error)))
-        return
-    said.put((os.getpid(), None))
-    signal.sigwait({signal.SIGTERM})
-    lock.release()
 
 
 @contextmanager
@@ -134,8 +131,8 @@ def test_a_holder_elsewhere_that_touches_its_lock_is_alive(tmp_path: Path) -> No
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(UsageError) as refusal:
-            RunLock(tmp_path, silence_s=HANG_S).take()
+        with pytest.raises(UsageError) as refusal, RunLock(tmp_path, silence_s=HANG_S):
+            pass
     finally:
         is_over.set()
         thread.join()
@@ -178,14 +175,12 @@ def test_a_copy_of_a_folder_in_which_a_run_goes_on_is_free(tmp_path: Path) -> No
 
 
 def test_a_run_whose_lock_was_taken_over_is_told_and_leaves_the_new_one_alone(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path)
-    lock.take()
-    theirs = leave_lock(tmp_path, number=2)
-    assert lock.displaced_by() == "process 4711 on node17 (since 2026-11-26 09:00:00)"
-    theirs.unlink()
-    assert lock.displaced_by() is not None, "what they wrote meanwhile is not known here"
-    leave_lock(tmp_path)  # under the number that was its own
-    lock.release()
+    with RunLock(tmp_path) as lock:
+        theirs = leave_lock(tmp_path, number=2)
+        assert lock.displaced_by() == "process 4711 on node17 (since 2026-11-26 09:00:00)"
+        theirs.unlink()
+        assert lock.displaced_by() is not None, "what they wrote meanwhile is not known here"
+        leave_lock(tmp_path)  # under the number that was its own
     assert json.loads((tmp_path / "run-1.lock").read_text())["host"] == "node17"
 
 
@@ -203,8 +198,8 @@ def test_a_folder_that_went_away_is_held_again_where_it_was(tmp_path: Path) -> N
         assert lock.displaced_by() is None and not run.exists()
         run.mkdir()
         assert lock.displaced_by() is None
-        with pytest.raises(UsageError, match="is in use: process"):
-            RunLock(run).take()
+        with pytest.raises(UsageError, match="is in use: process"), RunLock(run):
+            pass
 
 
 def test_a_holder_touches_its_lock(tmp_path: Path) -> None:
@@ -219,5 +214,8 @@ def test_a_holder_touches_its_lock(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_refused_by_name_and_reason(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"output_dir=.*file/run cannot be written to \(Not a directory\); make it"):
-        RunLock(tmp_path / "file" / "run").take()
+    refused = pytest.raises(
+        UsageError, match=r"output_dir=.*file/run cannot be written to \(Not a directory\); make it"
+    )
+    with refused, RunLock(tmp_path / "file" / "run"):
+        pass

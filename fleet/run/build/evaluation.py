@@ -1,16 +1,13 @@
 """A checked evaluation becomes answers and a table: loads each model, alone or sharded, and scores it."""
 
 import gc
-import io
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
@@ -23,11 +20,11 @@ from fleet.controls import CONTROL_MEANINGS
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
 from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, with_baseline
 from fleet.evaluation.held_out import make_plan, runs_behind
-from fleet.processes import first_problem, raise_together, require_same_flags, together
+from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.progress import count_progress
 from fleet.run import model_setup
 from fleet.run.data import agree_on_data, require_encodable_prompts
-from fleet.run.records import resolved_table
+from fleet.run.records import percent_with_interval, rendered, resolved_table
 from utils.plain_text import printable
 
 logger = logging.getLogger("fleet")
@@ -56,7 +53,7 @@ def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | 
     )
     model_setup.use_every_core()
     accelerator = Accelerator(cpu=not model_setup.has_gpu())
-    raise_together(problem)
+    raise_first(gather_by_rank(problem))
     require_same_flags(asdict(options))
     assert findings is not None, "a process without findings has a problem, which is raised by now"
     data = agree_on_data(options, findings)
@@ -143,20 +140,17 @@ def table(document: dict[str, Any]) -> str:
         shown.add_column(Text(printable(column["model"])), justify="right", overflow="fold")
     shown.add_column("")
     for name, meaning, figures in _rows(columns):
-        shown.add_row(name, *(_percent(figure) for figure in figures), meaning)
-    is_terminal = sys.stderr.isatty()
-    target = io.StringIO()
-    Console(file=target, width=None if is_terminal else 120, force_terminal=is_terminal).print(shown)
-    if baseline is not None:
-        gain = baseline["difference"]
-        low, high = gain["ci95"]
-        points = f"{100 * gain['value']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
-        target.write(
-            f"\n{printable(document['model'])} is right {points} oftener than {printable(baseline['model'])} "
-            f"on the same {gain['n']} episodes; alone right on {gain['only_model_right']} and "
-            f"{gain['only_baseline_right']} (McNemar's exact p = {gain['p_value']:.2g})\n"
-        )
-    return target.getvalue()
+        shown.add_row(name, *map(percent_with_interval, figures), meaning)
+    if baseline is None:
+        return rendered(shown, 120)
+    gain = baseline["difference"]
+    low, high = gain["ci95"]
+    points = f"{100 * gain['value']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+    return rendered(shown, 120) + (
+        f"\n{printable(document['model'])} is right {points} oftener than {printable(baseline['model'])} "
+        f"on the same {gain['n']} episodes; alone right on {gain['only_model_right']} and "
+        f"{gain['only_baseline_right']} (McNemar's exact p = {gain['p_value']:.2g})\n"
+    )
 
 
 def _rows(columns: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any] | None]]]:
@@ -183,11 +177,3 @@ def _rows(columns: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[di
                 yield f"{family.replace('_', ' ')}: {name}", "", in_each_column(family, name)
     for index in first["accuracy_by_correct_index"]:
         yield f"right where index {index} is", "", in_each_column("accuracy_by_correct_index", index)
-
-
-def _percent(figure: dict[str, Any] | None) -> str:
-    if figure is None or figure["value"] is None:
-        return "-"
-    low, high = figure["ci95"]
-    interval = "" if low == high else f" ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{100 * figure['value']:.1f} %{interval}"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from peft import LoraConfig
 from transformers.trainer_callback import ProgressCallback
 from trl import RLOOConfig
@@ -29,20 +28,21 @@ from fleet.command.parser import flag_of
 from fleet.command.preflight import own_reward
 from fleet.command.resume_check import require_same_run
 from fleet.command.training_flags import GenerationFlags, RLOOFlags, TrainedPartFlags
-from fleet.errors import Preempted, UsageError, one_line
+from fleet.errors import Preempted, RunEnded, UsageError, one_line
 from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan
 from fleet.evaluation.held_out import make_plan
 from fleet.model_folder.files import read_json
-from fleet.processes import first_problem, raise_together, require_same_flags, together
+from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.qwen.vision_cache import vision_is_frozen
 from fleet.rl.checkpoints import ProcessPlace
 from fleet.rl.settings import TrainerSettings
-from fleet.rl.trainer import FleetRLOOTrainer
+from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from fleet.run import launch_checks, model_setup
+from fleet.run.commands import resume_command
 from fleet.run.config import config_text
 from fleet.run.data import agree_on_data, require_encodable_prompts, require_last_episode
-from fleet.run.output import begin_folder, find_checkpoint, held, name_output_dir, telling_how_to_go_on
+from fleet.run.output import begin_folder, find_checkpoint, held, name_output_dir
 from fleet.run.peers import connect
 from fleet.run.preemption import Preemption
 from fleet.run.recorder import RunRecorder
@@ -50,7 +50,6 @@ from fleet.run.records import resolved_table
 from fleet.run.watchdog import Watchdog
 from fleet.run_folder import CONFIG_NAME
 from fleet.run_lock import RunLock
-from fleet.schedule import num_episodes_of_run
 from model_utils import count_parameters, make_lora_config, read_adapter_config
 from reward import RewardWeights
 from utils.plain_text import printable
@@ -94,23 +93,18 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     )
     # from here on the processes hear of each other
     args = make_rloo_config(options)
-    raise_together(first_problem(problem, lambda: launch_checks.require_launchers_deepspeed(args)))
+    problem = first_problem(problem, lambda: launch_checks.require_launchers_deepspeed(args))
+    raise_first(gather_by_rank(problem))
     require_same_flags(flags)
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    watchdog.listen_to(connect(args.process_index, args.world_size, host, gather_object))
+    watchdog.peers = connect(args.process_index, args.world_size, host)
     assert findings is not None, "a process without findings has a problem, which is raised by now"
     watchdog.start_with("the comparison of images and the plan of evaluation")
     data = agree_on_data(options, findings)
     model_setup.say_what_the_toy_has_not_seen(
         options.model_id, options, [image.path for image in images_of(data.env) or ()]
     )
-    num_episodes = num_episodes_of_run(
-        args.max_steps,
-        steps_per_generation=args.steps_per_generation,
-        num_iterations=args.num_iterations,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        episodes_per_micro_step=int(options.per_device_batch_size or 0) * num_processes,
-    )
+    num_episodes = num_episodes_of_run(args)
     if options.env is not None:
         require_last_episode(data.env, options.env, num_episodes)
     plan = None
@@ -179,8 +173,12 @@ def built(run: PreparedRun, watchdog: Watchdog) -> Iterator[tuple[FleetRLOOTrain
     with held(folder, rank) as lock:
         trainer, checkpoint = build_trainer(run, folder, model_path, watchdog, lock)
         watchdog.start_with("the preparation of training")
-        with telling_how_to_go_on(folder):
+        try:
             yield trainer, checkpoint
+        except RunEnded as error:
+            if error.can_resume:
+                error.add_note(f"to go on: {resume_command(str(folder))}")
+            raise
 
 
 def build_trainer(
@@ -216,17 +214,7 @@ def build_trainer(
             displaced_by=(lambda: None) if lock is None else lock.displaced_by,
         )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(
-        RunRecorder(
-            trainer,
-            folder,
-            report_to=options.report_to,
-            sample_steps=options.sample_steps,
-            evaluates=bool(options.eval_steps),
-            keep_best=options.keep_best,
-            fixed_correct_index=options.fixed_correct_index,
-        )
-    )
+    trainer.add_callback(RunRecorder(trainer, options, fixed_correct_index=options.fixed_correct_index))
     logger.info(describe_parameters(trainer.model))
     paths = paths_read(options.model_id, options.data_root, code)
     begin_folder(folder, options, paths, config, run.data.sha256s, args.process_index)
