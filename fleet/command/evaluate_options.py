@@ -93,22 +93,21 @@ def parse_evaluate_options(argv: Sequence[str], launch_variables: Mapping[str, s
     For a model in a run's folder, the task, the prompt and the sampling are the run's unless they are given.
     """
     parser = build_evaluate_parser()
-    given = parse_flags(parser, argv).values
+    given = parse_flags(parser, argv)
     shared = {field.name for flags in (ModelFlags, TaskFlags, SamplingFlags) for field in fields(flags)}
     inherited = shared - NOT_INHERITED
-    if given["prompt_style"] is not None:
+    if "prompt_style" in given:
         # a run of bare calls leaves no room to reason
         inherited.discard("max_completion_length")
-    own_flags = [
+    runs_flags = [
         f"--{name}={as_flag_value(value)}"
-        for name, value in run_options(given["model_id"]).items()
+        for name, value in run_options(given.get("model_id", TOY_MODEL_ID)).items()
         if name in inherited and (value is not None or name == "fixed_correct_index")
     ]
-    flags = parse_flags(parser, argv, own_flags)
-    options = EvaluateOptions(**flags.values)
+    options = EvaluateOptions(**parse_flags(parser, runs_flags) | given)
     refuse_numbers(options)
     _require_possible_ks(options)
-    refuse_idle(IDLE_IN_EVALUATION, options, flags.given, launch_variables)
+    refuse_idle(IDLE_IN_EVALUATION, options, given, launch_variables)
     for name, model in zip(("model_id", "baseline"), options.models, strict=False):
         if run_options(model).get("seed") == options.eval_seed:
             raise UsageError(

@@ -76,10 +76,10 @@ def parse_options(argv: Sequence[str], launch_variables: Mapping[str, str] = os.
     (naming the nearest), an invalid value, a flag that would do nothing, or a bad config file. `--help` prints and
     exits.
     """
-    flags = parse_flags(build_parser(), argv)
-    options = Options(**flags.values)
+    given = parse_flags(build_parser(), argv)
+    options = Options(**given)
     refuse_contradictions(options)
-    refuse_idle(IDLE_IN_TRAINING, options, flags.given, launch_variables)
+    refuse_idle(IDLE_IN_TRAINING, options, given, launch_variables)
     return options
 
 
