@@ -19,6 +19,7 @@ from fleet.command.flags import (
     ModelFlags,
     SamplingFlags,
     TaskFlags,
+    by_model,
     models_of_case,
 )
 from fleet.command.idle_flags import IDLE_IN_EVALUATION, refuse_idle
@@ -40,7 +41,8 @@ class ScoringFlags:
     num_samples: int = flag(4, "samples per episode, 0 for none", bounds=(AT_LEAST_0,))
     pass_k: str | None = flag(None, "each k of pass@k", "1, 2 and num_samples", metavar="K,...")
     per_device_batch_size: int | None = flag(None, "episodes that a device answers at a time, each with its samples",
-        "128 for the toy, else 4", bounds=(AT_LEAST_1,))
+        "128 for the toy, else 4", bounds=(AT_LEAST_1,), default_of=by_model(toy=(128, "the toy is small"),
+        real=(4, "20 rows of a real model with 4 samples each")))
     seed: int = flag(0, "of the samples", bounds=(AT_LEAST_0,))
     output: str | None = flag(None, "where the figures go as JSON", "nowhere", metavar="FILE", parse=user_path)
     overwrite: bool = flag(False, "replace an output file that exists")
@@ -122,12 +124,12 @@ def resolve_evaluate_options(
 ) -> tuple[EvaluateOptions, list[ResolvedDefault]]:
     """The options with every case-dependent default filled in, and the list of these."""
     is_toy = TOY_MODEL_ID in (options.model_id, run_options(options.model_id).get("model_id"))
-    size = (128, "the toy is small") if is_toy else (4, "20 rows of a real model with 4 samples each")
-    others = {"per_device_batch_size": size}
+    model_id = TOY_MODEL_ID if is_toy else options.model_id
+    models = models_of_case(model_id, must_look=False, allows_reasoning=options.allow_reasoning)
     if options.prompt_style is not None:
-        others["max_completion_length"] = (512, "room to reason, for either prompt")
-    models = models_of_case(options.model_id, must_look=False, allows_reasoning=options.allow_reasoning)
-    return fill_in(options, Case(has_bf16_gpu, models), **others)
+        # room to reason for either prompt
+        models = ("reasoning", *models)
+    return fill_in(options, Case(has_bf16_gpu, models))
 
 
 def run_config(model_id: str) -> dict[str, Any]:

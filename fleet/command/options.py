@@ -22,7 +22,6 @@ from fleet.command.training_flags import (
     TrainedPartFlags,
 )
 from fleet.errors import UsageError, refused
-from fleet.schedule import optimizer_steps_per_generation
 from reward import RewardWeights
 
 
@@ -93,14 +92,13 @@ def starts_sighted(model_id: str, task: TaskFlags) -> bool:
     return model_id == TOY_MODEL_ID and task.env is None and task.fixed_correct_index is None
 
 
-def fill_in(options: AnyOptions, case: Case, **others: tuple[Any, str]) -> tuple[AnyOptions, list[ResolvedDefault]]:
-    """The options with the case's defaults where nothing was given, and these. others: (default, reason) by flag."""
+def fill_in(options: AnyOptions, case: Case) -> tuple[AnyOptions, list[ResolvedDefault]]:
+    """The options with the case's defaults where nothing was given, and these."""
     filled = []
     for declared in fields(options):  # type: ignore[arg-type]
         default_of = flag_of(declared).default_of
-        if getattr(options, declared.name) is None and (declared.name in others or default_of is not None):
-            value, reason = others.get(declared.name) or default_of(case)  # type: ignore[misc]
-            filled.append(ResolvedDefault(declared.name, value, reason))
+        if getattr(options, declared.name) is None and default_of is not None:
+            filled.append(ResolvedDefault(declared.name, *default_of(case)))
     return replace(options, **{default.flag: default.value for default in filled}), filled  # type: ignore[type-var]
 
 
@@ -133,17 +131,15 @@ def refuse_numbers(options: Any) -> None:
 
 def refuse_contradictions(options: Options) -> None:
     """Raises UsageError for numbers beyond their bounds, and for values that exclude each other."""
-    if options.num_rollouts < 2:
-        raise UsageError(
-            f"num_rollouts={options.num_rollouts}, but leave-one-out needs at least 2 rollouts per episode; "
-            "pass --num_rollouts 4"
-        )
     refuse_numbers(options)
     with refused(ValueError, before="reward_correct, reward_valid_call: "):
         RewardWeights(options.reward_correct, options.reward_valid_call)
     accumulation, per_generation = options.gradient_accumulation_steps, options.steps_per_generation
     # fmt: off
     contradictions = (
+        (options.num_rollouts < 2,
+         f"num_rollouts={options.num_rollouts}, but leave-one-out needs at least 2 rollouts per episode; pass "
+         "--num_rollouts 4"),
         (options.reward is not None and options.reward_timeout_s >= options.step_timeout_s,
          f"reward_timeout_s={options.reward_timeout_s:g} is not below step_timeout_s={options.step_timeout_s:g}, which "
          "would end the run first; lower one or raise the other"),
@@ -159,26 +155,17 @@ def refuse_contradictions(options: Options) -> None:
          "resume and overwrite are both given, but one keeps the run and one deletes it; drop one"),
         (options.resume and options.output_dir is None,
          "resume is given without output_dir; pass --output_dir with the run to continue"),
+        (options.keep_best and options.save_total_limit == 1,
+         "keep_best=true with save_total_limit=1 would leave no place for the newest checkpoint; pass "
+         "--save_total_limit 2"),
     )
     # fmt: on
     for contradicts, message in contradictions:
         if contradicts:
             raise UsageError(message)
-    if options.keep_best:
-        _refuse_best(options.save_total_limit, options, options.eval_steps)
-
-
-def _refuse_best(save_total_limit: int, rloo: RLOOFlags, eval_steps: int) -> None:
-    """Raises UsageError if the best checkpoint has no place, or lies within a generation, where nothing is saved."""
-    if save_total_limit == 1:
-        raise UsageError(
-            "keep_best=true with save_total_limit=1 would leave no place for the newest checkpoint; pass "
-            "--save_total_limit 2"
-        )
-    accumulation = rloo.gradient_accumulation_steps
-    cycle = optimizer_steps_per_generation(rloo.steps_per_generation or accumulation, rloo.num_iterations, accumulation)
-    for flag, value in (("eval_steps", eval_steps), ("train_steps", rloo.train_steps)):
-        if value is not None and value % cycle:
+    cycle = options.optimizer_steps_per_generation
+    for flag, value in (("eval_steps", options.eval_steps), ("train_steps", options.train_steps)):
+        if options.keep_best and value is not None and value % cycle:
             raise UsageError(
                 f"keep_best=true, but {flag}={value} is not a multiple of the {cycle} optimizer steps that a "
                 "generation serves, between which nothing is saved; make it one"

@@ -15,7 +15,7 @@ from typing import Any
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from fleet.command.evaluate_options import EvaluateOptions, require_output
 from fleet.command.flags import TOY_MODEL_ID, TaskFlags
-from fleet.command.image_check import Findings, find_bad_images, with_lost_images, without_images
+from fleet.command.image_check import Findings, find_bad_images, listing_of, without_images
 from fleet.command.options import Options, own_code
 from fleet.command.output_dir import is_run_folder, paths_read, require_output_dir
 from fleet.command.parser import as_flag_value, flag_of
@@ -58,7 +58,8 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
         require_free(Path(options.output_dir))
     require_output_dir(options, paths_read(options.model_id, options.data_root, own_code(options)))
     own_reward(options)
-    env, beginning = make_environment(options, options.seed), images_of_beginning(options)
+    beginning = images_of_beginning(options)
+    env = make_environment(options, options.seed, drawn_images=beginning if options.bad_images == "skip" else ())
     findings = find_bad_images(env, options, options.model_id, launch_variables, beginning)
     digests = try_own_environment(options, findings.env, options.seed, options.model_id)
     return replace(findings, episode_digests=digests)
@@ -195,7 +196,10 @@ def make_environment(
         except (BadImage, OSError) as error:
             failed = f"episode 0 failed with {type(error).__name__}: {error}"
             raise UsageError(f"env={task.env}: {failed}; correct it") from error
-    return without_images(with_lost_images(env, drawn_images, task), skipped_images, task)
+    elif isinstance(env, PickImageEnv) and drawn_images:
+        lost = set(drawn_images) - {name for name, _ in listing_of(env, task.data_root)}
+        env = env.with_images(lost) if lost else env
+    return without_images(env, skipped_images, task)
 
 
 def _environment_arguments(task: TaskFlags, seed: int, prompts_reasoning: bool) -> dict[str, Any]:

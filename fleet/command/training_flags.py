@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fleet.command.flags import A_SEED, A_SHARE, ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, ModelFlags, by_model
 from fleet.command.parser import Bound, flag, true_false_or_auto, user_path
+from fleet.schedule import optimizer_steps_per_generation
 
 LORA_RATE = by_model(toy=(5e-4, "LoRA on the toy model"), real=(1e-5, "LoRA: ten times a full fine-tune's"))
 FULL_RATE = by_model(
@@ -88,6 +89,13 @@ class RLOOFlags:
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory",
         "false for the toy, else true", trl=True,
         default_of=by_model(toy=(False, "the toy model"), real=(True, "memory before speed for a real model")))
+
+    @property
+    def optimizer_steps_per_generation(self) -> int:
+        """Optimizer steps that one generation serves; 1 is on-policy."""
+        accumulation = self.gradient_accumulation_steps
+        per_generation = self.steps_per_generation or accumulation
+        return optimizer_steps_per_generation(per_generation, self.num_iterations, accumulation)
 
 
 @dataclass(frozen=True)
