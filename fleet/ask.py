@@ -21,7 +21,7 @@ from fleet.command.evaluate_options import (
 )
 from fleet.command.flags import AT_LEAST_0, TOY_MODEL_ID, ModelFlags
 from fleet.command.options import refuse_numbers
-from fleet.command.parser import as_flag_value, flag, make_parser, parse_flags, replace_default
+from fleet.command.parser import as_arguments, flag, make_parser, parse_flags, replace_default
 from fleet.command.preflight import require_model
 from fleet.errors import UsageError, refused
 from utils.images import BadImage, list_labelled_images
@@ -98,13 +98,21 @@ def parse_question(argv: Sequence[str]) -> tuple[EvaluateOptions, Question, floa
     given = parse_flags(build_ask_parser(), argv)
     asked = AskFlags(**given)
     refuse_numbers(asked)
-    forwarded = [f"--{name}={as_flag_value(given[name])}" for name in SHARED if name in given]
+    forwarded = as_arguments({name: given[name] for name in SHARED if name in given})
     if asked.model_id == TOY_MODEL_ID and asked.instruction is not None:
         forwarded.append("--fixed_correct_index=none")
     options = parse_evaluate_options(forwarded)
     require_model(options.model_id)
-    question = Question(_pictures(asked.images), _instruction(options.model_id, asked.instruction))
-    return options, question, asked.temperature
+    images, instruction = _pictures(asked.images), asked.instruction
+    if instruction is None:
+        run = run_options(options.model_id)
+        if options.model_id != TOY_MODEL_ID and (run.get("env") or run.get("fixed_correct_index") is None):
+            raise UsageError(
+                f"instruction is missing: model_id={options.model_id} goes by what it names; pass --instruction, such "
+                "as 'Pick the red circle.'"
+            )
+        instruction = "Pick the correct image."
+    return options, Question(images, instruction), asked.temperature
 
 
 def describe_answer(question: Question, text: str, *, allow_reasoning: bool) -> str:
@@ -135,18 +143,6 @@ def _pictures(named: Sequence[str] | None) -> tuple[Path, ...]:
             f"{MAX_IMAGES}; pass fewer files, or another folder"
         )
     return tuple(paths)
-
-
-def _instruction(model_id: str, given: str | None) -> str:
-    if given is not None:
-        return given
-    run = run_options(model_id)
-    if model_id != TOY_MODEL_ID and (run.get("env") or run.get("fixed_correct_index") is None):
-        raise UsageError(
-            f"instruction is missing: model_id={model_id} goes by what it names; pass --instruction, such as "
-            "'Pick the red circle.'"
-        )
-    return "Pick the correct image."
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ was not given is null in config.json and listed there, as its default has no par
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +130,3 @@ def idle_flags(options: Any, launch_variables: Mapping[str, str] = os.environ) -
         if getattr(options, flag) != entry.off
     }
     return sorted(idle)
-
-
-def options_in_force(options: Any, launch_variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Every option by name, null where it has no part in this training run."""
-    idle = idle_flags(options, launch_variables)
-    return {name: None if name in idle else value for name, value in asdict(options).items()}

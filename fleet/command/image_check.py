@@ -82,7 +82,6 @@ def find_bad_images(
 
     launch_variables: known to be consistent. beginning: as settle's. Raises UsageError, as settle does, if it is alone.
     """
-    beginning = beginning or {}
     for note in getattr(env, "folder_notes", ()):
         logger.info(f"{task.data_root}: {note}")
     is_alone = launch_variables.get("WORLD_SIZE", "1") == "1"
@@ -92,7 +91,7 @@ def find_bad_images(
         stride = 1 if is_alone else int(launch_variables.get("LOCAL_WORLD_SIZE", "1"))
         literals = added_token_literals(model_id) | added_token_literals(base_of(model_id))
         share = check_share(images, task.data_root, first, stride, literals)
-    return Findings(env, share, settle(task, env, [share], beginning) if is_alone else None, beginning=beginning)
+    return Findings(env, share, settle(task, env, [share], beginning) if is_alone else None, beginning=beginning or {})
 
 
 def images_of(env: EpisodeSource) -> tuple[LabelledImage, ...] | None:

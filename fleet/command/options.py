@@ -8,9 +8,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from fleet.command.flags import TOY_MODEL_ID, Case, HeldOutFlags, ModelFlags, SamplingFlags, TaskFlags, models_of_case
+from fleet.command.flags import TOY_MODEL_ID, Case, HeldOutFlags, ModelFlags, SamplingFlags, TaskFlags
 from fleet.command.idle_flags import IDLE_IN_TRAINING, refuse_idle
 from fleet.command.parser import flag_of, make_parser, parse_flags
 from fleet.command.training_flags import (
@@ -46,8 +46,6 @@ GROUPS = {
 PATH_FLAGS = tuple(field.name for field in fields(Options) if flag_of(field).is_file)
 # with any other flag changed, a resumed run would be another run
 MAY_CHANGE_ON_RESUME = frozenset(field.name for field in fields(Options) if flag_of(field).may_change)
-
-AnyOptions = TypeVar("AnyOptions")
 
 
 @dataclass(frozen=True)
@@ -92,30 +90,22 @@ def starts_sighted(model_id: str, task: TaskFlags) -> bool:
     return model_id == TOY_MODEL_ID and task.env is None and task.fixed_correct_index is None
 
 
-def fill_in(options: AnyOptions, case: Case) -> tuple[AnyOptions, list[ResolvedDefault]]:
-    """The options with the case's defaults where nothing was given, and these."""
+def fill_in(case: Case) -> tuple[Any, list[ResolvedDefault]]:
+    """The case's options with its defaults where nothing was given, and these."""
     filled = []
-    for declared in fields(options):  # type: ignore[arg-type]
+    for declared in fields(case.options):
         default_of = flag_of(declared).default_of
-        if getattr(options, declared.name) is None and default_of is not None:
+        if getattr(case.options, declared.name) is None and default_of is not None:
             filled.append(ResolvedDefault(declared.name, *default_of(case)))
-    return replace(options, **{default.flag: default.value for default in filled}), filled  # type: ignore[type-var]
+    return replace(case.options, **{default.flag: default.value for default in filled}), filled
 
 
 def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, list[ResolvedDefault]]:
     """The options with all defaults filled in, and these. has_bf16_gpu: a GPU that computes in bfloat16 trains."""
-    why_no_features = "" if options.shared_prefix else "TRL's own passes take no features"
-    if not (options.freeze_vision or options.use_lora):
-        why_no_features = "vision trains, so features change"
-    must_look = starts_sighted(options.model_id, options)
-    case = Case(
-        has_bf16_gpu,
-        models_of_case(options.model_id, must_look=must_look, allows_reasoning=options.allow_reasoning),
-        uses_lora=options.use_lora,
-        why_no_features=why_no_features,
-        accumulation=options.gradient_accumulation_steps,
-    )
-    return fill_in(options, case)
+    models: tuple[str, ...] = ("reasoning", "real") if options.allow_reasoning else ("real",)
+    if options.model_id == TOY_MODEL_ID:
+        models = ("look", "toy") if starts_sighted(options.model_id, options) else ("toy",)
+    return fill_in(Case(options, has_bf16_gpu, models))
 
 
 def refuse_numbers(options: Any) -> None:

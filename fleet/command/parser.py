@@ -176,6 +176,15 @@ def as_flag_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Flags as the command line takes them, without those that are None, which is a value of one flag alone."""
+    return [
+        f"--{name}={as_flag_value(value)}"
+        for name, value in settings.items()
+        if value is not None or name == "fixed_correct_index"
+    ]
+
+
 def _help_formatter(prog: str) -> argparse.HelpFormatter:
     # two columns less than the terminal has, as argparse does: some wrap a full line
     width = min(shutil.get_terminal_size().columns - 2, MAX_HELP_WIDTH)
@@ -226,16 +235,13 @@ def _flags_in_file(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any
     if not isinstance(settings, dict):
         raise UsageError(f"config file {path} holds a {type(settings).__name__}, wanted lines of 'flag: value'")
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    flags: list[str] = []
     for key, value in settings.items():
         if key not in known:
             raise UsageError(f"config file {path}: unknown key {key!r}{_nearest(str(key), known)}; see --help")
         if isinstance(value, (dict, list)):
             raise UsageError(f"config file {path}: {key} is a {type(value).__name__}, wanted one value")
-        if value is not None or key == "fixed_correct_index":
-            flags.append(f"--{key}={as_flag_value(value)}")
     with refused(UsageError, before=f"config file {path}: "):
-        return _flags_in(parser, flags)
+        return _flags_in(parser, as_arguments(settings))
 
 
 class _ConfigLoader(yaml.SafeLoader):

@@ -108,6 +108,10 @@ def test_missing_package_is_named_with_what_needs_it(monkeypatch, package, argum
     assert remedy in message
 
 
+def test_a_vllm_of_unknown_version_passes(everything_installed):
+    preflight.require_packages(options_of("--use_vllm"))
+
+
 def test_package_that_the_run_does_not_use_may_be_missing(monkeypatch):
     monkeypatch.setattr(preflight, "find_spec", lambda name: object() if name == "torchvision" else None)
     preflight.require_packages(options_of("--report_to", "none"))
