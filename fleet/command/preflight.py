@@ -50,7 +50,8 @@ def check_before_loading(options: Options, launch_variables: Mapping[str, str] =
     require_packages(options)
     require_consistent_launch(launch_variables)
     require_model(options.model_id)
-    require_adapter_flags(options.model_id, use_lora=options.use_lora)
+    if is_adapter(options.model_id) and not options.use_lora:
+        raise UsageError(f"model_id={options.model_id} is an adapter, whose base stays frozen; add --use_lora true")
     if options.output_dir is not None:
         require_free(Path(options.output_dir))
     require_output_dir(options, paths_read(options.model_id, options.data_root, own_code(options)))
@@ -158,12 +159,6 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
             raise UsageError(f"model folder {folder} has no {what} ({pattern}); copy it there from the original model")
     require_whole_folder(folder)
     require_whole_weights(folder)
-
-
-def require_adapter_flags(model_id: str, *, use_lora: bool) -> None:
-    """Raises UsageError for an adapter without --use_lora: nothing else of it would train."""
-    if is_adapter(model_id) and not use_lora:
-        raise UsageError(f"model_id={model_id} is an adapter, whose base stays frozen; add --use_lora true")
 
 
 def make_environment(
