@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from environment import Episode, judge, pick_image_messages
-from fleet.command import command_line, evaluate_options
-from fleet.command.evaluate_options import EvaluateOptions
-from fleet.command.flags import TOY_MODEL_ID, ModelFlags
-from fleet.command.parser import as_flag_value, flag, make_parser, parse_flags, replace_default
+from environment import judge, pick_image_messages
+from fleet.command import command_line
+from fleet.command.evaluate_options import (
+    EvaluateOptions,
+    parse_evaluate_options,
+    resolve_evaluate_options,
+    run_options,
+)
+from fleet.command.flags import AT_LEAST_0, TOY_MODEL_ID, ModelFlags
+from fleet.command.options import refuse_numbers
+from fleet.command.parser import as_arguments, flag, make_parser, parse_flags, replace_default
 from fleet.command.preflight import require_model
 from fleet.errors import UsageError, refused
 from utils.images import BadImage, list_labelled_images
@@ -42,15 +48,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from fleet.run import model_setup
     from model_utils import generate_tool_call
 
-    options, _ = evaluate_options.resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
+    options, _ = resolve_evaluate_options(options, has_bf16_gpu=model_setup.has_bfloat16())
     model_setup.require_loadable_models(options.model_id, revision=options.revision)
     model_setup.say_what_the_toy_has_not_seen(options.model_id, options, question.images)
     model, processor = model_setup.load_policy(options, options)
+    messages = pick_image_messages(len(question.images), question.instruction, allow_reasoning=options.allow_reasoning)
     with refused(BadImage):
         text = generate_tool_call(
             model,
             processor,
-            as_episode(question, allow_reasoning=options.allow_reasoning),
+            messages,
+            question.images,
             max_completion_length=int(options.max_completion_length or 0),
             temperature=temperature,
             max_pixels=options.image_max_pixels,
@@ -71,7 +79,7 @@ class AskFlags:
         metavar="PATH", parse=str, takes_several=True)
     instruction: str | None = flag(None, "the sentence that says which to pick",
         "the run's, where one index was always right", metavar="TEXT")
-    temperature: float = flag(0.0, "of sampling; 0 takes the likeliest")
+    temperature: float = flag(0.0, "of sampling; 0 takes the likeliest", bounds=(AT_LEAST_0,))
     image_max_pixels: int | None = flag(None, "width times height an image is shrunk to, in pixels",
         "the run's, else as training.py")
     max_completion_length: int | None = flag(None, "tokens that the answer may have", "the run's, else as training.py")
@@ -87,25 +95,24 @@ def build_ask_parser() -> argparse.ArgumentParser:
 
 def parse_question(argv: Sequence[str]) -> tuple[EvaluateOptions, Question, float]:
     """(model and prompt, question, temperature) of a command line; at 0 the answer is greedy. Raises UsageError."""
-    flags = parse_flags(build_ask_parser(), argv)
-    values = flags.values
-    if values["temperature"] < 0:
-        raise UsageError(f"temperature={values['temperature']}, but it must be at least 0; correct --temperature")
-    given = [name for name in SHARED if name in flags.given and values[name] is not None]
-    forwarded = [f"--{name}={as_flag_value(values[name])}" for name in given]
-    if values["model_id"] == TOY_MODEL_ID and values["instruction"] is not None:
+    given = parse_flags(build_ask_parser(), argv)
+    asked = AskFlags(**given)
+    refuse_numbers(asked)
+    forwarded = as_arguments({name: given[name] for name in SHARED if name in given})
+    if asked.model_id == TOY_MODEL_ID and asked.instruction is not None:
         forwarded.append("--fixed_correct_index=none")
-    options = evaluate_options.parse_evaluate_options(forwarded)
+    options = parse_evaluate_options(forwarded)
     require_model(options.model_id)
-    question = Question(_pictures(values["images"]), _instruction(options.model_id, values["instruction"]))
-    return options, question, values["temperature"]
-
-
-def as_episode(question: Question, *, allow_reasoning: bool) -> Episode:
-    """The question as an episode without a right answer: its correct_index says nothing."""
-    messages = pick_image_messages(len(question.images), question.instruction, allow_reasoning=allow_reasoning)
-    labels = tuple(path.stem for path in question.images)
-    return Episode(question.images, tuple(messages), 0, labels, None, 0)
+    images, instruction = _pictures(asked.images), asked.instruction
+    if instruction is None:
+        run = run_options(options.model_id)
+        if options.model_id != TOY_MODEL_ID and (run.get("env") or run.get("fixed_correct_index") is None):
+            raise UsageError(
+                f"instruction is missing: model_id={options.model_id} goes by what it names; pass --instruction, such "
+                "as 'Pick the red circle.'"
+            )
+        instruction = "Pick the correct image."
+    return options, Question(images, instruction), asked.temperature
 
 
 def describe_answer(question: Question, text: str, *, allow_reasoning: bool) -> str:
@@ -136,18 +143,6 @@ def _pictures(named: Sequence[str] | None) -> tuple[Path, ...]:
             f"{MAX_IMAGES}; pass fewer files, or another folder"
         )
     return tuple(paths)
-
-
-def _instruction(model_id: str, given: str | None) -> str:
-    if given is not None:
-        return given
-    run = evaluate_options.run_options(model_id)
-    if model_id != TOY_MODEL_ID and (run.get("env") or run.get("fixed_correct_index") is None):
-        raise UsageError(
-            f"instruction is missing: model_id={model_id} goes by what it names; pass --instruction, such as "
-            "'Pick the red circle.'"
-        )
-    return "Pick the correct image."
 
 
 if __name__ == "__main__":

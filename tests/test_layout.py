@@ -109,7 +109,7 @@ def functions_with_all_options() -> list[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 types = [ast.unparse(argument.annotation) for argument in node.args.args if argument.annotation]
-                if {"Options", "EvaluateOptions", "AnyOptions"} & set(types):
+                if {"Options", "EvaluateOptions"} & set(types):
                     found.append(f"{module}.{node.name}")
     return found
 

@@ -19,11 +19,11 @@ from fleet.command.flags import (
     ModelFlags,
     SamplingFlags,
     TaskFlags,
-    models_of_case,
+    by_model,
 )
 from fleet.command.idle_flags import IDLE_IN_EVALUATION, refuse_idle
-from fleet.command.options import PATH_FLAGS, Options, ResolvedDefault, fill_in, refuse_numbers
-from fleet.command.parser import as_flag_value, as_seen_from, flag, make_parser, parse_flags, replace_default, user_path
+from fleet.command.options import PATH_FLAGS, ResolvedDefault, fill_in, refuse_numbers
+from fleet.command.parser import as_arguments, as_seen_from, flag, make_parser, parse_flags, replace_default, user_path
 from fleet.errors import UsageError
 from fleet.model_folder.files import read_json
 
@@ -40,7 +40,8 @@ class ScoringFlags:
     num_samples: int = flag(4, "samples per episode, 0 for none", bounds=(AT_LEAST_0,))
     pass_k: str | None = flag(None, "each k of pass@k", "1, 2 and num_samples", metavar="K,...")
     per_device_batch_size: int | None = flag(None, "episodes that a device answers at a time, each with its samples",
-        "128 for the toy, else 4", bounds=(AT_LEAST_1,))
+        "128 for the toy, else 4", bounds=(AT_LEAST_1,), default_of=by_model(toy=(128, "the toy is small"),
+        real=(4, "20 rows of a real model with 4 samples each")))
     seed: int = flag(0, "of the samples", bounds=(AT_LEAST_0,))
     output: str | None = flag(None, "where the figures go as JSON", "nowhere", metavar="FILE", parse=user_path)
     overwrite: bool = flag(False, "replace an output file that exists")
@@ -73,8 +74,10 @@ GROUPS = {
     "generation": (SamplingFlags,),
     "evaluation": (HeldOutFlags, ScoringFlags),
 }
-# the flags that an evaluation never takes over from the run that left the model
-NOT_INHERITED = frozenset({"model_id", "revision", "dtype", "eval_episodes", "eval_seed"})
+# the flags that an evaluation takes over from the run that left the model
+INHERITED = {field.name for flags in (ModelFlags, TaskFlags, SamplingFlags) for field in fields(flags)} - {
+    "model_id", "revision", "dtype",
+}  # fmt: skip
 
 
 def build_evaluate_parser() -> argparse.ArgumentParser:
@@ -93,22 +96,23 @@ def parse_evaluate_options(argv: Sequence[str], launch_variables: Mapping[str, s
     For a model in a run's folder, the task, the prompt and the sampling are the run's unless they are given.
     """
     parser = build_evaluate_parser()
-    given = parse_flags(parser, argv).values
-    shared = {field.name for flags in (ModelFlags, TaskFlags, SamplingFlags) for field in fields(flags)}
-    inherited = shared - NOT_INHERITED
-    if given["prompt_style"] is not None:
-        # a run of bare calls leaves no room to reason
-        inherited.discard("max_completion_length")
-    own_flags = [
-        f"--{name}={as_flag_value(value)}"
-        for name, value in run_options(given["model_id"]).items()
-        if name in inherited and (value is not None or name == "fixed_correct_index")
-    ]
-    flags = parse_flags(parser, argv, own_flags)
-    options = EvaluateOptions(**flags.values)
+    given = parse_flags(parser, argv)
+    run = run_options(given.get("model_id", TOY_MODEL_ID))
+    # a run of bare calls leaves no room to reason
+    inherited = INHERITED - {"max_completion_length"} if "prompt_style" in given else INHERITED
+    runs_flags = as_arguments({name: run[name] for name in inherited & run.keys()})
+    options = EvaluateOptions(**parse_flags(parser, runs_flags) | given)
     refuse_numbers(options)
-    _require_possible_ks(options)
-    refuse_idle(IDLE_IN_EVALUATION, options, flags.given, launch_variables)
+    words = [] if options.pass_k is None else options.pass_k.split(",")
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise UsageError(f"pass_k={options.pass_k!r}, but wanted whole numbers with commas between; pass --pass_k 1,8")
+    for k in options.ks:
+        if not 1 <= k <= options.num_samples:
+            raise UsageError(
+                f"pass_k={k}, but with num_samples={options.num_samples} k is from 1 to {options.num_samples}; draw "
+                f"more samples (--num_samples {max(k, 1)}) or lower --pass_k"
+            )
+    refuse_idle(IDLE_IN_EVALUATION, options, given, launch_variables)
     for name, model in zip(("model_id", "baseline"), options.models, strict=False):
         if run_options(model).get("seed") == options.eval_seed:
             raise UsageError(
@@ -123,12 +127,10 @@ def resolve_evaluate_options(
 ) -> tuple[EvaluateOptions, list[ResolvedDefault]]:
     """The options with every case-dependent default filled in, and the list of these."""
     is_toy = TOY_MODEL_ID in (options.model_id, run_options(options.model_id).get("model_id"))
-    size = (128, "the toy is small") if is_toy else (4, "20 rows of a real model with 4 samples each")
-    others = {"per_device_batch_size": size}
-    if options.prompt_style is not None:
-        others["max_completion_length"] = (512, "room to reason, for either prompt")
-    models = models_of_case(options.model_id, must_look=False, allows_reasoning=options.allow_reasoning)
-    return fill_in(options, Case(has_bf16_gpu, models), **others)
+    model = "toy" if is_toy else "real"
+    # prompts that are compared have the same room
+    reasons = options.prompt_style is not None or (options.allow_reasoning and not is_toy)
+    return fill_in(Case(options, has_bf16_gpu, ("reasoning", model) if reasons else (model,)))
 
 
 def run_config(model_id: str) -> dict[str, Any]:
@@ -147,9 +149,8 @@ def run_options(model_id: str) -> dict[str, Any]:
 
     A path that leads nowhere from the working directory is taken from the one in which the run was started.
     """
-    known = {field.name for field in fields(Options)}
     config = run_config(model_id)
-    options = {name: value for name, value in config.get("options", {}).items() if name in known}
+    options = dict(config.get("options", {}))
     for name in PATH_FLAGS if "directory" in config else ():
         value = options.get(name)
         if isinstance(value, str) and not Path(value if name == "data_root" else value.rpartition(":")[0]).exists():
@@ -169,15 +170,3 @@ def require_output(output: str | None, *, overwrite: bool) -> None:
     nearest = next(parent for parent in path.resolve().parents if parent.exists())
     if not nearest.is_dir() or not os.access(path if path.exists() else nearest, os.W_OK):
         raise UsageError(f"output={path} cannot be written under {nearest}; pass a file in a folder to write to")
-
-
-def _require_possible_ks(scoring: ScoringFlags) -> None:
-    words = [] if scoring.pass_k is None else scoring.pass_k.split(",")
-    if not all(word.isascii() and word.isdigit() for word in words):
-        raise UsageError(f"pass_k={scoring.pass_k!r}, but wanted whole numbers with commas between; pass --pass_k 1,8")
-    for k in scoring.ks:
-        if not 1 <= k <= scoring.num_samples:
-            raise UsageError(
-                f"pass_k={k}, but with num_samples={scoring.num_samples} k is from 1 to {scoring.num_samples}; draw "
-                f"more samples (--num_samples {max(k, 1)}) or lower --pass_k"
-            )

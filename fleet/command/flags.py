@@ -17,22 +17,12 @@ TOY_MODEL_ID = "toy"
 class Case:
     """The facts on which defaults depend.
 
-    models: what the model is called in `by_model`, the closest name first. why_no_features: the reason why features of
-    images are not kept, "" where they are.
+    options: as given. models: what the model is called in `by_model`, the closest name first.
     """
 
+    options: Any
     has_bf16_gpu: bool
     models: tuple[str, ...]
-    uses_lora: bool = False
-    why_no_features: str = ""
-    accumulation: int = 1
-
-
-def models_of_case(model_id: str, *, must_look: bool, allows_reasoning: bool) -> tuple[str, ...]:
-    """The names of a model in `by_model`: look or toy, reasoning or real."""
-    if model_id == TOY_MODEL_ID:
-        return ("look", "toy") if must_look else ("toy",)
-    return ("reasoning", "real") if allows_reasoning else ("real",)
 
 
 def by_model(**defaults: tuple[Any, str]) -> Callable[[Case], tuple[Any, str]]:

@@ -6,7 +6,7 @@ was not given is null in config.json and listed there, as its default has no par
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from fleet.command.flags import TOY_MODEL_ID
 from fleet.command.parser import as_flag_value
 from fleet.errors import UsageError
 from fleet.model_folder.files import base_of, is_adapter, read_json
-from fleet.schedule import optimizer_steps_per_generation
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,6 @@ def _is_from_hub(model_id: str) -> bool:
     return base != TOY_MODEL_ID and not Path(base).is_dir()
 
 
-def _is_on_policy(options: Any) -> bool:
-    accumulation = options.gradient_accumulation_steps
-    cycle = (options.steps_per_generation or accumulation, options.num_iterations, accumulation)
-    return optimizer_steps_per_generation(*cycle) == 1
-
-
 NOT_FROM_HUB = "only a hub model has revisions", "pass a hub id as the model"
 NOT_SHARDED = "weights are sharded under DeepSpeed ZeRO-3 alone", "launch with --config_file accelerate_config.yaml"
 
@@ -85,8 +78,9 @@ IDLE_IN_TRAINING = (
         "the function of --reward has its own values", "drop --reward"),
     IdleFlags(("warmup_steps",), lambda options, launch: options.lr_scheduler_type == "constant",
         "the schedule 'constant' does not warm up", "add --lr_scheduler_type constant_with_warmup", off=0),
-    IdleFlags(("epsilon", "epsilon_high"), lambda options, launch: _is_on_policy(options), "each generation serves "
-        "one optimizer step, whose ratio is 1", "pass --num_iterations 2 or more --steps_per_generation"),
+    IdleFlags(("epsilon", "epsilon_high"), lambda options, launch: options.optimizer_steps_per_generation == 1,
+        "each generation serves one optimizer step, whose ratio is 1",
+        "pass --num_iterations 2 or more --steps_per_generation"),
     IdleFlags(VLLM, lambda options, launch: not options.use_vllm, "vLLM does not generate", "add --use_vllm true"),
     IdleFlags(("vllm_server_host", "vllm_server_port"), lambda options, launch: options.vllm_mode != "server",
         "vLLM runs beside training", "add --vllm_mode server"),
@@ -136,9 +130,3 @@ def idle_flags(options: Any, launch_variables: Mapping[str, str] = os.environ) -
         if getattr(options, flag) != entry.off
     }
     return sorted(idle)
-
-
-def options_in_force(options: Any, launch_variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Every option by name, null where it has no part in this training run."""
-    idle = idle_flags(options, launch_variables)
-    return {name: None if name in idle else value for name, value in asdict(options).items()}

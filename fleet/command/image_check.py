@@ -7,13 +7,13 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from environment import EpisodeSource, PickImageEnv
+from environment import EpisodeSource
 from fleet.command.flags import TaskFlags
 from fleet.errors import UsageError, refused
 from fleet.model_folder.files import base_of
@@ -24,39 +24,21 @@ from utils.user_files import folder_kept
 
 logger = logging.getLogger("fleet")
 
-NO_SHA256 = bytes(32)
 MAX_NAMED = 5  # bad images that a message lists with their reasons
 SECONDS_PER_PROGRESS_LINE = 10.0
 
 
 @dataclass(frozen=True)
 class ImageShare:
-    """The result of reading one process's share of the images: places first, first + stride, ... of the list.
+    """The result of reading one process's share of the images.
 
-    names_digest: of the whole list, names and labels. sha256s: 32 bytes a file of the share, zeros for a bad one.
-    problems: the reason against an image, by its place in the list.
+    names_digest: hex, of the whole list, names and labels. sha256s: 32 bytes of each sound file, by its image's place
+    in the list. problems: the reason against a bad one, likewise.
     """
 
-    first: int
-    stride: int
-    names_digest: bytes
-    sha256s: bytes
+    names_digest: str
+    sha256s: Mapping[int, bytes]
     problems: Mapping[int, str]
-
-
-@dataclass(frozen=True)
-class Findings:
-    """The findings of one process before it hears of others: the environment, and its share of the images.
-
-    share: None for an environment without a list of `images`. data: of the only process of a run. episode_digests: of
-    the first episodes' fields; empty where one does not open. beginning: SHA-256 by name, as the run began.
-    """
-
-    env: EpisodeSource
-    share: ImageShare | None
-    data: "RunData | None" = None
-    episode_digests: Mapping[str, str] = field(default_factory=dict)
-    beginning: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +56,21 @@ class RunData:
     sha256s: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Findings:
+    """The findings of one process before it hears of others: the environment, and its share of the images.
+
+    share: None for an environment without a list of `images`. data: of the only process of a run. episode_digests: of
+    the first episodes' fields; empty where one does not open. beginning: SHA-256 by name, as the run began.
+    """
+
+    env: EpisodeSource
+    share: ImageShare | None
+    data: RunData | None = None
+    episode_digests: Mapping[str, str] = field(default_factory=dict)
+    beginning: Mapping[str, str] = field(default_factory=dict)
+
+
 def find_bad_images(
     env: EpisodeSource,
     task: TaskFlags,
@@ -85,11 +82,8 @@ def find_bad_images(
 
     launch_variables: known to be consistent. beginning: as settle's. Raises UsageError, as settle does, if it is alone.
     """
-    beginning = beginning or {}
     for note in getattr(env, "folder_notes", ()):
         logger.info(f"{task.data_root}: {note}")
-    if task.bad_images == "skip":
-        env = with_lost_images(env, beginning, task)
     is_alone = launch_variables.get("WORLD_SIZE", "1") == "1"
     share = None
     if (images := images_of(env)) is not None:
@@ -97,7 +91,7 @@ def find_bad_images(
         stride = 1 if is_alone else int(launch_variables.get("LOCAL_WORLD_SIZE", "1"))
         literals = added_token_literals(model_id) | added_token_literals(base_of(model_id))
         share = check_share(images, task.data_root, first, stride, literals)
-    return Findings(env, share, settle(task, env, [share], beginning) if is_alone else None, beginning=beginning)
+    return Findings(env, share, settle(task, env, [share], beginning) if is_alone else None, beginning=beginning or {})
 
 
 def images_of(env: EpisodeSource) -> tuple[LabelledImage, ...] | None:
@@ -116,26 +110,23 @@ def check_share(
     literals: Collection[str] = QWEN_ADDED_TOKENS,
 ) -> ImageShare:
     """Reads and decodes every `stride`-th image from `first` on. literals: tokens' texts, which no label may hold."""
-    sha256s: list[bytes] = []
+    sha256s: dict[int, bytes] = {}
     problems: dict[int, str] = {}
     next_line_s = time.monotonic() + SECONDS_PER_PROGRESS_LINE
     places = range(first, len(images), stride)
-    for number, place in enumerate(places):
-        sha256, problem = NO_SHA256, problem_of_label(images[place].label, literals)
-        try:
-            sha256 = checked_sha256(images[place].path) if problem is None else NO_SHA256
-        except BadImage as error:
-            problem = error.reason
-        sha256s.append(sha256)
-        if problem is not None:
+    for number, place in enumerate(places, start=1):
+        if (problem := problem_of_label(images[place].label, literals)) is not None:
             problems[place] = problem
+        else:
+            try:
+                sha256s[place] = checked_sha256(images[place].path)
+            except BadImage as error:
+                problems[place] = error.reason
         if time.monotonic() >= next_line_s:
-            logger.info(f"checked {number + 1:,} of {len(places):,} images")
+            logger.info(f"checked {number:,} of {len(places):,} images")
             next_line_s += SECONDS_PER_PROGRESS_LINE
-    names_digest = hashlib.sha256()
-    for image in images:
-        names_digest.update(_line(image_name(image.path, data_root), image.label))
-    return ImageShare(first, stride, names_digest.digest(), b"".join(sha256s), problems)
+    names_digest = _digest(_line(image_name(image.path, data_root), image.label) for image in images)
+    return ImageShare(names_digest, sha256s, problems)
 
 
 def settle(
@@ -150,10 +141,11 @@ def settle(
     a resumed run. If bad images are skipped, one that has gone bad since is still drawn, and its episode replaced.
     Raises UsageError if bad images stop the run or leave too little, or machines hold different files.
     """
-    images, shares = images_of(env), [share for share in found if share is not None]
-    if images is None or not shares:
+    shares = [share for share in found if share is not None]
+    if not shares:
         return RunData(env)
-    names = [image_name(image.path, task.data_root) for image in images]
+    listing = listing_of(env, task.data_root)
+    names = [name for name, _ in listing]
     problems = {place: problem for share in shares for place, problem in share.problems.items()}
     sha256s = _sha256s(names, shares, problems)
     if beginning and task.bad_images == "skip":
@@ -170,16 +162,8 @@ def settle(
         narrowed = without_images(env, skipped, task)
     if problems:
         logger.info(f"left out: {description}\n")
-    drawn_from = {name: sha256s[place].hex() for place, name in enumerate(names) if place not in problems}
-    return RunData(narrowed, _data_digest(images, names, sha256s, problems), skipped, drawn_from)
-
-
-def with_lost_images(env: EpisodeSource, names: Collection[str], task: TaskFlags) -> EpisodeSource:
-    """Fleet's environment as it was before images of these names were deleted, so that its episodes stay the same."""
-    if task.env is not None or not isinstance(env, PickImageEnv):
-        return env
-    lost = set(names) - {image_name(image.path, task.data_root) for image in env.images}
-    return env.with_images(lost) if lost else env
+    digest = _digest(_line(*listing[place]) + sha256s[place] for place in sorted(sha256s))
+    return RunData(narrowed, digest, skipped, {names[place]: sha256s[place].hex() for place in sorted(sha256s)})
 
 
 def without_images(env: EpisodeSource, names: Collection[str], task: TaskFlags) -> EpisodeSource:
@@ -252,35 +236,30 @@ def listing_of(env: EpisodeSource, data_root: str | Path) -> list[tuple[str, str
     return [(image_name(image.path, data_root), image.label) for image in images_of(env) or ()]
 
 
-def _sha256s(names: Sequence[str], shares: Sequence[ImageShare], problems: Collection[int]) -> list[bytes]:
-    """The digest of each image's bytes. Raises UsageError if two machines read different bytes, or none read it."""
-    read: list[tuple[bytes, int] | None] = [None] * len(names)
+def _sha256s(names: Sequence[str], shares: Sequence[ImageShare], problems: Collection[int]) -> dict[int, bytes]:
+    """The digest of each sound image, by its place. Raises UsageError if two machines differ, or none read it."""
+    read: dict[int, tuple[bytes, int]] = {}
     for rank, share in enumerate(shares):
-        for number, place in enumerate(range(share.first, len(names), share.stride)):
-            sha256 = share.sha256s[32 * number : 32 * number + 32]
-            before = read[place]
-            if before is None or place in problems:
-                read[place] = sha256, rank
-            elif before[0] != sha256:
+        for place, sha256 in share.sha256s.items():
+            first_sha256, first_rank = read.setdefault(place, (sha256, rank))
+            if sha256 != first_sha256 and place not in problems:
                 raise UsageError(
                     f"the machines hold different files: {printable(names[place])} is another one for process {rank} "
-                    f"than for process {before[1]}; give every machine the same data folder"
+                    f"than for process {first_rank}; give every machine the same data folder"
                 )
-    if None in read:
+    sound = [place for place in range(len(names)) if place not in problems]
+    if unread := [place for place in sound if place not in read]:
         raise UsageError(
-            f"no process was to check {printable(names[read.index(None)])}, so LOCAL_RANK or LOCAL_WORLD_SIZE is wrong "
-            "on some; start with accelerate launch"
+            f"no process was to check {printable(names[unread[0]])}, so LOCAL_RANK or LOCAL_WORLD_SIZE is wrong on "
+            "some; start with accelerate launch"
         )
-    return [entry[0] for entry in read if entry is not None]
+    return {place: read[place][0] for place in sound}
 
 
-def _data_digest(
-    images: Sequence[LabelledImage], names: Sequence[str], sha256s: Sequence[bytes], problems: Collection[int]
-) -> str:
+def _digest(lines: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for place, (image, name) in enumerate(zip(images, names, strict=True)):
-        if place not in problems:
-            digest.update(_line(name, image.label) + sha256s[place])
+    for line in lines:
+        digest.update(line)
     return digest.hexdigest()
 
 

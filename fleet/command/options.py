@@ -8,9 +8,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from fleet.command.flags import TOY_MODEL_ID, Case, HeldOutFlags, ModelFlags, SamplingFlags, TaskFlags, models_of_case
+from fleet.command.flags import TOY_MODEL_ID, Case, HeldOutFlags, ModelFlags, SamplingFlags, TaskFlags
 from fleet.command.idle_flags import IDLE_IN_TRAINING, refuse_idle
 from fleet.command.parser import flag_of, make_parser, parse_flags
 from fleet.command.training_flags import (
@@ -22,7 +22,6 @@ from fleet.command.training_flags import (
     TrainedPartFlags,
 )
 from fleet.errors import UsageError, refused
-from fleet.schedule import optimizer_steps_per_generation
 from reward import RewardWeights
 
 
@@ -47,8 +46,6 @@ GROUPS = {
 PATH_FLAGS = tuple(field.name for field in fields(Options) if flag_of(field).is_file)
 # with any other flag changed, a resumed run would be another run
 MAY_CHANGE_ON_RESUME = frozenset(field.name for field in fields(Options) if flag_of(field).may_change)
-
-AnyOptions = TypeVar("AnyOptions")
 
 
 @dataclass(frozen=True)
@@ -76,10 +73,10 @@ def parse_options(argv: Sequence[str], launch_variables: Mapping[str, str] = os.
     (naming the nearest), an invalid value, a flag that would do nothing, or a bad config file. `--help` prints and
     exits.
     """
-    flags = parse_flags(build_parser(), argv)
-    options = Options(**flags.values)
+    given = parse_flags(build_parser(), argv)
+    options = Options(**given)
     refuse_contradictions(options)
-    refuse_idle(IDLE_IN_TRAINING, options, flags.given, launch_variables)
+    refuse_idle(IDLE_IN_TRAINING, options, given, launch_variables)
     return options
 
 
@@ -93,31 +90,22 @@ def starts_sighted(model_id: str, task: TaskFlags) -> bool:
     return model_id == TOY_MODEL_ID and task.env is None and task.fixed_correct_index is None
 
 
-def fill_in(options: AnyOptions, case: Case, **others: tuple[Any, str]) -> tuple[AnyOptions, list[ResolvedDefault]]:
-    """The options with the case's defaults where nothing was given, and these. others: (default, reason) by flag."""
+def fill_in(case: Case) -> tuple[Any, list[ResolvedDefault]]:
+    """The case's options with its defaults where nothing was given, and these."""
     filled = []
-    for declared in fields(options):  # type: ignore[arg-type]
+    for declared in fields(case.options):
         default_of = flag_of(declared).default_of
-        if getattr(options, declared.name) is None and (declared.name in others or default_of is not None):
-            value, reason = others.get(declared.name) or default_of(case)  # type: ignore[misc]
-            filled.append(ResolvedDefault(declared.name, value, reason))
-    return replace(options, **{default.flag: default.value for default in filled}), filled  # type: ignore[type-var]
+        if getattr(case.options, declared.name) is None and default_of is not None:
+            filled.append(ResolvedDefault(declared.name, *default_of(case)))
+    return replace(case.options, **{default.flag: default.value for default in filled}), filled
 
 
 def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, list[ResolvedDefault]]:
     """The options with all defaults filled in, and these. has_bf16_gpu: a GPU that computes in bfloat16 trains."""
-    why_no_features = "" if options.shared_prefix else "TRL's own passes take no features"
-    if not (options.freeze_vision or options.use_lora):
-        why_no_features = "vision trains, so features change"
-    must_look = starts_sighted(options.model_id, options)
-    case = Case(
-        has_bf16_gpu,
-        models_of_case(options.model_id, must_look=must_look, allows_reasoning=options.allow_reasoning),
-        uses_lora=options.use_lora,
-        why_no_features=why_no_features,
-        accumulation=options.gradient_accumulation_steps,
-    )
-    return fill_in(options, case)
+    models: tuple[str, ...] = ("reasoning", "real") if options.allow_reasoning else ("real",)
+    if options.model_id == TOY_MODEL_ID:
+        models = ("look", "toy") if starts_sighted(options.model_id, options) else ("toy",)
+    return fill_in(Case(options, has_bf16_gpu, models))
 
 
 def refuse_numbers(options: Any) -> None:
@@ -133,17 +121,15 @@ def refuse_numbers(options: Any) -> None:
 
 def refuse_contradictions(options: Options) -> None:
     """Raises UsageError for numbers beyond their bounds, and for values that exclude each other."""
-    if options.num_rollouts < 2:
-        raise UsageError(
-            f"num_rollouts={options.num_rollouts}, but leave-one-out needs at least 2 rollouts per episode; "
-            "pass --num_rollouts 4"
-        )
     refuse_numbers(options)
     with refused(ValueError, before="reward_correct, reward_valid_call: "):
         RewardWeights(options.reward_correct, options.reward_valid_call)
     accumulation, per_generation = options.gradient_accumulation_steps, options.steps_per_generation
     # fmt: off
     contradictions = (
+        (options.num_rollouts < 2,
+         f"num_rollouts={options.num_rollouts}, but leave-one-out needs at least 2 rollouts per episode; pass "
+         "--num_rollouts 4"),
         (options.reward is not None and options.reward_timeout_s >= options.step_timeout_s,
          f"reward_timeout_s={options.reward_timeout_s:g} is not below step_timeout_s={options.step_timeout_s:g}, which "
          "would end the run first; lower one or raise the other"),
@@ -159,26 +145,17 @@ def refuse_contradictions(options: Options) -> None:
          "resume and overwrite are both given, but one keeps the run and one deletes it; drop one"),
         (options.resume and options.output_dir is None,
          "resume is given without output_dir; pass --output_dir with the run to continue"),
+        (options.keep_best and options.save_total_limit == 1,
+         "keep_best=true with save_total_limit=1 would leave no place for the newest checkpoint; pass "
+         "--save_total_limit 2"),
     )
     # fmt: on
     for contradicts, message in contradictions:
         if contradicts:
             raise UsageError(message)
-    if options.keep_best:
-        _refuse_best(options.save_total_limit, options, options.eval_steps)
-
-
-def _refuse_best(save_total_limit: int, rloo: RLOOFlags, eval_steps: int) -> None:
-    """Raises UsageError if the best checkpoint has no place, or lies within a generation, where nothing is saved."""
-    if save_total_limit == 1:
-        raise UsageError(
-            "keep_best=true with save_total_limit=1 would leave no place for the newest checkpoint; pass "
-            "--save_total_limit 2"
-        )
-    accumulation = rloo.gradient_accumulation_steps
-    cycle = optimizer_steps_per_generation(rloo.steps_per_generation or accumulation, rloo.num_iterations, accumulation)
-    for flag, value in (("eval_steps", eval_steps), ("train_steps", rloo.train_steps)):
-        if value is not None and value % cycle:
+    cycle = options.optimizer_steps_per_generation
+    for flag, value in (("eval_steps", options.eval_steps), ("train_steps", options.train_steps)):
+        if options.keep_best and value is not None and value % cycle:
             raise UsageError(
                 f"keep_best=true, but {flag}={value} is not a multiple of the {cycle} optimizer steps that a "
                 "generation serves, between which nothing is saved; make it one"

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from fleet.command.training_flags import RunFlags
 from fleet.errors import UsageError, reason_of
-from fleet.model_folder.files import base_of, is_adapter, read_json
+from fleet.model_folder.files import base_of, read_json
 from fleet.run_folder import CONFIG_NAME, FILE_NAMES, FOLDER_NAMES
 from fleet.run_lock import is_lock
 from utils.file_kinds import kind_of
@@ -100,8 +100,7 @@ def require_can_be_emptied(folder: Path, paths_read: Mapping[str, str], *, overw
 def paths_read(model_id: str, data_root: str, code: Mapping[str, str]) -> dict[str, str]:
     """The paths that a run reads, by the flag that named them. code: the specs of the user's own code, by flag."""
     files = {flag: spec.rpartition(":")[0] for flag, spec in code.items()}
-    base = {"base model": base_of(model_id)} if is_adapter(model_id) else {}
-    return {"model_id": model_id, "data_root": data_root, **files, **base}
+    return {"model_id": model_id, "data_root": data_root, **files, "base model": base_of(model_id)}
 
 
 def is_run_folder(folder: Path) -> bool:

@@ -124,23 +124,12 @@ def _shown(default: Any) -> str:
     return f"{default:g}" if isinstance(default, float) else as_flag_value(default)
 
 
-@dataclass(frozen=True)
-class ParsedFlags:
-    """The value of every flag of a parser, and which of them the user gave, on the command line or in a file."""
-
-    values: dict[str, Any]
-    given: frozenset[str]
-
-
-def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str], inherited: Sequence[str] = ()) -> ParsedFlags:
-    """The values from defaults, `inherited` flags, --config and `argv`; later ones win. Raises UsageError."""
-    own_flags = list(argv)
-    config_path = _parse_known(parser, own_flags).config
-    if config_path is not None:
-        own_flags = [*_read_config_file(parser, Path(config_path)), *own_flags]
-    values = vars(_parse_known(parser, [*inherited, *own_flags]))
-    del values["config"]
-    return ParsedFlags(values, _flags_in(parser, own_flags))
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """The values of the flags that `argv` or its --config file gives; `argv` wins. Raises UsageError."""
+    given = _flags_in(parser, argv)
+    if (config_path := given.pop("config", None)) is not None:
+        given = _flags_in_file(parser, Path(config_path)) | given
+    return given
 
 
 def user_path(text: str) -> str:
@@ -187,34 +176,35 @@ def as_flag_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Flags as the command line takes them, without those that are None, which is a value of one flag alone."""
+    return [
+        f"--{name}={as_flag_value(value)}"
+        for name, value in settings.items()
+        if value is not None or name == "fixed_correct_index"
+    ]
+
+
 def _help_formatter(prog: str) -> argparse.HelpFormatter:
     # two columns less than the terminal has, as argparse does: some wrap a full line
     width = min(shutil.get_terminal_size().columns - 2, MAX_HELP_WIDTH)
     return argparse.HelpFormatter(prog, max_help_position=min(36, width // 3), width=width)
 
 
-def _flags_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
-    """The flags that a command line names."""
-    nothing = object()
-    # a parser keeps the values of its namespace, except those that the command line sets
-    blank = argparse.Namespace(**{action.dest: nothing for action in parser._actions})
-    return frozenset(name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not nothing)
-
-
-def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    _refuse_long_words(argv)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise UsageError(f"unknown flag {flag}{_nearest(flag, [f'--{name}' for name in vars(namespace)])}; see --help")
-    return namespace
-
-
-def _refuse_long_words(argv: Sequence[str]) -> None:
+def _flags_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """The values of the flags that a command line names."""
     if word := next((word for word in argv if len(word) > MAX_VALUE_LENGTH), None):
         raise UsageError(
             f"{word[:20]}... has {len(word):,} characters, but wanted at most {MAX_VALUE_LENGTH:,}; shorten it"
         )
+    known = [action.dest for action in parser._actions if action.dest != "help"]
+    # a parser keeps the values of its namespace, except those that the command line sets
+    nothing = object()
+    namespace, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(known, nothing)))
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UsageError(f"unknown flag {flag}{_nearest(flag, [f'--{name}' for name in known])}; see --help")
+    return {name: value for name, value in vars(namespace).items() if value is not nothing}
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -222,8 +212,8 @@ def _nearest(name: str, known: list[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
-    """The file's settings as command-line flags, so that they meet the same checks."""
+def _flags_in_file(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """The values of the flags that a YAML file sets, by the same checks as on the command line."""
     try:
         kind = kind_of(path)
         content = path.read_bytes() if kind == "a file" else b""
@@ -245,18 +235,13 @@ def _read_config_file(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     if not isinstance(settings, dict):
         raise UsageError(f"config file {path} holds a {type(settings).__name__}, wanted lines of 'flag: value'")
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    flags: list[str] = []
     for key, value in settings.items():
         if key not in known:
             raise UsageError(f"config file {path}: unknown key {key!r}{_nearest(str(key), known)}; see --help")
         if isinstance(value, (dict, list)):
             raise UsageError(f"config file {path}: {key} is a {type(value).__name__}, wanted one value")
-        if value is not None or key == "fixed_correct_index":
-            flags.append(f"--{key}={as_flag_value(value)}")
     with refused(UsageError, before=f"config file {path}: "):
-        _refuse_long_words(flags)
-        parser.parse_args(flags)
-    return flags
+        return _flags_in(parser, as_arguments(settings))
 
 
 class _ConfigLoader(yaml.SafeLoader):

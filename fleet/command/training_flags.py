@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from fleet.command.flags import A_SEED, A_SHARE, ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, ModelFlags, by_model
+from fleet.command.flags import A_SEED, A_SHARE, ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Case, ModelFlags, by_model
 from fleet.command.parser import Bound, flag, true_false_or_auto, user_path
+from fleet.schedule import optimizer_steps_per_generation
 
 LORA_RATE = by_model(toy=(5e-4, "LoRA on the toy model"), real=(1e-5, "LoRA: ten times a full fine-tune's"))
 FULL_RATE = by_model(
@@ -11,6 +12,15 @@ FULL_RATE = by_model(
     look=(2e-4, "full fine-tune of the sighted toy"),
     real=(1e-6, "full fine-tune, TRL's default"),
 )
+
+
+def default_vision_cache(case: Case) -> tuple[int, str]:
+    """(MiB, reason) of --vision_cache_mib."""
+    if not (case.options.freeze_vision or case.options.use_lora):
+        return 0, "vision trains, so features change"
+    if not case.options.shared_prefix:
+        return 0, "TRL's own passes take no features"
+    return 2048, "vision is frozen: features keep"
 
 
 # fmt: off
@@ -30,8 +40,7 @@ class TrainedPartFlags(ModelFlags):
     vision_cache_mib: int | None = flag(None, "host memory per process for features of images, each of which is then "
         "encoded once while it is held, in MiB; 0 keeps none",
         "2048 where vision is frozen, as with LoRA; else 0, as features change", bounds=(AT_LEAST_0,), may_change=True,
-        default_of=lambda case: (0, case.why_no_features) if case.why_no_features
-        else (2048, "vision is frozen: features keep"))
+        default_of=default_vision_cache)
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,12 @@ class RLOOFlags:
                             real=(1, "one group of a real model at a time")))
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", bounds=(AT_LEAST_1,), trl=True)
     steps_per_generation: int | None = flag(None, "micro-batches per generation", "gradient_accumulation_steps, which "
-        "is on-policy", bounds=(AT_LEAST_1,), trl=True,
-        default_of=lambda case: (case.accumulation, "on-policy: one optimizer step a generation"))
+        "is on-policy", bounds=(AT_LEAST_1,), trl=True, default_of=lambda case:
+        (case.options.gradient_accumulation_steps, "on-policy: one optimizer step a generation"))
     num_iterations: int = flag(1, "times each generation is trained on", "on-policy", bounds=(AT_LEAST_1,), trl=True)
     learning_rate: float | None = flag(None, "AdamW's",
         "1e-4 for the toy, 2e-4 where it must look, 5e-4 with LoRA; else 1e-6, 1e-5 with LoRA", bounds=(ABOVE_0,),
-        trl=True, default_of=lambda case: (LORA_RATE if case.uses_lora else FULL_RATE)(case))
+        trl=True, default_of=lambda case: (LORA_RATE if case.options.use_lora else FULL_RATE)(case))
     lr_scheduler_type: str = flag("constant", "learning-rate schedule: constant, constant_with_warmup, linear or "
         "cosine", "so that a longer run begins like a shorter one", metavar="NAME",
         choices=("constant", "constant_with_warmup", "linear", "cosine"), trl=True)
@@ -88,6 +97,13 @@ class RLOOFlags:
     gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory",
         "false for the toy, else true", trl=True,
         default_of=by_model(toy=(False, "the toy model"), real=(True, "memory before speed for a real model")))
+
+    @property
+    def optimizer_steps_per_generation(self) -> int:
+        """Optimizer steps that one generation serves; 1 is on-policy."""
+        accumulation = self.gradient_accumulation_steps
+        per_generation = self.steps_per_generation or accumulation
+        return optimizer_steps_per_generation(per_generation, self.num_iterations, accumulation)
 
 
 @dataclass(frozen=True)

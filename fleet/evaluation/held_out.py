@@ -50,7 +50,7 @@ def make_plan(
     """
     reasons = held_out.allow_reasoning if prompt_style is None else prompt_style == "reasoning"
     images = {"skipped_images": skipped_images, "drawn_images": drawn_images}
-    env = make_environment(held_out, held_out.eval_seed, prompts_reasoning=reasons, **images)
+    env = make_environment(replace(held_out, allow_reasoning=reasons), held_out.eval_seed, **images)
     drawn = chain.from_iterable(
         (checked_fields(run_env, index) for index in range(min(num_episodes, MAX_COMPARED_EPISODES)))
         for run_env, num_episodes in runs

@@ -26,12 +26,12 @@ def config_text(
 ) -> str:
     """The text of config.json: the resolved flags, what is drawn from, processes, command, commit and versions.
 
-    flags: by name, null for `idle` ones. code: the specs of the user's own code, by flag. others: num_episodes,
+    flags: by name; those in `idle` become null. code: the specs of the user's own code, by flag. others: num_episodes,
     num_processes and run_id, which a resumed run keeps and its checkpoints bear.
     """
     config = {
         "run_id": others["run_id"],
-        "options": flags,
+        "options": {name: None if name in idle else value for name, value in flags.items()},
         "idle_flags": idle,
         "num_episodes": others["num_episodes"],
         "num_processes": others["num_processes"],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fleet.command.evaluate_options import EvaluateOptions, parse_evaluate_options
-from fleet.command.idle_flags import IDLE_IN_EVALUATION, IDLE_IN_TRAINING, idle_flags, is_zero3, options_in_force
+from fleet.command.idle_flags import IDLE_IN_EVALUATION, IDLE_IN_TRAINING, idle_flags, is_zero3
 from fleet.command.image_check import RunData
 from fleet.command.options import Options, own_code, parse_options, resolve_options
 from fleet.command.resume_check import require_same_run
@@ -165,8 +165,8 @@ def recorded(line: str) -> dict[str, Any]:
     """The config.json of a run with these flags."""
     no_environment: Any = None
     options, others = resolved(line), {"run_id": "id", "num_episodes": 8, "num_processes": 1}
-    flags, idle = options_in_force(options), idle_flags(options)
-    return json.loads(config_text(flags, idle, own_code(options), RunData(no_environment), **others))
+    flags = dataclasses.asdict(options)
+    return json.loads(config_text(flags, idle_flags(options), own_code(options), RunData(no_environment), **others))
 
 
 def resume(options: Options) -> None:
@@ -242,6 +242,5 @@ def test_zero3_is_what_the_launcher_was_told(variables: dict[str, str], is_shard
     assert is_zero3(variables) is is_sharded
 
 
-def test_options_in_force_keep_every_name() -> None:
-    options = resolved("")
-    assert options_in_force(options, {}).keys() == dataclasses.asdict(options).keys()
+def test_config_json_keeps_every_name() -> None:
+    assert recorded("")["options"].keys() == dataclasses.asdict(resolved("")).keys()

@@ -108,6 +108,10 @@ def test_missing_package_is_named_with_what_needs_it(monkeypatch, package, argum
     assert remedy in message
 
 
+def test_a_vllm_of_unknown_version_passes(everything_installed):
+    preflight.require_packages(options_of("--use_vllm"))
+
+
 def test_package_that_the_run_does_not_use_may_be_missing(monkeypatch):
     monkeypatch.setattr(preflight, "find_spec", lambda name: object() if name == "torchvision" else None)
     preflight.require_packages(options_of("--report_to", "none"))
@@ -600,10 +604,12 @@ def test_env_file_that_does_not_run_is_refused(workplace):
     assert "failed with SyntaxError" in words
 
 
-def test_adapter_without_use_lora_is_refused(tmp_path):
-    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"})
-    assert "add --use_lora true" in refusal_of(lambda: preflight.require_adapter_flags(str(tmp_path), use_lora=False))
-    preflight.require_adapter_flags(str(tmp_path), use_lora=True)
+def test_adapter_without_use_lora_is_refused(everything_installed, picture_folder, tmp_path):
+    write_json(tmp_path / "adapter" / "adapter_config.json", {"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"})
+    write_json(tmp_path / "adapter" / "adapter_model.safetensors", {})
+    options = options_of("--model_id", tmp_path / "adapter", "--data_root", picture_folder)
+    assert "add --use_lora true" in refusal_of(preflight.check_before_loading, options, {})
+    preflight.check_before_loading(dataclasses.replace(options, use_lora=True), {})
 
 
 def test_output_folder_that_cannot_be_made_is_refused(tmp_path):

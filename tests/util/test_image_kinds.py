@@ -239,7 +239,7 @@ def test_kind_of_file_is_listed_and_kept_or_refused(tmp_path: Path, kind: str) -
     assert len(images) == 1
     share = check_share(images, tmp_path / "data", 0, 1)
     if reason is None:
-        assert share.problems == {} and share.sha256s == checked_sha256(path)
+        assert share.problems == {} and share.sha256s == {0: checked_sha256(path)}
         assert open_image(path).mode == "RGB"
         return
     assert share.problems.keys() == {0} and reason in share.problems[0]

@@ -20,7 +20,7 @@ from trl import RLOOConfig
 from dataset import RepeatableEpisodeDataset
 from fleet.command.command_line import COLOURED
 from fleet.command.flags import TaskFlags
-from fleet.command.idle_flags import idle_flags, options_in_force
+from fleet.command.idle_flags import idle_flags
 from fleet.command.image_check import Findings, RunData, images_of
 from fleet.command.options import Options, ResolvedDefault, own_code, resolve_options
 from fleet.command.output_dir import paths_read
@@ -254,7 +254,7 @@ def run_config(run: PreparedRun, folder: Path) -> str:
     options = run.options
     recorded_id = read_json(folder / CONFIG_NAME).get("run_id") if options.resume else None
     return config_text(
-        options_in_force(options),
+        asdict(options),
         idle_flags(options),
         own_code(options),
         run.data,
