@@ -71,11 +71,6 @@ def cannot_cross(error: BaseException) -> str:
     return f"cannot be given its columns: {describe_error(error)}; let episodes hold plain data"
 
 
-def late(timeout_s: float) -> str:
-    """The reason for a function that takes too long."""
-    return f"did not return within {timeout_s:g} s; mend it, or raise --reward_timeout_s"
-
-
 def checked_value(value: Any) -> float:
     """A reward as a finite float; NaN unless it is a real number, finite, and within MAX_REWARD of 0.
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from fleet.own_code.reward_function import CheckedRewards, broken, cannot_cross, late
+from fleet.own_code.reward_function import CheckedRewards, broken, cannot_cross
 from utils.child_process import command_of
 
 LOOK_S = 0.2  # a process that is gone, and whose socket others still hold, is noticed after this
@@ -120,12 +120,12 @@ class RewardProcess:
                 # a look counts as it should last: in a longer one this process was stopped itself
                 waited_s += LOOK_S
                 if timeout_s is not None and waited_s >= timeout_s:
-                    return late(timeout_s)
+                    raise TimeoutError
                 if self._process.poll() is not None:
                     return self._end_in_words()
             return dict(json.loads(self._reader.readline()))
         except TimeoutError:
-            return late(timeout_s or 0)
+            return f"did not return within {timeout_s:g} s; mend it, or raise --reward_timeout_s"
         # ValueError: the line is empty or cut off
         except (ValueError, OSError):
             return self._end_in_words()
