@@ -121,8 +121,9 @@ def fleet_trainer(
     **settings: Any,
 ) -> FleetRLOOTrainer:
     """reward_function: a plain one, or that of a file. settings: TrainerSettings' fields."""
-    is_plain = not isinstance(reward_function, RewardProcess | None)
-    reward: Any = PlainReward(reward_function) if is_plain else reward_function
+    reward: Any = reward_function
+    if reward_function is not None and not isinstance(reward_function, RewardProcess):
+        reward = PlainReward(reward_function)
     return trainer_class(
         toy_model() if model is None else model,
         args,
