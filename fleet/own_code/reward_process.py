@@ -51,20 +51,15 @@ class RewardProcess:
             return broken(self.__name__, len(completions), cannot_cross(error))
         answer = self._ask(request, self.timeout_s)
         if isinstance(answer, str):
-            self._kill()
+            self._end(0)
             return broken(self.__name__, len(completions), answer)
         return CheckedRewards(**answer)
 
     def close(self) -> None:
         """Ends the process, which may tidy up for a few seconds."""
         # a process forked from this one has the object, but not the child
-        if self._process is None or os.getpid() != self._owner_pid:
-            return
-        self._connection.close()
-        self._reader.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_S)
-        self._kill()
+        if os.getpid() == self._owner_pid:
+            self._end(END_S)
 
     def _start(self) -> str:
         """Starts the process and has it run the file. Returns the function's name. Raises ValueError if that fails."""
@@ -82,11 +77,11 @@ class RewardProcess:
         modules = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
         files = {name: file for name, file in modules if name.startswith(USER_MODULES) and file}
         answer = self._ask(pickle.dumps({"spec": self.spec, "path": sys.path, "files": files}), None)
-        problem = f"reward={self.spec} {answer}" if isinstance(answer, str) else answer["problem"]
-        if problem is not None:
-            self._kill()
-            raise ValueError(problem)
-        assert not isinstance(answer, str)
+        if isinstance(answer, str):
+            answer = {"problem": f"reward={self.spec} {answer}"}
+        if answer["problem"] is not None:
+            self._end(0)
+            raise ValueError(answer["problem"])
         return str(answer["name"])
 
     def _request(self, completions: Sequence[str], columns: dict[str, Any]) -> bytes:
@@ -142,16 +137,18 @@ class RewardProcess:
         why = ", as when memory runs out" if -code == signal.SIGKILL else ""
         return f"was ended in its process by {name}{why}; correct it"
 
-    def _kill(self) -> None:
-        """Ends the process, and those that it has started in its group, at once."""
+    def _end(self, timeout_s: float) -> None:
+        """Ends the process, which may tidy up for so long, and those that it has started in its group."""
         process, self._process = self._process, None
         if process is None:
             return
+        self._connection.close()
+        self._reader.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_s)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        self._connection.close()
-        self._reader.close()
 
 
 start_reward = lru_cache(RewardProcess)  # gives the one RewardProcess of a function and time limit
