@@ -92,7 +92,6 @@ class RewardProcess:
         request: dict[str, Any] = {
             "completions": list(completions),
             "columns": {key: [pickled[id(entry)] for entry in column] for key, column in columns.items()},
-            "trainer_state": None,
         }
         if state is not None:
             fields = dict(vars(state))
