@@ -44,9 +44,9 @@ from benchmarks.timed_trainers import (  # noqa: E402
 )
 from dataset import RepeatableEpisodeDataset  # noqa: E402
 from environment import PickImageEnv  # noqa: E402
-from fleet.own_code.reward_function import BoundedReward  # noqa: E402
 from fleet.rl.settings import TrainerSettings  # noqa: E402
 from model_utils import load_qwen25_vl, make_lora_config, media_token_ids  # noqa: E402
+from tests.helpers import PlainReward  # noqa: E402
 
 
 def main() -> None:
@@ -149,13 +149,14 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
     trainer: TimedStock | TimedFleet
     if is_fleet:
         cache_bytes = 2**31 if arguments.freeze_vision or arguments.use_lora else 0
+        reward: Any = PlainReward(reward_of_tokens)
         trainer = TimedFleet(
             model,
             args,
             dataset,
             processor,
             TrainerSettings(vision_cache_bytes=cache_bytes),
-            reward_function=BoundedReward(reward_of_tokens),
+            reward_function=reward,
             peft_config=lora,
         )
     else:

@@ -1,7 +1,7 @@
 """What the tests with real models share: the toy model, a data set on it, and a trainer of either kind."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from trl import RLOOConfig, RLOOTrainer
 
 from dataset import RepeatableEpisodeDataset
 from environment import PickImageEnv
-from fleet.own_code.reward_function import BoundedReward
+from fleet.own_code.reward_function import CheckedRewards, checked_call, name_of
+from fleet.own_code.reward_process import RewardProcess
 from fleet.qwen.group_passes import base_qwen
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer
@@ -100,6 +101,16 @@ class ScriptedStockTrainer(RLOOTrainer):
         return scripted_completions(self.num_generations, len(prompt_ids), self.num_generations_done)
 
 
+class PlainReward:
+    """A plain function as a reward that training calls, in this process."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function, self.__name__ = function, name_of(function)
+
+    def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
+        return checked_call(self.function, self.__name__, list(completions), columns)
+
+
 def fleet_trainer(
     args: RLOOConfig,
     trainer_class: type[FleetRLOOTrainer] = FleetRLOOTrainer,
@@ -107,10 +118,12 @@ def fleet_trainer(
     model: Any = None,
     dataset: RepeatableEpisodeDataset | None = None,
     reward_function: Callable[..., Any] | None = None,
-    reward_timeout_s: float = 60.0,
     **settings: Any,
 ) -> FleetRLOOTrainer:
-    """reward_function: a plain one, bounded by reward_timeout_s in a thread. settings: TrainerSettings' fields."""
+    """reward_function: a plain one, or that of a file. settings: TrainerSettings' fields."""
+    reward: Any = reward_function
+    if reward_function is not None and not isinstance(reward_function, RewardProcess):
+        reward = PlainReward(reward_function)
     return trainer_class(
         toy_model() if model is None else model,
         args,
@@ -118,7 +131,7 @@ def fleet_trainer(
         toy_processor(),
         TrainerSettings(**settings),
         peft_config=peft_config,
-        reward_function=reward_function and BoundedReward(reward_function, reward_timeout_s),
+        reward_function=reward,
     )
 
 

@@ -287,7 +287,7 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
     with contextlib.closing(reward):
         assert reward.timeout_s == 7
     assert trainer.settings.allow_reasoning
-    assert trainer.num_kept_checkpoints == 3 and trainer.args.save_total_limit is None
+    assert trainer.checkpoints.keep == 3 and trainer.args.save_total_limit is None
     assert trainer.train_dataset[0]["images"][0].size == (40, 40)
 
 

@@ -22,8 +22,6 @@ from tests.helpers import REPOSITORY, toy_path
 from tests.processes import run_ranks, start_ranks
 from tests.test_resume import QUICK, seal
 
-ALONE = ProcessPlace()
-
 
 class Payload:
     """Unpickling it makes a file."""
@@ -51,7 +49,7 @@ def zero3_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_code_in_any_file_that_a_resume_unpickles_is_found_before_it_is_loaded(zero3_run: Path, tmp_path: Path) -> None:
     checkpoint = zero3_run / "checkpoint-1"
-    require_plain_pickles(checkpoint, ALONE, list)
+    require_plain_pickles(checkpoint, ProcessPlace())
     names = [path.relative_to(checkpoint) for path in checkpoint.rglob("*.p*t*") if path.suffix in (".pt", ".pth")]
     assert len(names) == 7, "four of ZeRO-3's, the schedule, two states of randomness"
     for number, name in enumerate(names):
@@ -59,7 +57,7 @@ def test_code_in_any_file_that_a_resume_unpickles_is_found_before_it_is_loaded(z
         plant(copy / name, tmp_path / "payload")
         assert (tmp_path / "payload").is_dir() is False
         with pytest.raises(UsageError, match="would run code as it is loaded, or cannot be read .it names posix.mkdir"):
-            require_plain_pickles(copy, ALONE, list)
+            require_plain_pickles(copy, ProcessPlace())
         with nothing_unpickled_unless(False), pytest.raises(pickle.UnpicklingError):
             torch.load(copy / name, weights_only=False)
         assert not (tmp_path / "payload").exists()
@@ -68,7 +66,7 @@ def test_code_in_any_file_that_a_resume_unpickles_is_found_before_it_is_loaded(z
 def test_what_torch_did_not_write_is_refused(tmp_path: Path) -> None:
     (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(Payload(tmp_path / "payload")))
     with pytest.raises(UsageError, match=r"optimizer.pt would run code as it is loaded, or cannot be read"):
-        require_plain_pickles(tmp_path, ALONE, list)
+        require_plain_pickles(tmp_path, ProcessPlace())
     assert not (tmp_path / "payload").exists()
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fleet.errors import UsageError
+from fleet.errors import UsageError, refused
 from utils.file_kinds import kind_of
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -88,11 +88,9 @@ def require_regular_files(folder: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UsageError if the file is missing or holds anything else."""
-    try:
+    with refused(OSError, ValueError, before=f"{path} cannot be read (", after="); restore it"):
         kind = kind_of(path) or "a file"
         content = json.loads(path.read_text(encoding="utf-8")) if kind == "a file" else None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); restore it") from error
     if kind != "a file":
         raise UsageError(f"{path} is {kind}, wanted a file; restore it")
     if not isinstance(content, dict):

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from fleet.errors import UsageError
+from fleet.errors import UsageError, one_line
 from fleet.model_folder.files import read_json
 from fleet.run_folder import CONFIG_NAME
 
@@ -37,7 +37,7 @@ def require_qwen_on_hub(model_id: str, revision: str | None = None, *, endpoint:
         raise
     # no answer may stop a run, and a broken connection raises errors of whatever HTTP library huggingface_hub uses
     except Exception as error:
-        model_type, unknown = None, " ".join(str(error).split())[:200] or type(error).__name__
+        model_type, unknown = None, one_line(error)[:200] or type(error).__name__
     if model_type is None:
         logger.info(
             f"{model_id} could not be asked whether it is a Qwen2.5-VL ({unknown}); it is checked as it loads\n"

@@ -1,19 +1,17 @@
-"""A reward function, the user's own or Fleet's: loaded from its file, bounded in time, every value checked.
+"""A user's reward function: loaded from its file, every value checked.
 
 Owns what counts as a bad value (its rollout is dropped) and as a broken function (the run stops). rl/algorithm.py
 decides what a dropped rollout does to its siblings. Imports no torch, as the process of a user's function imports it.
 """
 
-import copy
 import inspect
 import math
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any
 
 from utils.user_files import load_user_file
 
@@ -24,7 +22,6 @@ MAX_REWARD = 1e6
 KEYWORDS = (
     "prompts", "completions", "completion_ids", "correct_index", "num_candidates", "episode", "trainer_state",
 )  # fmt: skip
-COPIED = ("prompts", "completion_ids", "episode")  # a function could change these for others
 
 
 @dataclass(frozen=True)
@@ -34,47 +31,6 @@ class CheckedRewards:
     values: list[float]  # B, NaN where one is dropped
     problem: str | None = None  # the reason why the function is broken; all values are NaN
     dropped: str | None = None  # the first bad value, in words
-
-
-class Reward(Protocol):
-    """A reward as training calls it: a BoundedReward, or the RewardProcess of the user's file."""
-
-    __name__: str
-    timeout_s: float
-
-    def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
-        """The values of B completions. Never raises."""
-
-
-class BoundedReward:
-    """A Python function as a reward that always answers in time, with numbers that are finite or NaN.
-
-    The function runs in a thread of this process. The function of a user's file has a process of its own instead
-    (reward_process.py), with a main thread, which is ended when it hangs.
-    """
-
-    def __init__(self, function: Callable[..., Any], timeout_s: float = 60.0):
-        """timeout_s: limit of one call. The function, which may change them, gets copies of COPIED."""
-        self.function, self.timeout_s = function, timeout_s
-        self.__name__ = name_of(function)
-
-    def __call__(self, completions: Sequence[str], **columns: Any) -> CheckedRewards:
-        """The function's values for B completions. Never raises, and takes `timeout_s` at most.
-
-        A function that hangs is left in its thread, unless it is C code that holds Python's lock. columns: KEYWORDS.
-        """
-        found: list[CheckedRewards] = []
-
-        def call() -> None:
-            # an entry at a time, as siblings share one prompt
-            copied = [key for key in COPIED if key in columns]
-            given = columns | {key: [copy.deepcopy(entry) for entry in columns[key]] for key in copied}
-            found.append(checked_call(self.function, self.__name__, list(completions), given))
-
-        thread = threading.Thread(target=call, name=self.__name__, daemon=True)
-        thread.start()
-        thread.join(self.timeout_s)
-        return found[0] if found else broken(self.__name__, len(completions), late(self.timeout_s))
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -113,11 +69,6 @@ def broken(name: str, num_completions: int, reason: str) -> CheckedRewards:
 def cannot_cross(error: BaseException) -> str:
     """The reason for a function whose process cannot be given its arguments."""
     return f"cannot be given its columns: {describe_error(error)}; let episodes hold plain data"
-
-
-def late(timeout_s: float) -> str:
-    """The reason for a function that takes too long."""
-    return f"did not return within {timeout_s:g} s; mend it, or raise --reward_timeout_s"
 
 
 def checked_value(value: Any) -> float:

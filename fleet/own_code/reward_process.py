@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from fleet.own_code.reward_function import CheckedRewards, broken, cannot_cross, late
+from fleet.own_code.reward_function import CheckedRewards, broken, cannot_cross
 from utils.child_process import command_of
 
 LOOK_S = 0.2  # a process that is gone, and whose socket others still hold, is noticed after this
@@ -51,20 +51,15 @@ class RewardProcess:
             return broken(self.__name__, len(completions), cannot_cross(error))
         answer = self._ask(request, self.timeout_s)
         if isinstance(answer, str):
-            self._kill()
+            self._end(0)
             return broken(self.__name__, len(completions), answer)
         return CheckedRewards(**answer)
 
     def close(self) -> None:
         """Ends the process, which may tidy up for a few seconds."""
         # a process forked from this one has the object, but not the child
-        if self._process is None or os.getpid() != self._owner_pid:
-            return
-        self._connection.close()
-        self._reader.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_S)
-        self._kill()
+        if os.getpid() == self._owner_pid:
+            self._end(END_S)
 
     def _start(self) -> str:
         """Starts the process and has it run the file. Returns the function's name. Raises ValueError if that fails."""
@@ -82,11 +77,11 @@ class RewardProcess:
         modules = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
         files = {name: file for name, file in modules if name.startswith(USER_MODULES) and file}
         answer = self._ask(pickle.dumps({"spec": self.spec, "path": sys.path, "files": files}), None)
-        problem = f"reward={self.spec} {answer}" if isinstance(answer, str) else answer["problem"]
-        if problem is not None:
-            self._kill()
-            raise ValueError(problem)
-        assert not isinstance(answer, str)
+        if isinstance(answer, str):
+            answer = {"problem": f"reward={self.spec} {answer}"}
+        if answer["problem"] is not None:
+            self._end(0)
+            raise ValueError(answer["problem"])
         return str(answer["name"])
 
     def _request(self, completions: Sequence[str], columns: dict[str, Any]) -> bytes:
@@ -97,7 +92,6 @@ class RewardProcess:
         request: dict[str, Any] = {
             "completions": list(completions),
             "columns": {key: [pickled[id(entry)] for entry in column] for key, column in columns.items()},
-            "trainer_state": None,
         }
         if state is not None:
             fields = dict(vars(state))
@@ -120,12 +114,12 @@ class RewardProcess:
                 # a look counts as it should last: in a longer one this process was stopped itself
                 waited_s += LOOK_S
                 if timeout_s is not None and waited_s >= timeout_s:
-                    return late(timeout_s)
+                    raise TimeoutError
                 if self._process.poll() is not None:
                     return self._end_in_words()
             return dict(json.loads(self._reader.readline()))
         except TimeoutError:
-            return late(timeout_s or 0)
+            return f"did not return within {timeout_s:g} s; mend it, or raise --reward_timeout_s"
         # ValueError: the line is empty or cut off
         except (ValueError, OSError):
             return self._end_in_words()
@@ -142,16 +136,18 @@ class RewardProcess:
         why = ", as when memory runs out" if -code == signal.SIGKILL else ""
         return f"was ended in its process by {name}{why}; correct it"
 
-    def _kill(self) -> None:
-        """Ends the process, and those that it has started in its group, at once."""
+    def _end(self, timeout_s: float) -> None:
+        """Ends the process, which may tidy up for so long, and those that it has started in its group."""
         process, self._process = self._process, None
         if process is None:
             return
+        self._connection.close()
+        self._reader.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_s)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        self._connection.close()
-        self._reader.close()
 
 
 start_reward = lru_cache(RewardProcess)  # gives the one RewardProcess of a function and time limit

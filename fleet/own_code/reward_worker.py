@@ -1,7 +1,6 @@
 """The process of a user's reward function: imports the user's file, then answers one call after another.
 
-Its arguments are the descriptor of a socket and the process id of the parent.
-The user's code runs in the only thread of the process, as ordinary code does. Over the socket come pickled requests
+Its arguments are the descriptor of a socket and the process id of the parent. Over the socket come pickled requests
 and go answers, a line of JSON each; the code's own output goes where the parent's goes. Imports no torch by itself.
 """
 
@@ -65,7 +64,7 @@ def answer(
         }
     except BaseException as error:
         return reward_function.broken(name, len(completions), reward_function.cannot_cross(error))
-    if request["trainer_state"] is not None:
+    if "trainer_state" in request:
         log_history[request["num_logs_before"] :] = request["new_logs"]
         columns["trainer_state"] = SimpleNamespace(**request["trainer_state"], log_history=log_history)
     return reward_function.checked_call(function, name, completions, columns)

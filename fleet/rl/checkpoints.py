@@ -42,10 +42,11 @@ class Displaced(Exception):
 
 @dataclass(frozen=True)
 class ProcessPlace:
-    """The rank of this process among those of the run."""
+    """The rank of this process among those of the run, and their `gather`; by default it is the only one."""
 
     rank: int = 0
     num_processes: int = 1
+    gather: Gather = list
 
 
 def checkpoint_step(path: Path) -> int:
@@ -84,17 +85,15 @@ def find_damage(checkpoint: Path, place: ProcessPlace = ProcessPlace(), *, reads
         return f"it cannot be read ({error.strerror}: {error.filename})"
 
 
-def choose_checkpoint(
-    run_folder: Path, place: ProcessPlace, gather: Gather, why_foreign: WhyForeign = lambda checkpoint: None
-) -> Path | None:
+def choose_checkpoint(run_folder: Path, place: ProcessPlace, why_foreign: WhyForeign) -> Path | None:
     """The newest sound checkpoint of this run, the same on all processes; None where there is no checkpoint.
 
     Damage that one process finds in its share counts for all. Raises UsageError if all are damaged or foreign.
     """
     found: list[str] = []
     # process 0's list: another process may see a folder change between two looks
-    for checkpoint in gather([list_checkpoints(run_folder)])[0]:
-        damages = filter(None, gather([find_damage(checkpoint, place) or why_foreign(checkpoint)]))
+    for checkpoint in place.gather([list_checkpoints(run_folder)])[0]:
+        damages = filter(None, place.gather([find_damage(checkpoint, place) or why_foreign(checkpoint)]))
         if (damage := next(damages, None)) is None:
             if found:
                 logger.warning(f"resume: passed over {'; '.join(found)}; going on from {checkpoint}")
@@ -118,27 +117,22 @@ class CheckpointFolder:
         self,
         run_folder: Path,
         place: ProcessPlace,
-        gather: Gather,
         keep: int,
-        on_waiting: Callable[[], object] = lambda: None,
-        displaced_by: Callable[[], str | None] = lambda: None,
-        why_foreign: WhyForeign = lambda checkpoint: None,
+        on_waiting: Callable[[], object],
+        displaced_by: Callable[[], str | None],
+        why_foreign: WhyForeign,
     ):
         """keep: whole checkpoints to keep, at least 1. on_waiting: called every second while a commit is waited for.
 
         displaced_by: who has taken over the folder, if anybody; process 0 asks before it changes anything there.
         """
         self.run_folder, self.place, self.keep = run_folder, place, keep
-        self._gather, self._on_waiting = gather, on_waiting
-        self._displaced_by, self._why_foreign = displaced_by, why_foreign
+        # a checkpoint is written there; nothing in it is ever resumed from
+        self.staging = run_folder / UNFINISHED_NAME
+        self._on_waiting, self._displaced_by, self._why_foreign = on_waiting, displaced_by, why_foreign
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._has_failed_elsewhere = threading.Event()
-
-    @property
-    def staging(self) -> Path:
-        """The folder in which a checkpoint is written; nothing in it is ever resumed from."""
-        return self.run_folder / UNFINISHED_NAME
 
     def begin(self) -> None:
         """Ends the commit before this one, and makes an empty staging folder."""
@@ -151,7 +145,7 @@ class CheckpointFolder:
                 self.staging.mkdir(exist_ok=True)
             except (OSError, Displaced) as error:
                 self._failure = error
-        self._raise_together(self._gather([self._own_failure()]))
+        self._raise_together(self.place.gather([self._own_failure()]))
 
     def commit(self, step: int, kept_best: int | None = None) -> None:
         """Makes the staged checkpoint of `step` the newest, in the background; deletes old ones, but `kept_best`."""
@@ -163,14 +157,28 @@ class CheckpointFolder:
         # process 0 waits for the parts of the others, and must hear first that one will not come
         if self.place.rank != 0:
             self._join()
-        failures = self._gather([None if self.place.rank == 0 else self._own_failure()])
+        failures = self.place.gather([None if self.place.rank == 0 else self._own_failure()])
         if any(failures):
             self._has_failed_elsewhere.set()
         if self.place.rank == 0:
             self._join()
-        failure_of_first = self._gather([self._own_failure() if self.place.rank == 0 else None])
+        failure_of_first = self.place.gather([self._own_failure() if self.place.rank == 0 else None])
         self._has_failed_elsewhere.clear()
         self._raise_together(failures if any(failures) else failure_of_first)
+
+    def remove_old(self, newest: int, kept_best: int | None = None) -> None:
+        """Deletes whole checkpoints of this run up to step `newest`, but the last `keep` of them and the best."""
+        # a resumed run has passed over later ones, for damage that only reading them shows
+        candidates = [path for path in list_checkpoints(self.run_folder) if checkpoint_step(path) <= newest]
+        whole = [path for path in candidates if not (find_damage(path, reads_content=False) or self._why_foreign(path))]
+        others = [path for path in whole if checkpoint_step(path) != kept_best]
+        num_kept = self.keep if len(others) == len(whole) else max(1, self.keep - 1)
+        for path in others[num_kept:]:
+            # a kill while it is deleted must not leave a checkpoint of half its files
+            doomed = self.staging / f"removed-{path.name}"
+            doomed.parent.mkdir(exist_ok=True)
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
 
     def _join(self) -> None:
         while self._thread is not None and self._thread.is_alive():
@@ -211,7 +219,7 @@ class CheckpointFolder:
 
     def _tidy_up(self, step: int, kept_best: int | None) -> None:
         try:
-            remove_old_checkpoints(self.run_folder, self.keep, step, kept_best, self._why_foreign)
+            self.remove_old(step, kept_best)
             remove_unfinished(self.run_folder)
         except OSError as error:
             # the new checkpoint is whole, and old ones cost no more than room
@@ -259,27 +267,6 @@ def remedy_of(error: Exception, folder: Path) -> str:
     # torch and safetensors pass on no more than that they could not write
     unsaid = type(error).__name__ in ("RuntimeError", "SafetensorError")
     return f"{room} or restore {folder}" if unsaid else "correct it"
-
-
-def remove_old_checkpoints(
-    run_folder: Path,
-    keep: int,
-    newest: int,
-    kept_best: int | None = None,
-    why_foreign: WhyForeign = lambda checkpoint: None,
-) -> None:
-    """Deletes whole checkpoints of this run up to step `newest`, but the last `keep` of them and the best."""
-    # a resumed run has passed over later ones, for damage that only reading them shows
-    candidates = [path for path in list_checkpoints(run_folder) if checkpoint_step(path) <= newest]
-    whole = [path for path in candidates if not (find_damage(path, reads_content=False) or why_foreign(path))]
-    others = [path for path in whole if checkpoint_step(path) != kept_best]
-    num_kept = keep if len(others) == len(whole) else max(1, keep - 1)
-    for path in others[num_kept:]:
-        # a kill while it is deleted must not leave a checkpoint of half its files
-        doomed = run_folder / UNFINISHED_NAME / f"removed-{path.name}"
-        doomed.parent.mkdir(exist_ok=True)
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
 
 
 def remove_unfinished(run_folder: Path) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from fleet.errors import RunStopped
-from fleet.own_code.reward_function import MAX_REWARD, Reward
+from fleet.own_code.reward_function import MAX_REWARD
+from fleet.own_code.reward_process import RewardProcess
 from fleet.processes import gather_by_rank, raise_first
 
 logger = logging.getLogger("fleet")
@@ -34,7 +35,7 @@ def without_gradient_if_not_finite(loss: Tensor) -> Tensor:
 class RewardGuard:
     """A user's reward function on all processes: broken on one, it stops all; a value that is no number is dropped."""
 
-    def __init__(self, reward: Reward):
+    def __init__(self, reward: RewardProcess):
         self.reward, self._has_told = reward, False
 
     def __call__(self, completions: Sequence[str], step: int, **columns: Any) -> tuple[list[float], str | None]:

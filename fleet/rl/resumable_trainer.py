@@ -7,41 +7,31 @@ nothing but tensors and plain values, unless they are trusted.
 
 import contextlib
 import json
-import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, patch_environment
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import TrainOutput
 from trl import RLOOTrainer
 
 from fleet.command.resume_check import why_of_another_run
 from fleet.errors import RunEnded, RunStopped, UsageError, one_line
-from fleet.processes import Gather, gather_by_rank, raise_first
+from fleet.processes import gather_by_rank, raise_first
 from fleet.rl.checkpoints import CheckpointFolder, ProcessPlace, remedy_of
 from fleet.run_folder import CONFIG_NAME, RUN_CONFIG_NAME, write_atomically
 from fleet.schedule import optimizer_steps_per_generation
 
-# Classes besides torch's own that Trainer and DeepSpeed write into what they pickle. They hold plain values.
-KNOWN_CLASSES = {
-    "numpy._core.multiarray._reconstruct",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.ndarray",
-    "numpy.dtype",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-}
 # In the words of torch's RuntimeError for a file that it cannot write.
 WRITE_FAILURES = ("PytorchStreamWriter", "inline_container")
 # What a resume unpickles; training_args.bin is written for people alone.
@@ -69,9 +59,16 @@ class ResumableTrainer(RLOOTrainer):
         """The others are RLOOTrainer's."""
         super().__init__(*args, **kwargs)
         self.run_config, self.trusts_checkpoint = run_config, trusts_checkpoint
-        # Trainer's own limit stays unset, as it counts damaged checkpoints too
-        self.num_kept_checkpoints = num_kept_checkpoints
         self.on_activity, self.displaced_by = on_activity, displaced_by
+        self.checkpoints = CheckpointFolder(
+            Path(self.args.output_dir),
+            ProcessPlace(self.args.process_index, self.args.world_size, gather_object),
+            # Trainer's own limit stays unset, as it counts damaged checkpoints too
+            num_kept_checkpoints,
+            on_waiting=lambda: self.on_activity("the commit of a save"),
+            displaced_by=displaced_by,
+            why_foreign=partial(why_of_another_run, json.loads(run_config)),
+        )
         self._is_saving = False
         self.is_save_due = False
         self.add_callback(SnapToGeneration(self))
@@ -86,19 +83,6 @@ class ResumableTrainer(RLOOTrainer):
             raise
         self.checkpoints.wait()
         return output
-
-    @cached_property
-    def checkpoints(self) -> CheckpointFolder:
-        """The run's checkpoints, in args.output_dir."""
-        return CheckpointFolder(
-            Path(self.args.output_dir),
-            ProcessPlace(self.args.process_index, self.args.world_size),
-            gather_object,
-            self.num_kept_checkpoints,
-            on_waiting=lambda: self.on_activity("the commit of a save"),
-            displaced_by=self.displaced_by,
-            why_foreign=partial(why_of_another_run, json.loads(self.run_config)),
-        )
 
     def is_at_generation_end(self) -> bool:
         """True if the next step begins with a new generation."""
@@ -152,13 +136,21 @@ class ResumableTrainer(RLOOTrainer):
         """Trainer's preparation, in which DeepSpeed and the optimizer load their files."""
         if resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        checkpoint = Path(resume_from_checkpoint)
         if is_deepspeed_zero3_enabled():
-            self._together(lambda: self._require_deepspeed_names(Path(resume_from_checkpoint)))
+            problem = None
+            try:
+                self._require_deepspeed_names(checkpoint)
+            except UsageError as error:
+                problem = str(error)
+            except Exception as error:
+                problem = f"resume: the checkpoint cannot be read ({type(error).__name__}: {one_line(error)})"
+            raise_first(gather_by_rank(problem), who="")
         with nothing_unpickled_unless(self.trusts_checkpoint):
             try:
                 return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             except pickle.UnpicklingError as error:
-                raise UsageError(_refusal_of_pickle(Path(resume_from_checkpoint), str(error).split("\n")[0])) from error
+                raise UsageError(_refusal_of_pickle(checkpoint, str(error).split("\n")[0])) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads a checkpoint's weights by name, all or none. Raises UsageError naming the first that differs.
@@ -170,15 +162,15 @@ class ResumableTrainer(RLOOTrainer):
         if isinstance(policy, PeftModel):
             wanted = get_peft_model_state_dict(policy, adapter_name=policy.active_adapters[0])
             with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as saved_adapter:
-                _require_same_names(checkpoint, saved_adapter.keys(), wanted)
+                saved_names = set(saved_adapter.keys())
+            _refuse_names(checkpoint, wanted.keys() - saved_names, saved_names - wanted.keys())
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         assert isinstance(policy, PreTrainedModel), f"Fleet saves no {type(policy).__name__}"
         saved, loading = type(policy).from_pretrained(
             checkpoint, dtype=policy.dtype, use_safetensors=True, output_loading_info=True
         )
-        lacking = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
-        _refuse_names(checkpoint, lacking, loading["unexpected_keys"])
+        _refuse_names(checkpoint, loading["missing_keys"], loading["unexpected_keys"])
         policy.load_state_dict(saved.state_dict(), strict=True)
 
     def _require_deepspeed_names(self, checkpoint: Path) -> None:
@@ -191,7 +183,8 @@ class ResumableTrainer(RLOOTrainer):
         groups = torch.load(path, weights_only=not self.trusts_checkpoint, mmap=True)["param_shapes"]
         weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         trained = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
-        _require_same_names(checkpoint, [name for group in groups for name in group], trained)
+        saved_names = {name for group in groups for name in group}
+        _refuse_names(checkpoint, trained.keys() - saved_names, saved_names - trained.keys())
         for group in groups:
             saved = [(name, tuple(shape)) for name, shape in group.items()]
             wanted = [(name, shape) for name, shape in trained.items() if name in group]
@@ -201,17 +194,6 @@ class ResumableTrainer(RLOOTrainer):
                     f"resume: {checkpoint} has {name} at another place or in another shape than the model; resume with "
                     "the versions that wrote it"
                 )
-
-    def _together(self, check: Callable[[], None]) -> None:
-        """Runs a check on every process; all raise UsageError if it fails on any."""
-        problem = None
-        try:
-            check()
-        except UsageError as error:
-            problem = str(error)
-        except Exception as error:
-            problem = f"resume: the checkpoint cannot be read ({type(error).__name__}: {one_line(error)})"
-        raise_first(gather_by_rank(problem), who="")
 
 
 class SnapToGeneration(TrainerCallback):
@@ -231,13 +213,14 @@ class SnapToGeneration(TrainerCallback):
         return control
 
 
-def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather) -> None:
+def require_plain_pickles(checkpoint: Path, place: ProcessPlace) -> None:
     """Raises UsageError on all processes if a file to unpickle names a class that no save writes; reads the names."""
     paths = sorted(path for pattern in UNPICKLED_FILES for path in checkpoint.glob(pattern))
     problems = []
     for path in paths[place.rank :: place.num_processes]:
         try:
-            unknown = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - KNOWN_CLASSES)
+            with safe_globals(), torch.serialization.safe_globals(_deepspeeds_classes()):
+                unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except OSError as error:
             problems.append(f"resume: {path} cannot be read ({error.strerror or error}); restore it")
         except Exception as error:
@@ -246,7 +229,7 @@ def require_plain_pickles(checkpoint: Path, place: ProcessPlace, gather: Gather)
         else:
             if unknown:
                 problems.append(_refusal_of_pickle(path, f"it names {unknown[0]}"))
-    raise_first(gather(problems), who="")
+    raise_first(place.gather(problems), who="")
 
 
 @contextlib.contextmanager
@@ -256,21 +239,12 @@ def nothing_unpickled_unless(is_trusted: bool) -> Iterator[None]:
         yield
         return
     # overrules DeepSpeed, which asks for everything (`weights_only=False`)
-    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        with torch.serialization.safe_globals(_known_classes()):
-            yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+    with patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD=1), torch.serialization.safe_globals(_deepspeeds_classes()):
+        yield
 
 
-def _known_classes() -> list[Any]:
-    """DeepSpeed's part of KNOWN_CLASSES; Trainer allows numpy's where it needs them."""
+def _deepspeeds_classes() -> list[type]:
+    """The classes of plain values that DeepSpeed pickles; Trainer's `safe_globals` are numpy's."""
     try:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -286,15 +260,10 @@ def _refusal_of_pickle(path: Path, reason: str) -> str:
     )
 
 
-def _require_same_names(checkpoint: Path, saved: Iterable[str], wanted: Iterable[str]) -> None:
-    saved, wanted = list(saved), list(wanted)
-    _refuse_names(checkpoint, set(wanted) - set(saved), set(saved) - set(wanted))
-
-
-def _refuse_names(checkpoint: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raises UsageError if there are any names."""
-    by_word = {"lacks": sorted(missing), "has unknown": sorted(unexpected)}
-    found = [f"{word} {len(names)} weights, {names[0]} among them" for word, names in by_word.items() if names]
+def _refuse_names(checkpoint: Path, missing: Collection[str], unknown: Collection[str]) -> None:
+    """Raises UsageError if any weight is missing or unknown."""
+    kinds = (("lacks", missing), ("has unknown", unknown))
+    found = [f"{word} {len(names)} weights, {min(names)} among them" for word, names in kinds if names]
     if found:
         raise UsageError(
             f"resume: {checkpoint} does not fit the model: it {' and '.join(found)}; restore the checkpoint, or "

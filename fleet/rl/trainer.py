@@ -23,7 +23,7 @@ from environment import Episode, Judgement, judge
 from fleet.errors import RunStopped
 from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan, headline_figures
-from fleet.own_code.reward_function import Reward
+from fleet.own_code.reward_process import RewardProcess
 from fleet.rl.algorithm import (
     clipped_loss,
     leave_one_out_advantages,
@@ -74,7 +74,7 @@ class FleetRLOOTrainer(PolicyPasses):
         processing_class: Any,
         settings: TrainerSettings = DEFAULT_SETTINGS,
         *,
-        reward_function: Reward | None = None,
+        reward_function: RewardProcess | None = None,
         peft_config: PeftConfig | None = None,
         evaluation: tuple[EvaluationPlan, AnswerSettings] | None = None,
         **resumable: Any,

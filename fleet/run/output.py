@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from accelerate.utils import gather_object
-
 from fleet.command.image_check import RunData
 from fleet.command.output_dir import empty_run_folder, make_new_output_dir, require_output_dir
 from fleet.command.resume_check import images_of_beginning, require_same_images, why_of_another_run
@@ -60,11 +58,11 @@ def find_checkpoint(
         logger.warning(
             f"resume: since the run began, changed: {', '.join(changed)}; its bits may differ from here on\n"
         )
-    checkpoint = choose_checkpoint(folder, place, gather_object, partial(why_of_another_run, recorded))
+    checkpoint = choose_checkpoint(folder, place, partial(why_of_another_run, recorded))
     if checkpoint is None:
         logger.warning(f"resume: {folder} has no checkpoint yet, so the run begins at step 0\n")
     elif not run.trust_checkpoint:
-        require_plain_pickles(checkpoint, place, gather_object)
+        require_plain_pickles(checkpoint, place)
     return checkpoint
 
 

@@ -4,8 +4,6 @@ import contextlib
 import math
 import re
 import sys
-import threading
-import time
 from collections import deque
 from decimal import Decimal
 from fractions import Fraction
@@ -20,7 +18,7 @@ from fleet.command.options import own_code, parse_options
 from fleet.command.output_dir import paths_read
 from fleet.command.preflight import own_reward
 from fleet.errors import RunStopped, UsageError
-from fleet.own_code.reward_function import KEYWORDS, BoundedReward, checked_value, load_reward_function
+from fleet.own_code.reward_function import KEYWORDS, checked_call, checked_value, load_reward_function, name_of
 from tests.conftest import call_text
 
 pytestmark = pytest.mark.fast
@@ -69,7 +67,7 @@ def test_a_number_counts(value: Any, reward: float) -> None:
 
 @pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS.keys())
 def test_what_is_no_number_drops_its_rollout_alone(value: Any) -> None:
-    checked = BoundedReward(lambda **columns: [1.0, value, 0.5])(["a", "b", "c"])
+    checked = checked_call(lambda **columns: [1.0, value, 0.5], "score", ["a", "b", "c"], {})
     assert checked.problem is None
     assert (checked.values[0], checked.values[2]) == (1.0, 0.5) and math.isnan(checked.values[1])
     assert checked.dropped is not None and checked.dropped.endswith(f"({type(value).__name__})")
@@ -99,7 +97,7 @@ SEQUENCES = {
 
 @pytest.mark.parametrize("values", SEQUENCES.values(), ids=SEQUENCES.keys())
 def test_any_sequence_of_numbers_is_accepted(values: Any) -> None:
-    assert BoundedReward(lambda **columns: values)(["a", "b", "c"]).values == [0.0, 1.0, 2.0]
+    assert checked_call(lambda **columns: values, "score", ["a", "b", "c"], {}).values == [0.0, 1.0, 2.0]
 
 
 def raises(error: BaseException) -> NoReturn:
@@ -149,50 +147,15 @@ BROKEN = {
 
 @pytest.mark.parametrize(("function", "words"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_function_is_told_in_one_line(function: Any, words: str) -> None:
-    function.__name__ = "score"
-    checked = BoundedReward(function)(["a", "b", "c"], correct_index=[0, 0, 0])
+    checked = checked_call(function, "score", ["a", "b", "c"], {"correct_index": [0, 0, 0]})
     assert checked.problem is not None and "\n" not in checked.problem
     assert checked.problem.startswith(f"reward function score {words}")
     assert [math.isnan(value) for value in checked.values] == [True] * 3
 
 
 def test_the_place_of_an_exception_is_told() -> None:
-    problem = BoundedReward(lambda **columns: [1 / 0])(["a"]).problem
+    problem = checked_call(lambda **columns: [1 / 0], "score", ["a"], {}).problem
     assert problem is not None and re.search(r"ZeroDivisionError: division by zero \(\S+\.py, line \d+\)", problem)
-
-
-@pytest.mark.parametrize("pause_s", [0.01, 0.0], ids=["waits", "computes"])
-def test_a_function_that_hangs_is_not_waited_for(pause_s: float) -> None:
-    is_over, start_s = threading.Event(), time.monotonic()
-
-    def endless(**columns: Any) -> list[float]:
-        while not is_over.is_set() and time.monotonic() < start_s + 60:
-            time.sleep(pause_s)
-        return [0.0]
-
-    checked = BoundedReward(endless, timeout_s=0.3)(["a"])
-    seconds = time.monotonic() - start_s
-    is_over.set()
-    assert 0.3 <= seconds < 30
-    assert (
-        checked.problem == "reward function endless did not return within 0.3 s; mend it, or raise --reward_timeout_s"
-    )
-
-
-def test_a_function_gets_copies_and_so_do_siblings() -> None:
-    seen: list[Any] = []
-
-    def greedy(completions: list[str], prompts: list[Any], **columns: Any) -> list[float]:
-        completions.clear()
-        for prompt in prompts:
-            prompt.append("more")
-        seen.extend(prompts)
-        return [0.0, 0.0]
-
-    texts, prompt = ["a", "b"], [{"role": "user"}]
-    assert BoundedReward(greedy)(texts, prompts=[prompt, prompt]).values == [0.0, 0.0]
-    assert seen == [[{"role": "user"}, "more"]] * 2
-    assert (texts, prompt) == (["a", "b"], [{"role": "user"}])
 
 
 REWARD_FILE = """
@@ -237,9 +200,9 @@ def test_a_function_is_loaded_from_its_file_which_runs_once(reward_file: Path) -
 
 
 def test_an_object_that_can_be_called_is_a_function(reward_file: Path) -> None:
-    reward = BoundedReward(load_reward_function(f"{reward_file}:scorer"))
-    assert reward.__name__ == "Scorer"
-    assert reward(["a", "b"]).values == [2.0, 2.0]
+    function = load_reward_function(f"{reward_file}:scorer")
+    assert name_of(function) == "Scorer"
+    assert checked_call(function, "Scorer", ["a", "b"], {}).values == [2.0, 2.0]
 
 
 def test_without_the_flag_there_is_none() -> None:

@@ -52,7 +52,8 @@ def is_alone(completions, **columns):
     is_main = threading.current_thread() is threading.main_thread() and threading.active_count() == 1
     return [is_main and "torch" not in sys.modules] * len(completions)
 
-def greedy(prompts, episode, completion_ids, trainer_state, **columns):
+def greedy(completions, prompts, episode, completion_ids, trainer_state, **columns):
+    completions.clear()
     for prompt in prompts:
         prompt.append("more")
     for found in episode:
@@ -119,11 +120,12 @@ def test_a_module_keeps_its_state_and_what_it_prints_is_the_runs_output(
 
 
 def test_what_a_function_changes_is_its_own(open_reward: Any) -> None:
-    prompt, shown, before = [{"role": "user"}], episode(), Path.cwd()
+    texts, prompt, shown, before = ["a", "b"], [{"role": "user"}], episode(), Path.cwd()
     columns = {"prompts": [prompt, prompt], "episode": [shown, shown], "completion_ids": [[1], [2]]}
     state = SimpleNamespace(global_step=1, log_history=[])
-    assert open_reward("greedy")(["a", "b"], **columns, trainer_state=state).values == [2.0, 2.0]
-    assert (prompt, shown.messages, Path.cwd()) == ([{"role": "user"}], ({"role": "user"},), before)
+    assert open_reward("greedy")(texts, **columns, trainer_state=state).values == [2.0, 2.0]
+    assert (texts, prompt) == (["a", "b"], [{"role": "user"}])
+    assert (shown.messages, Path.cwd()) == (({"role": "user"},), before)
 
 
 ENV_FILE = """

@@ -20,10 +20,10 @@ from fleet.errors import RunStopped, UsageError
 from fleet.rl.checkpoints import (
     CheckpointFolder,
     ProcessPlace,
+    WhyForeign,
     choose_checkpoint,
     find_damage,
     list_checkpoints,
-    remove_old_checkpoints,
 )
 
 FILES = {
@@ -33,10 +33,20 @@ FILES = {
     "trainer_state.json": b'{"global_step": 1}',
     "global_step1/zero_pp_rank_0_mp_rank_00_optim_states.pt": b"a shard" * 500,
 }
+ALONE = ProcessPlace()
 
 
-def alone(own: list[Any]) -> list[Any]:
-    return own
+def never_foreign(checkpoint: Path) -> None: ...
+
+
+def folder_of(
+    run: Path, keep: int, place: ProcessPlace = ALONE, why_foreign: WhyForeign = never_foreign
+) -> CheckpointFolder:
+    return CheckpointFolder(run, place, keep, lambda: None, lambda: None, why_foreign)
+
+
+def chosen_of(run: Path, place: ProcessPlace = ALONE, why_foreign: WhyForeign = never_foreign) -> Path | None:
+    return choose_checkpoint(run, place, why_foreign)
 
 
 def stage(folder: CheckpointFolder, step: int, content: str = "") -> None:
@@ -47,7 +57,7 @@ def stage(folder: CheckpointFolder, step: int, content: str = "") -> None:
 
 
 def save(run: Path, step: int, keep: int = 9, best: int | None = None) -> Path:
-    folder = CheckpointFolder(run, ProcessPlace(), alone, keep)
+    folder = folder_of(run, keep)
     folder.begin()
     stage(folder, step)
     folder.commit(step, best)
@@ -133,7 +143,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(kind, tmp_path, caplo
     inflict(bad)
     assert words in str(find_damage(bad))
     with caplog.at_level(logging.WARNING, "fleet"):
-        assert choose_checkpoint(tmp_path, ProcessPlace(), alone) == good
+        assert chosen_of(tmp_path) == good
     (line,) = caplog.messages
     assert line.startswith("resume: passed over checkpoint-10: ") and words in line
     assert line.endswith(f"; going on from {good}")
@@ -172,15 +182,15 @@ def test_damage_that_another_process_finds_counts(tmp_path):
         return own + (["the content of x is not what was saved"] if len(looks) == 2 else own)
 
     looks: list[list[Any]] = []
-    assert choose_checkpoint(tmp_path, ProcessPlace(0, 2), gather) == good
+    assert chosen_of(tmp_path, ProcessPlace(0, 2, gather)) == good
 
 
 def test_all_damaged_is_refused_and_none_at_all_begins_anew(tmp_path):
-    assert choose_checkpoint(tmp_path, ProcessPlace(), alone) is None
+    assert chosen_of(tmp_path) is None
     for step in (5, 10):
         flip_bit(save(tmp_path, step) / "optimizer.pt")
     with pytest.raises(UsageError, match="no checkpoint in .* is whole") as refusal:
-        choose_checkpoint(tmp_path, ProcessPlace(), alone)
+        chosen_of(tmp_path)
     assert "checkpoint-10" in str(refusal.value) and "checkpoint-5" in str(refusal.value)
 
 
@@ -191,7 +201,7 @@ def test_the_newest_is_told_by_its_step_whatever_the_clock_said(tmp_path):
         os.utime(path, (2e9, 2e9))
     for path in (newer, *newer.iterdir()):
         os.utime(path, (1e9, 1e9))
-    assert choose_checkpoint(tmp_path, ProcessPlace(), alone) == newer
+    assert chosen_of(tmp_path) == newer
 
 
 def test_steps_are_numbers_and_other_names_are_passed_over(tmp_path):
@@ -223,7 +233,7 @@ NOT_REGULAR: dict[str, Callable[[Path], object]] = {
 def test_what_is_no_folder_is_passed_over_by_name_and_gives_way_to_a_save(kind, make, tmp_path, caplog):
     save(tmp_path, 5)
     make(tmp_path / "checkpoint-10")
-    assert choose_checkpoint(tmp_path, ProcessPlace(), alone) == tmp_path / "checkpoint-5"
+    assert chosen_of(tmp_path) == tmp_path / "checkpoint-5"
     assert f"passed over checkpoint-10: it is {kind}; going on from {tmp_path / 'checkpoint-5'}" in caplog.text
     assert find_damage(save(tmp_path, 10)) is None
 
@@ -249,7 +259,7 @@ def test_what_is_called_unfinished_gives_way_to_a_save(kind, make, tmp_path):
 def test_a_renamed_checkpoint_is_passed_over(tmp_path, caplog):
     first, second = save(tmp_path, 5), save(tmp_path, 10)
     second.rename(tmp_path / "checkpoint-15")
-    assert choose_checkpoint(tmp_path, ProcessPlace(), alone) == first
+    assert chosen_of(tmp_path) == first
     assert "passed over checkpoint-15: it is step 10's under another name; going on from" in caplog.text
 
 
@@ -273,7 +283,7 @@ def test_damaged_ones_do_not_count_and_are_left_alone(tmp_path):
         save(tmp_path, step)
     os.truncate(tmp_path / "checkpoint-2" / "optimizer.pt", 1)
     os.truncate(tmp_path / "checkpoint-3" / "optimizer.pt", 1)
-    remove_old_checkpoints(tmp_path, keep=1, newest=3)
+    folder_of(tmp_path, keep=1).remove_old(newest=3)
     assert steps_of(tmp_path) == [3, 2, 1], "1 is the last good one"
 
 
@@ -286,7 +296,7 @@ def test_later_ones_that_were_passed_over_neither_count_nor_go(tmp_path, keep, b
         flip_bit(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
     for step in (6, 7):
         save(tmp_path, step, keep=keep, best=best)
-        assert choose_checkpoint(tmp_path, ProcessPlace(), alone) == tmp_path / f"checkpoint-{step}"
+        assert chosen_of(tmp_path) == tmp_path / f"checkpoint-{step}"
     assert steps_of(tmp_path)[:2] == [15, 10]
 
 
@@ -304,13 +314,13 @@ def test_another_runs_are_passed_over_do_not_count_and_are_left_alone(tmp_path, 
     def why_foreign(checkpoint: Path) -> str | None:
         return "it is another run's" if checkpoint.name in ("checkpoint-2", "checkpoint-4") else None
 
-    assert choose_checkpoint(tmp_path, ProcessPlace(), alone, why_foreign) == tmp_path / "checkpoint-3"
+    assert chosen_of(tmp_path, why_foreign=why_foreign) == tmp_path / "checkpoint-3"
     assert "passed over checkpoint-4: it is another run's; going on from" in caplog.text
-    remove_old_checkpoints(tmp_path, keep=1, newest=4, why_foreign=why_foreign)
+    folder_of(tmp_path, keep=1, why_foreign=why_foreign).remove_old(newest=4)
     assert steps_of(tmp_path) == [4, 3, 2]
     shutil.rmtree(tmp_path / "checkpoint-3")
     with pytest.raises(UsageError, match="no checkpoint in .* is whole and of this run .checkpoint-4: it is another"):
-        choose_checkpoint(tmp_path, ProcessPlace(), alone, why_foreign)
+        chosen_of(tmp_path, why_foreign=why_foreign)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -328,7 +338,7 @@ def in_two_threads(run: Path, write: Callable[[Path, int], object]) -> dict[int,
             barrier.wait(10)
             return both
 
-        folder = CheckpointFolder(run, ProcessPlace(rank, 2), gather, 2)
+        folder = folder_of(run, 2, ProcessPlace(rank, 2, gather))
         folder.begin()
         staged = folder.staging / "checkpoint-3"
         staged.mkdir(exist_ok=True)
@@ -376,7 +386,7 @@ def test_a_commit_that_fails_on_one_process_is_raised_on_all(tmp_path):
     def gather(own: list[Any]) -> list[Any]:
         return [*own, "No space left on device"]
 
-    folder = CheckpointFolder(tmp_path, ProcessPlace(0, 2), gather, 2)
+    folder = folder_of(tmp_path, 2, ProcessPlace(0, 2, gather))
     with pytest.raises(RunStopped, match="process 1 could not save a checkpoint: No space left on device"):
         folder.begin()
 
@@ -384,7 +394,7 @@ def test_a_commit_that_fails_on_one_process_is_raised_on_all(tmp_path):
 def test_a_folder_that_cannot_be_written_stops_with_the_reason_and_keeps_what_is_there(tmp_path):
     run = tmp_path / "run"
     before = content_of(save(run, 1))
-    folder = CheckpointFolder(run, ProcessPlace(), alone, 2)
+    folder = folder_of(run, 2)
     folder.begin()
     stage(folder, 2)
     # a file where the new checkpoint is to go: no rights or free space are needed for it to fail
@@ -392,7 +402,7 @@ def test_a_folder_that_cannot_be_written_stops_with_the_reason_and_keeps_what_is
     folder.commit(2)
     with pytest.raises(RunStopped, match="process 0 could not save a checkpoint: .*; those before it are whole"):
         folder.wait()
-    assert choose_checkpoint(run, ProcessPlace(), alone) == run / "checkpoint-1"
+    assert chosen_of(run) == run / "checkpoint-1"
     assert content_of(run / "checkpoint-1") == before
 
 
@@ -429,7 +439,7 @@ def test_killed_before_any_change_to_a_file_leaves_the_last_good_one(tmp_path):
         process = context.Process(target=save_until, args=(run, last_change))
         process.start()
         process.join(20)
-        found = choose_checkpoint(run, ProcessPlace(), alone)
+        found = chosen_of(run)
         assert found is not None and content_of(found) == (reference if found.name == "checkpoint-3" else kept[2])
         chosen.append(found.name)
         # the next start goes on from there, and its own save leaves nothing behind

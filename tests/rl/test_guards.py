@@ -1,7 +1,7 @@
 """Faults on purpose, in rewards, losses and gradients: none reaches a weight, and each is counted or ends the run."""
 
+import contextlib
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 from fleet.errors import RunStopped
-from fleet.own_code.reward_function import BoundedReward, checked_value
+from fleet.own_code.reward_function import checked_value
+from fleet.own_code.reward_process import RewardProcess
 from fleet.rl.guards import without_gradient_if_not_finite
 from model_utils import make_lora_config
-from tests.helpers import ScriptedFleetTrainer, StepKeeper, fleet_trainer, rloo_config, spoil, toy_model, weights_of
+from tests.helpers import (
+    PlainReward,
+    ScriptedFleetTrainer,
+    StepKeeper,
+    fleet_trainer,
+    rloo_config,
+    spoil,
+    toy_model,
+    weights_of,
+)
 
 INF, NAN = math.inf, math.nan
 
@@ -110,45 +120,47 @@ def test_numbers_of_torch_count() -> None:
     assert checked_value(torch.tensor(0.5)) == 0.5
     assert checked_value(torch.tensor(1.0, requires_grad=True)) == 1.0
     assert math.isnan(checked_value(torch.tensor([0.5, 0.5])))
-    assert BoundedReward(lambda **columns: torch.tensor([1.0, 2.0]))(["a", "b"]).values == [1.0, 2.0]
-    problem = BoundedReward(lambda **columns: torch.tensor(1.0))(["a"]).problem
+    assert PlainReward(lambda **columns: torch.tensor([1.0, 2.0]))(["a", "b"]).values == [1.0, 2.0]
+    problem = PlainReward(lambda **columns: torch.tensor(1.0))(["a"]).problem
     assert problem is not None and "returned a Tensor of shape (), but wanted a sequence of 1 numbers" in problem
     column = torch.tensor([[1.0], [2.0]])
     for values in (column, list(column), list(column.flatten()), column.numpy(), column.double().requires_grad_()):
-        assert BoundedReward(lambda values=values, **columns: values)(["a", "b"]).values == [1.0, 2.0]
+        assert PlainReward(lambda values=values, **columns: values)(["a", "b"]).values == [1.0, 2.0]
 
 
-def wrong_length(**columns: Any) -> list[float]:
+BROKEN_FILE = """
+import time
+
+def wrong_length(**columns):
     return [1.0] * 7
 
-
-def hangs(**columns: Any) -> list[float]:
+def hangs(**columns):
     time.sleep(60)
-    return [1.0] * 8
 
-
-def raises(**columns: Any) -> list[float]:
+def raises(**columns):
     raise ConnectionError("no judge")
+"""
 
 
 @pytest.mark.parametrize(
-    ("function", "timeout_s", "words"),
+    ("name", "timeout_s", "words"),
     [
-        (wrong_length, 60, "reward function wrong_length returned 7 values, but wanted a sequence of 8 numbers"),
-        (hangs, 0.2, "reward function hangs did not return within 0.2 s; mend it, or raise --reward_timeout_s"),
+        ("wrong_length", 60, "reward function wrong_length returned 7 values, but wanted a sequence of 8 numbers"),
+        ("hangs", 0.2, "reward function hangs did not return within 0.2 s; mend it, or raise --reward_timeout_s"),
         (
-            raises,
+            "raises",
             60,
-            r"reward function raises raised ConnectionError: no judge \(\S+test_guards.py, line \d+\); correct it",
+            r"reward function raises raised ConnectionError: no judge \(\S+broken.py, line \d+\); correct it",
         ),
     ],
 )
-def test_a_broken_reward_function_stops_the_run(function: Any, timeout_s: float, words: str, tmp_path: Path) -> None:
-    args = rloo_config(tmp_path)
-    trainer = fleet_trainer(args, ScriptedFleetTrainer, reward_function=function, reward_timeout_s=timeout_s)
-    before = weights_of(trainer.model)
-    with pytest.raises(RunStopped, match=f"^{words}"):
-        trainer.train()
+def test_a_broken_reward_function_stops_the_run(name: str, timeout_s: float, words: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN_FILE)
+    with contextlib.closing(RewardProcess(f"{tmp_path / 'broken.py'}:{name}", timeout_s)) as reward:
+        trainer = fleet_trainer(rloo_config(tmp_path), ScriptedFleetTrainer, reward_function=reward)
+        before = weights_of(trainer.model)
+        with pytest.raises(RunStopped, match=f"^{words}"):
+            trainer.train()
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer.model).items())
 
 

@@ -190,7 +190,7 @@ def build_trainer(
     """
     options, args = replace(run.options, output_dir=str(folder)), run.args
     args.output_dir = str(folder)
-    place, code = ProcessPlace(args.process_index, args.world_size), own_code(options)
+    place, code = ProcessPlace(args.process_index, args.world_size, gather_object), own_code(options)
     checkpoint = find_checkpoint(folder, options, run.data, place, code, options.model_id)
     config = run_config(replace(run, options=options), folder)
     # a resumed run has that evaluation already
