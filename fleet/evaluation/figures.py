@@ -6,14 +6,14 @@ model in training and a script with known figures are measured alike.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from environment import Episode, EpisodeSource, Judgement, Outcome, judge
 from fleet import controls
-from fleet.evaluation.intervals import exactly, paired_difference, pass_at_k, share
-from fleet.run_folder import EVALUATION_SCHEMA_VERSION
+from fleet.evaluation.intervals import Estimate, exactly, paired_difference, pass_at_k, share
+from fleet.run_folder import EVALUATION_SCHEMA_VERSION, finite
 from utils.tool_calls import ParseStatus
 
 CHANGED_AT_A_TIME = 64  # episodes; their changed pictures, eight or so each, are held in memory
@@ -96,10 +96,7 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
 
 def with_baseline(evaluation: Evaluation, baseline: Evaluation) -> Evaluation:
     """The evaluation with another model's on the same episodes beside it, and their paired difference."""
-    paired = paired_difference(evaluation.is_right, baseline.is_right)
-    difference = {**asdict(paired), "ci95": list(paired.ci95)}
-    difference["only_model_right"] = difference.pop("only_first_right")
-    difference["only_baseline_right"] = difference.pop("only_second_right")
+    difference = paired_difference(evaluation.is_right, baseline.is_right).as_json()
     beside = {key: value for key, value in baseline.document.items() if key != "baseline"}
     return replace(evaluation, document=evaluation.document | {"baseline": beside | {"difference": difference}})
 
@@ -108,6 +105,39 @@ def headline_figures(document: dict[str, Any]) -> dict[str, float]:
     """The figures of a document that are worth a curve: greedy accuracy and every control that has a value."""
     figures = {"greedy_accuracy": document["greedy_accuracy"], **document["controls"]}
     return {name: figure["value"] for name, figure in figures.items() if figure["value"] is not None}
+
+
+def estimate_at(document: Mapping[str, Any], *keys: str) -> Estimate | None:
+    """The estimate under nested keys of a document; None if there is none, or one without a value."""
+    found: Any = document
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    value = finite(found.get("value")) if isinstance(found, Mapping) else None
+    if value is None:
+        return None
+    low, high = (finite(end) for end in found.get("ci95") or (None, None))
+    return Estimate(value, (value if low is None else low, value if high is None else high), int(found.get("n") or 0))
+
+
+def percent_at(document: Mapping[str, Any], *keys: str) -> str:
+    """The figure under nested keys with its interval, as "73.3 % (61.0 to 82.9)"; "-" without a value."""
+    estimate = estimate_at(document, *keys)
+    if estimate is None or estimate.value is None:
+        return "-"
+    interval = estimate.interval(" to ")
+    return f"{100 * estimate.value:.1f} %{f' ({interval})' if interval else ''}"
+
+
+def confusion(judged: Iterable[tuple[int, Judgement]], num_candidates: int) -> list[list[int]]:
+    """Counts by correct index (row) and picked index (column) of (correct index, verdict) pairs.
+
+    The last column counts answers that pick no candidate.
+    """
+    counts = [[0] * (num_candidates + 1) for _ in range(num_candidates)]
+    for correct_index, verdict in judged:
+        picked = _picked_index(verdict)
+        counts[correct_index][num_candidates if picked is None else picked] += 1
+    return counts
 
 
 def _judge(text: str, episode: Episode, plan: EvaluationPlan) -> Judgement:
@@ -145,11 +175,7 @@ def _figures_of_answers(verdicts: Sequence[Judgement], episodes: Sequence[Episod
     correct = Counter(episode.correct_index for episode in episodes)
     outcomes = Counter(verdict.outcome for verdict in verdicts)
     statuses = Counter(verdict.parse_status for verdict in verdicts)
-    # the last column counts answers that pick no candidate
-    confusion = [[0] * (size + 1) for _ in range(size)]
-    for episode, verdict in zip(episodes, verdicts, strict=True):
-        picked = _picked_index(verdict)
-        confusion[episode.correct_index][size if picked is None else picked] += 1
+    counts = confusion(zip((episode.correct_index for episode in episodes), verdicts, strict=True), size)
     best_index, best_count = max(sorted(correct.items()), key=lambda item: item[1])
     return {
         "greedy_accuracy": share(outcomes[Outcome.CORRECT], n).as_json(),
@@ -158,9 +184,9 @@ def _figures_of_answers(verdicts: Sequence[Judgement], episodes: Sequence[Episod
         "outcome": {outcome.value: share(outcomes[outcome], n).as_json() for outcome in Outcome},
         "parse_status": {status.value: share(statuses[status], n).as_json() for status in ParseStatus},
         "accuracy_by_correct_index": {
-            str(index): share(confusion[index][index], correct[index]).as_json() for index in range(size)
+            str(index): share(counts[index][index], correct[index]).as_json() for index in range(size)
         },
-        "confusion": confusion,
+        "confusion": counts,
     }
 
 

@@ -18,10 +18,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fleet.errors import UsageError
+from fleet.evaluation.figures import estimate_at
 from fleet.progress import duration
 from fleet.report import tables
 from fleet.report.charts import draw_charts, running_mean_steps
-from fleet.report.rollouts import Group, embed, finite, ordered_groups, parse_group
+from fleet.report.rollouts import embed
+from fleet.rl.rollouts import GroupRecord
 from fleet.run_folder import (
     CONFIG_NAME,
     EVALUATIONS_NAME,
@@ -30,6 +32,7 @@ from fleet.run_folder import (
     ROLLOUTS_NAME,
     SEPARATE_EVALUATION_NAME,
     THUMBNAILS_NAME,
+    finite,
     read_jsonl,
     write_atomically,
 )
@@ -47,7 +50,7 @@ class RunRecords:
     config: dict[str, Any]
     metrics: tuple[dict[str, Any], ...]
     evaluations: tuple[tables.Document, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[GroupRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -136,14 +139,16 @@ def _read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     return evaluations
 
 
-def _read_groups(path: Path) -> list[Group]:
-    groups = []
+def _read_groups(path: Path) -> list[GroupRecord]:
+    """Groups by step and number. A resumed run may record a group twice: the later record counts."""
+    by_place = {}
     for number, line in enumerate(_read_if_there(path), start=1):
         try:
-            groups.append(parse_group(line))
+            group = GroupRecord.from_json(line)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number} is no record of a group ({error!r}); remove that line") from error
-    return ordered_groups(groups)
+        by_place[group.step, group.number] = group
+    return [by_place[place] for place in sorted(by_place)]
 
 
 def render_page(records: RunRecords) -> str:
@@ -225,11 +230,11 @@ def levels(records: RunRecords) -> list[tables.Level]:
 def _accuracy_tile(records: RunRecords) -> Tile:
     ends = tables.first_and_last(records.evaluations)
     if ends:
-        first, last = (tables.estimate_at(document, "greedy_accuracy") for document in ends)
+        first, last = (estimate_at(document, "greedy_accuracy") for document in ends)
         if first and last:
-            text = last.text if ends[0] is ends[1] else f"{first.text} → {last.text}"
+            text = " → ".join(tables.percent(end.value) for end in ([last] if ends[0] is ends[1] else [first, last]))
             place = " and ".join(dict.fromkeys(tables.column_title(document) for document in ends))
-            detail = f"{place}; last {last.interval}, n = {last.n:,}"
+            detail = f"{place}; last {last.interval('–')}, n = {last.n:,}"
             return Tile("Held-out greedy accuracy", text, detail, is_wide=True)
     values = [value for line in records.metrics if (value := finite(line.get("accuracy"))) is not None]
     if not values:

@@ -3,43 +3,17 @@
 Owns how a figure is written and which evaluations are shown. Reads no file and draws nothing.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fleet.controls import CONTROL_MEANINGS
-from fleet.report.rollouts import Group, finite
-from fleet.run_folder import EVALUATION_SCHEMA_VERSION
+from fleet.evaluation.figures import confusion, estimate_at
+from fleet.rl.rollouts import GroupRecord
+from fleet.run_folder import EVALUATION_SCHEMA_VERSION, finite
 
 MAX_COLUMNS = 4  # evaluations side by side; of more, the first and the last are shown
 Document = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A share or a difference of shares, its 95 % interval, and the number of cases behind it; None: unknown."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-
-    @property
-    def text(self) -> str:
-        """The value in percent; a dash if it is unknown."""
-        return "–" if self.value is None else percent(self.value)
-
-    @property
-    def interval(self) -> str:
-        """The interval in percent; empty if it is unknown or the value exact.
-
-        >>> Estimate(0.5, 0.45, 0.5512, 64).interval
-        '45.0–55.1'
-        """
-        if self.value is None or self.low is None or self.high is None or self.low == self.high:
-            return ""
-        return f"{100 * self.low:.1f}–{100 * self.high:.1f}"
 
 
 @dataclass(frozen=True)
@@ -96,20 +70,9 @@ ROWS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )
 
 
-def percent(share: float) -> str:
-    """A share in percent with one decimal, as 97.3%."""
-    return f"{100 * share:.1f}%"
-
-
-def estimate_at(document: Document, *keys: str) -> Estimate | None:
-    """The estimate under nested keys, or None if the document has none there."""
-    found: Any = document
-    for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    if not isinstance(found, Mapping) or "value" not in found:
-        return None
-    low, high = found.get("ci95") or (None, None)
-    return Estimate(finite(found["value"]), finite(low), finite(high), int(found.get("n") or 0))
+def percent(share: float | None) -> str:
+    """A share in percent with one decimal, as 97.3%; a dash if it is unknown."""
+    return "–" if share is None else f"{100 * share:.1f}%"
 
 
 def ordered_evaluations(documents: Sequence[Document]) -> list[Document]:
@@ -197,10 +160,10 @@ def _cells(columns: Sequence[Document], keys: tuple[str, ...]) -> tuple[Cell, ..
     cells = []
     for document in columns:
         estimate = estimate_at(document, *keys)
-        detail = estimate.interval if estimate else ""
+        detail = estimate.interval("–") if estimate else ""
         if estimate and keys == ("best_constant_index",):
             detail = f"index {document['best_constant_index'].get('index')}"
-        cells.append(Cell(estimate.text if estimate else "–", detail))
+        cells.append(Cell(percent(estimate.value if estimate else None), detail))
     return tuple(cells)
 
 
@@ -208,9 +171,9 @@ def _difference_cell(baseline: Document) -> Cell:
     estimate = estimate_at(baseline, "difference")
     if estimate is None or estimate.value is None:
         return Cell("–")
-    difference, details = baseline["difference"], []
-    if estimate.low is not None and estimate.high is not None:
-        details.append(f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}")
+    difference, details, (low, high) = baseline["difference"], [], estimate.ci95
+    if low < high:
+        details.append(f"{100 * low:+.1f} to {100 * high:+.1f}")
     p_value = finite(difference.get("p_value"))
     if p_value is not None:
         details.append("p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}0.001" if p_value < 0.001 else f"p={p_value:.3f}")
@@ -227,17 +190,12 @@ def accuracy_by_index_rows(columns: Sequence[Document]) -> list[Row]:
     return [Row(str(index), "", _cells(columns, ("accuracy_by_correct_index", str(index)))) for index in indices]
 
 
-def heat_map(last: Document | None, groups: Sequence[Group]) -> HeatMap | None:
+def heat_map(last: Document | None, groups: Sequence[GroupRecord]) -> HeatMap | None:
     """Chosen by correct index, from the last evaluation, else from the recorded rollouts; None without both."""
     if last and last.get("confusion"):
         return HeatMap(last["confusion"], f"{column_title(last)}, greedy answers on held-out episodes")
     if not groups:
         return None
-    num_candidates = max(len(group.labels) for group in groups)
-    picks: Counter[tuple[int, int]] = Counter()
-    for group in groups:
-        for rollout in group.rollouts:
-            index = -1 if rollout.index is None else rollout.index
-            picks[group.correct_index, index if 0 <= index < len(group.labels) else num_candidates] += 1
-    counts = [[picks[row, column] for column in range(num_candidates + 1)] for row in range(num_candidates)]
-    return HeatMap(counts, "all recorded rollouts, sampled in training")
+    judged = [(rollout.episode.correct_index, rollout.verdict) for group in groups for rollout in group.rollouts]
+    num_candidates = max(len(group.episode.labels) for group in groups)
+    return HeatMap(confusion(judged, num_candidates), "all recorded rollouts, sampled in training")

@@ -1,4 +1,4 @@
-"""A batch of rollouts: the record of each one, and the metrics of all of them together.
+"""A batch of rollouts: the record of each one, its form in rollouts.jsonl, and the metrics of all of them together.
 
 Pure Python on plain values, so that every figure Fleet logs can be checked by hand. Knows no tensor and no trainer.
 """
@@ -6,10 +6,12 @@ Pure Python on plain values, so that every figure Fleet logs can be checked by h
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import Any, Self
 
 from environment import Episode, Judgement, Message, Outcome
+from fleet.run_folder import finite
 from utils.tool_calls import ParseStatus
 
 
@@ -36,6 +38,57 @@ class RolloutRecord:
     verdict: Judgement
     reward: float
     advantage: float = math.nan
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """One episode and its G rollouts, a line of rollouts.jsonl. number: of the group in its step, from 0."""
+
+    step: int
+    number: int
+    episode: EpisodeRecord
+    rollouts: tuple[RolloutRecord, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The line: what was shown and asked, and every completion. JSON has no NaN, so it becomes null."""
+        return {
+            "step": self.step,
+            "group": self.number,
+            "instruction": self.episode.instruction,
+            "target": self.episode.target,
+            "correct_index": self.episode.correct_index,
+            "labels": list(self.episode.labels),
+            "images": list(self.episode.image_names),
+            "rollouts": [
+                {
+                    "completion": rollout.completion,
+                    **asdict(rollout.verdict),
+                    "reward": finite(rollout.reward),
+                    "advantage": finite(rollout.advantage),
+                }
+                for rollout in self.rollouts
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> Self:
+        """The group of a line. Raises KeyError, TypeError or ValueError for another form."""
+        step, number, target = int(line["step"]), int(line["group"]), line["target"]
+        episode = EpisodeRecord(
+            instruction=str(line["instruction"]),
+            target=None if target is None else str(target),
+            correct_index=int(line["correct_index"]),
+            labels=tuple(map(str, line["labels"])),
+            image_names=tuple(map(str, line["images"])),
+        )
+        return cls(step, number, episode, tuple(_rollout_from_json(episode, rollout) for rollout in line["rollouts"]))
+
+
+def _rollout_from_json(episode: EpisodeRecord, line: dict[str, Any]) -> RolloutRecord:
+    index, outcome, status = line["index"], Outcome(line["outcome"]), ParseStatus(line["parse_status"])
+    verdict = Judgement(outcome, status, None if index is None else int(index))
+    reward, advantage = (math.nan if line[name] is None else float(line[name]) for name in ("reward", "advantage"))
+    return RolloutRecord(episode, str(line["completion"]), verdict, reward, advantage)
 
 
 def make_records(

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from transformers.trainer_callback import TrainerCallback
 
 from fleet.errors import RunStopped
+from fleet.evaluation.figures import percent_at
 from fleet.progress import StepProgress
 from fleet.rl.checkpoints import remedy_of
 from fleet.rl.rollouts import RolloutRecord
@@ -111,10 +112,9 @@ class RunRecorder(TrainerCallback):
             control.should_save = True
         if state.is_world_process_zero:
             self._evaluations.append([document])
-            accuracy, blank = document["greedy_accuracy"], document["controls"]["blank_images"]
             self._say(
-                f"step {state.global_step}: held-out accuracy {_with_interval(accuracy)}, "
-                f"with blank pictures {_with_interval(blank)}"
+                f"step {state.global_step}: held-out accuracy {percent_at(document, 'greedy_accuracy')}, "
+                f"with blank pictures {percent_at(document, 'controls', 'blank_images')}"
             )
         return control
 
@@ -173,8 +173,3 @@ def _save_thumbnail(picture: Image.Image, path: Path) -> None:
     unfinished = path.with_name(f"{path.stem}.{os.getpid()}.unfinished")
     small.save(unfinished, format="WEBP", quality=85)
     os.replace(unfinished, path)
-
-
-def _with_interval(estimate: dict[str, Any]) -> str:
-    low, high = estimate["ci95"]
-    return f"{100 * estimate['value']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

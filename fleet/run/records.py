@@ -4,7 +4,6 @@ recorder.py decides when they are shown and written. The figures in them come fr
 """
 
 import io
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from environment import Outcome
 from fleet.command.options import ResolvedDefault
-from fleet.rl.rollouts import RolloutRecord
+from fleet.rl.rollouts import GroupRecord, RolloutRecord
 from fleet.run_folder import write_atomically
 from utils.plain_text import printable
 
@@ -50,39 +49,13 @@ def sample_table(rollouts: Sequence[RolloutRecord], step: int) -> str:
             f"{rollout.reward:.2f}",
             f"{rollout.advantage:+.2f}",
         )
-    return _rendered(table)
+    return rendered(table)
 
 
 def group_lines(rollouts: Sequence[RolloutRecord], group_size: int, step: int) -> list[dict[str, Any]]:
-    """The lines of rollouts.jsonl for whole groups of rollouts: what was shown and asked, and every completion."""
-    lines = []
-    for number, start in enumerate(range(0, len(rollouts), group_size)):
-        group = rollouts[start : start + group_size]
-        episode = group[0].episode
-        lines.append(
-            {
-                "step": step,
-                "group": number,
-                "instruction": episode.instruction,
-                "target": episode.target,
-                "correct_index": episode.correct_index,
-                "labels": list(episode.labels),
-                "images": list(episode.image_names),
-                "rollouts": [
-                    {
-                        "completion": rollout.completion,
-                        "outcome": rollout.verdict.outcome.value,
-                        "parse_status": rollout.verdict.parse_status.value,
-                        "index": rollout.verdict.index,
-                        # JSON has no NaN, the reward of a rollout that was dropped
-                        "reward": rollout.reward if math.isfinite(rollout.reward) else None,
-                        "advantage": rollout.advantage,
-                    }
-                    for rollout in group
-                ],
-            }
-        )
-    return lines
+    """The lines of rollouts.jsonl for whole groups of rollouts."""
+    groups = [tuple(rollouts[start : start + group_size]) for start in range(0, len(rollouts), group_size)]
+    return [GroupRecord(step, number, group[0].episode, group).as_json() for number, group in enumerate(groups)]
 
 
 def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
@@ -92,7 +65,15 @@ def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
         table.add_column(name)
     for default in filled:
         table.add_row(f"--{default.flag}", Text(printable(default.value)), default.reason)
-    return _rendered(table)
+    return rendered(table)
+
+
+def rendered(table: Table, width: int = 110) -> str:
+    """The table as text: as wide and coloured as a terminal takes it, else plain and `width` characters wide."""
+    is_terminal = sys.stderr.isatty()
+    target = io.StringIO()
+    Console(file=target, width=None if is_terminal else width, force_terminal=is_terminal).print(table)
+    return target.getvalue()
 
 
 def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -124,10 +105,3 @@ def _cut(text: str, max_chars: int = 160) -> str:
     """The text in one line of so many characters at most."""
     flat = printable(text)
     return flat if len(flat) <= max_chars else flat[: max_chars - 1] + "…"
-
-
-def _rendered(table: Table) -> str:
-    is_terminal = sys.stderr.isatty()
-    target = io.StringIO()
-    Console(file=target, width=None if is_terminal else 110, force_terminal=is_terminal).print(table)
-    return target.getvalue()

@@ -1,16 +1,13 @@
 """A checked evaluation becomes answers and a table: loads each model, alone or sharded, and scores it."""
 
 import gc
-import io
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
@@ -21,13 +18,13 @@ from fleet.command.image_check import Findings, images_of
 from fleet.command.options import ResolvedDefault
 from fleet.controls import CONTROL_MEANINGS
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
-from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, with_baseline
+from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, percent_at, with_baseline
 from fleet.evaluation.held_out import make_plan, runs_behind
 from fleet.processes import first_problem, raise_together, require_same_flags, together
 from fleet.progress import count_progress
 from fleet.run import model_setup
 from fleet.run.data import agree_on_data, require_encodable_prompts
-from fleet.run.records import resolved_table
+from fleet.run.records import rendered, resolved_table
 from utils.plain_text import printable
 
 logger = logging.getLogger("fleet")
@@ -142,52 +139,36 @@ def table(document: dict[str, Any]) -> str:
     for column in columns:
         shown.add_column(Text(printable(column["model"])), justify="right", overflow="fold")
     shown.add_column("")
-    for name, meaning, figures in _rows(columns):
-        shown.add_row(name, *(_percent(figure) for figure in figures), meaning)
-    is_terminal = sys.stderr.isatty()
-    target = io.StringIO()
-    Console(file=target, width=None if is_terminal else 120, force_terminal=is_terminal).print(shown)
-    if baseline is not None:
-        gain = baseline["difference"]
-        low, high = gain["ci95"]
-        points = f"{100 * gain['value']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
-        target.write(
-            f"\n{printable(document['model'])} is right {points} oftener than {printable(baseline['model'])} "
-            f"on the same {gain['n']} episodes; alone right on {gain['only_model_right']} and "
-            f"{gain['only_baseline_right']} (McNemar's exact p = {gain['p_value']:.2g})\n"
-        )
-    return target.getvalue()
+    for name, meaning, keys in _rows(columns):
+        shown.add_row(name, *(percent_at(column, *keys) for column in columns), meaning)
+    text = rendered(shown, width=120)
+    if baseline is None:
+        return text
+    gain = baseline["difference"]
+    low, high = gain["ci95"]
+    points = f"{100 * gain['value']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+    return (
+        f"{text}\n{printable(document['model'])} is right {points} oftener than {printable(baseline['model'])} "
+        f"on the same {gain['n']} episodes; alone right on {gain['only_model_right']} and "
+        f"{gain['only_baseline_right']} (McNemar's exact p = {gain['p_value']:.2g})\n"
+    )
 
 
-def _rows(columns: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any] | None]]]:
-    def in_each_column(*path: str) -> list[dict[str, Any] | None]:
-        found: list[Any] = list(columns)
-        for name in path:
-            found = [None if figure is None else figure.get(name) for figure in found]
-        return found
-
+def _rows(columns: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(name, meaning, keys in a document) of each figure."""
     first = columns[0]
-    yield "greedy accuracy", "", in_each_column("greedy_accuracy")
+    yield "greedy accuracy", "", ("greedy_accuracy",)
     if first["sampled_accuracy"] is not None:
-        yield "sampled accuracy", f"{first['num_samples']} samples an episode", in_each_column("sampled_accuracy")
+        yield "sampled accuracy", f"{first['num_samples']} samples an episode", ("sampled_accuracy",)
     for k in first["pass_at_k"]:
-        yield f"pass@{k}", "", in_each_column("pass_at_k", k)
-    yield "chance", "", in_each_column("chance")
-    constant = first["best_constant_index"]["index"]
-    yield "best constant index", f"always {constant}", in_each_column("best_constant_index")
+        yield f"pass@{k}", "", ("pass_at_k", k)
+    yield "chance", "", ("chance",)
+    yield "best constant index", f"always {first['best_constant_index']['index']}", ("best_constant_index",)
     for control, meaning in CONTROL_MEANINGS.items():
-        yield control.replace("_", " "), meaning, in_each_column("controls", control)
+        yield control.replace("_", " "), meaning, ("controls", control)
     for family in ("outcome", "parse_status"):
         for name in first[family]:
             if any(column[family][name]["value"] for column in columns):
-                yield f"{family.replace('_', ' ')}: {name}", "", in_each_column(family, name)
+                yield f"{family.replace('_', ' ')}: {name}", "", (family, name)
     for index in first["accuracy_by_correct_index"]:
-        yield f"right where index {index} is", "", in_each_column("accuracy_by_correct_index", index)
-
-
-def _percent(figure: dict[str, Any] | None) -> str:
-    if figure is None or figure["value"] is None:
-        return "-"
-    low, high = figure["ci95"]
-    interval = "" if low == high else f" ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{100 * figure['value']:.1f} %{interval}"
+        yield f"right where index {index} is", "", ("accuracy_by_correct_index", index)
