@@ -78,17 +78,15 @@ def rendered(table: Table, width: int = 110) -> str:
 
 def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Draws reward and accuracy over steps as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=150)
+    figure = Figure(figsize=(7, 3.6), dpi=150)
+    axes = figure.subplots()
     metrics = [line for line in metrics if "reward" in line]
     steps = [line["step"] for line in metrics]
     marker = "o" if len(steps) == 1 else ""  # a line needs two
     for name, colour in (("reward", "#d1495b"), ("accuracy", "#00798c")):
-        values = [line.get(name) for line in metrics]
+        values: list[Any] = [line.get(name) for line in metrics]
         axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, label=f"mean {name}")
     axes.set(xlabel="optimizer step", title=title, ylim=(-0.02, 1.04))
     axes.grid(alpha=0.25)
@@ -97,7 +95,6 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     figure.tight_layout()
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    pyplot.close(figure)
     write_atomically(path, png.getvalue())
 
 
