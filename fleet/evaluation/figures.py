@@ -85,7 +85,6 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
         "num_samples": plan.num_samples,
         "prompt_style": plan.prompt_style,
         "allow_reasoning": plan.allow_reasoning,
-        "candidates": max(episode.num_candidates for episode in plan.episodes),
         **_figures_of_answers(verdicts, plan.episodes),
         **_figures_of_samples(answers, plan),
         "controls": {control: share(sum(found), len(found)).as_json() for control, found in hits.items()},
@@ -178,6 +177,7 @@ def _figures_of_answers(verdicts: Sequence[Judgement], episodes: Sequence[Episod
     counts = confusion(zip((episode.correct_index for episode in episodes), verdicts, strict=True), size)
     best_index, best_count = max(sorted(correct.items()), key=lambda item: item[1])
     return {
+        "candidates": size,
         "greedy_accuracy": share(outcomes[Outcome.CORRECT], n).as_json(),
         "chance": exactly(sum(1 / episode.num_candidates for episode in episodes) / n, n).as_json(),
         "best_constant_index": {**share(best_count, n).as_json(), "index": best_index},
