@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fleet.evaluation.figures import estimate_at
+from fleet.report.rollouts import spread
 from fleet.report.tables import Document, Level, percent
 from fleet.run_folder import finite
 from utils.tool_calls import ParseStatus
@@ -227,8 +228,7 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 def _thinned(values: np.ndarray) -> np.ndarray:
     """At most MAX_POINTS of the last axis, evenly spaced, the first and the last among them."""
-    num_values = values.shape[-1]
-    return values[..., np.linspace(0, num_values - 1, min(num_values, MAX_POINTS)).round().astype(int)]
+    return values[..., spread(range(values.shape[-1]), MAX_POINTS)]
 
 
 def _new_axes(first_step: float, last_step: float) -> tuple[Figure, Axes]:

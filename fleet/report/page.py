@@ -222,9 +222,23 @@ def headline(records: RunRecords) -> list[Tile]:
 
 
 def levels(records: RunRecords) -> list[tables.Level]:
-    """The accuracies that a policy reaches without looking, to compare with."""
-    ends = tables.first_and_last(records.evaluations)
-    return tables.levels_without_looking(ends[1] if ends else None, records.config["options"])
+    """Chance and the best constant index: from the last evaluation, else as far as the flags tell."""
+    ends, options = tables.first_and_last(records.evaluations), records.config["options"]
+    if ends is None:
+        num_candidates, fixed = options.get("candidates_per_episode"), options.get("fixed_correct_index")
+        if options.get("env") is not None or not isinstance(num_candidates, int):
+            return []
+        levels = [tables.Level("Chance", 1 / num_candidates, f"{num_candidates} candidates")]
+        return levels + ([] if fixed is None else [tables.Level("Best constant index", 1.0, f"always index {fixed}")])
+    last = ends[1]
+    chance, constant = estimate_at(last, "chance"), estimate_at(last, "best_constant_index")
+    levels = []
+    if chance and chance.value is not None:
+        levels.append(tables.Level("Chance", chance.value, f"{last.get('candidates', '?')} candidates"))
+    if constant and constant.value is not None:
+        index = last["best_constant_index"].get("index")
+        levels.append(tables.Level("Best constant index", constant.value, f"always index {index}"))
+    return levels
 
 
 def _accuracy_tile(records: RunRecords) -> Tile:

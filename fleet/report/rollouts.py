@@ -4,11 +4,13 @@ Owns the caps that keep a report small enough to open on a phone. Shows nothing:
 """
 
 import base64
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+from jinja2.utils import htmlsafe_json_dumps
 
 from fleet.rl.rollouts import GroupRecord
 
@@ -18,6 +20,8 @@ MAX_GROUPS_BYTES = 2_500_000
 MAX_THUMBNAILS_BYTES = 1_500_000
 MISSING, LEFT_OUT = -1, -2  # the position of a picture that is not embedded: no such file, or over the cap
 Item = TypeVar("Item")
+# JSON whose strings end no script element and open no comment; in ASCII, so U+2028 is escaped too
+safe_json = partial(htmlsafe_json_dumps, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,6 @@ def spread(items: Sequence[Item], limit: int) -> list[Item]:
     if len(items) <= limit:
         return list(items)
     return [items[round(position * (len(items) - 1) / (limit - 1))] for position in range(limit)]
-
-
-def safe_json(value: Any) -> str:
-    """JSON whose strings end no script element and open no comment.
-
-    >>> print(safe_json("</script>"))
-    "\\u003c/script\\u003e"
-    """
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII, so U+2028 is escaped too
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _compact(group: GroupRecord, position_by_name: dict[str, int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from fleet.controls import CONTROL_MEANINGS
 from fleet.evaluation.figures import confusion, estimate_at
 from fleet.rl.rollouts import GroupRecord
-from fleet.run_folder import EVALUATION_SCHEMA_VERSION, finite
+from fleet.run_folder import EVALUATION_SCHEMA_VERSION
 
 MAX_COLUMNS = 4  # evaluations side by side; of more, the first and the last are shown
 Document = Mapping[str, Any]
@@ -50,24 +50,12 @@ class Level:
     detail: str
 
 
-ROWS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (
-        ("greedy_accuracy",),
-        "Greedy accuracy",
-        "Share of held-out episodes whose most likely answer picks the right image.",
-    ),
-    (("sampled_accuracy",), "Sampled accuracy", "Share of sampled answers that pick the right image."),
-    (("chance",), "Chance", "What picking an image at random would score."),
-    (("best_constant_index",), "Best constant index", "What always picking one and the same index would score."),
-    *(
-        (
-            ("controls", control),
-            f"Control: {control.replace('_', ' ')}",
-            f"{meaning[0].upper()}{meaning[1:]}.".replace(" %", "%"),
-        )
-        for control, meaning in CONTROL_MEANINGS.items()
-    ),
-)
+MEANINGS = {
+    "greedy_accuracy": "Share of held-out episodes whose most likely answer picks the right image.",
+    "sampled_accuracy": "Share of sampled answers that pick the right image.",
+    "chance": "What picking an image at random would score.",
+    "best_constant_index": "What always picking one and the same index would score.",
+}
 
 
 def percent(share: float | None) -> str:
@@ -96,24 +84,6 @@ def first_and_last(evaluations: Sequence[Document]) -> tuple[Document, Document]
     return (of_training[0], of_training[-1]) if of_training else None
 
 
-def levels_without_looking(last: Document | None, options: Mapping[str, Any]) -> list[Level]:
-    """Chance and the best constant index: from the last evaluation, else as far as the flags tell."""
-    if last is None:
-        num_candidates, fixed = options.get("candidates_per_episode"), options.get("fixed_correct_index")
-        if options.get("env") is not None or not isinstance(num_candidates, int):
-            return []
-        levels = [Level("Chance", 1 / num_candidates, f"{num_candidates} candidates")]
-        return levels + ([] if fixed is None else [Level("Best constant index", 1.0, f"always index {fixed}")])
-    chance, constant = estimate_at(last, "chance"), estimate_at(last, "best_constant_index")
-    levels = []
-    if chance and chance.value is not None:
-        levels.append(Level("Chance", chance.value, f"{last.get('candidates', '?')} candidates"))
-    if constant and constant.value is not None:
-        index = last["best_constant_index"].get("index")
-        levels.append(Level("Best constant index", constant.value, f"always index {index}"))
-    return levels
-
-
 def shown_columns(evaluations: Sequence[Document]) -> list[Document]:
     """All evaluations if they are few, else the first, the last, and those that belong to no step."""
     if len(evaluations) <= MAX_COLUMNS:
@@ -138,25 +108,28 @@ def setting(document: Document) -> str:
 
 def evaluation_rows(columns: Sequence[Document]) -> list[Row]:
     """The rows of the evaluation table that at least one of the evaluations has."""
-    rows = [Row(name, meaning, _cells(columns, keys)) for keys, name, meaning in ROWS]
+    rows = [_row(columns, key.replace("_", " ").capitalize(), meaning, key) for key, meaning in MEANINGS.items()]
     ks = sorted({int(k) for document in columns for k in document.get("pass_at_k") or {}})
     rows[2:2] = [
-        Row(f"pass@{k}", f"Probability of a right answer among {k} sampled.", _cells(columns, ("pass_at_k", str(k))))
-        for k in ks
+        _row(columns, f"pass@{k}", f"Probability of a right answer among {k} sampled.", "pass_at_k", str(k)) for k in ks
     ]
+    for control, meaning in CONTROL_MEANINGS.items():
+        sentence = f"{meaning[0].upper()}{meaning[1:]}.".replace(" %", "%")
+        rows.append(_row(columns, f"Control: {control.replace('_', ' ')}", sentence, "controls", control))
     models = sorted({str(document["baseline"].get("model")) for document in columns if document.get("baseline")})
     rows += [
-        Row("Baseline", f"Greedy accuracy of {', '.join(models)}.", _cells(columns, ("baseline", "greedy_accuracy"))),
+        _row(columns, "Baseline", f"Greedy accuracy of {', '.join(models)}.", "baseline", "greedy_accuracy"),
         Row(
             "Lead over the baseline",
             "Difference in points, its interval, p of the paired test, and the episodes only one of the two got right.",
-            tuple(_difference_cell(document.get("baseline") or {}) for document in columns),
+            tuple(_difference_cell(document) for document in columns),
         ),
     ]
     return [row for row in rows if any(cell.text != "–" for cell in row.cells)]
 
 
-def _cells(columns: Sequence[Document], keys: tuple[str, ...]) -> tuple[Cell, ...]:
+def _row(columns: Sequence[Document], name: str, meaning: str, *keys: str) -> Row:
+    """The row of the figure under nested keys of each document."""
     cells = []
     for document in columns:
         estimate = estimate_at(document, *keys)
@@ -164,30 +137,27 @@ def _cells(columns: Sequence[Document], keys: tuple[str, ...]) -> tuple[Cell, ..
         if estimate and keys == ("best_constant_index",):
             detail = f"index {document['best_constant_index'].get('index')}"
         cells.append(Cell(percent(estimate.value if estimate else None), detail))
-    return tuple(cells)
+    return Row(name, meaning, tuple(cells))
 
 
-def _difference_cell(baseline: Document) -> Cell:
-    estimate = estimate_at(baseline, "difference")
+def _difference_cell(document: Document) -> Cell:
+    estimate = estimate_at(document, "baseline", "difference")
     if estimate is None or estimate.value is None:
         return Cell("–")
-    difference, details, (low, high) = baseline["difference"], [], estimate.ci95
-    if low < high:
-        details.append(f"{100 * low:+.1f} to {100 * high:+.1f}")
-    p_value = finite(difference.get("p_value"))
-    if p_value is not None:
-        details.append("p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}0.001" if p_value < 0.001 else f"p={p_value:.3f}")
-    if "only_model_right" in difference and "only_baseline_right" in difference:
-        details.append(
-            f"{difference['only_model_right']}\N{NO-BREAK SPACE}vs\N{NO-BREAK SPACE}{difference['only_baseline_right']}"
-        )
+    difference, (low, high) = document["baseline"]["difference"], estimate.ci95
+    is_clear = difference["p_value"] < 0.001
+    details = (
+        f"{100 * low:+.1f} to {100 * high:+.1f}",
+        "p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}0.001" if is_clear else f"p={difference['p_value']:.3f}",
+        f"{difference['only_model_right']}\N{NO-BREAK SPACE}vs\N{NO-BREAK SPACE}{difference['only_baseline_right']}",
+    )
     return Cell(f"{100 * estimate.value:+.1f}", "; ".join(details))
 
 
 def accuracy_by_index_rows(columns: Sequence[Document]) -> list[Row]:
     """Accuracy on the episodes whose correct index is 0, 1, ...; a row each."""
     indices = sorted({int(index) for document in columns for index in document.get("accuracy_by_correct_index") or {}})
-    return [Row(str(index), "", _cells(columns, ("accuracy_by_correct_index", str(index)))) for index in indices]
+    return [_row(columns, str(index), "", "accuracy_by_correct_index", str(index)) for index in indices]
 
 
 def heat_map(last: Document | None, groups: Sequence[GroupRecord]) -> HeatMap | None:
