@@ -6,7 +6,7 @@ model in training and a script with known figures are measured alike.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,15 +54,6 @@ class Evaluation:
     is_right: tuple[bool, ...]
 
 
-@dataclass(frozen=True)
-class _Change:
-    """A changed episode, and the index that is a hit."""
-
-    control: str
-    episode: Episode
-    wanted_index: int
-
-
 def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
     """The figures of a policy on the plan's episodes. model: its name, for the document."""
     answers = policy(plan.episodes, plan.num_samples)
@@ -71,9 +62,9 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
     for start in range(0, len(verdicts), CHANGED_AT_A_TIME):
         numbered = enumerate(verdicts[start : start + CHANGED_AT_A_TIME], start)
         changes = [change for number, verdict in numbered for change in _changes(plan, number, verdict)]
-        said_to_changes = policy([change.episode for change in changes], 0)
-        for change, said in zip(changes, said_to_changes, strict=True):
-            hits[change.control].append(_judge(said.greedy, change.episode, plan).index == change.wanted_index)
+        said_to_changes = policy([episode for _, episode, _ in changes], 0)
+        for (control, episode, wanted_index), said in zip(changes, said_to_changes, strict=True):
+            hits[control].append(_judge(said.greedy, episode, plan).index == wanted_index)
     is_right = tuple(verdict.outcome is Outcome.CORRECT for verdict in verdicts)
     document = {
         "schema_version": EVALUATION_SCHEMA_VERSION,
@@ -148,24 +139,20 @@ def _picked_index(verdict: Judgement) -> int | None:
     return verdict.index if verdict.outcome in (Outcome.CORRECT, Outcome.WRONG_INDEX) else None
 
 
-def _changes(plan: EvaluationPlan, number: int, verdict: Judgement) -> list[_Change]:
-    """The changes of one episode; pictures move only around one that was picked."""
+def _changes(plan: EvaluationPlan, number: int, verdict: Judgement) -> Iterator[tuple[str, Episode, int]]:
+    """(control, changed episode, index that is a hit) of each change; pictures move only around one that was picked."""
     episode, rng = plan.episodes[number], random.Random(f"controls/{plan.seed}/{number}")
-    redrawn = controls.with_pictures_redrawn(episode, rng, plan.max_pixels)
-    changes = [
-        _Change("blank_images", controls.blanked(episode, plan.max_pixels), episode.correct_index),
-        _Change("redrawn_images", redrawn, episode.correct_index),
-    ]
+    yield "blank_images", controls.blanked(episode, plan.max_pixels), episode.correct_index
+    yield "redrawn_images", controls.with_pictures_redrawn(episode, rng, plan.max_pixels), episode.correct_index
     picked = _picked_index(verdict)
     if picked is None:
-        return changes
+        return
     swapped = controls.with_picture_swapped(episode, picked, rng)
     if swapped is not None:
-        changes.append(_Change("swapped_images", *swapped))
+        yield "swapped_images", *swapped
     permuted = controls.with_order_permuted(plan.env, episode, picked, rng)
     if permuted is not None:
-        changes.append(_Change("permuted_order", permuted, picked))
-    return changes
+        yield "permuted_order", permuted, picked
 
 
 def _figures_of_answers(verdicts: Sequence[Judgement], episodes: Sequence[Episode]) -> dict[str, Any]:
