@@ -14,7 +14,7 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fleet.errors import UsageError
@@ -153,9 +153,8 @@ def _read_groups(path: Path) -> list[GroupRecord]:
 
 def render_page(records: RunRecords) -> str:
     """The whole page. Jinja2 escapes every value; the rollouts are JSON that the page's script shows as text."""
-    folder = Path(__file__).resolve().parent
+    template = Path(__file__).with_name(TEMPLATE_NAME).read_text(encoding="utf-8")
     environment = Environment(
-        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -164,12 +163,12 @@ def render_page(records: RunRecords) -> str:
     )
     columns = tables.shown_columns(records.evaluations)
     ends = tables.first_and_last(records.evaluations)
-    return environment.get_template(TEMPLATE_NAME).render(
+    return environment.from_string(template).render(
         name=records.run_dir.resolve().name,
         summary=_summary(records.config["options"]),
         config=records.config,
         command=shlex.join(str(word) for word in records.config.get("command") or []),
-        script_hash=_script_hash(folder / TEMPLATE_NAME),
+        script_hash=_script_hash(template),
         tiles=headline(records),
         charts=draw_charts(records.metrics, records.evaluations, levels(records)),
         running_mean_steps=running_mean_steps(len(_training_lines(records))),
@@ -190,9 +189,9 @@ def _as_plain_text(value: object) -> object:
     return "\u2028".join(printable_lines(line) for line in value.split("\u2028"))
 
 
-def _script_hash(template: Path) -> str:
+def _script_hash(template: str) -> str:
     """The hash by which the page's policy allows its own script and no other."""
-    (script,) = re.findall(r"<script>(.*?)</script>", template.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (script,) = re.findall(r"<script>(.*?)</script>", template, flags=re.DOTALL)
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
 
 
@@ -246,7 +245,9 @@ def _accuracy_tile(records: RunRecords) -> Tile:
     if ends:
         first, last = (estimate_at(document, "greedy_accuracy") for document in ends)
         if first and last:
-            text = " → ".join(tables.percent(end.value) for end in ([last] if ends[0] is ends[1] else [first, last]))
+            text = tables.percent(last.value)
+            if ends[0] is not ends[1]:
+                text = f"{tables.percent(first.value)} → {text}"
             place = " and ".join(dict.fromkeys(tables.column_title(document) for document in ends))
             detail = f"{place}; last {last.interval('–')}, n = {last.n:,}"
             return Tile("Held-out greedy accuracy", text, detail, is_wide=True)
