@@ -60,9 +60,9 @@ def group_lines(rollouts: Sequence[RolloutRecord], group_size: int, step: int) -
 
 def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
     """The defaults that were chosen for this case, and why, as a table for the terminal."""
-    table = Table(title="defaults for this case", title_justify="left", show_edge=False, pad_edge=False)
-    for name in ("flag", "value", "why"):
-        table.add_column(name)
+    table = Table(
+        "flag", "value", "why", title="defaults for this case", title_justify="left", show_edge=False, pad_edge=False
+    )
     for default in filled:
         table.add_row(f"--{default.flag}", Text(printable(default.value)), default.reason)
     return rendered(table)

@@ -134,8 +134,7 @@ def table(document: dict[str, Any]) -> str:
     """The figures as a table for the terminal, a column a model, and their paired difference below."""
     baseline = document["baseline"]
     columns = [document] if baseline is None else [baseline, document]
-    shown = Table(show_edge=False, pad_edge=False)
-    shown.add_column("")
+    shown = Table("", show_edge=False, pad_edge=False)
     for column in columns:
         shown.add_column(Text(printable(column["model"])), justify="right", overflow="fold")
     shown.add_column("")
