@@ -29,7 +29,7 @@ STEP = {
     "fleet/rl/policy_passes.py": "SampledGroups PolicyPasses(_sample _image_features _sample_completion_ids "
     "_generate_behind_one_prefill _usable _add_metrics _chooses_packing _groups_per_step _completion_logps "
     "_compare_with_vllm)",
-    "fleet/rl/rollouts.py": "picture_names make_records instruction_of rollout_metrics",
+    "fleet/rl/rollouts.py": "make_records instruction_of rollout_metrics",
     "fleet/rl/trainer.py": "Rollouts FleetRLOOTrainer(_prepare_inputs _roll_out _judge_and_reward _rewards "
     "_log_rewards _take_advantages _record _compute_loss _log_loss _get_grad_norm)",
     "trl/trainer/rloo_trainer.py": "RLOOTrainer(training_step compute_loss)",

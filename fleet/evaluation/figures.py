@@ -65,7 +65,7 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
         said_to_changes = policy([episode for _, episode, _ in changes], 0)
         for (control, episode, wanted_index), said in zip(changes, said_to_changes, strict=True):
             hits[control].append(_judge(said.greedy, episode, plan).index == wanted_index)
-    is_right = tuple(verdict.outcome is Outcome.CORRECT for verdict in verdicts)
+    is_right = tuple(verdict.is_right for verdict in verdicts)
     document = {
         "schema_version": EVALUATION_SCHEMA_VERSION,
         "model": model,
@@ -183,7 +183,7 @@ def _figures_of_samples(answers: Sequence[Answers], plan: EvaluationPlan) -> dic
     if num_samples == 0:
         return {"sampled_accuracy": None, "pass_at_k": {}}
     num_right = [
-        sum(_judge(text, episode, plan).outcome is Outcome.CORRECT for text in said.samples)
+        sum(_judge(text, episode, plan).is_right for text in said.samples)
         for said, episode in zip(answers, plan.episodes, strict=True)
     ]
     passes = {k: sum(pass_at_k(num_samples, right, k) for right in num_right) for k in plan.ks}

@@ -46,12 +46,8 @@ STYLE = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # the metrics used for the layout; the page sets its own font
     "font.size": 10,
-    "text.color": SENTINELS["muted"],
-    "xtick.color": SENTINELS["muted"],
-    "ytick.color": SENTINELS["muted"],
-    "axes.labelcolor": SENTINELS["muted"],
-    "axes.edgecolor": SENTINELS["grid"],
-    "grid.color": SENTINELS["grid"],
+    **dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), SENTINELS["muted"]),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), SENTINELS["grid"]),
     "path.simplify_threshold": 0.3,
 }
 

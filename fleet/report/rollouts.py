@@ -50,7 +50,7 @@ def embed(groups: Sequence[GroupRecord], thumbnails_dir: Path) -> EmbeddedRollou
         num_groups=len(chosen),
         num_groups_recorded=len(groups),
         num_thumbnails=len(uris),
-        num_thumbnails_recorded=len({name for group in groups for name in group.episode.image_names}),
+        num_thumbnails_recorded=len({name for group in groups for name in group.episode.images}),
     )
 
 
@@ -78,7 +78,7 @@ def _thumbnails(groups: Sequence[GroupRecord], folder: Path) -> tuple[list[str],
     uris: list[str] = []
     position_by_name: dict[str, int] = {}
     num_bytes = 0
-    for name in dict.fromkeys(name for group in _widely_spread_first(groups) for name in group.episode.image_names):
+    for name in dict.fromkeys(name for group in _widely_spread_first(groups) for name in group.episode.images):
         uri = _data_uri(folder, name)
         if uri is None:
             position_by_name[name] = MISSING

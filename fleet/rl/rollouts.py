@@ -17,13 +17,13 @@ from utils.tool_calls import ParseStatus
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """An episode as its group saw it. `image_names` tell pictures apart by their pixels."""
+    """An episode as its group saw it. images: N file names, equal for equal pixels; labels: N words."""
 
     instruction: str
     target: str | None
     correct_index: int
     labels: tuple[str, ...]
-    image_names: tuple[str, ...]
+    images: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,7 @@ class GroupRecord:
         return {
             "step": self.step,
             "group": self.number,
-            "instruction": self.episode.instruction,
-            "target": self.episode.target,
-            "correct_index": self.episode.correct_index,
-            "labels": list(self.episode.labels),
-            "images": list(self.episode.image_names),
+            **asdict(self.episode),
             "rollouts": [
                 {
                     "completion": rollout.completion,
@@ -79,7 +75,7 @@ class GroupRecord:
             target=None if target is None else str(target),
             correct_index=int(line["correct_index"]),
             labels=tuple(map(str, line["labels"])),
-            image_names=tuple(map(str, line["images"])),
+            images=tuple(map(str, line["images"])),
         )
         return cls(step, number, episode, tuple(_rollout_from_json(episode, rollout) for rollout in line["rollouts"]))
 
@@ -93,30 +89,22 @@ def _rollout_from_json(episode: EpisodeRecord, line: dict[str, Any]) -> RolloutR
 
 def make_records(
     episodes: Sequence[Episode],
-    image_names: Sequence[Sequence[str]],
+    image_digests: Sequence[bytes],
     completions: Sequence[str],
     verdicts: Sequence[Judgement],
     rewards: Sequence[float],
 ) -> list[RolloutRecord]:
     """The records of P groups of completions, group after group.
 
-    image_names: P, of each episode's pictures. completions, verdicts and rewards: B, one a rollout.
+    image_digests: of all the episodes' pictures, in order. completions, verdicts and rewards: B, one a rollout.
     """
-    group_size = len(completions) // len(episodes)
-    seen = [
-        EpisodeRecord(
-            instruction_of(episode.messages), episode.target, episode.correct_index, episode.labels, tuple(names)
-        )
-        for episode, names in zip(episodes, image_names, strict=True)
-        for _ in range(group_size)
-    ]
-    return [RolloutRecord(*fields) for fields in zip(seen, completions, verdicts, rewards, strict=True)]
-
-
-def picture_names(digests: Sequence[bytes], num_images: Sequence[int]) -> list[list[str]]:
-    """A file name for each picture, equal for equal pixels: P lists. digests: of all pictures. num_images: P ints."""
-    names = (f"{digest.hex()[:16]}.webp" for digest in digests)
-    return [list(islice(names, number)) for number in num_images]
+    names = (f"{digest.hex()[:16]}.webp" for digest in image_digests)
+    seen_B: list[EpisodeRecord] = []
+    for episode in episodes:
+        instruction, images = instruction_of(episode.messages), tuple(islice(names, episode.num_candidates))
+        seen = EpisodeRecord(instruction, episode.target, episode.correct_index, episode.labels, images)
+        seen_B += [seen] * (len(completions) // len(episodes))
+    return [RolloutRecord(*fields) for fields in zip(seen_B, completions, verdicts, rewards, strict=True)]
 
 
 def instruction_of(messages: Sequence[Message]) -> str:

@@ -146,15 +146,15 @@ class RunRecorder(TrainerCallback):
         """Those of the rollouts whose pictures this process has."""
         pictures = self.trainer.latest_pictures
         return [
-            Sample(rollout, tuple(pictures[name] for name in rollout.episode.image_names))
+            Sample(rollout, tuple(pictures[name] for name in rollout.episode.images))
             for rollout in rollouts
-            if all(name in pictures for name in rollout.episode.image_names)
+            if all(name in pictures for name in rollout.episode.images)
         ]
 
     def _keep_thumbnails(self) -> None:
         """Saves small copies of this process's pictures that rollouts.jsonl names, each once a run."""
         kept = self.trainer.latest_rollouts[: MAX_GROUPS_PER_STEP * self.trainer.num_generations]
-        wanted = {name for rollout in kept for name in rollout.episode.image_names}
+        wanted = {name for rollout in kept for name in rollout.episode.images}
         folder = self.output_dir / THUMBNAILS_NAME
         for name, picture in self.trainer.latest_pictures.items():
             if name not in wanted or name in self._thumbnails or len(self._thumbnails) >= MAX_THUMBNAILS:

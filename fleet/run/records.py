@@ -49,7 +49,7 @@ def sample_table(rollouts: Sequence[RolloutRecord], step: int) -> str:
             f"{rollout.reward:.2f}",
             f"{rollout.advantage:+.2f}",
         )
-    return rendered(table)
+    return rendered(table, 110)
 
 
 def group_lines(rollouts: Sequence[RolloutRecord], group_size: int, step: int) -> list[dict[str, Any]]:
@@ -65,11 +65,11 @@ def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
     )
     for default in filled:
         table.add_row(f"--{default.flag}", Text(printable(default.value)), default.reason)
-    return rendered(table)
+    return rendered(table, 110)
 
 
-def rendered(table: Table, width: int = 110) -> str:
-    """The table as text: as wide and coloured as a terminal takes it, else plain and `width` characters wide."""
+def rendered(table: Table, width: int) -> str:
+    """A table as text for the terminal, whose width it takes; `width` characters wide in a log file."""
     is_terminal = sys.stderr.isatty()
     target = io.StringIO()
     Console(file=target, width=None if is_terminal else width, force_terminal=is_terminal).print(table)

@@ -37,7 +37,6 @@ class PreparedEvaluation:
     options: EvaluateOptions
     accelerator: Accelerator
     plan: EvaluationPlan
-    settings: AnswerSettings
 
 
 def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | None) -> PreparedEvaluation:
@@ -70,15 +69,7 @@ def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | 
     logger.info(describe(options.model_id, plan, filled), extra=COLOURED)
     paths = [image.path for image in images_of(data.env) or ()]
     model_setup.say_what_the_toy_has_not_seen(options.model_id, options, paths)
-    settings = AnswerSettings(
-        episodes_per_batch=int(options.per_device_batch_size or 0),
-        max_completion_length=int(options.max_completion_length or 0),
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_pixels=options.image_max_pixels,
-        seed=options.seed,
-    )
-    return PreparedEvaluation(options, accelerator, plan, settings)
+    return PreparedEvaluation(options, accelerator, plan)
 
 
 def describe(model_id: str, plan: EvaluationPlan, filled: Sequence[ResolvedDefault]) -> str:
@@ -114,6 +105,14 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
         # 4-bit weights are where they belong since they were loaded
         wrapped = model if options.load_in_4bit else model.to(accelerator.device)
     wrapped.eval()
+    settings = AnswerSettings(
+        episodes_per_batch=int(options.per_device_batch_size or 0),
+        max_completion_length=int(options.max_completion_length or 0),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_pixels=options.image_max_pixels,
+        seed=options.seed,
+    )
     num_rows = len(plan.episodes) * (1 + plan.num_samples + 4)
     with (
         unwrap_model_for_generation(
@@ -121,7 +120,7 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
         ) as policy_model,
         count_progress(f"scoring {model_id}", num_rows, "answer", is_shown=accelerator.is_main_process) as note_answers,
     ):
-        policy = ModelPolicy(policy_model, processor, run.settings, **place, on_progress=note_answers)
+        policy = ModelPolicy(policy_model, processor, settings, **place, on_progress=note_answers)
         start_s = time.perf_counter()
         evaluation = evaluate(policy, plan, model_id)
     logger.info(f"{model_id}: scored in {time.perf_counter() - start_s:.0f} s")
@@ -140,14 +139,13 @@ def table(document: dict[str, Any]) -> str:
     shown.add_column("")
     for name, meaning, keys in _rows(columns):
         shown.add_row(name, *(percent_at(column, *keys) for column in columns), meaning)
-    text = rendered(shown, width=120)
     if baseline is None:
-        return text
+        return rendered(shown, 120)
     gain = baseline["difference"]
     low, high = gain["ci95"]
     points = f"{100 * gain['value']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
-    return (
-        f"{text}\n{printable(document['model'])} is right {points} oftener than {printable(baseline['model'])} "
+    return rendered(shown, 120) + (
+        f"\n{printable(document['model'])} is right {points} oftener than {printable(baseline['model'])} "
         f"on the same {gain['n']} episodes; alone right on {gain['only_model_right']} and "
         f"{gain['only_baseline_right']} (McNemar's exact p = {gain['p_value']:.2g})\n"
     )
