@@ -227,17 +227,17 @@ def levels(records: RunRecords) -> list[tables.Level]:
         num_candidates, fixed = options.get("candidates_per_episode"), options.get("fixed_correct_index")
         if options.get("env") is not None or not isinstance(num_candidates, int):
             return []
-        levels = [tables.Level("Chance", 1 / num_candidates, f"{num_candidates} candidates")]
-        return levels + ([] if fixed is None else [tables.Level("Best constant index", 1.0, f"always index {fixed}")])
+        found = [tables.Level("Chance", 1 / num_candidates, f"{num_candidates} candidates")]
+        return found + ([] if fixed is None else [tables.Level("Best constant index", 1.0, f"always index {fixed}")])
     last = ends[1]
     chance, constant = estimate_at(last, "chance"), estimate_at(last, "best_constant_index")
-    levels = []
+    found = []
     if chance and chance.value is not None:
-        levels.append(tables.Level("Chance", chance.value, f"{last.get('candidates', '?')} candidates"))
+        found.append(tables.Level("Chance", chance.value, f"{last.get('candidates', '?')} candidates"))
     if constant and constant.value is not None:
         index = last["best_constant_index"].get("index")
-        levels.append(tables.Level("Best constant index", constant.value, f"always index {index}"))
-    return levels
+        found.append(tables.Level("Best constant index", constant.value, f"always index {index}"))
+    return found
 
 
 def _accuracy_tile(records: RunRecords) -> Tile:
