@@ -37,7 +37,7 @@ ASIDE = {
     "fleet/qwen/group_passes.py": "why_not_to_pack",
     "fleet/rl/guards.py": "without_gradient_if_not_finite "
     "StepGuard(begin_generation note_scores on_pre_optimizer_step)",
-    "fleet/rl/rollouts.py": "picture_names make_records instruction_of rollout_metrics length_metrics",
+    "fleet/rl/rollouts.py": "make_records instruction_of rollout_metrics length_metrics",
     "fleet/rl/policy_passes.py": "PolicyPasses(_add_metrics _log_lengths _compare_with_vllm)",
     "fleet/rl/trainer.py": "FleetRLOOTrainer(_require_shown _log_rewards _record _log_loss _get_grad_norm)",
     "fleet/run/watchdog.py": "Watchdog(beat) StillTime(beat tick)",

@@ -6,6 +6,7 @@ Imports nothing heavy, so that a report can be written wherever the folder was c
 import contextlib
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,3 +132,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is {line[:40]!r}, but wanted a JSON object; remove that line")
         objects.append(value)
     return objects
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float; None if it is no number, or not finite."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None

@@ -107,20 +107,19 @@ def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode
     seen = {fingerprint(episode) for episode in drawn}
     num_drawn = len(seen)
     held_out: list[Episode] = []
-    num_draws = 0
-    while len(held_out) < num_episodes:
-        if num_draws == MAX_DRAWS_PER_EPISODE * num_episodes:
-            raise TooFewEpisodes(
-                f"{num_draws} draws gave {len(held_out)} different episodes that training does not draw ({num_drawn} "
-                f"that it does), and {num_episodes} are wanted; add images, or evaluate on fewer episodes"
-            )
-        episode = checked_episode(env, num_draws)
-        num_draws += 1
+    num_draws = MAX_DRAWS_PER_EPISODE * num_episodes
+    for number in range(num_draws):
+        episode = checked_episode(env, number)
         # an episode that came twice would count as two trials
         if (digest := fingerprint(episode)) not in seen:
             seen.add(digest)
             held_out.append(episode)
-    return held_out, num_draws - num_episodes
+        if len(held_out) == num_episodes:
+            return held_out, number + 1 - num_episodes
+    raise TooFewEpisodes(
+        f"{num_draws} draws gave {len(held_out)} different episodes that training does not draw ({num_drawn} "
+        f"that it does), and {num_episodes} are wanted; add images, or evaluate on fewer episodes"
+    )
 
 
 def fingerprint(episode: Episode) -> bytes:

@@ -20,20 +20,26 @@ class Estimate:
     n: int
 
     def as_json(self) -> dict[str, Any]:
-        """{"value", "ci95": [low, high], "n"}."""
+        """{"value", "ci95": [low, high], "n"}, and the fields of a subclass."""
         return asdict(self) | {"ci95": list(self.ci95)}
+
+    def interval(self, to: str) -> str:
+        """The interval in percent, its ends joined by `to`; empty for an exact value.
+
+        >>> Estimate(0.5, (0.45, 0.5512), 64).interval(" to ")
+        '45.0 to 55.1'
+        """
+        low, high = self.ci95
+        return "" if low == high else f"{100 * low:.1f}{to}{100 * high:.1f}"
 
 
 @dataclass(frozen=True)
-class PairedDifference:
-    """The share that one policy gets right minus another's, on the same trials; `value` is None with n = 0."""
+class PairedDifference(Estimate):
+    """The share that a model gets right minus a baseline's, on the same `n` trials."""
 
-    value: float | None
-    ci95: tuple[float, float]
-    n: int
     p_value: float  # of McNemar's exact test that both are right equally often
-    only_first_right: int
-    only_second_right: int
+    only_model_right: int
+    only_baseline_right: int
 
 
 def share(num_hits: float, n: int) -> Estimate:
@@ -75,28 +81,27 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
-def paired_difference(first_right: Sequence[bool], second_right: Sequence[bool]) -> PairedDifference:
-    """The share that the first policy gets right minus the second's, on the same trials in the same order.
+def paired_difference(model_right: Sequence[bool], baseline_right: Sequence[bool]) -> PairedDifference:
+    """The share that a model gets right minus its baseline's, on the same trials in the same order.
 
     The interval is Newcombe's hybrid of Wilson intervals, which allows for the correlation of the two.
     Raises ValueError for unequal lengths. Sources: Newcombe, "Improved confidence intervals for the difference between
     binomial proportions based on paired data", Statistics in Medicine 17, 1998, method 10; McNemar, Psychometrika 12,
     1947.
     """
-    both = sum(a and b for a, b in zip(first_right, second_right, strict=True))
-    only_first, only_second = sum(first_right) - both, sum(second_right) - both
-    n = len(first_right)
+    both = sum(a and b for a, b in zip(model_right, baseline_right, strict=True))
+    only_model, only_baseline = sum(model_right) - both, sum(baseline_right) - both
+    n = len(model_right)
     if n == 0:
         return PairedDifference(None, (-1.0, 1.0), 0, 1.0, 0, 0)
-    neither = n - both - only_first - only_second
-    first, second = sum(first_right) / n, sum(second_right) / n
+    first, second = sum(model_right) / n, sum(baseline_right) / n
     (low_1, high_1), (low_2, high_2) = _wilson(first, n), _wilson(second, n)
-    correlation = _correlation(both, only_first, only_second, neither)
+    correlation = _correlation(both, only_model, only_baseline, n - both - only_model - only_baseline)
     difference = first - second
     down = _hybrid(first - low_1, high_2 - second, correlation)
     up = _hybrid(high_1 - first, second - low_2, correlation)
     interval = (round(difference - down, 7), round(difference + up, 7))
-    return PairedDifference(difference, interval, n, _mcnemar(only_first, only_second), only_first, only_second)
+    return PairedDifference(difference, interval, n, _mcnemar(only_model, only_baseline), only_model, only_baseline)
 
 
 def _wilson(value: float, n: int) -> tuple[float, float]:

@@ -17,8 +17,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fleet.report.rollouts import finite
-from fleet.report.tables import Document, Level, estimate_at, percent
+from fleet.evaluation.figures import estimate_at
+from fleet.report.rollouts import spread
+from fleet.report.tables import Document, Level, percent
+from fleet.run_folder import finite
 from utils.tool_calls import ParseStatus
 
 MAX_POINTS = 500  # drawn of a line; of longer runs, every second step or fewer
@@ -44,12 +46,8 @@ STYLE = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # the metrics used for the layout; the page sets its own font
     "font.size": 10,
-    "text.color": SENTINELS["muted"],
-    "xtick.color": SENTINELS["muted"],
-    "ytick.color": SENTINELS["muted"],
-    "axes.labelcolor": SENTINELS["muted"],
-    "axes.edgecolor": SENTINELS["grid"],
-    "grid.color": SENTINELS["grid"],
+    **dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), SENTINELS["muted"]),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), SENTINELS["grid"]),
     "path.simplify_threshold": 0.3,
 }
 
@@ -146,7 +144,7 @@ def _top_of_frame(values: np.ndarray) -> float:
 def _accuracy(metrics: Metrics, evaluations: Sequence[Document], levels: Sequence[Level]) -> Chart | None:
     steps, values = _series(metrics, "accuracy")
     held_out = [(document["step"], estimate_at(document, "greedy_accuracy")) for document in evaluations]
-    points = [(step, found) for step, found in held_out if found is not None and found.value is not None]
+    points = [(step, found) for step, found in held_out if found]
     if not len(steps) and not points:
         return None
     drawn_steps = [*steps, *(step for step, _ in points)]
@@ -158,12 +156,11 @@ def _accuracy(metrics: Metrics, evaluations: Sequence[Document], levels: Sequenc
         _draw_line(axes, steps, values, smooth)
         legend.append(LegendEntry("training rollouts", "accent", "line", latest))
     for step, found in points:
-        assert found.value is not None
-        low, high = (found.value if end is None else end for end in (found.low, found.high))
-        axes.plot([step, step], [low, high], color=SENTINELS["held-out"], linewidth=1.6, clip_on=False, zorder=4)
+        assert found.value is not None, "estimate_at gives none without"
+        axes.plot([step, step], found.ci95, color=SENTINELS["held-out"], linewidth=1.6, clip_on=False, zorder=4)
         axes.plot([step], [found.value], "o", color=SENTINELS["held-out"], markersize=5, clip_on=False, zorder=5)
     if points:
-        legend.append(LegendEntry("held-out, greedy, 95% interval", "held-out", "point", points[-1][1].text))
+        legend.append(LegendEntry("held-out, greedy, 95% interval", "held-out", "point", percent(points[-1][1].value)))
     for level, (mark, dashes) in zip(levels, LEVEL_MARKS.items(), strict=False):
         axes.axhline(level.accuracy, color=SENTINELS["muted"], linewidth=1.1, linestyle=(0, dashes), zorder=1)
         legend.append(LegendEntry(level.name.lower(), "muted", mark, percent(level.accuracy)))
@@ -227,8 +224,7 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 def _thinned(values: np.ndarray) -> np.ndarray:
     """At most MAX_POINTS of the last axis, evenly spaced, the first and the last among them."""
-    num_values = values.shape[-1]
-    return values[..., np.linspace(0, num_values - 1, min(num_values, MAX_POINTS)).round().astype(int)]
+    return values[..., spread(range(values.shape[-1]), MAX_POINTS)]
 
 
 def _new_axes(first_step: float, last_step: float) -> tuple[Figure, Axes]:

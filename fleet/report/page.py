@@ -14,14 +14,16 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fleet.errors import UsageError
+from fleet.evaluation.figures import estimate_at
 from fleet.progress import duration
 from fleet.report import tables
 from fleet.report.charts import draw_charts, running_mean_steps
-from fleet.report.rollouts import Group, embed, finite, ordered_groups, parse_group
+from fleet.report.rollouts import embed
+from fleet.rl.rollouts import GroupRecord
 from fleet.run_folder import (
     CONFIG_NAME,
     EVALUATIONS_NAME,
@@ -30,6 +32,7 @@ from fleet.run_folder import (
     ROLLOUTS_NAME,
     SEPARATE_EVALUATION_NAME,
     THUMBNAILS_NAME,
+    finite,
     read_jsonl,
     write_atomically,
 )
@@ -47,7 +50,7 @@ class RunRecords:
     config: dict[str, Any]
     metrics: tuple[dict[str, Any], ...]
     evaluations: tuple[tables.Document, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[GroupRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -136,21 +139,22 @@ def _read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     return evaluations
 
 
-def _read_groups(path: Path) -> list[Group]:
-    groups = []
+def _read_groups(path: Path) -> list[GroupRecord]:
+    """Groups by step and number. A resumed run may record a group twice: the later record counts."""
+    by_place = {}
     for number, line in enumerate(_read_if_there(path), start=1):
         try:
-            groups.append(parse_group(line))
+            group = GroupRecord.from_json(line)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number} is no record of a group ({error!r}); remove that line") from error
-    return ordered_groups(groups)
+        by_place[group.step, group.number] = group
+    return [by_place[place] for place in sorted(by_place)]
 
 
 def render_page(records: RunRecords) -> str:
     """The whole page. Jinja2 escapes every value; the rollouts are JSON that the page's script shows as text."""
-    folder = Path(__file__).resolve().parent
+    template = Path(__file__).with_name(TEMPLATE_NAME).read_text(encoding="utf-8")
     environment = Environment(
-        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -159,12 +163,12 @@ def render_page(records: RunRecords) -> str:
     )
     columns = tables.shown_columns(records.evaluations)
     ends = tables.first_and_last(records.evaluations)
-    return environment.get_template(TEMPLATE_NAME).render(
+    return environment.from_string(template).render(
         name=records.run_dir.resolve().name,
         summary=_summary(records.config["options"]),
         config=records.config,
         command=shlex.join(str(word) for word in records.config.get("command") or []),
-        script_hash=_script_hash(folder / TEMPLATE_NAME),
+        script_hash=_script_hash(template),
         tiles=headline(records),
         charts=draw_charts(records.metrics, records.evaluations, levels(records)),
         running_mean_steps=running_mean_steps(len(_training_lines(records))),
@@ -185,9 +189,9 @@ def _as_plain_text(value: object) -> object:
     return "\u2028".join(printable_lines(line) for line in value.split("\u2028"))
 
 
-def _script_hash(template: Path) -> str:
+def _script_hash(template: str) -> str:
     """The hash by which the page's policy allows its own script and no other."""
-    (script,) = re.findall(r"<script>(.*?)</script>", template.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (script,) = re.findall(r"<script>(.*?)</script>", template, flags=re.DOTALL)
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
 
 
@@ -217,19 +221,35 @@ def headline(records: RunRecords) -> list[Tile]:
 
 
 def levels(records: RunRecords) -> list[tables.Level]:
-    """The accuracies that a policy reaches without looking, to compare with."""
-    ends = tables.first_and_last(records.evaluations)
-    return tables.levels_without_looking(ends[1] if ends else None, records.config["options"])
+    """Chance and the best constant index: from the last evaluation, else as far as the flags tell."""
+    ends, options = tables.first_and_last(records.evaluations), records.config["options"]
+    if ends is None:
+        num_candidates, fixed = options.get("candidates_per_episode"), options.get("fixed_correct_index")
+        if options.get("env") is not None or not isinstance(num_candidates, int):
+            return []
+        found = [tables.Level("Chance", 1 / num_candidates, f"{num_candidates} candidates")]
+        return found + ([] if fixed is None else [tables.Level("Best constant index", 1.0, f"always index {fixed}")])
+    last = ends[1]
+    chance, constant = estimate_at(last, "chance"), estimate_at(last, "best_constant_index")
+    found = []
+    if chance and chance.value is not None:
+        found.append(tables.Level("Chance", chance.value, f"{last.get('candidates', '?')} candidates"))
+    if constant and constant.value is not None:
+        index = last["best_constant_index"].get("index")
+        found.append(tables.Level("Best constant index", constant.value, f"always index {index}"))
+    return found
 
 
 def _accuracy_tile(records: RunRecords) -> Tile:
     ends = tables.first_and_last(records.evaluations)
     if ends:
-        first, last = (tables.estimate_at(document, "greedy_accuracy") for document in ends)
+        first, last = (estimate_at(document, "greedy_accuracy") for document in ends)
         if first and last:
-            text = last.text if ends[0] is ends[1] else f"{first.text} → {last.text}"
+            text = tables.percent(last.value)
+            if ends[0] is not ends[1]:
+                text = f"{tables.percent(first.value)} → {text}"
             place = " and ".join(dict.fromkeys(tables.column_title(document) for document in ends))
-            detail = f"{place}; last {last.interval}, n = {last.n:,}"
+            detail = f"{place}; last {last.interval('–')}, n = {last.n:,}"
             return Tile("Held-out greedy accuracy", text, detail, is_wide=True)
     values = [value for line in records.metrics if (value := finite(line.get("accuracy"))) is not None]
     if not values:

@@ -4,12 +4,15 @@ Owns the caps that keep a report small enough to open on a phone. Shows nothing:
 """
 
 import base64
-import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+from jinja2.utils import htmlsafe_json_dumps
+
+from fleet.rl.rollouts import GroupRecord
 
 MAX_GROUPS = 1_600
 MAX_THUMBNAILS = 400
@@ -17,32 +20,8 @@ MAX_GROUPS_BYTES = 2_500_000
 MAX_THUMBNAILS_BYTES = 1_500_000
 MISSING, LEFT_OUT = -1, -2  # the position of a picture that is not embedded: no such file, or over the cap
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One completion as recorded, its fields in the order that the page's script reads. index: None without a pick."""
-
-    completion: str
-    outcome: str
-    parse_status: str
-    index: int | None
-    reward: float | None
-    advantage: float | None
-
-
-@dataclass(frozen=True)
-class Group:
-    """One episode and its G rollouts. images: N names of files in the run's thumbnail folder; labels: N words."""
-
-    step: int
-    number: int
-    instruction: str
-    target: str | None
-    correct_index: int
-    labels: tuple[str, ...]
-    images: tuple[str, ...]
-    rollouts: tuple[Rollout, ...]
+# JSON whose strings end no script element and open no comment; in ASCII, so U+2028 is escaped too
+safe_json = partial(htmlsafe_json_dumps, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -56,37 +35,7 @@ class EmbeddedRollouts:
     num_thumbnails_recorded: int
 
 
-def parse_group(line: dict[str, Any]) -> Group:
-    """The group in one line of the rollouts file. Raises KeyError, TypeError or ValueError for another form."""
-    return Group(
-        step=int(line["step"]),
-        number=int(line["group"]),
-        instruction=str(line["instruction"]),
-        target=None if line["target"] is None else str(line["target"]),
-        correct_index=int(line["correct_index"]),
-        labels=tuple(str(label) for label in line["labels"]),
-        images=tuple(str(name) for name in line["images"]),
-        rollouts=tuple(
-            Rollout(
-                completion=str(rollout["completion"]),
-                outcome=str(rollout["outcome"]),
-                parse_status=str(rollout["parse_status"]),
-                index=None if rollout["index"] is None else int(rollout["index"]),
-                reward=finite(rollout["reward"]),
-                advantage=finite(rollout["advantage"]),
-            )
-            for rollout in line["rollouts"]
-        ),
-    )
-
-
-def ordered_groups(groups: Sequence[Group]) -> list[Group]:
-    """Groups by step and number. A resumed run may record a group twice: the later record counts."""
-    by_place = {(group.step, group.number): group for group in groups}
-    return [by_place[place] for place in sorted(by_place)]
-
-
-def embed(groups: Sequence[Group], thumbnails_dir: Path) -> EmbeddedRollouts:
+def embed(groups: Sequence[GroupRecord], thumbnails_dir: Path) -> EmbeddedRollouts:
     """The groups that fit under the caps, evenly spread over the run, with each of their thumbnails once."""
     limit = MAX_GROUPS
     while True:
@@ -101,7 +50,7 @@ def embed(groups: Sequence[Group], thumbnails_dir: Path) -> EmbeddedRollouts:
         num_groups=len(chosen),
         num_groups_recorded=len(groups),
         num_thumbnails=len(uris),
-        num_thumbnails_recorded=len({name for group in groups for name in group.images}),
+        num_thumbnails_recorded=len({name for group in groups for name in group.episode.images}),
     )
 
 
@@ -116,41 +65,20 @@ def spread(items: Sequence[Item], limit: int) -> list[Item]:
     return [items[round(position * (len(items) - 1) / (limit - 1))] for position in range(limit)]
 
 
-def safe_json(value: Any) -> str:
-    """JSON whose strings end no script element and open no comment.
-
-    >>> print(safe_json("</script>"))
-    "\\u003c/script\\u003e"
-    """
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII, so U+2028 is escaped too
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def _compact(group: GroupRecord, position_by_name: dict[str, int]) -> dict[str, Any]:
+    """The group as the page's script reads it: each picture is a position, each rollout a list of its values."""
+    line = group.as_json()
+    line["images"] = [position_by_name[name] for name in line["images"]]
+    line["rollouts"] = [list(rollout.values()) for rollout in line["rollouts"]]
+    return line
 
 
-def finite(value: Any) -> float | None:
-    """`value` as a float; None if it is no number, or not finite."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
-
-
-def _compact(group: Group, position_by_name: dict[str, int]) -> dict[str, Any]:
-    return {
-        "step": group.step,
-        "group": group.number,
-        "instruction": group.instruction,
-        "target": group.target,
-        "correct": group.correct_index,
-        "labels": group.labels,
-        "images": [position_by_name[name] for name in group.images],
-        "rollouts": [astuple(rollout) for rollout in group.rollouts],
-    }
-
-
-def _thumbnails(groups: Sequence[Group], folder: Path) -> tuple[list[str], dict[str, int]]:
+def _thumbnails(groups: Sequence[GroupRecord], folder: Path) -> tuple[list[str], dict[str, int]]:
     """Data URIs, and for every name the position of its URI, or MISSING or LEFT_OUT."""
     uris: list[str] = []
     position_by_name: dict[str, int] = {}
     num_bytes = 0
-    for name in dict.fromkeys(name for group in _widely_spread_first(groups) for name in group.images):
+    for name in dict.fromkeys(name for group in _widely_spread_first(groups) for name in group.episode.images):
         uri = _data_uri(folder, name)
         if uri is None:
             position_by_name[name] = MISSING
@@ -163,7 +91,7 @@ def _thumbnails(groups: Sequence[Group], folder: Path) -> tuple[list[str], dict[
     return uris, position_by_name
 
 
-def _widely_spread_first(groups: Sequence[Group]) -> Iterator[Group]:
+def _widely_spread_first(groups: Sequence[GroupRecord]) -> Iterator[GroupRecord]:
     """First, last, the middle, the quarters, ..., some of them again: pictures under the cap cover the whole run."""
     stride = 1 << max(len(groups) - 1, 0).bit_length()
     while stride:

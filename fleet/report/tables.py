@@ -3,43 +3,17 @@
 Owns how a figure is written and which evaluations are shown. Reads no file and draws nothing.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fleet.controls import CONTROL_MEANINGS
-from fleet.report.rollouts import Group, finite
+from fleet.evaluation.figures import confusion, estimate_at
+from fleet.rl.rollouts import GroupRecord
 from fleet.run_folder import EVALUATION_SCHEMA_VERSION
 
 MAX_COLUMNS = 4  # evaluations side by side; of more, the first and the last are shown
 Document = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A share or a difference of shares, its 95 % interval, and the number of cases behind it; None: unknown."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-
-    @property
-    def text(self) -> str:
-        """The value in percent; a dash if it is unknown."""
-        return "–" if self.value is None else percent(self.value)
-
-    @property
-    def interval(self) -> str:
-        """The interval in percent; empty if it is unknown or the value exact.
-
-        >>> Estimate(0.5, 0.45, 0.5512, 64).interval
-        '45.0–55.1'
-        """
-        if self.value is None or self.low is None or self.high is None or self.low == self.high:
-            return ""
-        return f"{100 * self.low:.1f}–{100 * self.high:.1f}"
 
 
 @dataclass(frozen=True)
@@ -76,40 +50,17 @@ class Level:
     detail: str
 
 
-ROWS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (
-        ("greedy_accuracy",),
-        "Greedy accuracy",
-        "Share of held-out episodes whose most likely answer picks the right image.",
-    ),
-    (("sampled_accuracy",), "Sampled accuracy", "Share of sampled answers that pick the right image."),
-    (("chance",), "Chance", "What picking an image at random would score."),
-    (("best_constant_index",), "Best constant index", "What always picking one and the same index would score."),
-    *(
-        (
-            ("controls", control),
-            f"Control: {control.replace('_', ' ')}",
-            f"{meaning[0].upper()}{meaning[1:]}.".replace(" %", "%"),
-        )
-        for control, meaning in CONTROL_MEANINGS.items()
-    ),
-)
+MEANINGS = {
+    "greedy_accuracy": "Share of held-out episodes whose most likely answer picks the right image.",
+    "sampled_accuracy": "Share of sampled answers that pick the right image.",
+    "chance": "What picking an image at random would score.",
+    "best_constant_index": "What always picking one and the same index would score.",
+}
 
 
-def percent(share: float) -> str:
-    """A share in percent with one decimal, as 97.3%."""
-    return f"{100 * share:.1f}%"
-
-
-def estimate_at(document: Document, *keys: str) -> Estimate | None:
-    """The estimate under nested keys, or None if the document has none there."""
-    found: Any = document
-    for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    if not isinstance(found, Mapping) or "value" not in found:
-        return None
-    low, high = found.get("ci95") or (None, None)
-    return Estimate(finite(found["value"]), finite(low), finite(high), int(found.get("n") or 0))
+def percent(share: float | None) -> str:
+    """A share in percent with one decimal, as 97.3%; a dash if it is unknown."""
+    return "–" if share is None else f"{100 * share:.1f}%"
 
 
 def ordered_evaluations(documents: Sequence[Document]) -> list[Document]:
@@ -131,24 +82,6 @@ def first_and_last(evaluations: Sequence[Document]) -> tuple[Document, Document]
     """The evaluations before and after training; those of no step only if there are no others."""
     of_training = [document for document in evaluations if document.get("step") is not None] or evaluations
     return (of_training[0], of_training[-1]) if of_training else None
-
-
-def levels_without_looking(last: Document | None, options: Mapping[str, Any]) -> list[Level]:
-    """Chance and the best constant index: from the last evaluation, else as far as the flags tell."""
-    if last is None:
-        num_candidates, fixed = options.get("candidates_per_episode"), options.get("fixed_correct_index")
-        if options.get("env") is not None or not isinstance(num_candidates, int):
-            return []
-        levels = [Level("Chance", 1 / num_candidates, f"{num_candidates} candidates")]
-        return levels + ([] if fixed is None else [Level("Best constant index", 1.0, f"always index {fixed}")])
-    chance, constant = estimate_at(last, "chance"), estimate_at(last, "best_constant_index")
-    levels = []
-    if chance and chance.value is not None:
-        levels.append(Level("Chance", chance.value, f"{last.get('candidates', '?')} candidates"))
-    if constant and constant.value is not None:
-        index = last["best_constant_index"].get("index")
-        levels.append(Level("Best constant index", constant.value, f"always index {index}"))
-    return levels
 
 
 def shown_columns(evaluations: Sequence[Document]) -> list[Document]:
@@ -175,69 +108,64 @@ def setting(document: Document) -> str:
 
 def evaluation_rows(columns: Sequence[Document]) -> list[Row]:
     """The rows of the evaluation table that at least one of the evaluations has."""
-    rows = [Row(name, meaning, _cells(columns, keys)) for keys, name, meaning in ROWS]
+    rows = [_row(columns, key.replace("_", " ").capitalize(), meaning, key) for key, meaning in MEANINGS.items()]
     ks = sorted({int(k) for document in columns for k in document.get("pass_at_k") or {}})
     rows[2:2] = [
-        Row(f"pass@{k}", f"Probability of a right answer among {k} sampled.", _cells(columns, ("pass_at_k", str(k))))
-        for k in ks
+        _row(columns, f"pass@{k}", f"Probability of a right answer among {k} sampled.", "pass_at_k", str(k)) for k in ks
     ]
+    for control, meaning in CONTROL_MEANINGS.items():
+        sentence = f"{meaning[0].upper()}{meaning[1:]}.".replace(" %", "%")
+        rows.append(_row(columns, f"Control: {control.replace('_', ' ')}", sentence, "controls", control))
     models = sorted({str(document["baseline"].get("model")) for document in columns if document.get("baseline")})
     rows += [
-        Row("Baseline", f"Greedy accuracy of {', '.join(models)}.", _cells(columns, ("baseline", "greedy_accuracy"))),
+        _row(columns, "Baseline", f"Greedy accuracy of {', '.join(models)}.", "baseline", "greedy_accuracy"),
         Row(
             "Lead over the baseline",
             "Difference in points, its interval, p of the paired test, and the episodes only one of the two got right.",
-            tuple(_difference_cell(document.get("baseline") or {}) for document in columns),
+            tuple(_difference_cell(document) for document in columns),
         ),
     ]
     return [row for row in rows if any(cell.text != "–" for cell in row.cells)]
 
 
-def _cells(columns: Sequence[Document], keys: tuple[str, ...]) -> tuple[Cell, ...]:
+def _row(columns: Sequence[Document], name: str, meaning: str, *keys: str) -> Row:
+    """The row of the figure under nested keys of each document."""
     cells = []
     for document in columns:
         estimate = estimate_at(document, *keys)
-        detail = estimate.interval if estimate else ""
+        detail = estimate.interval("–") if estimate else ""
         if estimate and keys == ("best_constant_index",):
             detail = f"index {document['best_constant_index'].get('index')}"
-        cells.append(Cell(estimate.text if estimate else "–", detail))
-    return tuple(cells)
+        cells.append(Cell(percent(estimate.value if estimate else None), detail))
+    return Row(name, meaning, tuple(cells))
 
 
-def _difference_cell(baseline: Document) -> Cell:
-    estimate = estimate_at(baseline, "difference")
+def _difference_cell(document: Document) -> Cell:
+    estimate = estimate_at(document, "baseline", "difference")
     if estimate is None or estimate.value is None:
         return Cell("–")
-    difference, details = baseline["difference"], []
-    if estimate.low is not None and estimate.high is not None:
-        details.append(f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}")
-    p_value = finite(difference.get("p_value"))
-    if p_value is not None:
-        details.append("p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}0.001" if p_value < 0.001 else f"p={p_value:.3f}")
-    if "only_model_right" in difference and "only_baseline_right" in difference:
-        details.append(
-            f"{difference['only_model_right']}\N{NO-BREAK SPACE}vs\N{NO-BREAK SPACE}{difference['only_baseline_right']}"
-        )
+    difference, (low, high) = document["baseline"]["difference"], estimate.ci95
+    is_clear = difference["p_value"] < 0.001
+    details = (
+        f"{100 * low:+.1f} to {100 * high:+.1f}",
+        "p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}0.001" if is_clear else f"p={difference['p_value']:.3f}",
+        f"{difference['only_model_right']}\N{NO-BREAK SPACE}vs\N{NO-BREAK SPACE}{difference['only_baseline_right']}",
+    )
     return Cell(f"{100 * estimate.value:+.1f}", "; ".join(details))
 
 
 def accuracy_by_index_rows(columns: Sequence[Document]) -> list[Row]:
     """Accuracy on the episodes whose correct index is 0, 1, ...; a row each."""
     indices = sorted({int(index) for document in columns for index in document.get("accuracy_by_correct_index") or {}})
-    return [Row(str(index), "", _cells(columns, ("accuracy_by_correct_index", str(index)))) for index in indices]
+    return [_row(columns, str(index), "", "accuracy_by_correct_index", str(index)) for index in indices]
 
 
-def heat_map(last: Document | None, groups: Sequence[Group]) -> HeatMap | None:
+def heat_map(last: Document | None, groups: Sequence[GroupRecord]) -> HeatMap | None:
     """Chosen by correct index, from the last evaluation, else from the recorded rollouts; None without both."""
     if last and last.get("confusion"):
         return HeatMap(last["confusion"], f"{column_title(last)}, greedy answers on held-out episodes")
     if not groups:
         return None
-    num_candidates = max(len(group.labels) for group in groups)
-    picks: Counter[tuple[int, int]] = Counter()
-    for group in groups:
-        for rollout in group.rollouts:
-            index = -1 if rollout.index is None else rollout.index
-            picks[group.correct_index, index if 0 <= index < len(group.labels) else num_candidates] += 1
-    counts = [[picks[row, column] for column in range(num_candidates + 1)] for row in range(num_candidates)]
-    return HeatMap(counts, "all recorded rollouts, sampled in training")
+    judged = [(rollout.episode.correct_index, rollout.verdict) for group in groups for rollout in group.rollouts]
+    num_candidates = max(len(group.episode.labels) for group in groups)
+    return HeatMap(confusion(judged, num_candidates), "all recorded rollouts, sampled in training")

@@ -1,4 +1,4 @@
-"""A batch of rollouts: the record of each one, and the metrics of all of them together.
+"""A batch of rollouts: the record of each one, its form in rollouts.jsonl, and the metrics of all of them together.
 
 Pure Python on plain values, so that every figure Fleet logs can be checked by hand. Knows no tensor and no trainer.
 """
@@ -6,22 +6,26 @@ Pure Python on plain values, so that every figure Fleet logs can be checked by h
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import Any, Self
 
 from environment import Episode, Judgement, Message, Outcome
+from fleet.run_folder import finite
 from utils.tool_calls import ParseStatus
+
+PICKS = (Outcome.CORRECT, Outcome.WRONG_INDEX)  # the outcomes of answers that pick a candidate
 
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """An episode as its group saw it. `image_names` tell pictures apart by their pixels."""
+    """An episode as its group saw it. images: N file names, equal for equal pixels; labels: N words."""
 
     instruction: str
     target: str | None
     correct_index: int
     labels: tuple[str, ...]
-    image_names: tuple[str, ...]
+    images: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -38,32 +42,75 @@ class RolloutRecord:
     advantage: float = math.nan
 
 
+@dataclass(frozen=True)
+class GroupRecord:
+    """One episode and its G rollouts, a line of rollouts.jsonl. number: of the group in its step, from 0."""
+
+    step: int
+    number: int
+    episode: EpisodeRecord
+    rollouts: tuple[RolloutRecord, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The line: what was shown and asked, and every completion. JSON has no NaN, so it becomes null."""
+        return {
+            "step": self.step,
+            "group": self.number,
+            **asdict(self.episode),
+            "rollouts": [
+                {
+                    "completion": rollout.completion,
+                    **asdict(rollout.verdict),
+                    "reward": finite(rollout.reward),
+                    "advantage": finite(rollout.advantage),
+                }
+                for rollout in self.rollouts
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> Self:
+        """The group of a line. Raises KeyError, TypeError or ValueError for another form."""
+        step, number, target = int(line["step"]), int(line["group"]), line["target"]
+        episode = EpisodeRecord(
+            instruction=str(line["instruction"]),
+            target=None if target is None else str(target),
+            correct_index=int(line["correct_index"]),
+            labels=tuple(map(str, line["labels"])),
+            images=tuple(map(str, line["images"])),
+        )
+        rollouts = tuple(_rollout_from_json(episode, rollout) for rollout in line["rollouts"])
+        picked = [rollout.verdict.index for rollout in rollouts if rollout.verdict.outcome in PICKS]
+        if any(index not in range(len(episode.labels)) for index in (episode.correct_index, *picked)):
+            raise ValueError("an index is that of no picture")
+        return cls(step, number, episode, rollouts)
+
+
+def _rollout_from_json(episode: EpisodeRecord, line: dict[str, Any]) -> RolloutRecord:
+    index, outcome, status = line["index"], Outcome(line["outcome"]), ParseStatus(line["parse_status"])
+    verdict = Judgement(outcome, status, None if index is None else int(index))
+    reward, advantage = (math.nan if line[name] is None else float(line[name]) for name in ("reward", "advantage"))
+    return RolloutRecord(episode, str(line["completion"]), verdict, reward, advantage)
+
+
 def make_records(
     episodes: Sequence[Episode],
-    image_names: Sequence[Sequence[str]],
+    image_digests: Sequence[bytes],
     completions: Sequence[str],
     verdicts: Sequence[Judgement],
     rewards: Sequence[float],
 ) -> list[RolloutRecord]:
     """The records of P groups of completions, group after group.
 
-    image_names: P, of each episode's pictures. completions, verdicts and rewards: B, one a rollout.
+    image_digests: of all the episodes' pictures, in order. completions, verdicts and rewards: B, one a rollout.
     """
-    group_size = len(completions) // len(episodes)
-    seen = [
-        EpisodeRecord(
-            instruction_of(episode.messages), episode.target, episode.correct_index, episode.labels, tuple(names)
-        )
-        for episode, names in zip(episodes, image_names, strict=True)
-        for _ in range(group_size)
-    ]
-    return [RolloutRecord(*fields) for fields in zip(seen, completions, verdicts, rewards, strict=True)]
-
-
-def picture_names(digests: Sequence[bytes], num_images: Sequence[int]) -> list[list[str]]:
-    """A file name for each picture, equal for equal pixels: P lists. digests: of all pictures. num_images: P ints."""
-    names = (f"{digest.hex()[:16]}.webp" for digest in digests)
-    return [list(islice(names, number)) for number in num_images]
+    names = (f"{digest.hex()[:16]}.webp" for digest in image_digests)
+    seen_B: list[EpisodeRecord] = []
+    for episode in episodes:
+        instruction, images = instruction_of(episode.messages), tuple(islice(names, episode.num_candidates))
+        seen = EpisodeRecord(instruction, episode.target, episode.correct_index, episode.labels, images)
+        seen_B += [seen] * (len(completions) // len(episodes))
+    return [RolloutRecord(*fields) for fields in zip(seen_B, completions, verdicts, rewards, strict=True)]
 
 
 def instruction_of(messages: Sequence[Message]) -> str:
@@ -114,7 +161,7 @@ def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int) -> dict[
     all_right, all_wrong = rights_per_group.count(group_size), rights_per_group.count(0)
     return {
         "accuracy": sum(rights) / total,
-        "valid_call": (outcomes[Outcome.CORRECT] + outcomes[Outcome.WRONG_INDEX]) / total,
+        "valid_call": sum(outcomes[outcome] for outcome in PICKS) / total,
         **{f"outcome/{outcome}": outcomes[outcome] / total for outcome in Outcome},
         **{f"parse/{status}": statuses[status] / total for status in ParseStatus},
         "groups/all_right": all_right / num_groups,

@@ -34,7 +34,7 @@ from fleet.rl.algorithm import (
 )
 from fleet.rl.guards import RewardGuard, StepGuard, without_gradient_if_not_finite
 from fleet.rl.policy_passes import PolicyPasses, SampledGroups
-from fleet.rl.rollouts import RolloutRecord, make_records, picture_names, rollout_metrics
+from fleet.rl.rollouts import RolloutRecord, make_records, rollout_metrics
 from fleet.rl.settings import DEFAULT_SETTINGS, TrainerSettings
 from fleet.schedule import require_whole_groups
 from model_utils import decode_completion
@@ -165,8 +165,7 @@ class FleetRLOOTrainer(PolicyPasses):
         self.step_guard.begin_generation(first_dropped)
         rewards_B = torch.tensor(rewards, device=self.accelerator.device) * self.reward_weights[0].item()
         self._log_rewards(self.accelerator.gather(rewards_B))
-        names = picture_names(batch["image_digests"], batch["num_images"])
-        records = make_records(batch["episodes"], names, completions, verdicts, rewards_B.tolist())
+        records = make_records(batch["episodes"], batch["image_digests"], completions, verdicts, rewards_B.tolist())
         return Rollouts(sampled, records, rewards_B, advantages_B=torch.zeros_like(rewards_B))
 
     def _rewards(
@@ -233,7 +232,7 @@ class FleetRLOOTrainer(PolicyPasses):
         self.latest_pictures = {
             name: picture
             for record, pictures in zip(records[:: self.num_generations], images, strict=True)
-            for name, picture in zip(record.episode.image_names, pictures, strict=True)
+            for name, picture in zip(record.episode.images, pictures, strict=True)
         }
         self.latest_rollouts = tuple(gather_object(records))
         self._num_rollouts_since_log += len(self.latest_rollouts)

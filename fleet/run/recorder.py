@@ -16,11 +16,12 @@ from transformers.trainer_callback import TrainerCallback
 
 from fleet.command.training_flags import RunFlags
 from fleet.errors import RunStopped
+from fleet.evaluation.figures import percent_at
 from fleet.progress import StepProgress
 from fleet.rl.checkpoints import remedy_of
 from fleet.rl.rollouts import RolloutRecord
 from fleet.run.diagnostics import Diagnostics
-from fleet.run.records import distinct_rollouts, group_lines, percent_with_interval, sample_table
+from fleet.run.records import distinct_rollouts, group_lines, sample_table
 from fleet.run.trackers import Sample, log_samples
 from fleet.run_folder import EVALUATIONS_NAME, METRICS_NAME, ROLLOUTS_NAME, THUMBNAILS_NAME, LineFile
 
@@ -97,10 +98,9 @@ class RunRecorder(TrainerCallback):
             control.should_save = True
         if state.is_world_process_zero:
             self._evaluations.append([document])
-            accuracy, blank = document["greedy_accuracy"], document["controls"]["blank_images"]
             self._say(
-                f"step {state.global_step}: held-out accuracy {percent_with_interval(accuracy)}, "
-                f"with blank pictures {percent_with_interval(blank)}"
+                f"step {state.global_step}: held-out accuracy {percent_at(document, 'greedy_accuracy')}, "
+                f"with blank pictures {percent_at(document, 'controls', 'blank_images')}"
             )
         return control
 
@@ -133,15 +133,15 @@ class RunRecorder(TrainerCallback):
         """Those of the rollouts whose pictures this process has."""
         pictures = self.trainer.latest_pictures
         return [
-            Sample(rollout, tuple(pictures[name] for name in rollout.episode.image_names))
+            Sample(rollout, tuple(pictures[name] for name in rollout.episode.images))
             for rollout in rollouts
-            if all(name in pictures for name in rollout.episode.image_names)
+            if all(name in pictures for name in rollout.episode.images)
         ]
 
     def _keep_thumbnails(self) -> None:
         """Saves small copies of this process's pictures that rollouts.jsonl names, each once a run."""
         kept = self.trainer.latest_rollouts[: MAX_GROUPS_PER_STEP * self.trainer.num_generations]
-        wanted = {name for rollout in kept for name in rollout.episode.image_names}
+        wanted = {name for rollout in kept for name in rollout.episode.images}
         folder = self.output_dir / THUMBNAILS_NAME
         for name, picture in self.trainer.latest_pictures.items():
             if name not in wanted or name in self._thumbnails or len(self._thumbnails) >= MAX_THUMBNAILS:

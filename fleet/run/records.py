@@ -4,7 +4,6 @@ recorder.py decides when they are shown and written. The figures in them come fr
 """
 
 import io
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from environment import Outcome
 from fleet.command.options import ResolvedDefault
-from fleet.rl.rollouts import RolloutRecord
+from fleet.rl.rollouts import GroupRecord, RolloutRecord
 from fleet.run_folder import write_atomically
 from utils.plain_text import printable
 
@@ -54,42 +53,16 @@ def sample_table(rollouts: Sequence[RolloutRecord], step: int) -> str:
 
 
 def group_lines(rollouts: Sequence[RolloutRecord], group_size: int, step: int) -> list[dict[str, Any]]:
-    """The lines of rollouts.jsonl for whole groups of rollouts: what was shown and asked, and every completion."""
-    lines = []
-    for number, start in enumerate(range(0, len(rollouts), group_size)):
-        group = rollouts[start : start + group_size]
-        episode = group[0].episode
-        lines.append(
-            {
-                "step": step,
-                "group": number,
-                "instruction": episode.instruction,
-                "target": episode.target,
-                "correct_index": episode.correct_index,
-                "labels": list(episode.labels),
-                "images": list(episode.image_names),
-                "rollouts": [
-                    {
-                        "completion": rollout.completion,
-                        "outcome": rollout.verdict.outcome.value,
-                        "parse_status": rollout.verdict.parse_status.value,
-                        "index": rollout.verdict.index,
-                        # JSON has no NaN, the reward of a rollout that was dropped
-                        "reward": rollout.reward if math.isfinite(rollout.reward) else None,
-                        "advantage": rollout.advantage,
-                    }
-                    for rollout in group
-                ],
-            }
-        )
-    return lines
+    """The lines of rollouts.jsonl for whole groups of rollouts."""
+    groups = [tuple(rollouts[start : start + group_size]) for start in range(0, len(rollouts), group_size)]
+    return [GroupRecord(step, number, group[0].episode, group).as_json() for number, group in enumerate(groups)]
 
 
 def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
     """The defaults that were chosen for this case, and why, as a table for the terminal."""
-    table = Table(title="defaults for this case", title_justify="left", show_edge=False, pad_edge=False)
-    for name in ("flag", "value", "why"):
-        table.add_column(name)
+    table = Table(
+        "flag", "value", "why", title="defaults for this case", title_justify="left", show_edge=False, pad_edge=False
+    )
     for default in filled:
         table.add_row(f"--{default.flag}", Text(printable(default.value)), default.reason)
     return rendered(table, 110)
@@ -105,17 +78,15 @@ def rendered(table: Table, width: int) -> str:
 
 def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Draws reward and accuracy over steps as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=150)
+    figure = Figure(figsize=(7, 3.6), dpi=150)
+    axes = figure.subplots()
     metrics = [line for line in metrics if "reward" in line]
     steps = [line["step"] for line in metrics]
     marker = "o" if len(steps) == 1 else ""  # a line needs two
     for name, colour in (("reward", "#d1495b"), ("accuracy", "#00798c")):
-        values = [line.get(name) for line in metrics]
+        values: list[Any] = [line.get(name) for line in metrics]
         axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, label=f"mean {name}")
     axes.set(xlabel="optimizer step", title=title, ylim=(-0.02, 1.04))
     axes.grid(alpha=0.25)
@@ -124,17 +95,7 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     figure.tight_layout()
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    pyplot.close(figure)
     write_atomically(path, png.getvalue())
-
-
-def percent_with_interval(figure: dict[str, Any] | None) -> str:
-    """An estimate of an evaluation's document in percent, as "50.0 % (40.4 to 59.6)"; "-" for one that is not there."""
-    if figure is None or figure["value"] is None:
-        return "-"
-    low, high = figure["ci95"]
-    interval = "" if low == high else f" ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{100 * figure['value']:.1f} %{interval}"
 
 
 def _cut(text: str, max_chars: int = 160) -> str:

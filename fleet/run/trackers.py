@@ -77,16 +77,15 @@ def contact_sheet(sample: Sample) -> Image.Image:
         thumbnail = ImageOps.contain(image, (THUMBNAIL_PX, THUMBNAIL_PX))
         inset_x, inset_y = ((THUMBNAIL_PX - side_px) // 2 for side_px in thumbnail.size)
         sheet.paste(thumbnail, (left + border_px + inset_x, border_px + inset_y))
-        is_right = index == sample.rollout.episode.correct_index
-        is_chosen = index == sample.rollout.verdict.index
-        outer = (left, 0, left + cell_px - 1, cell_px - 1)
-        if is_right:
-            draw.rectangle(outer, outline=RIGHT_COLOUR, width=FRAME_PX)
-        if is_chosen:
-            inner = (outer[0] + FRAME_PX, FRAME_PX, outer[2] - FRAME_PX, outer[3] - FRAME_PX)
+        right, bottom, marks = left + cell_px - 1, cell_px - 1, []
+        if index == sample.rollout.episode.correct_index:
+            draw.rectangle((left, 0, right, bottom), outline=RIGHT_COLOUR, width=FRAME_PX)
+            marks.append("right")
+        if index == sample.rollout.verdict.index:
+            inner = (left + FRAME_PX, FRAME_PX, right - FRAME_PX, bottom - FRAME_PX)
             draw.rectangle(inner, outline=CHOSEN_COLOUR, width=FRAME_PX)
-        marks = ", ".join([name for name, holds in (("right", is_right), ("chosen", is_chosen)) if holds])
-        caption = f"{index}: {marks}" if marks else str(index)
+            marks.append("chosen")
+        caption = f"{index}: {', '.join(marks)}" if marks else str(index)
         draw.text((left + border_px, cell_px + 2), caption, fill="black", font=ImageFont.load_default(14))
     return sheet
 
@@ -99,13 +98,12 @@ def markdown_table(samples: Sequence[Sample]) -> str:
 
 
 def _log_to_tensorboard(callbacks: Sequence[TrainerCallback], samples: Sequence[Sample], step: int) -> None:
-    writers = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
-    if not writers or writers[0] is None:
+    writer = next((callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)), None)
+    if writer is None:
         raise RuntimeError(
             "report_to='tensorboard', but no TensorBoardCallback with an open writer is among the trainer's callbacks; "
             "log samples on the main process, while it trains"
         )
-    writer = writers[0]
     for number, sample in enumerate(samples):
         writer.add_image(f"{TAG}/{number}", np.asarray(contact_sheet(sample)), step, dataformats="HWC")
     writer.add_text(f"{TAG}/completions", markdown_table(samples), step)

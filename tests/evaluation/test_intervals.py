@@ -92,7 +92,7 @@ def rights(both: int, only_first: int, only_second: int, neither: int) -> tuple[
 def test_paired_interval_of_known_cases(cells: tuple[int, int, int, int], low: float, high: float) -> None:
     result = paired_difference(*rights(*cells))
     assert result.value == pytest.approx((cells[1] - cells[2]) / sum(cells))
-    assert (result.only_first_right, result.only_second_right, result.n) == (cells[1], cells[2], sum(cells))
+    assert (result.only_model_right, result.only_baseline_right, result.n) == (cells[1], cells[2], sum(cells))
     assert result.ci95 == pytest.approx((low, high), abs=6e-5)
 
 

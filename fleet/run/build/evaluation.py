@@ -18,13 +18,13 @@ from fleet.command.image_check import Findings, images_of
 from fleet.command.options import ResolvedDefault
 from fleet.controls import CONTROL_MEANINGS
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
-from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, with_baseline
+from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, percent_at, with_baseline
 from fleet.evaluation.held_out import make_plan, runs_behind
 from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.progress import count_progress
 from fleet.run import model_setup
 from fleet.run.data import agree_on_data, require_encodable_prompts
-from fleet.run.records import percent_with_interval, rendered, resolved_table
+from fleet.run.records import rendered, resolved_table
 from utils.plain_text import printable
 
 logger = logging.getLogger("fleet")
@@ -37,7 +37,6 @@ class PreparedEvaluation:
     options: EvaluateOptions
     accelerator: Accelerator
     plan: EvaluationPlan
-    settings: AnswerSettings
 
 
 def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | None) -> PreparedEvaluation:
@@ -70,15 +69,7 @@ def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | 
     logger.info(describe(options.model_id, plan, filled), extra=COLOURED)
     paths = [image.path for image in images_of(data.env) or ()]
     model_setup.say_what_the_toy_has_not_seen(options.model_id, options, paths)
-    settings = AnswerSettings(
-        episodes_per_batch=int(options.per_device_batch_size or 0),
-        max_completion_length=int(options.max_completion_length or 0),
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_pixels=options.image_max_pixels,
-        seed=options.seed,
-    )
-    return PreparedEvaluation(options, accelerator, plan, settings)
+    return PreparedEvaluation(options, accelerator, plan)
 
 
 def describe(model_id: str, plan: EvaluationPlan, filled: Sequence[ResolvedDefault]) -> str:
@@ -114,6 +105,14 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
         # 4-bit weights are where they belong since they were loaded
         wrapped = model if options.load_in_4bit else model.to(accelerator.device)
     wrapped.eval()
+    settings = AnswerSettings(
+        episodes_per_batch=int(options.per_device_batch_size or 0),
+        max_completion_length=int(options.max_completion_length or 0),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_pixels=options.image_max_pixels,
+        seed=options.seed,
+    )
     num_rows = len(plan.episodes) * (1 + plan.num_samples + 4)
     with (
         unwrap_model_for_generation(
@@ -121,7 +120,7 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
         ) as policy_model,
         count_progress(f"scoring {model_id}", num_rows, "answer", is_shown=accelerator.is_main_process) as note_answers,
     ):
-        policy = ModelPolicy(policy_model, processor, run.settings, **place, on_progress=note_answers)
+        policy = ModelPolicy(policy_model, processor, settings, **place, on_progress=note_answers)
         start_s = time.perf_counter()
         evaluation = evaluate(policy, plan, model_id)
     logger.info(f"{model_id}: scored in {time.perf_counter() - start_s:.0f} s")
@@ -134,13 +133,12 @@ def table(document: dict[str, Any]) -> str:
     """The figures as a table for the terminal, a column a model, and their paired difference below."""
     baseline = document["baseline"]
     columns = [document] if baseline is None else [baseline, document]
-    shown = Table(show_edge=False, pad_edge=False)
-    shown.add_column("")
+    shown = Table("", show_edge=False, pad_edge=False)
     for column in columns:
         shown.add_column(Text(printable(column["model"])), justify="right", overflow="fold")
     shown.add_column("")
-    for name, meaning, figures in _rows(columns):
-        shown.add_row(name, *map(percent_with_interval, figures), meaning)
+    for name, meaning, keys in _rows(columns):
+        shown.add_row(name, *(percent_at(column, *keys) for column in columns), meaning)
     if baseline is None:
         return rendered(shown, 120)
     gain = baseline["difference"]
@@ -153,27 +151,21 @@ def table(document: dict[str, Any]) -> str:
     )
 
 
-def _rows(columns: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any] | None]]]:
-    def in_each_column(*path: str) -> list[dict[str, Any] | None]:
-        found: list[Any] = list(columns)
-        for name in path:
-            found = [None if figure is None else figure.get(name) for figure in found]
-        return found
-
+def _rows(columns: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(name, meaning, keys in a document) of each figure."""
     first = columns[0]
-    yield "greedy accuracy", "", in_each_column("greedy_accuracy")
+    yield "greedy accuracy", "", ("greedy_accuracy",)
     if first["sampled_accuracy"] is not None:
-        yield "sampled accuracy", f"{first['num_samples']} samples an episode", in_each_column("sampled_accuracy")
+        yield "sampled accuracy", f"{first['num_samples']} samples an episode", ("sampled_accuracy",)
     for k in first["pass_at_k"]:
-        yield f"pass@{k}", "", in_each_column("pass_at_k", k)
-    yield "chance", "", in_each_column("chance")
-    constant = first["best_constant_index"]["index"]
-    yield "best constant index", f"always {constant}", in_each_column("best_constant_index")
+        yield f"pass@{k}", "", ("pass_at_k", k)
+    yield "chance", "", ("chance",)
+    yield "best constant index", f"always {first['best_constant_index']['index']}", ("best_constant_index",)
     for control, meaning in CONTROL_MEANINGS.items():
-        yield control.replace("_", " "), meaning, in_each_column("controls", control)
+        yield control.replace("_", " "), meaning, ("controls", control)
     for family in ("outcome", "parse_status"):
         for name in first[family]:
             if any(column[family][name]["value"] for column in columns):
-                yield f"{family.replace('_', ' ')}: {name}", "", in_each_column(family, name)
+                yield f"{family.replace('_', ' ')}: {name}", "", (family, name)
     for index in first["accuracy_by_correct_index"]:
-        yield f"right where index {index} is", "", in_each_column("accuracy_by_correct_index", index)
+        yield f"right where index {index} is", "", ("accuracy_by_correct_index", index)

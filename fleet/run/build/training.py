@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import LoraConfig
 from transformers.trainer_callback import ProgressCallback
 from trl import RLOOConfig
