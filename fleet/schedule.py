@@ -1,5 +1,7 @@
 """The count of a run's steps, generations and episodes, in plain integers."""
 
+from typing import Any
+
 
 def optimizer_steps_per_generation(
     steps_per_generation: int, num_iterations: int, gradient_accumulation_steps: int
@@ -14,26 +16,17 @@ def optimizer_steps_per_generation(
     return steps_per_generation * num_iterations // gradient_accumulation_steps
 
 
-def num_episodes_of_run(
-    num_steps: int,
-    *,
-    steps_per_generation: int,
-    num_iterations: int,
-    gradient_accumulation_steps: int,
-    episodes_per_micro_step: int,
-) -> int:
-    """Episodes that `num_steps` optimizer steps draw over all devices; the last generation is drawn whole.
+def num_episodes_of_run(args: Any) -> int:
+    """Episodes that the run of an RLOOConfig draws over all devices; the last generation is drawn whole.
 
-    episodes_per_micro_step: over all devices.
-
-    >>> num_episodes_of_run(
-    ...     3, steps_per_generation=2, num_iterations=2, gradient_accumulation_steps=1, episodes_per_micro_step=8
-    ... )
+    >>> from types import SimpleNamespace
+    >>> steps = {"max_steps": 3, "gradient_accumulation_steps": 1, "steps_per_generation": 2, "num_iterations": 2}
+    >>> num_episodes_of_run(SimpleNamespace(**steps, generation_batch_size=64, num_generations=4))
     16
     """
-    micro_steps = num_steps * gradient_accumulation_steps
-    num_generations = -(-micro_steps // (steps_per_generation * num_iterations))
-    return num_generations * steps_per_generation * episodes_per_micro_step
+    micro_steps = args.max_steps * args.gradient_accumulation_steps
+    times_generated = -(-micro_steps // (args.steps_per_generation * args.num_iterations))
+    return times_generated * (args.generation_batch_size // args.num_generations)
 
 
 def require_whole_groups(rollouts_per_micro_batch: int, group_size: int) -> None:

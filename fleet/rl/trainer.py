@@ -92,7 +92,8 @@ class FleetRLOOTrainer(PolicyPasses):
             settings=settings,
             # TRL asks it for its name alone, under which rewards are logged
             reward_funcs=reward_function or make_trl_reward_function(),
-            train_dataset=dataset.as_hf_dataset(_num_episodes(args)),
+            # one epoch, so that no order repeats
+            train_dataset=dataset.as_hf_dataset(num_episodes_of_run(args)),
             # Trainer wants one before it evaluates; `evaluate` has its own
             eval_dataset=None if evaluation is None else dataset.as_hf_dataset(1),
             peft_config=peft_config,
@@ -329,14 +330,3 @@ class FleetRLOOTrainer(PolicyPasses):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes nothing: TRL's card presents a published text model, and a run folder has config.json."""
-
-
-def _num_episodes(args: RLOOConfig) -> int:
-    """The episodes that `args.max_steps` optimizer steps draw over all devices: one epoch, so no order repeats."""
-    return num_episodes_of_run(
-        args.max_steps,
-        steps_per_generation=args.steps_per_generation,
-        num_iterations=args.num_iterations,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        episodes_per_micro_step=args.generation_batch_size // args.steps_per_generation // args.num_generations,
-    )

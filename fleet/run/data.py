@@ -17,12 +17,13 @@ from model_utils import load_processor
 from utils.images import BadImage
 
 
-def agree_on_data(task: TaskFlags, findings: Findings) -> RunData:
+def agree_on_data(task: TaskFlags, findings: Findings | None) -> RunData:
     """The data that the run draws from, the same on every process. Every process takes part.
 
     Raises UsageError on all if bad images stop the run, machines hold different images, or processes draw
     different episodes.
     """
+    assert findings is not None, "a process without findings has a problem, which is raised by now"
     if findings.data is not None:
         return findings.data
     digests_by_rank = gather_by_rank(dict(findings.episode_digests))

@@ -84,11 +84,8 @@ def require_loadable_models(*model_ids: str, revision: str | None = None) -> Non
 
 def say_what_the_toy_has_not_seen(model_id: str, task: TaskFlags, paths: Sequence[Path]) -> None:
     """Says in a line which share of the pictures the toy does not know, where it is to pick them by name."""
-    run = run_options(model_id)
-    is_toy = TOY_MODEL_ID in (model_id, run.get("model_id"))
-    if not is_toy or task.env is not None or task.fixed_correct_index is not None:
-        return
-    if unseen := untaught(paths):
+    is_toy = TOY_MODEL_ID in (model_id, run_options(model_id).get("model_id"))
+    if is_toy and starts_sighted(TOY_MODEL_ID, task) and (unseen := untaught(paths)):
         logger.info(
             f"the toy model has been taught the pictures of toy_images alone, and not {len(unseen):,} of these "
             f"{len(paths):,}: it cannot know them by name; for pictures of your own pass --model_id with a real model\n"

@@ -163,7 +163,8 @@ class Lessons:
     def __init__(self, model: Any, processor: Any, recipe: dict[str, Any]):
         self.model, self.processor, self.recipe = model, processor, recipe
         self.tokenizer, self.env = processor.tokenizer, PickImageEnv(TOY_DATA_ROOT)
-        self._ids, self._prefix = cache(self._tokenize), cache(self._encode_prefix)
+        self._ids = cache(lambda text: tuple(self.tokenizer(text)["input_ids"]))
+        self._prefix = cache(self._encode_prefix)
         self.rng = random.Random(recipe["seed"])
         self.labels = sorted(self.env.paths_by_label)
         self.pixels_by_label = {image.label: self._drawings(open_image(image.path)) for image in self.env.images}
@@ -280,9 +281,6 @@ class Lessons:
             attention_mask=torch.ones_like(ids),
         )
         return Prefix(ids, positions, grids)
-
-    def _tokenize(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text)["input_ids"])
 
     def _drawings(self, picture: Image.Image) -> list[Tensor]:
         """Pixels of the picture's drawings, each in another size, place and shade."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
@@ -106,8 +106,13 @@ def toy_model_path(kind: str = PLAIN) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_whole(path):
             model, processor = build_toy_model(kind)
+            unfinished = path.with_name(f"{path.name}.unfinished")
             with _blaming(path.parent):
-                _save_whole(model, processor, path)
+                for folder in (path, unfinished):
+                    shutil.rmtree(folder, ignore_errors=True)
+                model.save_pretrained(unfinished)
+                processor.save_pretrained(unfinished)
+                os.replace(unfinished, path)
     return path
 
 
@@ -156,16 +161,6 @@ def build_toy_model(
     return model, processor
 
 
-def _save_whole(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, path: Path) -> None:
-    """Writes a toy into `path`, a folder that `from_pretrained` opens and that appears whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    for folder in (path, unfinished):
-        shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
-    os.replace(unfinished, path)
-
-
 @contextlib.contextmanager
 def _blaming(root: Path) -> Iterator[None]:
     """Turns a failure to write into a UsageError."""
@@ -187,25 +182,17 @@ def shipped_recipe() -> str | None:
 
 def make_toy_processor(kind: str = PLAIN) -> Qwen2_5_VLProcessor:
     """A Qwen2.5-VL processor with a small vocabulary of Fleet's own prompts, for pictures of 56 x 56 pixels."""
-    # an empty Qwen2Tokenizer brings Qwen's own way of splitting text; only its merges are learnt here
-    tokenizer = Qwen2Tokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=RECIPES[kind]["vocab_size"],
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    learnt = tokenizer.backend_tokenizer
-    learnt.train_from_iterator(_training_texts(kind), trainer)
-    bpe = json.loads(learnt.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=bpe["vocab"],
-        merges=[tuple(merge) for merge in bpe["merges"]],
+    # brings Qwen's own way of splitting text; only its merges are learnt here
+    untrained = Qwen2Tokenizer(
+        vocab={token: token_id for token_id, token in enumerate(SPECIAL_TOKENS)},
+        merges=[],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",
         extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],
     )
+    texts, vocab_size = _training_texts(kind), RECIPES[kind]["vocab_size"]
+    tokenizer = untrained.train_new_from_iterator(texts, vocab_size, show_progress=False)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in WRAPPER_TOKENS])
     size = {"shortest_edge": TOY_IMAGE_PIXELS, "longest_edge": TOY_IMAGE_PIXELS}
     return Qwen2_5_VLProcessor(
