@@ -147,17 +147,19 @@ def build_toy_model(
     may_be_shipped: take the weights that lie beside this file, if they were made by the recipe as it is.
     """
     recipe = RECIPES[kind]
+    # the build has a bar of its own
+    transformers_logging.disable_progress_bar()
     # the caller's generator stays as it is
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe["seed"])
         processor = make_toy_processor(kind)
         model = make_toy_model(processor)
-        if kind == SIGHTED and may_be_shipped and shipped_recipe() == recipe_digest(SIGHTED):
-            model.load_state_dict(load_file(SHIPPED_WEIGHTS), strict=True)
-        elif kind == SIGHTED:
-            teach_sight(model, processor, recipe)
-        else:
+        if kind == PLAIN:
             teach_calls(model, processor, recipe)
+        elif may_be_shipped and shipped_recipe() == recipe_digest(SIGHTED):
+            model.load_state_dict(load_file(SHIPPED_WEIGHTS), strict=True)
+        else:
+            teach_sight(model, processor, recipe)
     return model, processor
 
 
@@ -249,8 +251,6 @@ def main() -> None:
         help="with ship, for a trial: steps of each lesson, which makes it another recipe (default: the recipe's)",
     )
     arguments = parser.parse_args()
-    # the build has a bar of its own
-    transformers_logging.disable_progress_bar()
     if arguments.what != "ship":
         print(toy_model_path(arguments.what))
         return

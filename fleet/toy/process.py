@@ -46,12 +46,8 @@ def build_in_own_process(kind: str) -> Path:
 def main() -> int:
     """Builds the toy if need be. Returns the exit code; a marked line of output has the words of a failure."""
     try:
-        from transformers.utils import logging as transformers_logging
-
         from fleet.toy.model import toy_model_path
 
-        # the build has a bar of its own
-        transformers_logging.disable_progress_bar()
         toy_model_path(sys.argv[1])
         return 0
     except UsageError as error:

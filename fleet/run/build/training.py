@@ -99,9 +99,8 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     watchdog.listen_to(connect(args.process_index, args.world_size, host, gather_object))
     watchdog.start_with("the comparison of images and the plan of evaluation")
     data = agree_on_data(options, findings)
-    model_setup.say_what_the_toy_has_not_seen(
-        options.model_id, options, [image.path for image in images_of(data.env) or ()]
-    )
+    paths = [image.path for image in images_of(data.env) or ()]
+    model_setup.say_what_the_toy_has_not_seen(options.model_id, options, paths)
     num_episodes = num_episodes_of_run(args)
     if options.env is not None:
         require_last_episode(data.env, options.env, num_episodes)
