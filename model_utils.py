@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from environment import Episode, ImageSource, Message
+from fleet.errors import one_line
 from fleet.model_folder.files import is_adapter
 from fleet.model_folder.generation_settings import describe_unused, tokens_alone
 from fleet.model_folder.weights import require_every_weight, require_fitting_adapter
@@ -33,8 +34,6 @@ logger = logging.getLogger("fleet")
 
 # Every linear layer of the language model. A pattern, because vision layers have names such as `gate_proj` too.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
-PARTS = ("vision tower", "merger", "language model")
 
 
 def load_qwen25_vl(
@@ -172,8 +171,8 @@ def _require_chat_template(processor: Any, model_id: str) -> None:
         prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         question = processor.apply_chat_template(messages, tokenize=False)
     except (ValueError, TypeError, TemplateError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model {model_id} has no chat template that can be used ({reason}); {remedy}") from error
+        words = f"model {model_id} has no chat template that can be used ({one_line(error)}); {remedy}"
+        raise ValueError(words) from error
     counts = {word: prompt.count(word) for word in ("SYSTEM-TEXT", processor.image_token, "USER-TEXT")}
     if set(counts.values()) != {1} or len(prompt) <= len(question):
         raise ValueError(
@@ -209,7 +208,7 @@ def make_lora_config(rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> L
 
 def count_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """(trainable, all) parameters of the vision tower, the merger and the language model, adapters included."""
-    counts = dict.fromkeys(PARTS, (0, 0))
+    counts = dict.fromkeys(("vision tower", "merger", "language model"), (0, 0))
     for name, parameter in model.named_parameters():
         vision_part = "merger" if "visual.merger." in name else "vision tower"
         part = vision_part if "visual." in name else "language model"

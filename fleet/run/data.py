@@ -12,17 +12,18 @@ from fleet.model_folder.files import base_of
 from fleet.own_code.environment_trial import TRIED, require_same_digests
 from fleet.processes import gather_by_rank, together
 from fleet.run.model_setup import naming_the_model
-from fleet.toy.model import PLAIN, default_cache_root, folder_name, is_whole
+from fleet.toy.model import PLAIN, cached_path, is_whole
 from model_utils import load_processor
 from utils.images import BadImage
 
 
-def agree_on_data(task: TaskFlags, findings: Findings) -> RunData:
+def agree_on_data(task: TaskFlags, findings: Findings | None) -> RunData:
     """The data that the run draws from, the same on every process. Every process takes part.
 
     Raises UsageError on all if bad images stop the run, machines hold different images, or processes draw
     different episodes.
     """
+    assert findings is not None, "a process without findings has a problem, which is raised by now"
     if findings.data is not None:
         return findings.data
     digests_by_rank = gather_by_rank(dict(findings.episode_digests))
@@ -53,7 +54,7 @@ def require_last_episode(env: EpisodeSource, spec: str, num_episodes: int) -> No
 
 def require_encodable_prompts(task: TaskFlags, findings: Findings | None, model_id: str) -> None:
     """Raises UsageError if a user's first prompts do not encode for a model whose processor is on this machine."""
-    folder = default_cache_root() / folder_name(PLAIN) if model_id == TOY_MODEL_ID else Path(base_of(model_id))
+    folder = cached_path(PLAIN) if model_id == TOY_MODEL_ID else Path(base_of(model_id))
     is_here = is_whole(folder) if model_id == TOY_MODEL_ID else folder.is_dir()
     if task.env is None or findings is None or not is_here:
         return

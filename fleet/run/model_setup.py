@@ -7,7 +7,7 @@ import logging
 import os
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from fleet.model_folder.files import base_of
 from fleet.model_folder.hub import require_qwen_on_hub
 from fleet.model_folder.weights import first_weight_not_finite
 from fleet.processes import gather_by_rank, together
+from fleet.run.config import sha256_of
 from fleet.run.watchdog import is_of_collective
-from fleet.toy.model import PLAIN, SIGHTED, CacheError
-from fleet.toy.pictures import untaught
-from fleet.toy.process import BuildError, build_in_own_process
+from fleet.toy.model import PLAIN, SIGHTED, TOY_DATA_ROOT
+from fleet.toy.process import build_in_own_process
 from model_utils import load_qwen25_vl, require_loadable
+from utils.images import list_labelled_images
 
 logger = logging.getLogger("fleet")
 
@@ -57,17 +58,7 @@ def local_model_path(model_id: str, task: TaskFlags) -> str:
     """The path or hub id for `from_pretrained`. All processes build the toy if need be, or raise UsageError."""
     if model_id != TOY_MODEL_ID:
         return model_id
-    return str(together(lambda: _built_toy(SIGHTED if starts_sighted(model_id, task) else PLAIN)))
-
-
-def _built_toy(kind: str) -> Path:
-    try:
-        return build_in_own_process(kind)
-    except CacheError as error:
-        raise UsageError(f"the toy model cannot be kept ({error}); set FLEET_CACHE to a folder to write to") from error
-    except BuildError as error:
-        remedy = "mend that, or pass another --model_id"
-        raise UsageError(f"the toy model could not be built ({error}); {remedy}") from error
+    return str(together(lambda: build_in_own_process(SIGHTED if starts_sighted(model_id, task) else PLAIN)))
 
 
 def require_loadable_models(*model_ids: str, revision: str | None = None) -> None:
@@ -93,15 +84,28 @@ def require_loadable_models(*model_ids: str, revision: str | None = None) -> Non
 
 def say_what_the_toy_has_not_seen(model_id: str, task: TaskFlags, paths: Sequence[Path]) -> None:
     """Says in a line which share of the pictures the toy does not know, where it is to pick them by name."""
-    run = run_options(model_id)
-    is_toy = TOY_MODEL_ID in (model_id, run.get("model_id"))
-    if not is_toy or task.env is not None or task.fixed_correct_index is not None:
-        return
-    if unseen := untaught(paths):
+    is_toy = TOY_MODEL_ID in (model_id, run_options(model_id).get("model_id"))
+    if is_toy and starts_sighted(TOY_MODEL_ID, task) and (unseen := untaught(paths)):
         logger.info(
             f"the toy model has been taught the pictures of toy_images alone, and not {len(unseen):,} of these "
             f"{len(paths):,}: it cannot know them by name; for pictures of your own pass --model_id with a real model\n"
         )
+
+
+def untaught(paths: Sequence[Path]) -> list[Path]:
+    """The files that are not a copy, byte for byte, of a picture that the toy was taught.
+
+    A file that cannot be read is not among them: the check of images and --bad_images have decided about it.
+    """
+    taught = [image.path for image in list_labelled_images(TOY_DATA_ROOT)]
+    sizes, digests = {path.stat().st_size for path in taught}, {sha256_of(path) for path in taught}
+    found = []
+    for path in paths:
+        with suppress(OSError):
+            # a copy has the same length: a large folder is not read for this
+            if path.stat().st_size not in sizes or sha256_of(path) not in digests:
+                found.append(path)
+    return found
 
 
 @contextmanager

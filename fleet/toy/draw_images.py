@@ -27,7 +27,6 @@ PALETTES: dict[str, tuple[RGB, RGB]] = {
     "black_cross": ((38, 38, 44), (240, 234, 224)),
     "grey_arrow": ((120, 125, 132), (252, 212, 206)),
 }
-TOY_IMAGE_NAMES = tuple(PALETTES)
 MIN_SIDE_PX, MAX_SIDE_PX = 8, 1024
 OVERSAMPLING = 8  # shapes are drawn this many times larger, then averaged down: smooth edges
 SHAPE_SHARE = 0.68  # longest side of a shape, as a share of the picture's side
@@ -39,19 +38,19 @@ def main() -> None:
     parser.add_argument("--side_px", type=int, default=112, help="width and height in pixels (%(default)s)")
     args = parser.parse_args()
     try:
-        pictures = [draw_toy_image(name, args.side_px) for name in TOY_IMAGE_NAMES]
+        pictures = {name: draw_toy_image(name, args.side_px) for name in PALETTES}
     except ValueError as error:
         parser.error(str(error))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name, picture in zip(TOY_IMAGE_NAMES, pictures, strict=True):
+    for name, picture in pictures.items():
         picture.save(args.output_dir / f"{name}.png", optimize=False, compress_level=9)
-    print(f"wrote {len(TOY_IMAGE_NAMES)} pictures of {args.side_px}x{args.side_px} px to {args.output_dir}")
+    print(f"wrote {len(pictures)} pictures of {args.side_px}x{args.side_px} px to {args.output_dir}")
 
 
 def draw_toy_image(colour_shape: str, side_px: int = 112) -> Image.Image:
     """Square RGB picture of one shape in one colour, centred on a plain background.
 
-    colour_shape: one of TOY_IMAGE_NAMES. Raises ValueError for any other name, and for a side_px that is too small to
+    colour_shape: a name in PALETTES. Raises ValueError for any other name, and for a side_px that is too small to
     recognise a shape or too large for a toy.
 
     >>> draw_toy_image("red_circle").getpixel((0, 0)) == PALETTES["red_circle"][1]

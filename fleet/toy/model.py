@@ -1,7 +1,7 @@
 """The built-in model: a real Qwen2.5-VL, tiny, made on this machine, in two kinds with different lessons.
 
 Owns the recipes (tokenizer, sizes, numbers of the lessons), the cache, and the weights that are shipped. The lessons
-themselves are in calls.py and sight.py. `python -m fleet.toy.model ship` makes the shipped weights again.
+themselves are in lessons.py. `python -m fleet.toy.model ship` makes the shipped weights again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from transformers import (
     GenerationConfig,
     Qwen2_5_VLConfig,
@@ -32,12 +32,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from environment import PickImageEnv
-from fleet.toy.calls import teach_calls
-from fleet.toy.pictures import TOY_DATA_ROOT
-from fleet.toy.sight import teach_sight
+from fleet.errors import UsageError, reason_of
+from fleet.toy.lessons import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, teach_calls, teach_sight
 from utils.tool_calls import make_tool_call_str
 
-TOY_IMAGE_PIXELS = 56 * 56
 SHIPPED_WEIGHTS = Path(__file__).resolve().with_name("sighted.safetensors")
 
 # Qwen2.5's special tokens. The tool-call wrapper is not special there either: decoding keeps it.
@@ -93,28 +91,28 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class CacheError(Exception):
-    """The folder of built toys cannot be written; the message names what and why."""
-
-
-def toy_model_path(kind: str = PLAIN, cache_root: Path | None = None) -> Path:
+def toy_model_path(kind: str = PLAIN) -> Path:
     """The folder of a built toy; builds it if the cache has none for this recipe and these versions.
 
-    kind: PLAIN or SIGHTED. cache_root: default `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`.
-    One process builds while others wait, and the folder appears whole or not at all. Raises CacheError. In a process
-    that a launcher started, use process.py, because transformers saves on the first rank alone.
+    kind: PLAIN or SIGHTED. One process builds while others wait, and the folder appears whole or not at all. Raises
+    UsageError if the cache cannot be written. In a process that a launcher started, use process.py, because
+    transformers saves on the first rank alone.
     """
-    root = cache_root or default_cache_root()
-    path = root / folder_name(kind)
+    path = cached_path(kind)
     with contextlib.ExitStack() as stack:
-        with _blaming(root):
-            root.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((root / "toy.lock").open("w"))
+        with _blaming(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((path.parent / "toy.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_whole(path):
             model, processor = build_toy_model(kind)
-            with _blaming(root):
-                _save_whole(model, processor, path)
+            unfinished = path.with_name(f"{path.name}.unfinished")
+            with _blaming(path.parent):
+                for folder in (path, unfinished):
+                    shutil.rmtree(folder, ignore_errors=True)
+                model.save_pretrained(unfinished)
+                processor.save_pretrained(unfinished)
+                os.replace(unfinished, path)
     return path
 
 
@@ -123,18 +121,17 @@ def is_whole(path: Path) -> bool:
     return all((path / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
-def default_cache_root() -> Path:
-    """The folder that keeps built models."""
-    if "FLEET_CACHE" in os.environ:
-        return Path(os.environ["FLEET_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fleet"
+def cached_path(kind: str) -> Path:
+    """The cache's folder of a toy: its digest changes with the recipe, its code and the libraries that build it.
 
-
-def folder_name(kind: str) -> str:
-    """The cache's folder of a toy: its digest changes with the recipe, its code and the libraries that build it."""
-    sources = [Path(__file__).with_name(name) for name in ("model.py", "calls.py", "sight.py")]
+    The cache is `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`.
+    """
+    sources = [Path(__file__).with_name(name) for name in ("model.py", "lessons.py")]
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    return f"toy-{kind}-{_digest([recipe_digest(kind), versions, *(path.read_text() for path in sources)])}"
+    name = f"toy-{kind}-{_digest([recipe_digest(kind), versions, *(path.read_text() for path in sources)])}"
+    if "FLEET_CACHE" in os.environ:
+        return Path(os.environ["FLEET_CACHE"]) / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fleet" / name
 
 
 def recipe_digest(kind: str) -> str:
@@ -149,45 +146,32 @@ def build_toy_model(
 
     may_be_shipped: take the weights that lie beside this file, if they were made by the recipe as it is.
     """
-    recipe, env = RECIPES[kind], PickImageEnv(TOY_DATA_ROOT)
+    recipe = RECIPES[kind]
+    # the build has a bar of its own
+    transformers_logging.disable_progress_bar()
     # the caller's generator stays as it is
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe["seed"])
         processor = make_toy_processor(kind)
         model = make_toy_model(processor)
-        if kind == SIGHTED and may_be_shipped and shipped_recipe() == recipe_digest(SIGHTED):
+        if kind == PLAIN:
+            teach_calls(model, processor, recipe)
+        elif may_be_shipped and shipped_recipe() == recipe_digest(SIGHTED):
             model.load_state_dict(load_file(SHIPPED_WEIGHTS), strict=True)
-        elif kind == SIGHTED:
-            teach_sight(model, processor, env, recipe, TOY_IMAGE_PIXELS)
         else:
-            teach_calls(model, processor, TOY_DATA_ROOT, recipe, TOY_IMAGE_PIXELS)
+            teach_sight(model, processor, recipe)
     return model, processor
-
-
-def _save_whole(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, path: Path) -> None:
-    """Writes a toy into `path`, a folder that `from_pretrained` opens and that appears whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    for folder in (path, unfinished):
-        shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
-    os.replace(unfinished, path)
 
 
 @contextlib.contextmanager
 def _blaming(root: Path) -> Iterator[None]:
-    """Turns a failure to write into a CacheError."""
+    """Turns a failure to write into a UsageError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise CacheError(f"{getattr(error, 'filename', None) or root}: {reason}") from error
-
-
-def ship_sighted_toy() -> None:
-    """Builds the sighted toy from its recipe, whatever lies there, and puts its weights beside this file."""
-    weights = build_toy_model(SIGHTED, may_be_shipped=False)[0].state_dict()
-    save_file(weights, SHIPPED_WEIGHTS, metadata={"format": "pt", "recipe": recipe_digest(SIGHTED)})
+        reason = f"{getattr(error, 'filename', None) or root}: {reason_of(error)}"
+        remedy = "set FLEET_CACHE to a folder to write to"
+        raise UsageError(f"the toy model cannot be kept ({reason}); {remedy}") from error
 
 
 def shipped_recipe() -> str | None:
@@ -200,25 +184,17 @@ def shipped_recipe() -> str | None:
 
 def make_toy_processor(kind: str = PLAIN) -> Qwen2_5_VLProcessor:
     """A Qwen2.5-VL processor with a small vocabulary of Fleet's own prompts, for pictures of 56 x 56 pixels."""
-    # an empty Qwen2Tokenizer brings Qwen's own way of splitting text; only its merges are learnt here
-    tokenizer = Qwen2Tokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=RECIPES[kind]["vocab_size"],
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    learnt = tokenizer.backend_tokenizer
-    learnt.train_from_iterator(_training_texts(kind), trainer)
-    bpe = json.loads(learnt.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=bpe["vocab"],
-        merges=[tuple(merge) for merge in bpe["merges"]],
+    # brings Qwen's own way of splitting text; only its merges are learnt here
+    untrained = Qwen2Tokenizer(
+        vocab={token: token_id for token_id, token in enumerate(SPECIAL_TOKENS)},
+        merges=[],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",
         extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],
     )
+    texts, vocab_size = _training_texts(kind), RECIPES[kind]["vocab_size"]
+    tokenizer = untrained.train_new_from_iterator(texts, vocab_size, show_progress=False)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in WRAPPER_TOKENS])
     size = {"shortest_edge": TOY_IMAGE_PIXELS, "longest_edge": TOY_IMAGE_PIXELS}
     return Qwen2_5_VLProcessor(
@@ -275,15 +251,15 @@ def main() -> None:
         help="with ship, for a trial: steps of each lesson, which makes it another recipe (default: the recipe's)",
     )
     arguments = parser.parse_args()
-    # the build has a bar of its own
-    transformers_logging.disable_progress_bar()
     if arguments.what != "ship":
         print(toy_model_path(arguments.what))
         return
     if arguments.lesson_steps is not None:
         for lesson in ("naming", "picking", "habit"):
             RECIPES[SIGHTED][lesson]["steps"] = arguments.lesson_steps
-    ship_sighted_toy()
+    # from the recipe, whatever weights lie there
+    weights = build_toy_model(SIGHTED, may_be_shipped=False)[0].state_dict()
+    save_file(weights, SHIPPED_WEIGHTS, metadata={"format": "pt", "recipe": recipe_digest(SIGHTED)})
     print(f"wrote {SHIPPED_WEIGHTS} ({SHIPPED_WEIGHTS.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fleet.command.evaluate_options import parse_evaluate_options
-from fleet.run.model_setup import say_what_the_toy_has_not_seen
-from fleet.toy.pictures import TOY_DATA_ROOT, untaught
+from fleet.run.model_setup import say_what_the_toy_has_not_seen, untaught
+from fleet.toy.model import TOY_DATA_ROOT
 from tests.conftest import save_picture
 
 TAUGHT = sorted(TOY_DATA_ROOT.glob("*.png"))

@@ -7,7 +7,7 @@ import pytest
 from fleet.command.options import parse_options
 from fleet.errors import UsageError
 from fleet.run.model_setup import local_model_path
-from fleet.toy.model import CacheError, toy_model_path
+from fleet.toy.model import toy_model_path
 
 
 def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> str:
@@ -53,8 +53,9 @@ def test_a_cache_that_cannot_be_written_is_told_from_the_building_process(
     assert said == f"the toy model cannot be kept ({reason}); set FLEET_CACHE to a folder to write to"
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "toy.lock").mkdir()
-    with pytest.raises(CacheError, match=f"{tmp_path}/cache/toy.lock: Is a directory"):
-        toy_model_path(cache_root=tmp_path / "cache")
+    monkeypatch.setenv("FLEET_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match=f"{tmp_path}/cache/toy.lock: Is a directory"):
+        toy_model_path()

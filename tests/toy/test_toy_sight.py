@@ -10,8 +10,8 @@ from safetensors import safe_open
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import PickImageEnv
 from fleet.toy import model as toy_model
+from fleet.toy.lessons import END, Lessons
 from fleet.toy.model import RECIPES, SHIPPED_WEIGHTS, SIGHTED, TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
-from fleet.toy.sight import END, Lessons
 from model_utils import load_qwen25_vl
 from tests.conftest import call_text
 
@@ -22,7 +22,7 @@ ENV = PickImageEnv(TOY_DATA_ROOT, 4, None, seed=4)
 def lessons() -> Lessons:
     model, processor = load_qwen25_vl(str(toy_model_path(SIGHTED)))
     recipe = RECIPES[SIGHTED] | {"drawings_per_label": 1}
-    return Lessons(model, processor, PickImageEnv(TOY_DATA_ROOT), recipe, TOY_IMAGE_PIXELS)
+    return Lessons(model, processor, recipe)
 
 
 def prompt_of(processor: Any, number: int) -> Any:

@@ -54,7 +54,6 @@ def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | 
     accelerator = Accelerator(cpu=not model_setup.has_gpu())
     raise_first(gather_by_rank(problem))
     require_same_flags(asdict(options))
-    assert findings is not None, "a process without findings has a problem, which is raised by now"
     data = agree_on_data(options, findings)
     plan = together(
         lambda: make_plan(

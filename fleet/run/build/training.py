@@ -63,13 +63,12 @@ logger = logging.getLogger("fleet")
 class PreparedRun:
     """A run that has passed all checks that need no weight, the same on every process.
 
-    options: resolved. args: TRL's. num_episodes: drawn over all processes. plan: of held-out evaluation, if any.
+    options: resolved. args: TRL's. plan: of held-out evaluation, if any.
     """
 
     options: Options
     args: RLOOConfig
     data: RunData
-    num_episodes: int
     plan: EvaluationPlan | None
 
 
@@ -99,12 +98,10 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     require_same_flags(flags)
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     watchdog.peers = connect(args.process_index, args.world_size, host)
-    assert findings is not None, "a process without findings has a problem, which is raised by now"
     watchdog.start_with("the comparison of images and the plan of evaluation")
     data = agree_on_data(options, findings)
-    model_setup.say_what_the_toy_has_not_seen(
-        options.model_id, options, [image.path for image in images_of(data.env) or ()]
-    )
+    paths = [image.path for image in images_of(data.env) or ()]
+    model_setup.say_what_the_toy_has_not_seen(options.model_id, options, paths)
     num_episodes = num_episodes_of_run(args)
     if options.env is not None:
         require_last_episode(data.env, options.env, num_episodes)
@@ -112,7 +109,7 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     if options.eval_steps:
         runs = [(data.env, num_episodes)]
         plan = together(lambda: make_plan(options, runs, skipped_images=data.skipped_images, drawn_images=data.sha256s))
-    return PreparedRun(options, args, data, num_episodes, plan)
+    return PreparedRun(options, args, data, plan)
 
 
 def describe_run(model_id: str, task: TaskFlags, rloo: RLOOFlags, filled: Sequence[ResolvedDefault]) -> str:
@@ -260,7 +257,7 @@ def run_config(run: PreparedRun, folder: Path) -> str:
         own_code(options),
         run.data,
         run_id=str(recorded_id or uuid.uuid4().hex),
-        num_episodes=run.num_episodes,
+        num_episodes=num_episodes_of_run(run.args),
         num_processes=run.args.world_size,
     )
 

@@ -1,20 +1,26 @@
-"""The sighted toy model's lessons before RLOO: to name pictures, to pick them by name, and a habit of position.
+"""The toy models' lessons before RLOO: the form of a call for the plain one, and sight for the sighted one.
 
-Owns the three supervised stages, not the model's sizes or files. The habit is there on purpose: real models can look
-and yet favour a position. So the last stage mixes true picks with a favourite index, which RLOO has to unlearn.
+Owns the supervised stages, not the models' sizes or files. The plain toy sees pictures, but its lesson does not depend
+on them. The sighted toy learns to name pictures, to pick them by name, and a habit of position. The habit is there on
+purpose: real models can look and yet favour a position. So the last stage mixes true picks with a favourite index,
+which RLOO has to unlearn.
 """
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import Episode, PickImageEnv
 from fleet.controls import redrawn
 from fleet.progress import count_progress
@@ -24,8 +30,110 @@ from utils.tool_calls import make_tool_call_str
 
 # Axes: P prefixes, G questions behind each, L tokens of a prefix, T of the longest question and answer together.
 
+TOY_DATA_ROOT = Path(__file__).resolve().parents[2] / "toy_images"
+TOY_IMAGE_PIXELS = 56 * 56
 END = "<|im_end|>"
 BLANK = Image.new("RGB", (56, 56))  # in the toy's size
+INSTRUCTION_WORDS = (
+    "pick the one that is correct red green blue yellow white black circle square star moon image images all but "
+    "same differs other which of a an and not with left right big small find show choose as in on only every"
+)
+
+
+def teach_calls(
+    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, recipe: dict[str, Any]
+) -> None:
+    """Trains the model in place to answer with one call whose index is uniform over the candidates."""
+    optimizer = AdamW(model.parameters(), lr=recipe["learning_rate"], weight_decay=0.0)
+    schedule = OneCycleLR(optimizer, recipe["learning_rate"], recipe["steps"])
+    _train(model, [(_call_losses(model, processor, recipe), optimizer, schedule)])
+
+
+def teach_sight(
+    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, recipe: dict[str, Any]
+) -> None:
+    """Trains the model in place through the recipe's stages."""
+    lessons = Lessons(model, processor, recipe)
+    head = [*model.lm_head.parameters(), *model.model.language_model.norm.parameters()]
+    stages = []
+    for name, losses, parameters in (
+        ("naming", lessons.naming(), [*model.parameters()]),
+        ("picking", lessons.picking(), [*model.parameters()]),
+        # the head alone: sight stays as it is
+        ("habit", lessons.habit(), head),
+    ):
+        rate = recipe[name]["learning_rate"]
+        optimizer = AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+        schedule = OneCycleLR(optimizer, rate, recipe[name]["steps"], pct_start=0.1, cycle_momentum=False)
+        stages.append((losses, optimizer, schedule))
+    _train(model, stages)
+
+
+def _train(
+    model: Qwen2_5_VLForConditionalGeneration, stages: Sequence[tuple[Iterator[Tensor], AdamW, OneCycleLR]]
+) -> None:
+    """Trains in each stage what its optimizer has, a step a loss, with a bar over the steps of all."""
+    model.train()
+    num_steps_in_all = sum(schedule.total_steps for *_, schedule in stages)
+    with count_progress("building the toy model, once", num_steps_in_all, "step") as note_steps:
+        for losses, optimizer, schedule in stages:
+            parameters = optimizer.param_groups[0]["params"]
+            model.requires_grad_(False)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            for loss in losses:
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                note_steps(1)
+    model.requires_grad_(True)
+    model.eval()
+
+
+def _call_losses(model: Any, processor: Any, recipe: dict[str, Any]) -> Iterator[Tensor]:
+    collator = VLMDataCollator(processor, num_rollouts=1)
+    datasets = {
+        count: RepeatableEpisodeDataset(
+            _AnyInstructionEnv(TOY_DATA_ROOT, count, fixed_correct_index=0), TOY_IMAGE_PIXELS
+        )
+        for count in set(recipe["candidates"])
+    }
+    for step in range(recipe["steps"]):
+        count = recipe["candidates"][step % len(recipe["candidates"])]
+        first = step * recipe["episodes_per_step"]
+        numbers = range(first, first + recipe["episodes_per_step"])
+        batch = collator([datasets[count][number] for number in numbers])
+        yield _text_loss(model, processor, batch, [make_tool_call_str(number % count) + END for number in numbers])
+
+
+class _AnyInstructionEnv(PickImageEnv):
+    """Every other episode asks in random words: the model learns to answer any instruction with a call."""
+
+    def instruction(self, episode: Episode) -> str:
+        rng = random.Random(f"{episode.labels}")
+        if rng.random() < 0.5:
+            return super().instruction(episode)
+        words = [rng.choice(INSTRUCTION_WORDS.split()) for _ in range(rng.randrange(3, 14))]
+        return f"{' '.join(words).capitalize()}."
+
+
+def _text_loss(model: Any, processor: Any, batch: Any, answers: list[str]) -> Tensor:
+    """Cross-entropy of prompt text and answer; from the prompt the model learns the tokens of Fleet's texts."""
+    # answers differ in one digit, so all have the same number of tokens
+    answer_ids = processor.tokenizer(answers, return_tensors="pt")["input_ids"]
+    input_ids = torch.cat([batch["input_ids"], answer_ids], dim=1)
+    is_no_text = (batch["attention_mask"] == 0) | (batch["mm_token_type_ids"] == 1)
+    labels = torch.cat([batch["input_ids"].masked_fill(is_no_text, -100), answer_ids], dim=1)
+    return model(
+        input_ids=input_ids,
+        attention_mask=torch.cat([batch["attention_mask"], torch.ones_like(answer_ids)], dim=1),
+        mm_token_type_ids=torch.cat([batch["mm_token_type_ids"], torch.zeros_like(answer_ids)], dim=1),
+        pixel_values=batch["pixel_values"],
+        image_grid_thw=batch["image_grid_thw"],
+        labels=labels,
+    ).loss
 
 
 @dataclass(frozen=True)
@@ -49,57 +157,17 @@ class Prefix:
     grids_N3: Tensor
 
 
-def teach_sight(
-    model: Qwen2_5_VLForConditionalGeneration,
-    processor: Qwen2_5_VLProcessor,
-    env: PickImageEnv,
-    recipe: dict[str, Any],
-    image_pixels: int,
-) -> None:
-    """Trains the model in place through the recipe's stages. env: gives the pictures and the prompt's form."""
-    lessons = Lessons(model, processor, env, recipe, image_pixels)
-    head = [*model.lm_head.parameters(), *model.model.language_model.norm.parameters()]
-    stages = [
-        ("naming", lessons.naming(), [*model.parameters()]),
-        ("picking", lessons.picking(), [*model.parameters()]),
-        # the head alone: sight stays as it is
-        ("habit", lessons.habit(), head),
-    ]
-    model.train()
-    num_steps_in_all = sum(recipe[name]["steps"] for name, *_ in stages)
-    with count_progress("building the toy model, once", num_steps_in_all, "step") as note_steps:
-        for name, losses, parameters in stages:
-            model.requires_grad_(False)
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            rate, num_steps = recipe[name]["learning_rate"], recipe[name]["steps"]
-            optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, rate, num_steps, pct_start=0.1, cycle_momentum=False
-            )
-            for loss in losses:
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                note_steps(1)
-    model.requires_grad_(True)
-    model.eval()
-
-
 class Lessons:
     """The stages' losses, step by step."""
 
-    def __init__(self, model: Any, processor: Any, env: PickImageEnv, recipe: dict[str, Any], image_pixels: int):
+    def __init__(self, model: Any, processor: Any, recipe: dict[str, Any]):
         self.model, self.processor, self.recipe = model, processor, recipe
-        self.tokenizer, self.env = processor.tokenizer, env
-        self._ids, self._prefix = cache(self._tokenize), cache(self._encode_prefix)
+        self.tokenizer, self.env = processor.tokenizer, PickImageEnv(TOY_DATA_ROOT)
+        self._ids = cache(lambda text: tuple(self.tokenizer(text)["input_ids"]))
+        self._prefix = cache(self._encode_prefix)
         self.rng = random.Random(recipe["seed"])
-        self.labels = sorted(env.paths_by_label)
-        self.pixels_by_label = {
-            image.label: self._drawings(open_image(image.path), image_pixels) for image in env.images
-        }
+        self.labels = sorted(self.env.paths_by_label)
+        self.pixels_by_label = {image.label: self._drawings(open_image(image.path)) for image in self.env.images}
         self.answers = [self._ids(make_tool_call_str(index) + END) for index in range(10)]
         first, second = self.answers[:2]
         self.place = next(place for place in range(len(first)) if first[place] != second[place])
@@ -214,13 +282,7 @@ class Lessons:
         )
         return Prefix(ids, positions, grids)
 
-    def _tokenize(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text)["input_ids"])
-
-    def _drawings(self, picture: Image.Image, image_pixels: int) -> list[Tensor]:
+    def _drawings(self, picture: Image.Image) -> list[Tensor]:
         """Pixels of the picture's drawings, each in another size, place and shade."""
         drawings = [redrawn(picture, self.rng) for _ in range(self.recipe["drawings_per_label"])]
-        return [
-            self.processor.image_processor(images=[drawing], return_tensors="pt")["pixel_values"]
-            for drawing in drawings
-        ]
+        return [self.processor.image_processor(drawing, return_tensors="pt")["pixel_values"] for drawing in drawings]
