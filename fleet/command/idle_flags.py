@@ -1,7 +1,7 @@
 """The flags that do nothing beside others, and why: a table for training and one for evaluation.
 
-A flag that was given, on the command line or in a file, and would do nothing is refused: it would be believed. One that
-was not given is null in config.json and listed there, as its default has no part in the run. Imports no torch.
+A given flag that would do nothing is refused, as its user would believe that it works. One that was not given is null
+in config.json and listed under idle_flags there, as its default has no part in the run. Imports no torch.
 """
 
 import os

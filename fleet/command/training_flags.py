@@ -52,8 +52,8 @@ class RewardFlags:
         parse=user_path, is_file=True)
     reward_timeout_s: float = flag(60.0, "time that one call of the reward function may take before the run stops, in "
         "seconds", "far above a rule's, enough for a model or a server that judges", bounds=(ABOVE_0,), may_change=True)
-    reward_correct: float = flag(0.95, "Fleet's own reward for the right index", bounds=(ABOVE_0,))
-    reward_valid_call: float = flag(0.05, "Fleet's own reward for any well-formed call in range",
+    reward_correct: float = flag(0.95, "what the right index earns besides reward_valid_call", bounds=(ABOVE_0,))
+    reward_valid_call: float = flag(0.05, "what any well-formed call in range earns",
         "so that a right answer is worth 1", bounds=(AT_LEAST_0,))
 
 
@@ -89,8 +89,8 @@ class RLOOFlags:
         bounds=(AT_LEAST_0,), trl=True, default_of=lambda case: (0.0, "no KL term, so no reference model in memory"))
     epsilon: float = flag(0.2, "clip range of the ratio; off-policy only", bounds=(ABOVE_0,), trl=True)
     epsilon_high: float | None = flag(None, "upper clip range; off-policy only", "epsilon", bounds=(ABOVE_0,), trl=True)
-    max_skipped_steps: int = flag(5, "optimizer steps in a row that were skipped, for a loss or gradient that is not "
-        "finite, or in which no group had two rollouts that count, after which the run saves a checkpoint and stops",
+    max_skipped_steps: int = flag(5, "the run saves and stops after so many optimizer steps in a row that taught "
+        "nothing: skipped, as loss or gradient was not finite, or without a group of two rollouts that count",
         "as one odd batch passes and a broken model or reward does not", bounds=(AT_LEAST_1,), may_change=True)
     normalize_advantages: bool = flag(False, "scale advantages to unit deviation over the batch", trl=True)
     mask_truncated_completions: bool = flag(False, "train on no completion that hit the length limit", trl=True)

@@ -140,7 +140,7 @@ def _read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _read_groups(path: Path) -> list[GroupRecord]:
-    """Groups by step and number. A resumed run may record a group twice: the later record counts."""
+    """Groups by step and number. Of a group that is there twice, the later record counts."""
     by_place = {}
     for number, line in enumerate(_read_if_there(path), start=1):
         try:

@@ -9,7 +9,7 @@ y_1 ... y_G of a prompt x. A completion is one action: its log-probability is th
 
 Unlike the paper, the loss is PPO's clipped ratio (arXiv 1707.06347), as in TRL, so that a generation may serve several
 steps. With one step a generation the ratio is 1, and the gradient is the one above. A rollout without a reward is left
-out of its group, and rewards may be clipped and advantages normalized, all as in TRL.
+out of its group. Rewards may be clipped (by RLOOConfig's reward_clip_range alone) and advantages normalized, as in TRL.
 
 Unlike TRL, a group stays whole on its device and in its micro-batch; TRL shuffles rollouts. The old policy has a pass
 of its own only where `needs_old_logps`; TRL always gives it one.
@@ -34,8 +34,8 @@ from trl import RLOOConfig
 def needs_old_logps(args: RLOOConfig) -> bool:
     """True if the old log-probabilities need a pass of their own, before a generation's first step.
 
-    They need it where a generation serves several optimizer steps. Where it serves one, the training pass has them,
-    unless advantages that contain them are normalized over several micro-batches.
+    They need it where a generation serves several optimizer steps. Where it serves one, the training pass has them. But
+    where beta > 0, normalized advantages depend on those of all micro-batches, which are then needed before the first.
     """
     is_used_once = args.num_iterations == 1 and args.gradient_accumulation_steps % args.steps_per_generation == 0
     return not is_used_once or (args.beta != 0.0 and args.normalize_advantages and args.steps_per_generation > 1)

@@ -50,7 +50,7 @@ class Rollouts:
     sampled: SampledGroups
     records: list[RolloutRecord]  # B
     rewards_B: Tensor  # float32, from the task alone
-    advantages_B: Tensor  # float32; filled step by step where a KL term waits for the training pass
+    advantages_B: Tensor  # float32, 0 until `_take_advantages`: with a KL term that may be in the training pass
     ref_logps_BT: Tensor | None = None  # float32, with beta > 0
     old_logps_BT: Tensor | None = None  # float32, where needs_old_logps
     kl_and_tokens_2: Tensor | None = None  # float32 sums so far, with beta > 0
@@ -90,7 +90,7 @@ class FleetRLOOTrainer(PolicyPasses):
             args=args,
             processing_class=processing_class,
             settings=settings,
-            # TRL asks it for its name alone, under which rewards are logged
+            # never called: TRL logs rewards under its name, and `_rewards` makes them
             reward_funcs=reward_function or make_trl_reward_function(),
             train_dataset=dataset.as_hf_dataset(num_episodes_of_run(args)),
             # Trainer wants one before it evaluates; `evaluate` has its own
@@ -111,7 +111,10 @@ class FleetRLOOTrainer(PolicyPasses):
         self._num_rollouts_since_log, self._last_log_time_s = 0, time.perf_counter()
 
     def _prepare_inputs(self, generation_batch: EpisodeBatch) -> dict[str, Any]:
-        """The groups of this step, as `rollouts` and a slice of them; generates first when a new generation is due."""
+        """The groups of this step, as `rollouts` and a slice of them; generates first when a new generation is due.
+
+        Trainer calls it for each micro-step, which TRL counts in `_step`, and gives the result to `_compute_loss`.
+        """
         steps_per_generation = self.args.steps_per_generation
         if self._rollouts is None or self._step % (steps_per_generation * self.num_iterations) == 0:
             self._rollouts = self._roll_out(generation_batch)

@@ -88,7 +88,11 @@ def draw_curve(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     for name, colour in (("reward", "#d1495b"), ("accuracy", "#00798c")):
         values: list[Any] = [line.get(name) for line in metrics]
         axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, label=f"mean {name}")
-    axes.set(xlabel="optimizer step", title=title, ylim=(-0.02, 1.04))
+    axes.set(xlabel="optimizer step", title=title)
+    low, high = axes.dataLim.intervaly
+    # else a reward of the user's own lies outside
+    if not (low < 0 or high > 1):
+        axes.set_ylim(-0.02, 1.04)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")

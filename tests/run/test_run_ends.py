@@ -83,13 +83,19 @@ def test_a_run_that_ends_at_a_checkpoint_before_its_first_log_says_so(
     assert "no step was logged" in (folder / "report.html").read_text()
 
 
+def num_red_pixels(folder: Path, metrics: list[dict[str, float]]) -> int:
+    """The pixels of curve.png in the colour of the reward."""
+    draw_curve(metrics, folder / "curve.png", "title")
+    colours = Image.open(folder / "curve.png").convert("RGB").getcolors(maxcolors=1_000_000) or []
+    return {colour: count for count, colour in colours}.get((0xD1, 0x49, 0x5B), 0)
+
+
 def test_the_curve_of_one_step_shows_its_points(tmp_path: Path) -> None:
-    red = (0xD1, 0x49, 0x5B)
+    of_legend = num_red_pixels(tmp_path, [])
+    assert num_red_pixels(tmp_path, [{"step": 1, "reward": 0.5, "accuracy": 0.2}]) > of_legend + 20
 
-    def num_red_pixels(metrics: list[dict[str, float]]) -> int:
-        draw_curve(metrics, tmp_path / "curve.png", "title")
-        colours = Image.open(tmp_path / "curve.png").convert("RGB").getcolors(maxcolors=1_000_000) or []
-        return {colour: count for count, colour in colours}.get(red, 0)
 
-    of_legend = num_red_pixels([])
-    assert num_red_pixels([{"step": 1, "reward": 0.5, "accuracy": 0.2}]) > of_legend + 20
+@pytest.mark.parametrize("reward", [-3.0, 0.5, 12.0])
+def test_the_curve_shows_rewards_below_0_and_above_1(reward: float, tmp_path: Path) -> None:
+    of_legend = num_red_pixels(tmp_path, [])
+    assert num_red_pixels(tmp_path, [{"step": step, "reward": reward} for step in (1, 2)]) > of_legend + 200
