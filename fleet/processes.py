@@ -47,7 +47,7 @@ def gather_by_rank(value: Any) -> list[Any]:
 def raise_first(
     problem_by_rank: Sequence[str | None], error_class: type[Exception] = AgreedUsageError, who: str | None = None
 ) -> None:
-    """Raises the first problem. Every process passes the same list, as `gather_by_rank` gives it.
+    """Raises the first problem. Every process passes the same list.
 
     who: the words before it, with {rank} in them; by default the process where there are several.
     """

@@ -70,9 +70,10 @@ class RunLock:
             self._made = missing
             while not self._claim():
                 continue
-        except (OSError, ValueError) as error:
+        # also for a Ctrl-C: within what did not begin, nothing releases it later
+        except BaseException as error:
             self.__exit__()
-            if isinstance(error, UsageError):
+            if isinstance(error, UsageError) or not isinstance(error, (OSError, ValueError)):
                 raise
             raise UsageError(
                 f"output_dir={self.folder} cannot be written to ({reason_of(error)}); make it writable with room on "

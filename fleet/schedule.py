@@ -1,4 +1,4 @@
-"""The count of a run's steps, generations and episodes, in plain integers."""
+"""The steps that a generation serves, and the groups that a micro-batch holds, in plain integers."""
 
 
 def optimizer_steps_per_generation(

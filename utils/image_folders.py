@@ -152,8 +152,7 @@ def _files(root: Path, below: str = "", above: frozenset[Path] = frozenset()) ->
         if entry.name.startswith("."):
             continue
         # an entry's own is_dir raises for a link that leads round in a circle
-        is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
-        if is_folder:
+        if os.path.isdir(entry):
             yield from _files(root, f"{below}{entry.name}/", above | {real})
         else:
             yield f"{below}{entry.name}"

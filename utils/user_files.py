@@ -97,7 +97,7 @@ def _import_remedy(error: BaseException, path: Path) -> str | None:
         name = error.name
     else:
         return None
-    return _winner_over(name.partition(".")[0], path)
+    return _why_not_taken(name.partition(".")[0], path)
 
 
 def folder_of(spec: str) -> Path:
@@ -152,7 +152,7 @@ def _found_beside(name: str, folder: Path) -> Path | None:
     return folder / name if (folder / name).is_dir() else None
 
 
-def _winner_over(name: str, path: Path) -> str | None:
+def _why_not_taken(name: str, path: Path) -> str | None:
     """The sentence that `import name` gives another module than the one beside `path`; None if it gives that one."""
     beside = _found_beside(name, path.parent)
     if beside is None or path.parent == FLEET_ROOT:
@@ -181,8 +181,7 @@ def _say_what_was_not_taken(path: Path, named: str) -> None:
     for name in dict.fromkeys(module.partition(".")[0] for module in imported):
         beside = _found_beside(name, path.parent)
         is_other_file = beside is not None and beside.is_file() and beside != path
-        winner = _winner_over(name, path) if is_other_file else None
-        line = f"{named}: {winner} if it is meant"
-        if winner is not None and line not in _said:
+        found = _why_not_taken(name, path) if is_other_file else None
+        if found is not None and (line := f"{named}: {found} if it is meant") not in _said:
             _said.add(line)
             logger.warning(f"{line}\n")

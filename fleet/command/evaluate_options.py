@@ -100,7 +100,7 @@ def parse_evaluate_options(argv: Sequence[str], launch_variables: Mapping[str, s
     run = run_options(given.get("model_id", TOY_MODEL_ID))
     # a run of bare calls leaves no room to reason
     inherited = INHERITED - {"max_completion_length"} if "prompt_style" in given else INHERITED
-    runs_flags = as_arguments({name: run[name] for name in inherited & run.keys()})
+    runs_flags = as_arguments({name: value for name, value in run.items() if name in inherited})
     options = EvaluateOptions(**parse_flags(parser, runs_flags) | given)
     refuse_numbers(options)
     words = [] if options.pass_k is None else options.pass_k.split(",")

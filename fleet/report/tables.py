@@ -10,7 +10,7 @@ from typing import Any
 from fleet.controls import CONTROL_MEANINGS
 from fleet.evaluation.figures import confusion, estimate_at
 from fleet.rl.rollouts import GroupRecord
-from fleet.run_folder import EVALUATION_SCHEMA_VERSION
+from fleet.run_folder import EVALUATION_SCHEMA_VERSION, finite
 
 MAX_COLUMNS = 4  # evaluations side by side; of more, the first and the last are shown
 Document = Mapping[str, Any]
@@ -145,12 +145,12 @@ def _difference_cell(document: Document) -> Cell:
     if estimate is None or estimate.value is None:
         return Cell("–")
     difference, (low, high) = document["baseline"]["difference"], estimate.ci95
-    is_clear = difference["p_value"] < 0.001
-    details = (
-        f"{100 * low:+.1f} to {100 * high:+.1f}",
-        "p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}0.001" if is_clear else f"p={difference['p_value']:.3f}",
-        f"{difference['only_model_right']}\N{NO-BREAK SPACE}vs\N{NO-BREAK SPACE}{difference['only_baseline_right']}",
-    )
+    details = [f"{100 * low:+.1f} to {100 * high:+.1f}"]
+    if (p_value := finite(difference.get("p_value"))) is not None:
+        details.append("p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}0.001" if p_value < 0.001 else f"p={p_value:.3f}")
+    alone = [difference.get(f"only_{whose}_right") for whose in ("model", "baseline")]
+    if None not in alone:
+        details.append("\N{NO-BREAK SPACE}vs\N{NO-BREAK SPACE}".join(map(str, alone)))
     return Cell(f"{100 * estimate.value:+.1f}", "; ".join(details))
 
 
@@ -167,5 +167,5 @@ def heat_map(last: Document | None, groups: Sequence[GroupRecord]) -> HeatMap | 
     if not groups:
         return None
     judged = [(rollout.episode.correct_index, rollout.verdict) for group in groups for rollout in group.rollouts]
-    num_candidates = max(len(group.episode.labels) for group in groups)
+    num_candidates = max(group.episode.num_candidates for group in groups)
     return HeatMap(confusion(judged, num_candidates), "all recorded rollouts, sampled in training")

@@ -216,10 +216,10 @@ class SnapToGeneration(TrainerCallback):
 def require_plain_pickles(checkpoint: Path, place: ProcessPlace) -> None:
     """Raises UsageError on all processes if a file to unpickle names a class that no save writes; reads the names."""
     paths = sorted(path for pattern in UNPICKLED_FILES for path in checkpoint.glob(pattern))
-    problems = []
+    problems, deepspeeds_classes = [], _deepspeeds_classes()
     for path in paths[place.rank :: place.num_processes]:
         try:
-            with safe_globals(), torch.serialization.safe_globals(_deepspeeds_classes()):
+            with safe_globals(), torch.serialization.safe_globals(deepspeeds_classes):
                 unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except OSError as error:
             problems.append(f"resume: {path} cannot be read ({error.strerror or error}); restore it")

@@ -27,6 +27,11 @@ class EpisodeRecord:
     labels: tuple[str, ...]
     images: tuple[str, ...]
 
+    @property
+    def num_candidates(self) -> int:
+        """N; the line of an older run may lack labels."""
+        return max(len(self.labels), len(self.images))
+
 
 @dataclass(frozen=True)
 class RolloutRecord:
@@ -81,7 +86,7 @@ class GroupRecord:
         )
         rollouts = tuple(_rollout_from_json(episode, rollout) for rollout in line["rollouts"])
         picked = [rollout.verdict.index for rollout in rollouts if rollout.verdict.outcome in PICKS]
-        if any(index not in range(len(episode.labels)) for index in (episode.correct_index, *picked)):
+        if any(index not in range(episode.num_candidates) for index in (episode.correct_index, *picked)):
             raise ValueError("an index is that of no picture")
         return cls(step, number, episode, rollouts)
 
@@ -154,7 +159,7 @@ def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int) -> dict[
     statuses = Counter(verdict.parse_status for verdict in verdicts)
     chosen = Counter(verdict.index for verdict in verdicts)
     correct = Counter(rollout.episode.correct_index for rollout in rollouts)
-    num_candidates = max(len(rollout.episode.labels) for rollout in rollouts)
+    num_candidates = max(rollout.episode.num_candidates for rollout in rollouts)
     rights = [verdict.is_right for verdict in verdicts]
     rights_per_group = [sum(rights[start : start + group_size]) for start in range(0, len(rights), group_size)]
     num_groups, total = len(rights_per_group), len(rollouts)

@@ -146,6 +146,8 @@ class Diagnostics:
             return None
         found = {index: mean_of(lines, f"chosen_index/{index}") for index in chosen_indices(lines)}
         shares = {index: share for index, share in found.items() if not math.isnan(share)}
+        if not shares:
+            return None
         index, valid = max(shares, key=shares.__getitem__), sum(shares.values())
         accuracy = mean_of(lines, "accuracy")
         if shares[index] >= MIN_ONE_KIND * valid:

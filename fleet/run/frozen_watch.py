@@ -34,7 +34,7 @@ def main() -> None:
                 return
             latest, silent_s = content.splitlines()[-1], 0.0
             continue
-        # a look counts as it should last: in a longer one this process was stopped, in states T and t the other is
+        # a look counts as it should last: in a longer one this process was stopped; T and t: the other one is stopped
         silent_s += 0.0 if stat_of(pid)[0] in "Tt" else LOOK_S
         limit_s, _, activity = latest.decode(errors="replace").partition(" ")
         if latest and silent_s >= float(limit_s):

@@ -142,12 +142,11 @@ def recipe_digest(kind: str) -> str:
 def build_toy_model(
     kind: str = PLAIN, *, may_be_shipped: bool = True
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
-    """Builds a toy and its processor. Shows a progress bar.
+    """Builds a toy and its processor. Shows a progress bar, and turns those of transformers off.
 
     may_be_shipped: take the weights that lie beside this file, if they were made by the recipe as it is.
     """
     recipe = RECIPES[kind]
-    # the build has a bar of its own
     transformers_logging.disable_progress_bar()
     # the caller's generator stays as it is
     with torch.random.fork_rng(devices=[]):

@@ -1,13 +1,15 @@
 """The logged figures of a batch, worked out by hand for three groups of two."""
 
+import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from environment import Judgement, Outcome, judge
-from fleet.rl.rollouts import EpisodeRecord, RolloutRecord, rollout_metrics
+from fleet.rl.rollouts import EpisodeRecord, GroupRecord, RolloutRecord, rollout_metrics
 from tests.conftest import call_text
 from utils.tool_calls import ParseStatus
 
@@ -113,3 +115,28 @@ def test_shares_of_a_family_sum_to_one(groups):
         assert math.isclose(sum(share for name, share in metrics.items() if name.startswith(family)), 1)
     assert metrics["accuracy"] == metrics["outcome/correct"]
     assert metrics["chosen_index/0"] == answers.count(call_text(0)) / len(answers)
+
+
+def test_a_group_comes_back_from_its_line():
+    rollouts = tuple(RolloutRecord(record(RIGHT).episode, "said", verdict, 0.5, -0.25) for verdict in (RIGHT, NEGATIVE))
+    group = GroupRecord(3, 1, record(RIGHT).episode, rollouts)
+    assert GroupRecord.from_json(json.loads(json.dumps(group.as_json()))) == group
+
+
+def test_a_dropped_reward_is_null_in_a_line_and_comes_back_as_none():
+    dropped = RolloutRecord(record(PROSE).episode, "said", PROSE, math.nan)
+    line = GroupRecord(3, 1, record(PROSE).episode, (dropped,)).as_json()
+    assert line["rollouts"][0]["reward"] is line["rollouts"][0]["advantage"] is None
+    assert math.isnan(GroupRecord.from_json(line).rollouts[0].reward)
+
+
+def test_a_line_of_before_labels_were_checked_is_read():
+    line = GroupRecord(3, 1, record(RIGHT).episode, (record(RIGHT),)).as_json()
+    assert GroupRecord.from_json({**line, "labels": []}).episode.labels == ()
+
+
+@pytest.mark.parametrize("change", [{"correct_index": 3}, {"correct_index": -1}, {"images": [], "labels": []}])
+def test_a_line_with_an_index_of_no_picture_is_refused(change: dict[str, Any]):
+    line = GroupRecord(3, 1, record(RIGHT).episode, (record(RIGHT),)).as_json()
+    with pytest.raises(ValueError, match="no picture"):
+        GroupRecord.from_json({**line, **change})

@@ -219,3 +219,13 @@ def test_a_folder_that_cannot_be_made_is_refused_by_name_and_reason(tmp_path: Pa
     )
     with refused, RunLock(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_ctrl_c_while_the_lock_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt), RunLock(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
