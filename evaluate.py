@@ -40,6 +40,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_document(scored.document, options.output)
 
 
+def __getattr__(name: str) -> Any:
+    """`plan_evaluation`, which lies behind the import of torch."""
+    if name != "plan_evaluation":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from fleet.run.build.evaluation import plan_evaluation
+
+    return plan_evaluation
+
+
 def write_document(document: dict[str, Any], output: str | None) -> None:
     """Writes the figures as JSON, whole or not at all."""
     if output is not None:

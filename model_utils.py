@@ -35,6 +35,8 @@ logger = logging.getLogger("fleet")
 # Every linear layer of the language model. A pattern, because vision layers have names such as `gate_proj` too.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
+PARTS = ("vision tower", "merger", "language model")
+
 
 def load_qwen25_vl(
     model_id: str,
@@ -208,7 +210,7 @@ def make_lora_config(rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> L
 
 def count_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """(trainable, all) parameters of the vision tower, the merger and the language model, adapters included."""
-    counts = dict.fromkeys(("vision tower", "merger", "language model"), (0, 0))
+    counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
         vision_part = "merger" if "visual.merger." in name else "vision tower"
         part = vision_part if "visual." in name else "language model"

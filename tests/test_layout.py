@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+from importlib import import_module
 
 import pytest
 
@@ -18,6 +19,21 @@ PARTS = (
 TASKS = ("environment", "dataset", "model_utils", "reward")
 COMMANDS = ("training", "evaluate", "report", "fleet.ask")
 IMPORT_NO_TORCH = ("utils", "fleet.own_code", "fleet.command", "fleet.report")
+# what files of users' own may import from the root
+OFFERED = {
+    "training": "main",
+    "evaluate": "TASK main check_before_loading plan_evaluation runs_behind write_document",
+    "report": "TEMPLATE_NAME LAST_STEPS RunRecords Tile main write_report read_run render_page headline levels "
+    "training_seconds",
+    "environment": "TOOL_NAME TOOL_SCHEMA Outcome Judgement judge PickImageEnv pick_image_messages "
+    "load_environment_class system_text sample_distinct Episode ParseStatus",
+    "dataset": "Row EpisodeBatch RepeatableEpisodeDataset episode_row broken_row require_episodes count_faults "
+    "VLMDataCollator prompts_of_rollouts repeat_episodes",
+    "model_utils": "LORA_TARGETS PARTS load_qwen25_vl require_loadable open_base load_processor read_adapter_config "
+    "vision_attention make_lora_config count_parameters generate_tool_call media_token_ids end_token_ids up_to_end "
+    "decode_completion",
+    "reward": "RewardWeights DEFAULT_WEIGHTS reward_of compute_rewards_from_generations make_trl_reward_function",
+}
 HEAVY = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "deepspeed")
 
 SOURCES = {
@@ -53,6 +69,12 @@ def imports_of(module: str, *, at_start: bool = False) -> set[str]:
 def test_the_root_has_few_files() -> None:
     found = sorted(path.name for path in REPOSITORY.glob("*.py"))
     assert found == sorted(f"{name}.py" for name in (*TASKS, "training", "evaluate", "report"))
+
+
+@pytest.mark.parametrize("module", OFFERED)
+def test_the_roots_files_offer_what_they_did(module: str) -> None:
+    found = import_module(module)
+    assert [name for name in OFFERED[module].split() if not hasattr(found, name)] == []
 
 
 @pytest.mark.parametrize("module", [module for module in SOURCES if module not in ("fleet", "utils")])

@@ -14,7 +14,7 @@ from trl.models import prepare_deepspeed, unwrap_model_for_generation
 
 from fleet.command.command_line import COLOURED
 from fleet.command.evaluate_options import EvaluateOptions, resolve_evaluate_options
-from fleet.command.image_check import Findings, images_of
+from fleet.command.image_check import Findings, RunData, images_of
 from fleet.command.options import ResolvedDefault
 from fleet.controls import CONTROL_MEANINGS
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
@@ -55,20 +55,23 @@ def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | 
     raise_first(gather_by_rank(problem))
     require_same_flags(asdict(options))
     data = agree_on_data(options, findings)
-    plan = together(
-        lambda: make_plan(
-            options,
-            [run for model in options.models for run in runs_behind(options, model)],
-            skipped_images=data.skipped_images,
-            num_samples=options.num_samples,
-            ks=options.ks,
-            prompt_style=options.prompt_style,
-        )
-    )
+    plan = together(lambda: plan_evaluation(options, data))
     logger.info(describe(options.model_id, plan, filled), extra=COLOURED)
     paths = [image.path for image in images_of(data.env) or ()]
     model_setup.say_what_the_toy_has_not_seen(options.model_id, options, paths)
     return PreparedEvaluation(options, accelerator, plan)
+
+
+def plan_evaluation(options: EvaluateOptions, data: RunData) -> EvaluationPlan:
+    """The evaluation of these flags, on episodes that no run behind the models draws. Raises UsageError."""
+    return make_plan(
+        options,
+        [run for model in options.models for run in runs_behind(options, model)],
+        skipped_images=data.skipped_images,
+        num_samples=options.num_samples,
+        ks=options.ks,
+        prompt_style=options.prompt_style,
+    )
 
 
 def describe(model_id: str, plan: EvaluationPlan, filled: Sequence[ResolvedDefault]) -> str:
