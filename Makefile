@@ -30,7 +30,7 @@ test: setup-dev
 # several processes, kills, signals, full disks and whole trainings; FLEET_KILLS=200 tries more instants
 SLOW := slow
 test-slow: setup-dev
-	$(ACTIVATE) && python -m pytest -m "$(SLOW)"
+	$(ACTIVATE) && python -m pytest -m "$(SLOW)" --numprocesses 2 --dist worksteal
 
 # the tests that import no torch, in seconds
 test-fast: setup-dev
