@@ -147,10 +147,10 @@ def _difference_cell(document: Document) -> Cell:
     difference, (low, high) = document["baseline"]["difference"], estimate.ci95
     details = [f"{100 * low:+.1f} to {100 * high:+.1f}"]
     if (p_value := finite(difference.get("p_value"))) is not None:
-        details.append("p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}0.001" if p_value < 0.001 else f"p={p_value:.3f}")
+        details.append("p < 0.001" if p_value < 0.001 else f"p={p_value:.3f}")
     alone = [difference.get(f"only_{whose}_right") for whose in ("model", "baseline")]
     if None not in alone:
-        details.append("\N{NO-BREAK SPACE}vs\N{NO-BREAK SPACE}".join(map(str, alone)))
+        details.append(" vs ".join(map(str, alone)))
     return Cell(f"{100 * estimate.value:+.1f}", "; ".join(details))
 
 

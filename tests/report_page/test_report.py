@@ -16,6 +16,7 @@ from PIL import Image
 import report
 from fleet.errors import UsageError
 from fleet.report.rollouts import MAX_GROUPS, MAX_THUMBNAILS
+from fleet.report.tables import Cell, evaluation_rows
 from fleet.run_folder import read_jsonl
 from report import write_report
 from tests.report_page.pages import (
@@ -24,6 +25,7 @@ from tests.report_page.pages import (
     READ_CONTRASTS,
     READ_OVERFLOWS,
     Visit,
+    estimate,
     evaluation,
     group_line,
     metrics_line,
@@ -496,3 +498,20 @@ def test_line_that_is_no_object_is_refused(tmp_path):
     path.write_text('{"text": "a\u2028b"}\n7\n{}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="lines.jsonl, line 2 is b'7', but wanted a JSON object"):
         read_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    ("extra", "wanted"),
+    [
+        ({"p_value": 0.0002, "only_model_right": 12, "only_baseline_right": 3}, "+5.9 to +11.8; p < 0.001; 12 vs 3"),
+        ({"p_value": 0.0421, "only_model_right": 12, "only_baseline_right": 3}, "+5.9 to +11.8; p=0.042; 12 vs 3"),
+        ({}, "+5.9 to +11.8"),
+    ],
+)
+def test_the_lead_over_the_baseline_is_shown_as_it_stands(extra: dict, wanted: str) -> None:
+    difference = {**estimate(0.09), **extra}
+    document = evaluation(30, 0.8) | {"baseline": {"model": "toy", "difference": difference}}
+    cells = {row.name: row.cells[0] for row in evaluation_rows([document])}
+    assert cells["Lead over the baseline"] == Cell("+9.0", wanted)
+    # the page spells out whatever does not print
+    assert all(text.isprintable() for cell in cells.values() for text in (cell.text, cell.detail))
