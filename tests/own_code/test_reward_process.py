@@ -73,6 +73,12 @@ def own_pid(completions, **columns):
 def hangs(**columns):
     time.sleep(3600)
 
+def hangs_once(completions, **columns):
+    if not os.path.exists(__file__ + ".seen"):
+        open(__file__ + ".seen", "w").close()
+        time.sleep(3600)
+    return [1.0] * len(completions)
+
 def holds_the_lock(**columns):
     re.match("(a*)*b", "a" * 60)
 
@@ -181,6 +187,13 @@ def test_a_process_that_hangs_or_ends_is_broken_and_starts_again(
     reward = open_reward(name, timeout_s)
     # the second time in a new process
     assert [reward(["a", "b"]).problem for _ in range(2)] == [f"reward function {name} {words}"] * 2
+
+
+def test_after_a_hang_the_next_call_is_answered_by_a_new_process(open_reward: Any) -> None:
+    reward = open_reward("hangs_once", 0.3)
+    assert "did not return within 0.3 s" in reward(["a", "b"]).problem
+    reward.timeout_s = HANG_S
+    assert reward(["a", "b"]).values == [1.0, 1.0]
 
 
 FAILING_FILES = {
