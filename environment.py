@@ -56,6 +56,11 @@ class Judgement:
         """True for the correct outcome alone."""
         return self.outcome is Outcome.CORRECT
 
+    @property
+    def is_valid_call(self) -> bool:
+        """True for a call that picks one of the candidates."""
+        return self.outcome in (Outcome.CORRECT, Outcome.WRONG_INDEX)
+
 
 def judge(text: str, correct_index: int, num_candidates: int, *, allow_reasoning: bool = False) -> Judgement:
     """The verdict on a completion. No other function decides what is right.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from environment import Judgement, Outcome, judge
+from environment import Judgement, judge
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def reward_of(verdict: Judgement, weights: RewardWeights = DEFAULT_WEIGHTS) -> f
     | index_out_of_range  | 0       | 0          | 0.00              |
     | unparsable          | 0       | 0          | 0.00              |
     """
-    is_valid_call = verdict.outcome in (Outcome.CORRECT, Outcome.WRONG_INDEX)
-    return weights.correct * verdict.is_right + weights.valid_call * is_valid_call
+    return weights.correct * verdict.is_right + weights.valid_call * verdict.is_valid_call
 
 
 def compute_rewards_from_generations(

@@ -136,7 +136,7 @@ def _judge(text: str, episode: Episode, plan: EvaluationPlan) -> Judgement:
 
 def _picked_index(verdict: Judgement) -> int | None:
     """The candidate that an answer picks; None if it picks none."""
-    return verdict.index if verdict.outcome in (Outcome.CORRECT, Outcome.WRONG_INDEX) else None
+    return verdict.index if verdict.is_valid_call else None
 
 
 def _changes(plan: EvaluationPlan, number: int, verdict: Judgement) -> Iterator[tuple[str, Episode, int]]:

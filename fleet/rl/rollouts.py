@@ -14,8 +14,6 @@ from environment import Episode, Judgement, Message, Outcome
 from fleet.run_folder import finite
 from utils.tool_calls import ParseStatus
 
-PICKS = (Outcome.CORRECT, Outcome.WRONG_INDEX)  # the outcomes of answers that pick a candidate
-
 
 @dataclass(frozen=True)
 class EpisodeRecord:
@@ -85,7 +83,7 @@ class GroupRecord:
             images=tuple(map(str, line["images"])),
         )
         rollouts = tuple(_rollout_from_json(episode, rollout) for rollout in line["rollouts"])
-        picked = [rollout.verdict.index for rollout in rollouts if rollout.verdict.outcome in PICKS]
+        picked = [rollout.verdict.index for rollout in rollouts if rollout.verdict.is_valid_call]
         if any(index not in range(episode.num_candidates) for index in (episode.correct_index, *picked)):
             raise ValueError("an index is that of no picture")
         return cls(step, number, episode, rollouts)
@@ -166,7 +164,7 @@ def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int) -> dict[
     all_right, all_wrong = rights_per_group.count(group_size), rights_per_group.count(0)
     return {
         "accuracy": sum(rights) / total,
-        "valid_call": sum(outcomes[outcome] for outcome in PICKS) / total,
+        "valid_call": sum(verdict.is_valid_call for verdict in verdicts) / total,
         **{f"outcome/{outcome}": outcomes[outcome] / total for outcome in Outcome},
         **{f"parse/{status}": statuses[status] / total for status in ParseStatus},
         "groups/all_right": all_right / num_groups,
