@@ -12,8 +12,9 @@ import datasets
 import torch
 from PIL import Image
 
-from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, Message, checked_episode
+from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, Message
 from fleet.errors import ProcessStopped, RunStopped
+from fleet.verdicts import answerable_episode
 from utils.images import BadImage, image_digest, open_image
 from utils.plain_text import NotPlainText, require_plain_messages
 
@@ -65,7 +66,8 @@ class RepeatableEpisodeDataset:
         fault = None
         for number in range(index, index + (1 + MAX_REPLACEMENTS) * REPLACEMENT_STRIDE, REPLACEMENT_STRIDE):
             try:
-                episode = checked_episode(self.env, number)
+                # with the answer, which is recorded: a failure is told here, where every process hears of it
+                episode = answerable_episode(self.env, number)
                 pictures = [open_image(image, self.max_pixels) for image in episode.images]
             except (BadImage, OSError) as error:
                 fault = fault or f"episode {index}: {error}"
@@ -102,8 +104,8 @@ def episode_row(
     """An episode as a row of the data set.
 
     Its columns: `episode_index`; `prompt` (chat messages) and `images` (RGB pictures), which TRL's own trainer reads
-    too; `correct_index` and `num_candidates`, which a reward of TRL's reads; `episode`; `fault` and `broken`, as in
-    EpisodeBatch.
+    too; `correct_index` (None where the task picks no image) and `num_candidates`, which a reward of TRL's reads;
+    `episode`; `fault` and `broken`, as in EpisodeBatch.
     """
     return {
         "episode_index": index,

@@ -1,41 +1,131 @@
-"""PickImageEnv: the question of an episode, and the judgement of an answer.
+"""Environment: the contract of a task. PickImageEnv, its first user: pick the right image out of N.
 
-fleet/episodes.py says what an Episode may hold, and reward.py turns verdicts into training rewards. Touches no tensor.
+An environment decides what is shown, which tools there are, and what a call amounts to. fleet/episodes.py and
+fleet/verdicts.py check all that it gives; reward.py turns verdicts into training rewards. Touches no tensor.
 """
 
-import json
 import random
 from collections.abc import Collection, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
+from fleet import controls
+from fleet.controls import Control, Edited
 from fleet.episodes import Episode, EpisodeSource, ImageSource, Message
-from utils.image_folders import LabelledImage, list_folder, require_distinct_labels
-from utils.tool_calls import CALL_CLOSE, CALL_OPEN, ParseStatus, parse_tool_call_str
+from fleet.gymnasium_steps import GymnasiumSteps
+from fleet.verdicts import CORRECT, VALID_CALL, Observation, Verdict
+from utils import tool_calls
+from utils.image_folders import LabelledImage, list_folder, require_enough
+from utils.seeded_draws import sample_distinct
+from utils.tool_calls import ParseStatus, ToolCall, make_call_str, parse_tool_call_str
+from utils.tool_schemas import Tool
 from utils.user_files import load_user_file
-
-Item = TypeVar("Item")
 
 # the parts of a task, for those who write one
 __all__ = [
-    "Episode", "EpisodeSource", "ImageSource", "Judgement", "Message", "Outcome", "ParseStatus", "PickImageEnv",
-    "judge", "load_environment_class", "sample_distinct", "system_text",
+    "Control", "Edited", "Environment", "Episode", "EpisodeSource", "ImageSource", "Judgement", "Message",
+    "Observation", "Outcome", "ParseStatus", "PickImageEnv", "PickImageTask", "ToolCall", "Verdict", "judge",
+    "load_environment_class", "pick_image_messages", "sample_distinct", "system_text",
 ]  # fmt: skip
 
 TOOL_NAME = "pick_image"
-TOOL_SCHEMA = {
-    "name": TOOL_NAME,
-    "description": "Pick one of the images shown.",
-    "parameters": {"type": "object", "properties": {"index": {"type": "integer"}}, "required": ["index"]},
-}
+TOOL_SCHEMA = tool_calls.index_tool(TOOL_NAME, "Pick one of the images shown.")
+
+
+class Environment(GymnasiumSteps):
+    """A task: what an episode shows and asks, the tools that answer it, and the verdict on a call.
+
+    | to write             | what it is                                                                              |
+    |----------------------|-----------------------------------------------------------------------------------------|
+    | `tools`              | JSON objects of name, description and parameters (a JSON Schema of type object)          |
+    | `outcomes`           | an enum (StrEnum) of the ways in which an answer can end                                 |
+    | `episode(index)`     | an Episode; a pure function of the environment's seed and the index                      |
+    | `instruction`        | the sentence that asks, behind the images; or `prompt_messages` for messages of your own |
+    | `respond`            | a Verdict on a call that fits the schemas; pure                                          |
+    | `solution`           | the gold answer: a call that earns the most                                              |
+
+    | may be written       | what it gives                                                                           |
+    |----------------------|-----------------------------------------------------------------------------------------|
+    | `choices(episode)`   | the calls to choose from: figures by choice, and by default `drafts` and `chance`        |
+    | `drafts(episode)`    | completions that are worth guessing: only speed depends on them                          |
+    | `chance(episode)`    | the share of right answers of a policy that does not look                                |
+    | `edited(...)`        | the episode changed for a control of evaluation                                          |
+
+    Nothing else is asked of it: the prompt's form of a call, the parser, metrics, evaluation and report follow. A call
+    that the parser refuses ends a rollout as `unparsable`, and `respond` does not see it. A constructor need not call
+    this class's. `reset` and `step` are Gymnasium's.
+    """
+
+    tools: Sequence[Tool] = ()
+    outcomes: type[StrEnum] = StrEnum
+    allow_reasoning = False
+    numbers_one_image = False
+    seed = 0
+
+    def episode(self, index: int) -> Episode:
+        """Episode `index` (0 or greater): a pure function of the seed and `index`, the same on every machine."""
+        raise NotImplementedError(f"{type(self).__name__} has no episode(index); return an Episode")
+
+    def instruction(self, episode: Episode) -> str:
+        """The sentence that asks what to do."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has neither instruction(episode) nor prompt_messages(episode); return a sentence"
+        )
+
+    def respond(self, episode: Episode, turns: Sequence[ToolCall]) -> Observation | Verdict:
+        """The answer to the last of the calls so far: the Verdict that ends the rollout, or an Observation."""
+        raise NotImplementedError(f"{type(self).__name__} has no respond(episode, turns); return a Verdict")
+
+    def solution(self, episode: Episode, turns: Sequence[ToolCall]) -> ToolCall:
+        """The best call after these calls; with no calls, the one to begin with."""
+        raise NotImplementedError(f"{type(self).__name__} has no solution(episode, turns); return a ToolCall")
+
+    def choices(self, episode: Episode) -> Sequence[ToolCall]:
+        """All calls to choose from, in an order that stays; none where an answer is not one of a few."""
+        return ()
+
+    def drafts(self, episode: Episode) -> Sequence[str]:
+        """Completions that the model may well say."""
+        return [make_call_str(call) for call in self.choices(episode)]
+
+    def chance(self, episode: Episode) -> float | None:
+        """The share of right answers of a policy that does not look, from 0 to 1; None if it is unknown."""
+        num_choices = len(self.choices(episode))
+        return 1 / num_choices if num_choices else None
+
+    def edited(self, episode: Episode, control: Control, call: ToolCall, rng: random.Random) -> Edited | Episode | None:
+        """The episode changed for a control of evaluation; None where there is no such control.
+
+        call: what the policy said to the episode as it is. With an Episode, a right answer to it counts as a hit; an
+        Edited may name another call to count. Every environment has the control of blank pictures.
+        """
+        return controls.blanked(episode) if control is Control.BLANK_IMAGES else None
+
+    def prompt_messages(self, episode: Episode) -> list[Message]:
+        """The chat messages that the model reads, with one `{"type": "image"}` placeholder an image."""
+        return self.messages_about(episode.num_candidates, self.instruction(episode))
+
+    def messages_about(self, num_images: int, instruction: str) -> list[Message]:
+        """The messages that show so many images and ask: the tools, the images (numbered if several), the sentence."""
+        content: list[Message] = [{"type": "image"}] if num_images == 1 and not self.numbers_one_image else []
+        for index in range(num_images) if not content else ():
+            content += [{"type": "text", "text": f"Image {index}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
+        system = tool_calls.system_text(self.tools, allow_reasoning=self.allow_reasoning)
+        return [
+            {"role": "system", "content": [{"type": "text", "text": system}]},
+            {"role": "user", "content": [*content, {"type": "text", "text": instruction}]},
+        ]
+
+    def with_messages(self, episode: Episode) -> Episode:
+        """The episode with its chat messages filled in."""
+        return replace(episode, messages=tuple(self.prompt_messages(episode)))
 
 
 class Outcome(StrEnum):
-    """The outcomes of an answer."""
+    """The outcomes of an answer that picks an image."""
 
     CORRECT = "correct"
     WRONG_INDEX = "wrong_index"  # a valid call that picks another candidate
@@ -45,7 +135,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on one answer. `index` is what was picked, None if the answer does not parse."""
+    """The verdict on an answer that picks an image. `index` is what was picked, None if the answer does not parse."""
 
     outcome: Outcome
     parse_status: ParseStatus
@@ -61,9 +151,14 @@ class Judgement:
         """True for a call that picks one of the candidates."""
         return self.outcome in (Outcome.CORRECT, Outcome.WRONG_INDEX)
 
+    @property
+    def components(self) -> dict[str, float]:
+        """The parts of the reward, each 0 or 1."""
+        return {CORRECT: float(self.is_right), VALID_CALL: float(self.is_valid_call)}
+
 
 def judge(text: str, correct_index: int, num_candidates: int, *, allow_reasoning: bool = False) -> Judgement:
-    """The verdict on a completion. No other function decides what is right.
+    """The verdict on a completion that is to pick an image. No other function decides which pick is right.
 
     text: a whole completion without its end-of-turn token. A wrong answer is a verdict, never an exception.
 
@@ -72,25 +167,64 @@ def judge(text: str, correct_index: int, num_candidates: int, *, allow_reasoning
     """
     parsed = parse_tool_call_str(text, TOOL_NAME, allow_reasoning=allow_reasoning)
     if parsed.index is None:
-        outcome = Outcome.UNPARSABLE
-    elif not 0 <= parsed.index < num_candidates:
-        outcome = Outcome.INDEX_OUT_OF_RANGE
-    else:
-        outcome = Outcome.CORRECT if parsed.index == correct_index else Outcome.WRONG_INDEX
-    return Judgement(outcome, parsed.status, parsed.index)
+        return Judgement(Outcome.UNPARSABLE, parsed.status, None)
+    return _judged(parsed.index, correct_index, num_candidates)
 
 
-class PickImageEnv:
-    """Pick the right image out of N by one tool call. One step an episode; Gymnasium's `reset`/`step`.
+def _judged(index: int, correct_index: int, num_candidates: int) -> Judgement:
+    if not 0 <= index < num_candidates:
+        return Judgement(Outcome.INDEX_OUT_OF_RANGE, ParseStatus.OK, index)
+    return Judgement(Outcome.CORRECT if index == correct_index else Outcome.WRONG_INDEX, ParseStatus.OK, index)
 
-    | part        | what it is                                                                                    |
-    |-------------|-----------------------------------------------------------------------------------------------|
-    | observation | {"images": N paths, distinct pictures; "messages": chat messages with N image placeholders}    |
-    | action      | str: one `<tool_call>` of `pick_image` with an integer `index`, 0 <= index < N                |
-    | reward      | 1.0 if the index is the correct one, else 0.0 (training weighs components: see reward.py)      |
-    | terminated  | True after the first step                                                                     |
-    | truncated   | always False                                                                                  |
-    | info        | reset: "episode"; step: "outcome", "parse_status", "index", "correct_index"                   |
+
+class PickImageTask(Environment):
+    """Everything of a task that picks one of the images, but the episodes: extend it with `episode`."""
+
+    tools = (TOOL_SCHEMA,)
+    outcomes = Outcome
+    numbers_one_image = True
+
+    def respond(self, episode: Episode, turns: Sequence[ToolCall]) -> Verdict:
+        """The verdict on the picked index."""
+        judged = _judged(turns[-1].arguments["index"], _correct_index(episode), episode.num_candidates)
+        return Verdict(judged.outcome, judged.is_right, judged.components)
+
+    def solution(self, episode: Episode, turns: Sequence[ToolCall]) -> ToolCall:
+        """The call that picks the correct index."""
+        return ToolCall(TOOL_NAME, {"index": _correct_index(episode)})
+
+    def choices(self, episode: Episode) -> Sequence[ToolCall]:
+        """A pick of each image."""
+        return [ToolCall(TOOL_NAME, {"index": index}) for index in range(episode.num_candidates)]
+
+    def edited(self, episode: Episode, control: Control, call: ToolCall, rng: random.Random) -> Edited | Episode | None:
+        """The pictures blank, redrawn, two of them swapped, or all in another order."""
+        index = call.arguments["index"]
+        if control is Control.REDRAWN_IMAGES:
+            return controls.with_pictures_redrawn(episode, rng)
+        if control is Control.SWAPPED_IMAGES and (swapped := controls.with_picture_swapped(episode, index, rng)):
+            return Edited(swapped[0], ToolCall(TOOL_NAME, {"index": swapped[1]}))
+        if control is Control.PERMUTED_ORDER and (permuted := controls.with_order_permuted(episode, index, rng)):
+            return Edited(self.with_messages(permuted), call)
+        return super().edited(episode, control, call, rng)
+
+    def messages_about(self, num_images: int, instruction: str) -> list[Message]:
+        """The messages that show so many images and ask for one of them."""
+        return super().messages_about(num_images, f"{instruction} The index is from 0 to {num_images - 1}.")
+
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """As Environment.step; info has `index` and `correct_index` too."""
+        correct_index = None if self._current is None else self._current.correct_index
+        *given, info = super().step(action)
+        index = None if info["call"] is None else info["call"].arguments["index"]
+        return *given, info | {"index": index, "correct_index": correct_index}
+
+
+class PickImageEnv(PickImageTask):
+    """Pick the right image out of N by one tool call, on a folder of images. One step an episode.
+
+    `reset` observes {"images": N paths of distinct pictures, "messages": chat messages}; `step` takes a text, which is
+    right with one call of `pick_image` that has the correct `index`, 0 <= index < N.
 
     `fixed_correct_index=k`: the answer is always k and the instruction names no picture. This toy proves the loop.
     `fixed_correct_index=None`: the target is drawn per episode and named ("Pick the red circle."), and the N candidates
@@ -129,8 +263,6 @@ class PickImageEnv:
         folder = list_folder(data_root)
         self.folder_notes = folder.notes
         self._draw_from(folder.images)
-        self._reset_seed, self._next_index = seed, 0
-        self._current: Episode | None = None
 
     def without_images(self, paths: Collection[Path]) -> Self:
         """This environment on the rest of its images. Raises ValueError if too few are left.
@@ -152,20 +284,7 @@ class PickImageEnv:
         self.paths_by_label: dict[str, list[Path]] = {}
         for image in images:
             self.paths_by_label.setdefault(image.label, []).append(image.path)
-        if self.fixed_correct_index is None:
-            require_distinct_labels(images)
-        if len(images) < num_shown:
-            raise ValueError(
-                f"data folder {self.data_root} has {len(images)} images, but candidates_per_episode={num_shown} "
-                "distinct ones are shown; add images or lower --candidates_per_episode"
-            )
-        if self.fixed_correct_index is None and len(self.paths_by_label) < num_shown:
-            raise ValueError(
-                f"data folder {self.data_root} has {len(self.paths_by_label)} different labels "
-                f"({sorted(self.paths_by_label)[:6]}), but with --fixed_correct_index none each of the "
-                f"candidates_per_episode={num_shown} images needs its own; "
-                "add classes, or lower --candidates_per_episode"
-            )
+        require_enough(images, num_shown, self.data_root, are_named=self.fixed_correct_index is None)
 
     def episode(self, index: int) -> Episode:
         """Episode `index` (0 or greater): a pure function of (seed, index), the same on every machine."""
@@ -187,76 +306,45 @@ class PickImageEnv:
         target = labels[correct_index] if self.fixed_correct_index is None else None
         return self.with_messages(Episode(tuple(paths), (), correct_index, tuple(labels), target, seed))
 
-    def with_messages(self, episode: Episode) -> Episode:
-        """The episode with its chat messages filled in."""
-        return replace(episode, messages=tuple(self.prompt_messages(episode)))
-
-    def prompt_messages(self, episode: Episode) -> list[Message]:
-        """The chat messages that ask for the episode's target: numbered image placeholders, then the instruction."""
-        instruction = self.instruction(episode)
-        return pick_image_messages(episode.num_candidates, instruction, allow_reasoning=self.allow_reasoning)
-
     def instruction(self, episode: Episode) -> str:
         """The sentence that says which image to pick; environments of your own override it."""
         return f"Pick {'the correct image' if episode.target is None else f'the {episode.target}'}."
 
-    def reset(self, seed: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The next episode's (observation, info); with `seed`, the first episode of that seed."""
-        if seed is not None:
-            self._reset_seed, self._next_index = seed, 0
-        self._current = self.draw_episode(self._reset_seed, self._next_index)
-        self._next_index += 1
-        observation = {"images": self._current.images, "messages": list(self._current.messages)}
-        return observation, {"episode": self._current}
-
-    def step(self, action: str) -> tuple[None, float, bool, bool, dict[str, Any]]:
-        """(None, reward, True, False, info) of answering with the text `action`. Raises RuntimeError before `reset`."""
-        if self._current is None:
-            raise RuntimeError("step() without an episode: each has one step; call reset() first")
-        episode, self._current = self._current, None
-        judgement = judge(action, episode.correct_index, episode.num_candidates, allow_reasoning=self.allow_reasoning)
-        info = {**asdict(judgement), "correct_index": episode.correct_index}
-        return None, float(judgement.is_right), True, False, info
-
 
 def pick_image_messages(num_images: int, instruction: str, *, allow_reasoning: bool = False) -> list[Message]:
     """The chat messages that ask for one of `num_images` pictures: numbered placeholders, then the instruction."""
-    content: list[Message] = []
-    for index in range(num_images):
-        content += [{"type": "text", "text": f"Image {index}: "}, {"type": "image"}, {"type": "text", "text": "\n"}]
-    content.append({"type": "text", "text": f"{instruction} The index is from 0 to {num_images - 1}."})
-    return [
-        {"role": "system", "content": [{"type": "text", "text": system_text(allow_reasoning)}]},
-        {"role": "user", "content": content},
-    ]
+    task = PickImageTask()
+    task.allow_reasoning = allow_reasoning
+    return task.messages_about(num_images, instruction)
 
 
-def load_environment_class(spec: str) -> type:
-    """The class that `path/to/file.py:ClassName` names. Runs that file. Raises ValueError if training cannot use it."""
+def system_text(allow_reasoning: bool = False) -> str:
+    """The tool that picks an image and the form of a call, for a system message."""
+    return tool_calls.system_text([TOOL_SCHEMA], allow_reasoning=allow_reasoning)
+
+
+def load_environment_class(spec: str) -> type[Any]:
+    """The class that `path/to/file.py:ClassName` names. Runs that file. Raises ValueError if training cannot use it.
+
+    A class that extends no Environment, and has `episode` and `prompt_messages` alone, picks an image.
+    """
     module, class_name = load_user_file(spec, "env", "path/to/file.py:ClassName")
     env_class = getattr(module, class_name, None)
+    if isinstance(env_class, type) and issubclass(env_class, Environment):
+        return env_class
     missing = [name for name in ("episode", "prompt_messages") if not callable(getattr(env_class, name, None))]
     if not isinstance(env_class, type) or missing:
         found = sorted(name for name, value in vars(module).items() if isinstance(value, type))
         raise ValueError(
-            f"env={spec!r}: the file has no class {class_name} with methods episode and prompt_messages; it has {found}"
+            f"env={spec!r}: the file has no class {class_name} that extends environment.Environment, or has methods "
+            f"episode and prompt_messages; it has {found}"
         )
-    return env_class
+    if hasattr(env_class, "respond") or hasattr(env_class, "tools"):
+        raise ValueError(f"env={spec!r}: {class_name} has tools of its own; write class {class_name}(Environment)")
+    return type(class_name, (env_class, PickImageTask), {"__module__": module.__name__})
 
 
-@lru_cache
-def system_text(allow_reasoning: bool = False) -> str:
-    """The tool's schema and the form of a call, for a system message. allow_reasoning: asks for text before it."""
-    strict = "Reply with exactly one call and nothing else, in this form:"
-    lenient = "Think first if it helps, then end your reply with exactly one call, in this form:"
-    rule = lenient if allow_reasoning else strict
-    form = f'{CALL_OPEN}\n{{"name": "{TOOL_NAME}", "arguments": {{"index": NUMBER}}}}\n{CALL_CLOSE}'
-    return f"You have one tool:\n{json.dumps(TOOL_SCHEMA)}\n{rule}\n{form}"
-
-
-def sample_distinct(population: Sequence[Item], count: int, rng: random.Random) -> list[Item]:
-    """`count` different items in random order, from `rng.random()` alone, whose stream Python guarantees to keep."""
-    chosen: dict[int, None] = {}
-    while len(chosen) < count:
-        chosen.setdefault(int(rng.random() * len(population)))
-    return [population[position] for position in chosen]
+def _correct_index(episode: Episode) -> int:
+    if episode.correct_index is None:
+        raise ValueError("the episode has no correct_index, but this task picks an image; give it one")
+    return episode.correct_index

@@ -1,6 +1,6 @@
-"""Rewards: a judged answer becomes one finite number.
+"""Rewards: a verdict becomes one finite number.
 
-Owns the components and their weights. What is right is decided in environment.judge, nowhere else.
+Owns the weights of a verdict's components. The environment decides what is right, and which components there are.
 """
 
 import math
@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from environment import Judgement, judge
+from fleet.verdicts import CORRECT, VALID_CALL, Verdict
 
 
 @dataclass(frozen=True)
 class RewardWeights:
     """The worth of each component. By default a right answer is worth exactly 1 and an unparsable one 0.
 
-    correct: > 0, earned by the right index. valid_call: >= 0, earned by any well-formed call whose index is in
-    range; small, so that form never rivals the answer. Raises ValueError for other or non-finite numbers.
+    correct: > 0, of the component of right answers. valid_call: >= 0, of that of any well-formed call whose arguments
+    are in range; small, so that form never rivals the answer. Every other component, which an environment names itself,
+    counts as it is. Raises ValueError for other or non-finite numbers.
     """
 
     correct: float = 0.95
@@ -32,12 +34,16 @@ class RewardWeights:
                 "pass 0.95 and 0.05"
             )
 
+    def of(self, component: str) -> float:
+        """The weight of a component."""
+        return {CORRECT: self.correct, VALID_CALL: self.valid_call}.get(component, 1.0)
+
 
 DEFAULT_WEIGHTS = RewardWeights()
 
 
-def reward_of(verdict: Judgement, weights: RewardWeights = DEFAULT_WEIGHTS) -> float:
-    """The reward of one verdict: the weighted sum of its components, each 0 or 1.
+def reward_of(verdict: Verdict | Judgement, weights: RewardWeights = DEFAULT_WEIGHTS) -> float:
+    """The reward of one verdict: the weighted sum of its components. Of a task that picks an image, by default:
 
     | outcome             | correct | valid_call | reward by default |
     |---------------------|---------|------------|-------------------|
@@ -46,7 +52,7 @@ def reward_of(verdict: Judgement, weights: RewardWeights = DEFAULT_WEIGHTS) -> f
     | index_out_of_range  | 0       | 0          | 0.00              |
     | unparsable          | 0       | 0          | 0.00              |
     """
-    return weights.correct * verdict.is_right + weights.valid_call * verdict.is_valid_call
+    return math.fsum(weights.of(name) * value for name, value in verdict.components.items())
 
 
 def compute_rewards_from_generations(
@@ -62,7 +68,8 @@ def compute_rewards_from_generations(
     generations: B completions without their end-of-turn tokens. correct_indices: B ints. num_candidates: one int for
     all, or B. Raises ValueError if the lengths differ.
 
-    >>> right = '<tool_call>{"name": "pick_image", "arguments": {"index": 0}}</tool_call>'
+    >>> from utils.tool_calls import make_tool_call_str
+    >>> right = make_tool_call_str(0)
     >>> compute_rewards_from_generations([right, right, "image 0"], [0, 1, 0], 4)
     [1.0, 0.05, 0.0]
     """
@@ -88,7 +95,7 @@ def make_trl_reward_function(
     `num_candidates` of RepeatableEpisodeDataset; TRL passes more keywords, which it does not use.
     """
 
-    def pick_image_reward(
+    def verdict_reward(
         completions: Sequence[str] | Sequence[list[dict[str, str]]],
         correct_index: Sequence[int],
         num_candidates: Sequence[int],
@@ -99,4 +106,4 @@ def make_trl_reward_function(
             generations, correct_index, num_candidates, weights, allow_reasoning=allow_reasoning
         )
 
-    return pick_image_reward
+    return verdict_reward

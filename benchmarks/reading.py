@@ -30,9 +30,10 @@ STEP = {
 }
 ASIDE = {
     "dataset.py": "VLMDataCollator(__call__ _encode) require_episodes count_faults _with_ranks",
-    "environment.py": "judge Judgement",
+    "environment.py": "PickImageTask(respond solution choices) Judgement _judged _correct_index",
     "model_utils.py": "up_to_end media_token_ids decode_completion",
     "reward.py": "reward_of",
+    "fleet/episodes.py": "asked",
     "fleet/qwen/flops.py": "compare_work _packed_work vision_flops text_flops _squares add_up",
     "fleet/qwen/group_passes.py": "why_not_to_pack",
     "fleet/rl/guards.py": "without_gradient_if_not_finite "
@@ -40,10 +41,13 @@ ASIDE = {
     "fleet/rl/rollouts.py": "make_records instruction_of rollout_metrics length_metrics",
     "fleet/rl/policy_passes.py": "PolicyPasses(_add_metrics _log_lengths _compare_with_vllm)",
     "fleet/rl/trainer.py": "FleetRLOOTrainer(_require_shown _log_rewards _record _log_loss _get_grad_norm)",
+    "fleet/verdicts.py": "Verdict verdicts_on verdict_on verdict_on_call outcome_names solution_of choices_of "
+    "_sound_verdict _sound_name _sound_component _sound_call",
     "fleet/run/watchdog.py": "Watchdog(beat) StillTime(beat tick)",
     "utils/images.py": "image_digest",
     "utils/plain_text.py": "require_plain_messages require_plain_text first_literal printable",
-    "utils/tool_calls.py": "parse_tool_call_str _without_fence _parse_call_json _json_depth object_with_unique_keys",
+    "utils/tool_schemas.py": "refusal_of",
+    "utils/tool_calls.py": "parse_call_str _without_fence _parse_call_json _json_depth object_with_unique_keys",
     "utils/user_files.py": "folder_kept",
     "trl/distributed.py": "DistributedBackend(__init__ is_zero3)",
     "trl/extras/profiling.py": "profiling_decorator profiling_context "
@@ -60,7 +64,7 @@ FLAG_FILES = re.compile(
     r"fleet/command/.*|(fleet/run/build/\w+|fleet/run/build|run_setup|\w*options|\w*flags|training|evaluate)\.py"
 )
 ALL_OPTIONS = "Options|EvaluateOptions|SharedOptions"
-COMMANDS = {"training", "evaluate", "report", "fleet.ask"}
+COMMANDS = {"training", "evaluate", "report", "fleet.ask", "fleet.check_env"}
 # a part imports from the rows before its own
 ROWS = ("utils", "fleet", "fleet.model_folder", "root", "fleet.own_code", "fleet.command fleet.qwen",
         "fleet.evaluation", "fleet.rl", "fleet.toy", "fleet.report", "fleet.run", "commands")  # fmt: skip

@@ -1,8 +1,8 @@
-"""One answer of a model: shows it pictures, prints the call that it makes and the picture that it picks.
+"""One answer of a model: shows it pictures, prints the call that it makes and, if it picks one, the picture.
 
     python -m fleet.ask --model_id runs/look/final --images toy_images --instruction "Pick the red circle."
 
-For a model that a run left, the prompt and the sampling are the run's. Importing this file starts nothing.
+For a model that a run left, the tools, the prompt and the sampling are the run's. Importing this file starts nothing.
 """
 
 import argparse
@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from environment import judge, pick_image_messages
+from environment import Environment, PickImageTask
 from fleet.command import command_line
 from fleet.command.evaluate_options import (
     EvaluateOptions,
@@ -22,10 +23,11 @@ from fleet.command.evaluate_options import (
 from fleet.command.flags import AT_LEAST_0, TOY_MODEL_ID, ModelFlags
 from fleet.command.options import refuse_numbers
 from fleet.command.parser import as_arguments, flag, make_parser, parse_flags, replace_default
-from fleet.command.preflight import require_model
+from fleet.command.preflight import make_environment, require_model
 from fleet.errors import UsageError, refused
 from utils.images import BadImage, list_labelled_images
 from utils.plain_text import printable, printable_lines
+from utils.tool_calls import parse_call_str
 
 MAX_IMAGES = 32
 # flags of evaluate.py too; those that are not given are the run's
@@ -34,10 +36,11 @@ SHARED = ("model_id", "revision", "image_max_pixels", "max_completion_length", "
 
 @dataclass(frozen=True)
 class Question:
-    """Pictures, by their index, and the sentence that names the one to pick."""
+    """Pictures, by their index, the sentence that asks, and the task whose tools answer."""
 
     images: tuple[Path, ...]
     instruction: str
+    task: Environment
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_setup.require_loadable_models(options.model_id, revision=options.revision)
     model_setup.say_what_the_toy_has_not_seen(options.model_id, options, question.images)
     model, processor = model_setup.load_policy(options, options)
-    messages = pick_image_messages(len(question.images), question.instruction, allow_reasoning=options.allow_reasoning)
+    messages = question.task.messages_about(len(question.images), question.instruction)
     with refused(BadImage):
         text = generate_tool_call(
             model,
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             max_pixels=options.image_max_pixels,
         )
     print("\n".join(f"{index}: {printable(path)}" for index, path in enumerate(question.images)))
-    picked = describe_answer(question, text, allow_reasoning=options.allow_reasoning)
+    picked = describe_answer(question, text)
     print(f"{printable(question.instruction)}\n{printable_lines(text)}\n{picked}")
 
 
@@ -75,9 +78,9 @@ class AskFlags:
 
     model_id: str = flag(TOY_MODEL_ID, "hub id or folder, as for training.py", metavar="ID")
     revision: str | None = replace_default(ModelFlags, "revision", None)
-    images: tuple[str, ...] | None = flag(None, f"a folder of pictures, or 2 to {MAX_IMAGES} files", "required",
+    images: tuple[str, ...] | None = flag(None, f"a folder of pictures, or up to {MAX_IMAGES} files", "required",
         metavar="PATH", parse=str, takes_several=True)
-    instruction: str | None = flag(None, "the sentence that says which to pick",
+    instruction: str | None = flag(None, "the sentence that asks",
         "the run's, where one index was always right", metavar="TEXT")
     temperature: float = flag(0.0, "of sampling; 0 takes the likeliest", bounds=(AT_LEAST_0,))
     image_max_pixels: int | None = flag(None, "width times height an image is shrunk to, in pixels",
@@ -89,7 +92,7 @@ class AskFlags:
 
 def build_ask_parser() -> argparse.ArgumentParser:
     """The parser of this command."""
-    description = "Show pictures to a model, and print the call that it makes and what it picks."
+    description = "Show pictures to a model, and print the call that it makes."
     return make_parser("python -m fleet.ask", description, {"question": (AskFlags,)}, AskFlags)
 
 
@@ -103,7 +106,11 @@ def parse_question(argv: Sequence[str]) -> tuple[EvaluateOptions, Question, floa
         forwarded.append("--fixed_correct_index=none")
     options = parse_evaluate_options(forwarded)
     require_model(options.model_id)
-    images, instruction = _pictures(asked.images), asked.instruction
+    task: Environment = PickImageTask()
+    if options.env is not None:
+        task = cast(Environment, make_environment(options, options.eval_seed))
+    task.allow_reasoning = options.allow_reasoning
+    images, instruction = _pictures(asked.images, at_least=1 if options.env else 2), asked.instruction
     if instruction is None:
         run = run_options(options.model_id)
         if options.model_id != TOY_MODEL_ID and (run.get("env") or run.get("fixed_correct_index") is None):
@@ -112,20 +119,24 @@ def parse_question(argv: Sequence[str]) -> tuple[EvaluateOptions, Question, floa
                 "as 'Pick the red circle.'"
             )
         instruction = "Pick the correct image."
-    return options, Question(images, instruction), asked.temperature
+    return options, Question(images, instruction, task), asked.temperature
 
 
-def describe_answer(question: Question, text: str, *, allow_reasoning: bool) -> str:
-    """The line that says what an answer picks, or why it picks nothing."""
-    judged = judge(text, 0, len(question.images), allow_reasoning=allow_reasoning)
-    if judged.index is None:
-        return f"picked nothing: {judged.parse_status.value}"
-    if not 0 <= judged.index < len(question.images):
-        return f"picked {judged.index}, but there are {len(question.images)} pictures"
-    return f"picked {judged.index}: {question.images[judged.index]}"
+def describe_answer(question: Question, text: str) -> str:
+    """The line that says what an answer calls or picks, or why it is no call."""
+    task, num_images = question.task, len(question.images)
+    parsed = parse_call_str(text, task.tools, allow_reasoning=task.allow_reasoning)
+    if parsed.call is None:
+        return f"picked nothing: {parsed.status}" if isinstance(task, PickImageTask) else f"no call: {parsed.status}"
+    if not isinstance(task, PickImageTask):
+        return f"called {parsed.call.name}: {printable(parsed.call)}"
+    index = parsed.call.arguments["index"]
+    if not 0 <= index < num_images:
+        return f"picked {index}, but there are {num_images} pictures"
+    return f"picked {index}: {question.images[index]}"
 
 
-def _pictures(named: Sequence[str] | None) -> tuple[Path, ...]:
+def _pictures(named: Sequence[str] | None, at_least: int) -> tuple[Path, ...]:
     """The files that --images names, or those of its folder."""
     if not named:
         raise UsageError("images is missing; pass --images with a folder of pictures, or with files")
@@ -137,10 +148,10 @@ def _pictures(named: Sequence[str] | None) -> tuple[Path, ...]:
             paths = [image.path for image in list_labelled_images(paths[0])]
     elif folders := [path for path in paths if path.is_dir()]:
         raise UsageError(f"images: {folders[0]} is a folder beside other paths; pass one folder, or files alone")
-    if not 2 <= len(paths) <= MAX_IMAGES:
+    if not at_least <= len(paths) <= MAX_IMAGES:
         raise UsageError(
-            f"images: got {len(paths)} from {' '.join(named[:3])}, but one prompt shows all of them, from 2 to "
-            f"{MAX_IMAGES}; pass fewer files, or another folder"
+            f"images: got {len(paths)} from {' '.join(named[:3])}, but one prompt shows all of them, from "
+            f"{at_least} to {MAX_IMAGES}; pass fewer files, or another folder"
         )
     return tuple(paths)
 

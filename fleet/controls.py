@@ -1,38 +1,97 @@
 """Changes to an episode that tell a policy that looks from a policy with a habit.
 
-Owns the changes, of pictures and their order; evaluation/figures.py counts the answers. Each change is a pure function
-of the episode and a seeded generator.
+Owns the changes, of pictures and their order, which an environment's `edited` may use; evaluation/figures.py counts the
+answers. Each change is a pure function of the episode and a seeded generator.
 """
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
 
 from PIL import Image, ImageEnhance
 
-from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_messages
-from fleet.errors import RunStopped
-from utils.images import BadImage, open_image
+from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, asked, checked_messages, shown
+from utils.images import open_image
+from utils.tool_calls import ToolCall
+
+
+class Control(StrEnum):
+    """The controls of evaluation."""
+
+    BLANK_IMAGES = "blank_images"
+    SWAPPED_IMAGES = "swapped_images"
+    PERMUTED_ORDER = "permuted_order"
+    REDRAWN_IMAGES = "redrawn_images"
+
 
 # each control: what its figure counts, and which figure is good
 CONTROL_MEANINGS = {
-    "blank_images": "right with every picture grey: good near chance, far above it the answer leaks elsewhere",
-    "swapped_images": "follows the picture it chose to its new place: good near 100 %",
-    "permuted_order": "stays at its place though another picture is there: good near 0 %, high is a habit",
-    "redrawn_images": "right on the pictures in another size, place, shade: good near the greedy accuracy",
+    Control.BLANK_IMAGES: "right with every picture grey: good near chance, far above it the answer leaks elsewhere",
+    Control.SWAPPED_IMAGES: "follows what it chose to its new place: good near 100 %",
+    Control.PERMUTED_ORDER: "stays at its place though something else is there: good near 0 %, high is a habit",
+    Control.REDRAWN_IMAGES: "right on the pictures in another size, place, shade: good near the greedy accuracy",
 }
+# the order in which an episode is changed: those that every answer has, then those that need a valid call
+OF_EVERY_ANSWER = (Control.BLANK_IMAGES, Control.REDRAWN_IMAGES)
+OF_A_VALID_CALL = (Control.SWAPPED_IMAGES, Control.PERMUTED_ORDER)
+NO_SUCH_CONTROL = "no such control for this environment"
 BLANK_GREY = (128, 128, 128)
 MAX_SCALE_CHANGE, MAX_SHIFT, MAX_SHADE_CHANGE = 0.25, 0.14, 0.2
 
 
-def blanked(episode: Episode, max_pixels: int | None = None) -> Episode:
-    """The episode with every picture grey; text, places and sizes are left. max_pixels: budget of one image."""
-    sizes = [open_image(image, max_pixels).size for image in episode.images]
+@dataclass(frozen=True)
+class Edited:
+    """A changed episode. expected: the call that counts as a hit; None counts any right answer."""
+
+    episode: Episode
+    expected: ToolCall | None = None
+
+
+def checked_edit(
+    env: EpisodeSource, episode: Episode, control: Control, call: ToolCall, rng: random.Random
+) -> Edited | None:
+    """The environment's change of a sound episode, checked; None where it has no such control.
+
+    Raises BrokenEpisode for anything else than a sound episode with as many placeholders as images.
+    """
+
+    def check(given: Any) -> Edited | None:
+        if given is None:
+            return None
+        changed = Edited(given) if isinstance(given, Episode) else given
+        if not isinstance(changed, Edited) or not isinstance(changed.episode, Episode):
+            raise BrokenEpisode(f"edited() returned {shown(given)}, but wanted an Episode, an Edited, or None")
+        if not isinstance(changed.expected, ToolCall | None):
+            raise BrokenEpisode(
+                f"edited() returned {shown(changed.expected)} as expected, but wanted a ToolCall or None"
+            )
+        return changed
+
+    name = f"the episode of control {control}"
+    changed = asked(lambda: env.edited(episode, control, call, rng), check, name, "edited")
+    if changed is None:
+        return None
+    if changed.episode.messages is episode.messages and changed.episode.num_candidates == episode.num_candidates:
+        return changed
+    sound = replace(changed.episode, messages=checked_messages(env, changed.episode, name))
+    return replace(changed, episode=sound)
+
+
+def with_pictures_opened(episode: Episode, max_pixels: int | None) -> Episode:
+    """The episode with its pictures in memory, each within the budget of pixels."""
+    return replace(episode, images=tuple(open_image(image, max_pixels) for image in episode.images))
+
+
+def blanked(episode: Episode) -> Episode:
+    """The episode with every picture grey; text, places and sizes are left."""
+    sizes = [open_image(image).size for image in episode.images]
     return replace(episode, images=tuple(Image.new("RGB", size, BLANK_GREY) for size in sizes))
 
 
-def with_pictures_redrawn(episode: Episode, rng: random.Random, max_pixels: int | None = None) -> Episode:
-    """The episode with every picture in another size, place and shade (see `redrawn`), within `max_pixels`."""
-    return replace(episode, images=tuple(redrawn(open_image(image, max_pixels), rng) for image in episode.images))
+def with_pictures_redrawn(episode: Episode, rng: random.Random) -> Episode:
+    """The episode with every picture in another size, place and shade (see `redrawn`)."""
+    return replace(episode, images=tuple(redrawn(open_image(image), rng) for image in episode.images))
 
 
 def with_picture_swapped(episode: Episode, index: int, rng: random.Random) -> tuple[Episode, int] | None:
@@ -48,23 +107,18 @@ def with_picture_swapped(episode: Episode, index: int, rng: random.Random) -> tu
     return _reordered(episode, order), partner
 
 
-def with_order_permuted(env: EpisodeSource, episode: Episode, index: int, rng: random.Random) -> Episode | None:
-    """The episode with its candidates in another order, in which `index` shows another picture; messages made anew.
+def with_order_permuted(episode: Episode, index: int, rng: random.Random) -> Episode | None:
+    """The episode with its candidates in another order, in which `index` shows another picture.
 
-    A policy with a habit stays at `index`; a policy that looks leaves it. None if all pictures are the same. Raises
-    RunStopped, the same on every process, if the environment makes no messages of it.
+    Its messages are still the old ones. A policy with a habit stays at `index`; a policy that looks leaves it. None if
+    all pictures are the same.
     """
     newcomer = _other_place(episode, index, rng)
     if newcomer is None:
         return None
     rest = [place for place in range(episode.num_candidates) if place != newcomer]
     rng.shuffle(rest)
-    permuted = _reordered(episode, [*rest[:index], newcomer, *rest[index:]])
-    try:
-        messages = checked_messages(env, permuted, "an episode in another order")
-    except (BrokenEpisode, BadImage, OSError) as error:
-        raise RunStopped(f"the environment is broken: {error}; correct the file of --env") from error
-    return replace(permuted, messages=messages)
+    return _reordered(episode, [*rest[:index], newcomer, *rest[index:]])
 
 
 def redrawn(picture: Image.Image, rng: random.Random) -> Image.Image:
@@ -92,6 +146,6 @@ def _reordered(episode: Episode, order: list[int]) -> Episode:
     return replace(
         episode,
         images=tuple(episode.images[place] for place in order),
-        labels=tuple(episode.labels[place] for place in order),
-        correct_index=order.index(episode.correct_index),
+        labels=tuple(episode.labels[place] for place in order) if episode.labels else (),
+        correct_index=None if episode.correct_index is None else order.index(episode.correct_index),
     )

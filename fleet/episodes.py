@@ -1,23 +1,29 @@
-"""Episode: one prompt with its pictures and its right answer, and the check of all that an environment gives for it.
+"""Episode: one prompt with its pictures and what is known of its answer, and the check of all that is given for it.
 
 Owns the border between a user's environment and Fleet: every consumer takes its episodes from `checked_episode` and
 its messages from `checked_messages`. Values of plain meaning are converted: numpy's integers, lists, arrays of pixels,
-messages of plain text. Any other value is a BrokenEpisode that names it. Imports no torch and no numpy.
+messages of plain text. Any other value is a BrokenEpisode that names it, and so is a text that holds the literal of a
+model's token. Imports no torch and no numpy.
 """
 
 import inspect
+import json
 import operator
 import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
 from utils.images import BadImage
+from utils.plain_text import NotPlainText, require_plain_messages, require_plain_text
+from utils.tool_calls import ToolCall
 from utils.user_files import folder_kept
 
 ImageSource = Path | Image.Image
@@ -33,22 +39,30 @@ class BrokenEpisode(ValueError):
 
 
 class EpisodeSource(Protocol):
-    """The two methods that training calls on an environment, PickImageEnv's or that of a class given by `--env`."""
+    """What Fleet calls on an environment; environment.Environment has the contract."""
 
-    def episode(self, index: int) -> "Episode":
-        """Episode `index` (0 or greater): a pure function of the environment's seed and `index`."""
-
-    def prompt_messages(self, episode: "Episode") -> list[Message]:
-        """The episode's chat messages, with one `{"type": "image"}` placeholder per image."""
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]: ...
+    @property
+    def outcomes(self) -> type[StrEnum]: ...
+    def episode(self, index: int) -> "Episode": ...
+    def prompt_messages(self, episode: "Episode") -> list[Message]: ...
+    def respond(self, episode: "Episode", turns: Sequence[ToolCall]) -> Any: ...
+    def solution(self, episode: "Episode", turns: Sequence[ToolCall]) -> ToolCall: ...
+    def choices(self, episode: "Episode") -> Sequence[ToolCall]: ...
+    def drafts(self, episode: "Episode") -> Sequence[str]: ...
+    def chance(self, episode: "Episode") -> float | None: ...
+    def edited(self, episode: "Episode", control: Any, call: ToolCall, rng: Random) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One prompt: N candidate images, the chat messages that ask for one of them, and the right answer.
+    """One prompt: N images, the chat messages that ask about them, and what is known of the answer.
 
-    images: N paths or PIL images, in the order of the image placeholders in `messages`. labels: N texts, one for what
-    each image shows. target: the label asked for, or None if the instruction names none. seed: of the draw, for the
-    record. messages: () where `prompt_messages` alone makes them.
+    images: N >= 1 paths or PIL images, in the order of the image placeholders in `messages`. messages: () where
+    `prompt_messages` alone makes them. correct_index: the image to pick, in a task that picks one. labels: N texts, one
+    for what each image shows, or none. target: the label asked for, if one is. seed: of the draw, for the record.
+    answer: what else is known of the answer, as plain JSON by name; never shown to the model.
 
     Converts paths as text, arrays of uint8 pixels (height, width, 3), any integer that is no bool, and any iterable for
     a tuple. Raises BrokenEpisode, a ValueError, for anything else.
@@ -58,18 +72,19 @@ class Episode:
     """
 
     images: tuple[ImageSource, ...]
-    messages: tuple[Message, ...]
-    correct_index: int
-    labels: tuple[str, ...]
-    target: str | None
-    seed: int
+    messages: tuple[Message, ...] = ()
+    correct_index: int | None = None
+    labels: tuple[str, ...] = ()
+    target: str | None = None
+    seed: int = 0
+    answer: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _sound_episode(self)
 
     @property
     def num_candidates(self) -> int:
-        """N, the number of images an index may pick."""
+        """N, the number of images; in a task that picks one, those an index may pick."""
         return len(self.images)
 
 
@@ -85,16 +100,37 @@ def checked_episode(env: EpisodeSource, index: int) -> Episode:
 
 def checked_fields(env: EpisodeSource, index: int) -> Episode:
     """Episode `index` as `checked_episode` gives it, but with the messages that the environment put into it."""
-    return _asked(lambda: env.episode(index), _sound_episode, f"episode {index}", "episode")
+
+    def check(given: Any) -> Episode:
+        episode = _sound_episode(given)
+        for place, label in enumerate(episode.labels):
+            require_plain(label, f"labels[{place}]")
+        require_plain(episode.target or "", "target")
+        return episode
+
+    return asked(lambda: env.episode(index), check, f"episode {index}", "episode")
 
 
 def checked_messages(env: EpisodeSource, episode: Episode, name: str) -> tuple[Message, ...]:
     """The checked messages of a sound episode. name: its name in errors. Raises as `checked_episode` does."""
     check = partial(_sound_messages, num_images=episode.num_candidates)
-    return _asked(lambda: env.prompt_messages(episode), check, name, "prompt_messages")
+    messages = asked(lambda: env.prompt_messages(episode), check, name, "prompt_messages")
+    try:
+        require_plain_messages(messages, name)
+    except NotPlainText as error:
+        raise BrokenEpisode(str(error)) from error
+    return messages
 
 
-def _asked(ask: Callable[[], Any], check: Callable[[Any], Value], name: str, method: str) -> Value:
+def require_plain(text: str, what: str) -> None:
+    """Raises BrokenEpisode if a text holds a literal that is a token to the model. what: its name, for errors."""
+    try:
+        require_plain_text(text, what)
+    except NotPlainText as error:
+        raise BrokenEpisode(str(error)) from error
+
+
+def asked(ask: Callable[[], Any], check: Callable[[Any], Value], name: str, method: str) -> Value:
     """check(ask()). Raises BrokenEpisode that names the episode for anything that the user's code raises."""
     try:
         with folder_kept():
@@ -121,20 +157,20 @@ def _sound_episode(given: Any) -> Episode:
     """The same episode, its fields converted to their types. Raises BrokenEpisode for a field of another meaning."""
     if not isinstance(given, Episode):
         raise BrokenEpisode(
-            f"episode() returned {_shown(given)}, but wanted an Episode; return environment.Episode(images, messages, "
-            "correct_index, labels, target, seed)"
+            f"episode() returned {shown(given)}, but wanted an Episode; return environment.Episode(images=..., "
+            "answer=...)"
         )
     images = tuple(_image(image, place) for place, image in enumerate(_items(given.images, "images")))
     if not images:
         raise BrokenEpisode("images is empty, but an episode shows at least one; give it images")
-    correct_index = _integer(given.correct_index, "correct_index")
-    if not 0 <= correct_index < len(images):
+    correct_index = None if given.correct_index is None else _integer(given.correct_index, "correct_index")
+    if correct_index is not None and not 0 <= correct_index < len(images):
         raise BrokenEpisode(
             f"correct_index={correct_index}, but the episode has {len(images)} images, numbered from 0; "
             "correct the environment's episode()"
         )
     labels = tuple(_text(label, f"labels[{place}]") for place, label in enumerate(_items(given.labels, "labels")))
-    if len(labels) != len(images):
+    if labels and len(labels) != len(images):
         raise BrokenEpisode(f"{len(labels)} labels for {len(images)} images; give each image one, in the same order")
     settled = {
         "images": images,
@@ -143,16 +179,17 @@ def _sound_episode(given: Any) -> Episode:
         "labels": labels,
         "target": None if given.target is None else _text(given.target, "target"),
         "seed": _integer(given.seed, "seed"),
+        "answer": _plain(given.answer, "answer"),
     }
-    for field, value in settled.items():
-        object.__setattr__(given, field, value)
+    for name, value in settled.items():
+        object.__setattr__(given, name, value)
     return given
 
 
 def _items(value: Any, field: str) -> Iterable[Any]:
     """The entries of a list, a tuple, an array or a generator."""
     if isinstance(value, (str, bytes, Mapping, Image.Image)) or not isinstance(value, Iterable):
-        raise BrokenEpisode(f"{field} is {_shown(value)}, but wanted a list or a tuple; put its entries into one")
+        raise BrokenEpisode(f"{field} is {shown(value)}, but wanted a list or a tuple; put its entries into one")
     return value
 
 
@@ -163,19 +200,30 @@ def _integer(value: Any, field: str) -> int:
             return operator.index(value)
     except (TypeError, ValueError, RuntimeError):
         pass  # numpy's and torch's numbers that are not whole, and their arrays
-    raise BrokenEpisode(f"{field} is {_shown(value)}, but wanted a whole number; give an int")
+    raise BrokenEpisode(f"{field} is {shown(value)}, but wanted a whole number; give an int")
 
 
 def _text(value: Any, what: str) -> str:
     """A label, a target or a message's text as a plain str that UTF-8 can hold. what: its name, for errors."""
     if not isinstance(value, str):
-        raise BrokenEpisode(f"{what} is {_shown(value)}, but wanted text; give a str")
+        raise BrokenEpisode(f"{what} is {shown(value)}, but wanted text; give a str")
     text = str.__str__(value)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BrokenEpisode(f"{what} is {ascii(text)[:80]}, which is no UTF-8 text; replace its surrogates") from error
     return text
+
+
+def _plain(value: Any, field_name: str) -> dict[str, Any]:
+    """A copy of a mapping that JSON can hold."""
+    if not isinstance(value, Mapping):
+        raise BrokenEpisode(f"{field_name} is {shown(value)}, but wanted values by name; give a dict")
+    try:
+        copied = json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BrokenEpisode(f"{field_name} is not plain JSON ({error}); give ints, floats, texts, lists") from error
+    return dict(copied)
 
 
 def _image(image: Any, place: int) -> ImageSource:
@@ -186,7 +234,7 @@ def _image(image: Any, place: int) -> ImageSource:
     shape, dtype = getattr(image, "shape", None), str(getattr(image, "dtype", "")).removeprefix("torch.")
     if shape is None:
         raise BrokenEpisode(
-            f"images[{place}] is {_shown(image)}, but wanted a path, a PIL image or an array of uint8 pixels"
+            f"images[{place}] is {shown(image)}, but wanted a path, a PIL image or an array of uint8 pixels"
         )
     is_picture = len(shape) == 2 or (len(shape) == 3 and shape[2] in CHANNELS)
     if dtype != "uint8" or not is_picture or 0 in shape:
@@ -212,7 +260,7 @@ def _sound_messages(given: Any, num_images: int) -> tuple[Message, ...]:
 
 def _message(message: Any, what: str) -> Message:
     if not isinstance(message, Mapping):
-        raise BrokenEpisode(f'{what} is {_shown(message)}, but wanted {{"role": "user", "content": [...]}}')
+        raise BrokenEpisode(f'{what} is {shown(message)}, but wanted {{"role": "user", "content": [...]}}')
     if set(message) != {"role", "content"}:
         keys = ", ".join(sorted(map(str, message))) or "none"
         raise BrokenEpisode(f"{what} has the keys {keys}, but wanted role and content; correct it")
@@ -234,12 +282,12 @@ def _part(part: Any, what: str) -> dict[str, str]:
     if given.keys() == {"type"} and given["type"] == "image":
         return {"type": "image"}
     raise BrokenEpisode(
-        f"{what} is {_shown(part)}, but wanted "
+        f"{what} is {shown(part)}, but wanted "
         '{"type": "text", "text": ...} or {"type": "image"}, whose picture is in the episode\'s images'
     )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in an error: the beginning of its repr, on one line, and its type."""
     text = " ".join(repr(value).split())
     return f"{text[:60]}{'…' if len(text) > 60 else ''} ({type(value).__name__})"

@@ -27,7 +27,7 @@ REPORT_NAME = "report.html"
 FINAL_NAME = "final"
 MERGED_NAME = "final_merged"
 TENSORBOARD_NAME = "tensorboard"
-EVALUATION_SCHEMA_VERSION = 1
+EVALUATION_SCHEMA_VERSION = 2
 UNFINISHED_NAME = "unfinished"  # unfinished files; none is ever read
 # what a run writes in place or reads again
 FILE_NAMES = (

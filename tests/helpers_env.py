@@ -1,6 +1,10 @@
-"""Environments of a user's own, written for a test: a sound one of two methods, in which one thing is changed."""
+"""Environments of a user's own, written for a test, and the verdicts and records of one that picks an image."""
 
 from pathlib import Path
+
+from environment import Outcome, Verdict, judge
+from fleet.rl.rollouts import EpisodeRecord
+from utils.tool_calls import ParseStatus, ToolCall
 
 SOUND = '''import random
 
@@ -37,3 +41,25 @@ def write_env(folder: Path, body: str = "") -> str:
     path = folder / "my_env.py"
     path.write_text(f"{SOUND}\n    {body}\n", encoding="utf-8")
     return f"{path}:Mine"
+
+
+def pick_verdict(outcome: Outcome, status: ParseStatus = ParseStatus.OK, index: int | None = None) -> Verdict:
+    """The verdict of a task that picks an image, written out."""
+    components = {"correct": float(outcome is Outcome.CORRECT), "valid_call": float(outcome in list(Outcome)[:2])}
+    if index is None:
+        return Verdict(outcome, is_right=False, parse_status=status)
+    return Verdict(outcome, outcome is Outcome.CORRECT, components, status, ToolCall("pick_image", {"index": index}))
+
+
+def judged_verdict(text: str, correct_index: int, num_candidates: int) -> Verdict:
+    """The verdict that `judge` gives on a text, as the trainer records it."""
+    found = judge(text, correct_index, num_candidates)
+    return pick_verdict(found.outcome, found.parse_status, found.index)
+
+
+def pick_record(correct_index: int, labels: tuple[str, ...], target: str | None = None, instruction: str = "?",
+                images: tuple[str, ...] | None = None) -> EpisodeRecord:  # fmt: skip
+    """The record of an episode that asks for one of these pictures."""
+    shown = ("",) * len(labels) if images is None else images
+    choices = tuple(str(index) for index in range(len(labels)))
+    return EpisodeRecord(instruction, target, correct_index, labels, shown, choices, str(correct_index))

@@ -36,7 +36,7 @@ def test_a_model_answers_with_a_call_and_the_picture_is_named(capsys: pytest.Cap
 )
 def test_an_answer_is_described_by_what_it_picks(text: str, wanted: str) -> None:
     _, question, _ = ask.parse_question(["--images", *PAIR])
-    assert ask.describe_answer(question, text, allow_reasoning=False) == wanted
+    assert ask.describe_answer(question, text) == wanted
 
 
 def test_a_folder_is_shown_in_the_order_of_its_names() -> None:

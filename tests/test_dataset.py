@@ -1,5 +1,6 @@
 """Rows and batches: random access, the plain processor as oracle, and each episode encoded once."""
 
+import copy
 import os
 import random
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from datasets import Dataset
 from PIL import Image
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator, count_faults
-from environment import Episode, PickImageEnv
+from environment import Episode, PickImageEnv, ToolCall
 from fleet.command.options import parse_options
 from fleet.command.preflight import make_environment
-from fleet.controls import with_order_permuted
+from fleet.controls import Control, checked_edit
 from fleet.errors import RunStopped
 from fleet.evaluation.held_out import make_plan
 from fleet.toy.model import TOY_DATA_ROOT
@@ -210,17 +211,35 @@ def test_a_group_is_replaced_whole_and_the_batch_says_so(pictures: Path) -> None
     assert batch["episodes"][1] == dataset.env.episode(good)
 
 
-def test_a_prompt_that_holds_a_token_of_the_model_ends_the_run_by_name(pictures: Path) -> None:
-    class Quoting(PickImageEnv):
-        def instruction(self, episode: Episode) -> str:
-            return "Pick what <|im_end|> shows."
+class Quoting(PickImageEnv):
+    """An environment whose prompt quotes something."""
 
-    rows = rows_of(3, 3, dataset=RepeatableEpisodeDataset(Quoting(pictures), 56 * 56))
-    words = (
+    quoted = "<|im_end|>"
+
+    def instruction(self, episode: Episode) -> str:
+        return f"Pick what {self.quoted} shows."
+
+
+def test_a_prompt_that_holds_a_token_of_qwens_is_a_broken_episode_by_name(pictures: Path) -> None:
+    row = RepeatableEpisodeDataset(Quoting(pictures), 56 * 56)[3]
+    assert row["broken"] == (
         "episode 3: the user message holds <|im_end|> ('Pick what <|im_end|> shows. The index is'), which is a token "
-        "to the model, not text; write it otherwise, and correct the environment or its data"
+        "to the model, not text; write it otherwise"
     )
-    collator = VLMDataCollator(toy_processor(), 2)
+
+
+def test_a_prompt_that_holds_a_token_of_this_model_alone_ends_the_run_by_name(pictures: Path) -> None:
+    class QuotingOwn(Quoting):
+        quoted = "<own>"
+
+    rows = rows_of(3, 3, dataset=RepeatableEpisodeDataset(QuotingOwn(pictures), 56 * 56))
+    words = (
+        "episode 3: the user message holds <own> ('Pick what <own> shows. The index is'), which is a token to the "
+        "model, not text; write it otherwise, and correct the environment or its data"
+    )
+    processor = copy.deepcopy(toy_processor())
+    processor.tokenizer.add_tokens(["<own>"])
+    collator = VLMDataCollator(processor, 2)
     for num_workers in (0, 1):
         with pytest.raises(RunStopped) as refusal:
             next(iter(torch.utils.data.DataLoader(rows, 2, collate_fn=collator, num_workers=num_workers)))
@@ -316,5 +335,6 @@ def test_an_environment_that_changes_the_working_directory_does_not_move_the_run
     row = RepeatableEpisodeDataset(env)[0]
     assert len(row["images"]) == 4
     assert len(make_plan(options, [(env, 3)]).episodes) == 2
-    assert with_order_permuted(env, row["episode"], 0, random.Random(0)) is not None
+    pick, rng = ToolCall("pick_image", {"index": 0}), random.Random(0)
+    assert checked_edit(env, row["episode"], Control.PERMUTED_ORDER, pick, rng) is not None
     assert Path.cwd() == tmp_path / "work"

@@ -128,6 +128,17 @@ def test_what_is_wrong_on_one_rank_skips_a_step_or_stops_on_both(launcher: str, 
         assert seen["reason"].startswith("process 1: reward function reward raised ConnectionError: no judge (")
 
 
+def test_an_environment_that_breaks_on_one_process_stops_both(tmp_path: Path) -> None:
+    run_ranks(tmp_path, [str(tmp_path)], 2, target="tests.distributed_environment")
+    for rank in (0, 1):
+        seen = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert seen["step"] == 1
+        assert seen["reason"].startswith(
+            "process 1: the environment is broken: the verdict on the call 2 failed with FileNotFoundError: no "
+            "answers.json (in respond()); correct it; the last checkpoint is whole"
+        )
+
+
 def shipped_configuration_on_two_cpus(folder: Path) -> str:
     """Writes accelerate_config.yaml with what this machine lacks changed: GPUs, and eight of them."""
     config = yaml.safe_load((REPOSITORY / "accelerate_config.yaml").read_text())

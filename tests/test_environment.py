@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from environment import Episode, Judgement, Outcome, PickImageEnv, judge, load_environment_class
+from environment import Episode, Judgement, Outcome, PickImageEnv, ToolCall, judge, load_environment_class
 from tests.conftest import PICTURES, call_text, save_picture
 from utils.tool_calls import ParseStatus
 
@@ -96,7 +96,7 @@ def test_drawn_target_is_named_in_the_instruction(picture_folder):
     env = PickImageEnv(picture_folder, 4, fixed_correct_index=None)
     for index in range(30):
         episode = env.episode(index)
-        assert episode.labels[episode.correct_index] == episode.target
+        assert episode.correct_index is not None and episode.labels[episode.correct_index] == episode.target
         assert instruction(episode) == f"Pick the {episode.target}. The index is from 0 to 3."
 
 
@@ -215,7 +215,15 @@ def test_step_returns_what_gymnasium_says(picture_folder):
         0.0,
         True,
         False,
-        {"outcome": Outcome.WRONG_INDEX, "parse_status": ParseStatus.OK, "index": 1, "correct_index": 2},
+        {
+            "outcome": Outcome.WRONG_INDEX,
+            "is_right": False,
+            "components": {"correct": 0.0, "valid_call": 1.0},
+            "parse_status": ParseStatus.OK,
+            "call": ToolCall("pick_image", {"index": 1}),
+            "index": 1,
+            "correct_index": 2,
+        },
     )
 
 
@@ -349,8 +357,8 @@ def test_environment_class_is_loaded_from_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("my_env.py:HalfEnv", "has no class HalfEnv with methods episode and prompt_messages"),
-        ("my_env.py:NotCallableEnv", "has no class NotCallableEnv with methods"),
+        ("my_env.py:HalfEnv", "has no class HalfEnv that extends environment.Environment, or has methods episode and"),
+        ("my_env.py:NotCallableEnv", "has no class NotCallableEnv that extends"),
         ("my_env.py:good_function", "has no class good_function"),
         ("my_env.py:Missing", r"it has \['GoodEnv', 'HalfEnv', 'NotCallableEnv'\]"),
         ("my_env.py", "wanted path/to/file.py:ClassName"),

@@ -64,8 +64,8 @@ def test_the_schema_is_strict(tmp_path: Path) -> None:
         tmp_path / "e.json", "--eval_episodes", "4", "--num_samples", "0", "--fixed_correct_index", "none"
     )
     validator = Draft202012Validator(SCHEMA)
-    assert validator.is_valid(document) and document["schema_version"] == 1
-    for name in ("greedy_accuracy", "pass_at_k", "chance", "best_constant_index", "controls"):
+    assert validator.is_valid(document) and document["schema_version"] == 2
+    for name in ("greedy_accuracy", "pass_at_k", "chance", "best_constant_choice", "controls"):
         assert not validator.is_valid({key: value for key, value in document.items() if key != name})
     assert not validator.is_valid(document | {"more": 1})
     assert not validator.is_valid(document | {"greedy_accuracy": {"value": 1.5, "ci95": [0, 1], "n": 4}})

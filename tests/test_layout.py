@@ -17,7 +17,7 @@ PARTS = (
 )  # fmt: skip
 # the files in the root, and the command that has no file there
 TASKS = ("environment", "dataset", "model_utils", "reward")
-COMMANDS = ("training", "evaluate", "report", "fleet.ask")
+COMMANDS = ("training", "evaluate", "report", "fleet.ask", "fleet.check_env")
 IMPORT_NO_TORCH = ("utils", "fleet.own_code", "fleet.command", "fleet.report")
 # what files of users' own may import from the root
 OFFERED = {
@@ -140,3 +140,14 @@ def test_options_stop_at_the_door() -> None:
     found = functions_with_all_options()
     assert [name for name in found if not name.startswith(("fleet.command.", "fleet.run.build."))] == []
     assert len(found) <= 10, found
+
+
+def test_the_tool_that_picks_an_image_is_named_in_two_files() -> None:
+    named = {
+        str(path.relative_to(REPOSITORY))
+        for path in REPOSITORY.glob("**/*.py")
+        if not {".venv", ".vllm", "runs", "tests"} & set(path.relative_to(REPOSITORY).parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "pick_image" in node.value
+    }
+    assert named == {"environment.py", "utils/tool_calls.py"}

@@ -114,7 +114,7 @@ def test_the_run_goes_on_and_packed_rows_learn_what_trls_own_passes_learn(name: 
         generations = slice(settings.get("num_iterations", 1) - 1, None, settings.get("num_iterations", 1))
         assert keeper.texts[generations] == [texts for _, texts in BATCHES.values()]
         rights = [[text == call_text(0) for text in texts] for texts in keeper.texts]
-        assert [[outcome is Outcome.CORRECT for outcome in outcomes] for outcomes in keeper.outcomes] == rights
+        assert [[outcome == "correct" for outcome in outcomes] for outcomes in keeper.outcomes] == rights
         lines = [line for line in trainer.state.log_history if "grad_norm" in line]
         assert [line["skipped_steps"] for line in lines] == [0] * num_steps
         for line, figure in itertools.product(lines, ("loss", "grad_norm", "reward", "accuracy", "entropy", "kl")):

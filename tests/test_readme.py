@@ -14,6 +14,7 @@ from benchmarks import look_seeds, toy_seeds
 from benchmarks.reading import sentences
 from benchmarks.step_time_table import ROWS, markdown_table
 from fleet.ask import build_ask_parser
+from fleet.check_env import build_check_parser
 from fleet.command.evaluate_options import build_evaluate_parser, parse_evaluate_options
 from fleet.command.options import build_parser, parse_options, resolve_options
 from fleet.run_folder import read_jsonl
@@ -77,7 +78,7 @@ def test_every_flag_in_the_text_exists() -> None:
     of_others = {"--num_seeds", "--no-build-isolation", "--help"}
     of_vllm = {"--enable-scale-out", "--logprobs-mode", "--weight-transfer-config"}
     of_benchmarks = {"--model_size", "--image_side_px"}
-    parsers = (build_parser(), build_evaluate_parser(), build_ask_parser())
+    parsers = (build_parser(), build_evaluate_parser(), build_ask_parser(), build_check_parser())
     actions = [action for parser in parsers for action in parser._actions]
     known = (
         {flag for action in actions for flag in action.option_strings}

@@ -157,7 +157,7 @@ def test_trl_reward_function(completions):
 
 
 def test_trl_reward_function_has_a_name_to_log():
-    assert make_trl_reward_function().__name__ == "pick_image_reward"
+    assert make_trl_reward_function().__name__ == "verdict_reward"
 
 
 def test_trl_reward_function_keeps_its_weights_and_its_leave_to_reason():

@@ -27,11 +27,13 @@ from fleet.run.build.training import PreparedRun, build_trainer, make_rloo_confi
 from fleet.run.records import draw_curve, sample_table
 from fleet.run.watchdog import Watchdog
 from fleet.run_folder import read_jsonl
+from fleet.verdicts import Verdict
 from model_utils import generate_tool_call, load_qwen25_vl
 from reward import reward_of
 from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_dataset, toy_path
 from utils.images import open_image
+from utils.tool_calls import ParseStatus
 
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none"]
 
@@ -62,7 +64,7 @@ def assert_bit_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
 def test_a_run_leaves_its_records(uninterrupted: Path) -> None:
     lines = read_jsonl(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    wanted = {"reward", "accuracy", "parse/ok", "outcome/correct", "groups/mixed", "chosen_index/3", "step_time_s",
+    wanted = {"reward", "accuracy", "parse/ok", "outcome/correct", "groups/mixed", "chosen/3", "step_time_s",
               "rollouts_per_s", "entropy", "grad_norm"}  # fmt: skip
     assert wanted <= lines[0].keys()
     config = json.loads((uninterrupted / "config.json").read_text())
@@ -401,8 +403,9 @@ def test_curve_is_drawn_from_the_metrics(tmp_path: Path) -> None:
 
 def test_sample_table_shows_control_characters_as_text(uninterrupted: Path) -> None:
 
-    episode = EpisodeRecord("Pick the red circle.", "red circle", 2, ("",) * 4, ("",) * 4)
-    bad = RolloutRecord(episode, "\x1b[2J<tool_call>\n[red]", judge("x", 2, 4), 0.0, -0.5)
+    episode = EpisodeRecord("Pick the red circle.", "red circle", 2, ("",) * 4, ("",) * 4, solution="2")
+    refused = Verdict("unparsable", is_right=False, parse_status=ParseStatus.NO_CALL)
+    bad = RolloutRecord(episode, "\x1b[2J<tool_call>\n[red]", refused, 0.0, -0.5)
     table = sample_table([bad], step=7)
     assert "step 7" in table and r"\x1b[2J<tool_call>\n[red]" in table and "unparsable: no_call" in table
     assert "2 (red circle)" in table and "-0.50" in table

@@ -104,6 +104,24 @@ def require_distinct_labels(images: Iterable[LabelledImage]) -> None:
             )
 
 
+def require_enough(images: Sequence[LabelledImage], num_shown: int, data_root: str | Path, *, are_named: bool) -> None:
+    """Raises ValueError for fewer images, or labels if images are asked for by name, than an episode shows."""
+    if are_named:
+        require_distinct_labels(images)
+    if len(images) < num_shown:
+        raise ValueError(
+            f"data folder {data_root} has {len(images)} images, but candidates_per_episode={num_shown} "
+            "distinct ones are shown; add images or lower --candidates_per_episode"
+        )
+    labels = sorted({image.label for image in images})
+    if are_named and len(labels) < num_shown:
+        raise ValueError(
+            f"data folder {data_root} has {len(labels)} different labels ({labels[:6]}), but with "
+            f"--fixed_correct_index none each of the candidates_per_episode={num_shown} images needs its own; "
+            "add classes, or lower --candidates_per_episode"
+        )
+
+
 def _require_file(path: Path) -> None:
     """Raises ValueError for a pipe or the like under metadata's name: opening it would wait."""
     kind = kind_of(path)

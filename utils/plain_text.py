@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.tool_calls import CALL_CLOSE, CALL_OPEN
-
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 # The added tokens of every Qwen2.5-VL. A tokenizer reads their literals as one token wherever they stand in a text.
 QWEN_ADDED_TOKENS = frozenset(
     {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fleet.command.parser import Bound, flag, index_or_none, user_path
+from fleet.command.parser import Bound, flag, index_or_none, json_object, user_path
 
 TOY_MODEL_ID = "toy"
 
@@ -17,7 +17,7 @@ TOY_MODEL_ID = "toy"
 class Case:
     """The facts on which defaults depend.
 
-    options: as given. models: what the model is called in `by_model`, the closest name first.
+    options: as given. models: what model and task are called in `by_model`, the closest name first.
     """
 
     options: Any
@@ -26,7 +26,7 @@ class Case:
 
 
 def by_model(**defaults: tuple[Any, str]) -> Callable[[Case], tuple[Any, str]]:
-    """A default that depends on the model: on `toy` or `real`, and if given on `look` or `reasoning` before these."""
+    """A default that depends on the model: on `toy` or `real`, and if given on `look`, `own` or `reasoning` first."""
     return lambda case: next(defaults[name] for name in case.models if name in defaults)
 
 
@@ -71,6 +71,8 @@ class TaskFlags:
         choices=("stop", "skip"), may_change=True)
     env: str | None = flag(None, "another environment, as path/to/file.py:ClassName", "PickImageEnv",
         metavar="FILE:CLASS", parse=user_path, is_file=True)
+    env_args: str | None = flag(None, "further arguments of its constructor by name, as a JSON object", "its defaults",
+        metavar="JSON", parse=json_object)
     candidates_per_episode: int = flag(4, "images per episode")
     fixed_correct_index: int | None = flag(0, "the index that is always right, or none: drawn per episode and named "
         "in the instruction", metavar="INDEX|none", parse=index_or_none)
@@ -97,8 +99,9 @@ class SamplingFlags:
     temperature: float = flag(1.0, "of sampling, above 0", "the policy itself", bounds=(ABOVE_0,), trl=True)
     top_p: float = flag(1.0, "nucleus of sampling, above 0 to 1", "all", metavar="P", bounds=(A_SHARE,), trl=True)
     max_completion_length: int | None = flag(None, "tokens a completion may have",
-        "32 for the toy, else 64, or 512 with reasoning", bounds=(AT_LEAST_1,), trl=True,
-        default_of=by_model(toy=(32, "a toy call has 20 tokens"), real=(64, "a call has about 25 tokens"),
+        "32 for the toy, 64 with --env; else 64, or 512 with reasoning", bounds=(AT_LEAST_1,), trl=True,
+        default_of=by_model(toy=(32, "a toy call has 20 tokens"),
+                            own=(64, "calls of your own may be longer"), real=(64, "a call has about 25 tokens"),
                             reasoning=(512, "room to reason before the call")))
     ds3_gather_for_generation: bool = flag(False, "under ZeRO-3 alone: hold the whole model on every GPU while "
         "generating: faster if it fits, impossible for 32B in 80 GB", trl=True, may_change=True)

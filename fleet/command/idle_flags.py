@@ -57,9 +57,17 @@ def _is_from_hub(model_id: str) -> bool:
 NOT_FROM_HUB = "only a hub model has revisions", "pass a hub id as the model"
 NOT_SHARDED = "weights are sharded under DeepSpeed ZeRO-3 alone", "launch with --config_file accelerate_config.yaml"
 
+NO_ENV_ARGS = IdleFlags(
+    ("env_args",),
+    lambda options, launch: options.env is None,
+    "PickImageEnv takes its arguments from flags of their names",
+    "add --env FILE:CLASS",
+)
+
 # fmt: off
 IDLE_IN_TRAINING = (
     IdleFlags(("revision",), lambda options, launch: not _is_from_hub(options.model_id), *NOT_FROM_HUB),
+    NO_ENV_ARGS,
     IdleFlags(LORA, lambda options, launch: not options.use_lora, "no adapter is trained", "add --use_lora true"),
     IdleFlags(LORA, lambda options, launch: options.use_lora and is_adapter(options.model_id),
         "the adapter in --model_id keeps its own", "pass its base model as --model_id"),
@@ -100,6 +108,7 @@ IDLE_IN_TRAINING = (
 
 IDLE_IN_EVALUATION = (
     IdleFlags(("revision",), lambda options, launch: not any(map(_is_from_hub, options.models)), *NOT_FROM_HUB),
+    NO_ENV_ARGS,
     IdleFlags(("temperature", "top_p", "seed"), lambda options, launch: options.num_samples == 0, "no sample is drawn",
         "pass --num_samples 4"),
     IdleFlags(("allow_reasoning",), lambda options, launch: options.prompt_style is not None,

@@ -105,6 +105,7 @@ def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, l
     models: tuple[str, ...] = ("reasoning", "real") if options.allow_reasoning else ("real",)
     if options.model_id == TOY_MODEL_ID:
         models = ("look", "toy") if starts_sighted(options.model_id, options) else ("toy",)
+        models = ("own", "toy") if options.env is not None else models
     return fill_in(Case(options, has_bf16_gpu, models))
 
 

@@ -6,6 +6,7 @@ A flag is a field of a dataclass, as in flags.py, and `flag(...)` holds all that
 import argparse
 import difflib
 import inspect
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ import yaml
 
 from fleet.errors import UsageError, one_line, refused
 from utils.file_kinds import kind_of
+from utils.tool_calls import object_with_unique_keys
 
 MAX_VALUE_LENGTH = 4096  # Linux takes no longer path
 MAX_HELP_WIDTH = 110
@@ -169,6 +171,23 @@ def index_or_none(text: str) -> int | None:
     return int(text)
 
 
+def json_object(text: str) -> str:
+    """An object in JSON, written in one way, so that equal objects are equal texts.
+
+    >>> json_object('{"side":3, "hard": true}')
+    '{"hard": true, "side": 3}'
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=object_with_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"got {text[:60]!r}, which is no JSON ({error}); pass '{{\"side\": 3}}'"
+        ) from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"got a {type(value).__name__}, wanted an object; pass '{{\"side\": 3}}'")
+    return json.dumps(value, sort_keys=True)
+
+
 def as_flag_value(value: Any) -> str:
     """A value as the command line takes it."""
     if value is None:
@@ -234,11 +253,15 @@ def _flags_in_file(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any
         raise UsageError(f"config file {path} is not YAML: {reason}; wanted lines of 'flag: value'") from error
     if not isinstance(settings, dict):
         raise UsageError(f"config file {path} holds a {type(settings).__name__}, wanted lines of 'flag: value'")
-    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    by_dest = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    known = list(by_dest)
     for key, value in settings.items():
         if key not in known:
             raise UsageError(f"config file {path}: unknown key {key!r}{_nearest(str(key), known)}; see --help")
-        if isinstance(value, (dict, list)):
+        if isinstance(value, dict) and by_dest[key].type is json_object:
+            # numbers are numbers there
+            settings[key] = json.dumps(yaml.safe_load(content)[key])
+        elif isinstance(value, (dict, list)):
             raise UsageError(f"config file {path}: {key} is a {type(value).__name__}, wanted one value")
     with refused(UsageError, before=f"config file {path}: "):
         return _flags_in(parser, as_arguments(settings))

@@ -33,9 +33,11 @@ from fleet.model_folder.files import (
     require_whole_weights,
 )
 from fleet.own_code import environment_trial as trial
+from fleet.own_code.constructor import arguments_of, constructor_arguments
 from fleet.own_code.reward_process import RewardProcess, start_reward
 from fleet.run_folder import FINAL_NAME
 from fleet.run_lock import require_free
+from fleet.verdicts import require_sound_task
 from utils.images import BadImage
 from utils.plain_text import NotPlainText, added_token_literals
 from utils.user_files import folder_kept
@@ -173,6 +175,7 @@ def make_environment(
         try:
             with refused(BrokenEpisode, before=f"env={task.env}: "):
                 trial.require_methods(env)
+                require_sound_task(env)
                 checked_episode(env, 0)
         except (BadImage, OSError) as error:
             failed = f"episode 0 failed with {type(error).__name__}: {error}"
@@ -183,7 +186,8 @@ def make_environment(
     return without_images(env, skipped_images, task)
 
 
-def _environment_arguments(task: TaskFlags, seed: int) -> dict[str, Any]:
+def _offered(task: TaskFlags, seed: int) -> dict[str, Any]:
+    """What a constructor may take by name."""
     return {
         "data_root": task.data_root,
         "candidates_per_episode": task.candidates_per_episode,
@@ -198,7 +202,11 @@ def _construct_environment(task: TaskFlags, seed: int) -> EpisodeSource:
         env_class: type[Any] = load_environment_class(task.env) if task.env else PickImageEnv
     try:
         with folder_kept():
-            return env_class(**trial.accepted_arguments(env_class, _environment_arguments(task, seed)))
+            with refused(BrokenEpisode, before=f"env={task.env}: "):
+                arguments = constructor_arguments(env_class, _offered(task, seed), arguments_of(task.env_args))
+            return env_class(**arguments)
+    except UsageError:
+        raise
     except (ValueError, OSError) as error:
         own = f"env={task.env}: {one_line(error)} (its constructor raised {type(error).__name__})"
         raise UsageError(own if task.env else one_line(error)) from error
@@ -218,7 +226,7 @@ def try_own_environment(task: TaskFlags, env: EpisodeSource, seed: int, model_id
             trial.require_usable(env, task.image_max_pixels, added_token_literals(base_of(model_id)))
             # one process a machine is enough
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                trial.require_same_in_another_process(env, task.env, _environment_arguments(task, seed))
+                trial.require_same_in_another_process(env, task.env, _offered(task, seed), arguments_of(task.env_args))
             return trial.first_digests(env)
     except (BadImage, OSError):
         return {}

@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from environment import Episode, EpisodeSource, Judgement, Outcome, judge
+from environment import Episode, EpisodeSource
 from fleet import controls
+from fleet.controls import Control, Edited
+from fleet.episodes import BrokenEpisode
+from fleet.errors import RunStopped
 from fleet.evaluation.intervals import Estimate, exactly, paired_difference, pass_at_k, share
 from fleet.run_folder import EVALUATION_SCHEMA_VERSION, finite
+from fleet.verdicts import Verdict, chance_of, choices_of, outcome_names, solution_of, verdict_on
 from utils.tool_calls import ParseStatus
 
 CHANGED_AT_A_TIME = 64  # episodes; their changed pictures, eight or so each, are held in memory
@@ -55,16 +59,29 @@ class Evaluation:
 
 
 def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
-    """The figures of a policy on the plan's episodes. model: its name, for the document."""
+    """The figures of a policy on the plan's episodes. model: its name, for the document.
+
+    Every process comes to the same. Raises RunStopped if the environment is broken.
+    """
     answers = policy(plan.episodes, plan.num_samples)
+    try:
+        return _judged(policy, plan, model, answers)
+    except BrokenEpisode as error:
+        raise RunStopped(f"the environment is broken: {error}; correct the file of --env") from error
+
+
+def _judged(policy: Policy, plan: EvaluationPlan, model: str, answers: list[Answers]) -> Evaluation:
     verdicts = [_judge(said.greedy, episode, plan) for said, episode in zip(answers, plan.episodes, strict=True)]
-    hits: dict[str, list[bool]] = {control: [] for control in controls.CONTROL_MEANINGS}
+    offered = offered_controls(plan)
+    hits: dict[Control, list[bool]] = {control: [] for control in Control}
     for start in range(0, len(verdicts), CHANGED_AT_A_TIME):
         numbered = enumerate(verdicts[start : start + CHANGED_AT_A_TIME], start)
-        changes = [change for number, verdict in numbered for change in _changes(plan, number, verdict)]
-        said_to_changes = policy([episode for _, episode, _ in changes], 0)
-        for (control, episode, wanted_index), said in zip(changes, said_to_changes, strict=True):
-            hits[control].append(_judge(said.greedy, episode, plan).index == wanted_index)
+        changes = [change for number, verdict in numbered for change in _changes(plan, number, verdict, offered)]
+        said_to_changes = policy([change.episode for _, change in changes], 0)
+        for (control, change), said in zip(changes, said_to_changes, strict=True):
+            verdict = _judge(said.greedy, change.episode, plan)
+            is_hit = verdict.is_right if change.expected is None else verdict.call == change.expected
+            hits[control].append(is_hit)
     is_right = tuple(verdict.is_right for verdict in verdicts)
     document = {
         "schema_version": EVALUATION_SCHEMA_VERSION,
@@ -76,9 +93,12 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
         "num_samples": plan.num_samples,
         "prompt_style": plan.prompt_style,
         "allow_reasoning": plan.allow_reasoning,
-        **_figures_of_answers(verdicts, plan.episodes),
+        **_figures_of_answers(plan, verdicts),
         **_figures_of_samples(answers, plan),
-        "controls": {control: share(sum(found), len(found)).as_json() for control, found in hits.items()},
+        "controls": {
+            str(control): share(sum(found), len(found)).as_json() if control in offered else None
+            for control, found in hits.items()
+        },
         "baseline": None,
     }
     return Evaluation(document, is_right)
@@ -91,10 +111,18 @@ def with_baseline(evaluation: Evaluation, baseline: Evaluation) -> Evaluation:
     return replace(evaluation, document=evaluation.document | {"baseline": beside | {"difference": difference}})
 
 
+def offered_controls(plan: EvaluationPlan) -> list[Control]:
+    """The controls that the environment has, as its first episode with its gold answer shows."""
+    first = controls.with_pictures_opened(plan.episodes[0], plan.max_pixels)
+    call = solution_of(plan.env, first)
+    rng = random.Random(f"controls/{plan.seed}")
+    return [control for control in Control if controls.checked_edit(plan.env, first, control, call, rng) is not None]
+
+
 def headline_figures(document: dict[str, Any]) -> dict[str, float]:
     """The figures of a document that are worth a curve: greedy accuracy and every control that has a value."""
     figures = {"greedy_accuracy": document["greedy_accuracy"], **document["controls"]}
-    return {name: figure["value"] for name, figure in figures.items() if figure["value"] is not None}
+    return {name: figure["value"] for name, figure in figures.items() if figure and figure["value"] is not None}
 
 
 def estimate_at(document: Mapping[str, Any], *keys: str) -> Estimate | None:
@@ -118,60 +146,70 @@ def percent_at(document: Mapping[str, Any], *keys: str) -> str:
     return f"{100 * estimate.value:.1f} %{f' ({interval})' if interval else ''}"
 
 
-def confusion(judged: Iterable[tuple[int, Judgement]], num_candidates: int) -> list[list[int]]:
-    """Counts by correct index (row) and picked index (column) of (correct index, verdict) pairs.
+def confusion(judged: Iterable[tuple[str, str | None]], choices: Sequence[str]) -> list[list[int]]:
+    """Counts by right choice (row) and the choice made (column) of (right choice, choice made) pairs.
 
-    The last column counts answers that pick no candidate.
+    The last column counts answers that make no choice, as None does.
     """
-    counts = [[0] * (num_candidates + 1) for _ in range(num_candidates)]
-    for correct_index, verdict in judged:
-        picked = _picked_index(verdict)
-        counts[correct_index][num_candidates if picked is None else picked] += 1
+    places = {choice: place for place, choice in enumerate(choices)}
+    counts = [[0] * (len(choices) + 1) for _ in choices]
+    for right, chosen in judged:
+        counts[places[right]][len(choices) if chosen is None else places[chosen]] += 1
     return counts
 
 
-def _judge(text: str, episode: Episode, plan: EvaluationPlan) -> Judgement:
-    return judge(text, episode.correct_index, episode.num_candidates, allow_reasoning=plan.allow_reasoning)
+def _judge(text: str, episode: Episode, plan: EvaluationPlan) -> Verdict:
+    return verdict_on(plan.env, episode, text, allow_reasoning=plan.allow_reasoning)
 
 
-def _picked_index(verdict: Judgement) -> int | None:
-    """The candidate that an answer picks; None if it picks none."""
-    return verdict.index if verdict.is_valid_call else None
+def _changes(
+    plan: EvaluationPlan, number: int, verdict: Verdict, offered: Sequence[Control]
+) -> Iterator[tuple[Control, Edited]]:
+    """Each change of an episode; things move only around one that was picked by a valid call."""
+    rng = random.Random(f"controls/{plan.seed}/{number}")
+    episode = controls.with_pictures_opened(plan.episodes[number], plan.max_pixels)
+    # a change for which any call will do takes the gold answer
+    call = verdict.call if verdict.call is not None and verdict.is_valid_call else None
+    for control in controls.OF_EVERY_ANSWER + (() if call is None else controls.OF_A_VALID_CALL):
+        if control in offered:
+            given = call or solution_of(plan.env, episode)
+            if (change := controls.checked_edit(plan.env, episode, control, given, rng)) is not None:
+                yield control, change
 
 
-def _changes(plan: EvaluationPlan, number: int, verdict: Judgement) -> Iterator[tuple[str, Episode, int]]:
-    """(control, changed episode, index that is a hit) of each change; pictures move only around one that was picked."""
-    episode, rng = plan.episodes[number], random.Random(f"controls/{plan.seed}/{number}")
-    yield "blank_images", controls.blanked(episode, plan.max_pixels), episode.correct_index
-    yield "redrawn_images", controls.with_pictures_redrawn(episode, rng, plan.max_pixels), episode.correct_index
-    picked = _picked_index(verdict)
-    if picked is None:
-        return
-    swapped = controls.with_picture_swapped(episode, picked, rng)
-    if swapped is not None:
-        yield "swapped_images", *swapped
-    permuted = controls.with_order_permuted(plan.env, episode, picked, rng)
-    if permuted is not None:
-        yield "permuted_order", permuted, picked
-
-
-def _figures_of_answers(verdicts: Sequence[Judgement], episodes: Sequence[Episode]) -> dict[str, Any]:
-    n = len(episodes)
-    size = max(episode.num_candidates for episode in episodes)
-    correct = Counter(episode.correct_index for episode in episodes)
-    outcomes = Counter(verdict.outcome for verdict in verdicts)
+def _figures_of_answers(plan: EvaluationPlan, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    n = len(plan.episodes)
+    outcomes = Counter(str(verdict.outcome) for verdict in verdicts)
     statuses = Counter(verdict.parse_status for verdict in verdicts)
-    counts = confusion(zip((episode.correct_index for episode in episodes), verdicts, strict=True), size)
-    best_index, best_count = max(sorted(correct.items()), key=lambda item: item[1])
+    chances = [chance_of(plan.env, episode) for episode in plan.episodes]
+    known = [chance for chance in chances if chance is not None]
     return {
-        "candidates": size,
-        "greedy_accuracy": share(outcomes[Outcome.CORRECT], n).as_json(),
-        "chance": exactly(sum(1 / episode.num_candidates for episode in episodes) / n, n).as_json(),
-        "best_constant_index": {**share(best_count, n).as_json(), "index": best_index},
-        "outcome": {outcome.value: share(outcomes[outcome], n).as_json() for outcome in Outcome},
+        "greedy_accuracy": share(sum(verdict.is_right for verdict in verdicts), n).as_json(),
+        "chance": exactly(sum(known) / n, n).as_json() if len(known) == n else None,
+        "outcome": {name: share(outcomes[name], n).as_json() for name in outcome_names(plan.env)},
         "parse_status": {status.value: share(statuses[status], n).as_json() for status in ParseStatus},
-        "accuracy_by_correct_index": {
-            str(index): share(counts[index][index], correct[index]).as_json() for index in range(size)
+        **_figures_of_choices(plan, verdicts),
+    }
+
+
+def _figures_of_choices(plan: EvaluationPlan, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """The figures of a task whose answer is one of a few choices; null for any other."""
+    offered = [choices_of(plan.env, episode) for episode in plan.episodes]
+    choices = list(dict.fromkeys(choice for of_episode in offered for choice in of_episode))
+    names = ("choices", "best_constant_choice", "accuracy_by_choice", "confusion")
+    rights = [str(solution_of(plan.env, episode)) for episode in plan.episodes]
+    if not choices or not set(rights) <= set(choices):
+        return dict.fromkeys(names)
+    said = [str(verdict.call) for verdict in verdicts]
+    made = [name if name in of_episode else None for name, of_episode in zip(said, offered, strict=True)]
+    counts = confusion(zip(rights, made, strict=True), choices)
+    right = Counter(rights)
+    best = max(choices, key=lambda choice: right[choice])
+    return {
+        "choices": choices,
+        "best_constant_choice": {**share(right[best], len(rights)).as_json(), "choice": best},
+        "accuracy_by_choice": {
+            choice: share(counts[place][place], right[choice]).as_json() for place, choice in enumerate(choices)
         },
         "confusion": counts,
     }

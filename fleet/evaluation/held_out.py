@@ -14,9 +14,10 @@ from PIL import Image
 from fleet.command.evaluate_options import run_config, run_options
 from fleet.command.flags import HeldOutFlags, TaskFlags
 from fleet.command.preflight import make_environment
-from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode, checked_fields
+from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_fields
 from fleet.errors import UsageError, refused
 from fleet.evaluation.figures import EvaluationPlan
+from fleet.verdicts import answerable_episode
 from utils.images import BadImage, image_digest
 
 logger = logging.getLogger("fleet")
@@ -25,7 +26,7 @@ MAX_DRAWS_PER_EPISODE = 20  # held-out, before a folder counts as too small
 MAX_COMPARED_EPISODES = 200_000  # of a run, from the first on
 
 # the flags that say which episodes a run has
-TASK = ("data_root", "env", "candidates_per_episode", "fixed_correct_index")
+TASK = ("data_root", "env", "env_args", "candidates_per_episode", "fixed_correct_index")
 
 
 class TooFewEpisodes(ValueError):
@@ -84,7 +85,8 @@ def runs_behind(task: TaskFlags, model_id: str) -> list[tuple[EpisodeSource, int
         try:
             num_episodes = int(config["num_episodes"])
             env = make_environment(
-                replace(task, **{name: run[name] for name in TASK}),
+                # a run of an older Fleet has no env_args
+                replace(task, **{"env_args": None} | {name: run[name] for name in TASK if name in run}),
                 run["seed"],
                 skipped_images=config.get("skipped_images", ()),
             )
@@ -109,7 +111,7 @@ def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode
     held_out: list[Episode] = []
     num_draws = MAX_DRAWS_PER_EPISODE * num_episodes
     for number in range(num_draws):
-        episode = checked_episode(env, number)
+        episode = answerable_episode(env, number)
         # an episode that came twice would count as two trials
         if (digest := fingerprint(episode)) not in seen:
             seen.add(digest)
@@ -128,5 +130,6 @@ def fingerprint(episode: Episode) -> bytes:
         image_digest(image).hex() if isinstance(image, Image.Image) else os.path.abspath(image)
         for image in episode.images
     ]
-    content = json.dumps([shown, episode.correct_index, episode.target])
+    asked = [shown, episode.correct_index, episode.target]
+    content = json.dumps([*asked, episode.answer] if episode.answer else asked)
     return hashlib.blake2b(content.encode(), digest_size=16).digest()

@@ -11,76 +11,72 @@ import random
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from environment import judge, load_environment_class
-from fleet.controls import with_order_permuted
+from environment import load_environment_class
+from fleet.controls import Control, checked_edit
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode
-from fleet.errors import RunStopped
+from fleet.own_code.constructor import constructor_arguments
+from fleet.verdicts import chance_of, choices_of, solution_of, verdict_on_call
 from utils.child_process import command_of
 from utils.images import image_digest, open_image
 from utils.plain_text import require_plain_messages
-from utils.tool_calls import make_tool_call_str
 
 # The episodes that are tried, and the order in which they are asked for again.
 TRIED, ASKED_AGAIN = (0, 1), (1, 0, 0, 1)
 PROCESS_TIMEOUT_S = 120
-FIELDS = ("images", "correct_index", "labels", "target", "seed", "messages")
+DERIVE = 'derive all randomness from the seed and the index, as random.Random(f"{seed}/{index}")'
+METHODS = {
+    "episode": ("index",),
+    "prompt_messages": ("episode",),
+    "respond": ("episode", "turns"),
+    "solution": ("episode", "turns"),
+    "choices": ("episode",),
+    "drafts": ("episode",),
+    "chance": ("episode",),
+    "edited": ("episode", "control", "call", "rng"),
+}
+FIELDS = ("images", "correct_index", "labels", "target", "seed", "answer", "messages")
 
 
-def accepted_arguments(env_class: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a constructor takes by name. Raises BrokenEpisode if it needs another one."""
-    parameters = inspect.signature(env_class).parameters
-    kinds = {name: parameter.kind for name, parameter in parameters.items()}
-    if inspect.Parameter.VAR_KEYWORD in kinds.values():
-        return dict(given)
-    by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    accepted = {name: value for name, value in given.items() if kinds.get(name) in by_name}
-    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-    wanting = [name for name in required if name not in accepted and kinds[name] != inspect.Parameter.VAR_POSITIONAL]
-    if wanting:
-        raise BrokenEpisode(
-            f"its constructor needs {', '.join(wanting)}, but is given {', '.join(given)} by name, each if it takes "
-            "it; give the other parameters defaults"
-        )
-    return accepted
-
-
-def require_methods(env: EpisodeSource) -> None:
-    """Raises BrokenEpisode unless `episode(index)` and `prompt_messages(episode)` take these arguments."""
-    for method, parameter in ((env.episode, "index"), (env.prompt_messages, "episode")):
+def require_methods(env: EpisodeSource, methods: Mapping[str, Sequence[str]] = METHODS) -> None:
+    """Raises BrokenEpisode unless each of these methods takes its arguments by place."""
+    for name, parameters in methods.items():
+        signature = inspect.signature(getattr(env, name))
         try:
-            inspect.signature(method).bind(None)
+            signature.bind(*parameters)
         except TypeError as error:
-            name = getattr(method, "__name__", "a method")
             raise BrokenEpisode(
-                f"{name}{inspect.signature(method)} cannot be called as {name}({parameter}) ({error}); correct its "
+                f"{name}{signature} cannot be called as {name}({', '.join(parameters)}) ({error}); correct its "
                 "parameters"
             ) from error
 
 
 def require_pure(env: EpisodeSource, another: EpisodeSource) -> None:
     """Raises BrokenEpisode, with the field, if an episode changes with the order of asking, or in another instance."""
-    first = {index: checked_episode(env, index) for index in TRIED}
+    first = {index: comparable_fields(checked_episode(env, index)) for index in TRIED}
     for asked, how in ((env, "asked for again"), (another, "asked of another instance, built alike")):
         for index in ASKED_AGAIN:
-            _require_same(index, first[index], checked_episode(asked, index), how)
+            require_same(index, first[index], comparable_fields(checked_episode(asked, index)), how)
 
 
-def require_same_in_another_process(env: EpisodeSource, spec: str, arguments: Mapping[str, Any]) -> None:
+def require_same_in_another_process(
+    env: EpisodeSource, spec: str, offered: Mapping[str, Any], own: Mapping[str, Any]
+) -> None:
     """Raises BrokenEpisode, with the field, if a process with other hashes of text draws other first episodes.
 
-    spec, arguments: what `env` was made from. A process that fails or takes two minutes is ignored: the environment may
-    hold something that one process alone can have.
+    spec, offered, own: what `env` was made from, as constructor_arguments takes it. A process that fails or takes two
+    minutes is ignored: the environment may hold something that one process alone can have.
     """
     other_hashes = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     try:
         said = subprocess.run(
-            command_of("fleet.own_code.environment_trial", json.dumps([spec, dict(arguments)])),
+            command_of("fleet.own_code.environment_trial", json.dumps([spec, dict(offered), dict(own)])),
             env={**os.environ, "PYTHONHASHSEED": other_hashes},
             capture_output=True,
             text=True,
@@ -116,54 +112,71 @@ def first_digests(env: EpisodeSource) -> dict[str, str]:
     return digests
 
 
-def _require_same(index: int, first: Episode, now: Episode, how: str) -> None:
-    for field in FIELDS:
-        before, after = _comparable(getattr(first, field)), _comparable(getattr(now, field))
-        if before != after:
-            differing = [pair for pair in zip_longest(before, after) if pair[0] != pair[1]][0]
+def require_same(
+    index: int, first: Mapping[str, Sequence[Any]], now: Mapping[str, Sequence[Any]], how: str, remedy: str = DERIVE
+) -> None:
+    """Raises BrokenEpisode, with the field, if an episode has changed. first, now: its comparable fields."""
+    for field, before in first.items():
+        if before != now[field]:
+            differing = [pair for pair in zip_longest(before, now[field]) if pair[0] != pair[1]][0]
             shown = [" ".join(repr(value).split())[-60:] for value in differing]
             raise BrokenEpisode(
-                f"episode {index} changed when {how}: its {field} had {shown[0]}, then {shown[1]}; derive all "
-                'randomness from the seed and the index, as random.Random(f"{seed}/{index}")'
+                f"episode {index} changed when {how}: its {field} had {shown[0]}, then {shown[1]}; {remedy}"
             )
 
 
+def comparable_fields(episode: Episode) -> dict[str, Sequence[Any]]:
+    """The entries of each field, equal for equal pictures, paths and texts; a copy that stays as it is."""
+    return {field: _comparable(getattr(episode, field)) for field in FIELDS}
+
+
 def _comparable(value: Any) -> Sequence[Any]:
-    """The entries of a field, equal for equal pictures, paths and texts."""
     entries = value if isinstance(value, tuple) else (value,)
-    return [image_digest(entry).hex() if isinstance(entry, Image.Image) else entry for entry in entries]
+    return [image_digest(entry).hex() if isinstance(entry, Image.Image) else deepcopy(entry) for entry in entries]
 
 
 def require_usable(env: EpisodeSource, max_pixels: int | None, literals: Collection[str]) -> None:
-    """Raises BrokenEpisode unless the first episodes can be shown, answered, judged, recorded and reordered.
+    """Raises BrokenEpisode unless the first episodes can be shown, answered, judged, recorded and changed.
 
     max_pixels: budget of an image. Raises BadImage or OSError for one that does not open and is not in `env.images`.
     literals: the texts of tokens. Raises NotPlainText for a message that holds one.
     """
+    tools = json.dumps(list(env.tools))
     listed = {getattr(image, "path", None) for image in getattr(env, "images", None) or ()}
     for index in TRIED:
         episode = checked_episode(env, index)
         for image in episode.images:
             if isinstance(image, Image.Image) or image not in listed:
                 open_image(image, max_pixels)
-        right, wrong = episode.correct_index, episode.correct_index + 1
-        first, second = (judge(make_tool_call_str(call), right, episode.num_candidates) for call in (right, wrong))
-        if not first.is_right or second.is_right:
-            raise BrokenEpisode(
-                f"episode {index}: the calls {right} and {wrong} are judged {first.outcome} and {second.outcome}; "
-                "leave num_candidates of Episode as it is"
-            )
+        require_plain_messages(episode.messages, f"episode {index}", literals)
+        _require_gold(env, episode, index)
         # as rollouts.jsonl records it
         json.dumps([episode.labels, episode.target, episode.messages])
-        try:
-            with_order_permuted(env, episode, right, random.Random(index))
-        except RunStopped as error:
-            raise BrokenEpisode(str(error)) from error
-        require_plain_messages(episode.messages, f"episode {index}", literals)
+        rng = random.Random(index)
+        for control in Control:
+            checked_edit(env, episode, control, solution_of(env, episode), rng)
+    if json.dumps(list(env.tools)) != tools:
+        raise BrokenEpisode("tools is not the same after two episodes; it is shown to the model once: keep it as it is")
+
+
+def _require_gold(env: EpisodeSource, episode: Episode, index: int) -> None:
+    """Raises BrokenEpisode unless the gold answer to an episode is right and no choice earns more."""
+    gold = solution_of(env, episode)
+    verdict = verdict_on_call(env, episode, gold)
+    if not verdict.is_right:
+        raise BrokenEpisode(
+            f"episode {index}: its solution, {gold}, is judged {verdict.outcome}, which is not right; correct "
+            "solution() or respond()"
+        )
+    chance_of(env, episode)
+    choices = [*env.choices(episode)] if choices_of(env, episode) else []
+    others = [verdict_on_call(env, episode, call) for call in choices if str(call) != str(gold)]
+    if others and all(other.is_right for other in others):
+        raise BrokenEpisode(f"episode {index}: every choice is right, so nothing can be learnt; correct respond()")
 
 
 def main() -> None:
     """Prints the digests of the first episodes for the process that started this one."""
-    spec, arguments = json.loads(sys.argv[1])
+    spec, offered, own = json.loads(sys.argv[1])
     env_class = load_environment_class(spec)
-    print(f"\n{json.dumps(first_digests(env_class(**accepted_arguments(env_class, arguments))))}")
+    print(f"\n{json.dumps(first_digests(env_class(**constructor_arguments(env_class, offered, own))))}")

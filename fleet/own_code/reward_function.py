@@ -18,9 +18,11 @@ from utils.user_files import load_user_file
 # a value beyond this turns its siblings' rewards into rounding errors: float32 has seven digits
 MAX_REWARD = 1e6
 
-# A function's arguments, all by keyword: lists with an entry for each completion, and the trainer's state.
+# A function's arguments, all by keyword: lists with an entry for each completion, and the trainer's state. One that
+# takes neither `verdict` nor every keyword goes without.
 KEYWORDS = (
-    "prompts", "completions", "completion_ids", "correct_index", "num_candidates", "episode", "trainer_state",
+    "prompts", "completions", "completion_ids", "correct_index", "num_candidates", "episode", "verdict",
+    "trainer_state",
 )  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def checked_call(
     """The function's values for B completions; it may return shape (B,) or (B, 1). Never raises."""
     num_completions = len(completions)
     try:
-        returned = function(completions=completions, **columns)
+        returned = function(completions=completions, **_taken(function, columns))
         values, are_sequences = _column(returned)
         if values is not None and len(values) == num_completions and not are_sequences:
             return _checked(values)
@@ -98,13 +100,20 @@ def load_reward_function(spec: str) -> Callable[..., Any]:
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"reward={spec!r} is async, but wanted a plain function; call asyncio.run in it")
     try:
-        inspect.signature(function).bind(**dict.fromkeys(KEYWORDS))
+        inspect.signature(function).bind(**_taken(function, dict.fromkeys(KEYWORDS)))
     except TypeError as error:
         raise ValueError(
             f"reward={spec!r} cannot be called with the keywords {', '.join(KEYWORDS)} ({error}); take completions by "
             "name, and **columns"
         ) from error
     return function
+
+
+def _taken(function: Callable[..., Any], columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns, without the verdicts if the function does not take them."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: column for name, column in columns.items() if takes_all or name != "verdict" or name in parameters}
 
 
 def _column(returned: Any) -> tuple[list[Any] | None, bool]:

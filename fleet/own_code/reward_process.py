@@ -74,9 +74,7 @@ class RewardProcess:
             )
         self._reader = self._connection.makefile("rb")
         self._num_logs_sent = 0
-        modules = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
-        files = {name: file for name, file in modules if name.startswith(USER_MODULES) and file}
-        answer = self._ask(pickle.dumps({"spec": self.spec, "path": sys.path, "files": files}), None)
+        answer = self._ask(pickle.dumps({"spec": self.spec, "path": sys.path}), None)
         if isinstance(answer, str):
             answer = {"problem": f"reward={self.spec} {answer}"}
         if answer["problem"] is not None:
@@ -89,7 +87,10 @@ class RewardProcess:
         # siblings share one prompt: pickled once, and unpickled once an entry
         entries = {id(entry): entry for column in columns.values() for entry in column}
         pickled = {key: pickle.dumps(entry) for key, entry in entries.items()}
+        # the environment's file is run after the reward's
+        modules = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
         request: dict[str, Any] = {
+            "files": {name: file for name, file in modules if name.startswith(USER_MODULES) and file},
             "completions": list(completions),
             "columns": {key: [pickled[id(entry)] for entry in column] for key, column in columns.items()},
         }

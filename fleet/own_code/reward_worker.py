@@ -53,13 +53,13 @@ class ColumnUnpickler(pickle.Unpickler):
 
 
 def answer(
-    function: Callable[..., Any], request: dict[str, Any], files: dict[str, str], log_history: list[dict[str, Any]]
+    function: Callable[..., Any], request: dict[str, Any], log_history: list[dict[str, Any]]
 ) -> reward_function.CheckedRewards:
     """The function's values; each entry of a column is a copy of its own. log_history: of the last call; kept up."""
     name, completions = reward_function.name_of(function), request["completions"]
     try:
         columns: dict[str, Any] = {
-            key: [ColumnUnpickler(entry, files).load() for entry in entries]
+            key: [ColumnUnpickler(entry, request["files"]).load() for entry in entries]
             for key, entries in request["columns"].items()
         }
     except BaseException as error:
@@ -95,7 +95,7 @@ def main() -> None:
             request = pickle.load(reader)
         except (EOFError, pickle.UnpicklingError, ConnectionError):
             return
-        rewards = answer(function, request, first["files"], log_history)
+        rewards = answer(function, request, log_history)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

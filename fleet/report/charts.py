@@ -5,8 +5,8 @@ Owns the choice of figures and their smoothing. The page writes the legends, as 
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -87,13 +87,14 @@ class Stack:
 
 
 OUTCOME_COLOURS = {"correct": "good", "wrong_index": "fair", "index_out_of_range": "other", "unparsable": "bad"}
+CHOICE_STACK = Stack("Choices made", "chosen/", {}, rest="none of them")
 GROUP_COLOURS = {"all_right": "good", "mixed": "accent", "all_wrong": "bad"}
 PARSE_COLOURS = {status.value: f"series-{number}" for number, status in enumerate(ParseStatus)} | {"ok": "good"}
 STACKS = (
-    Stack("Outcomes", "outcome/", OUTCOME_COLOURS),
     Stack("Parse statuses", "parse/", PARSE_COLOURS, leaves_out_absent=True),
     Stack("Groups", "groups/", GROUP_COLOURS, unit="shares of episodes"),
-    Stack("Chosen index", "chosen_index/", {}, rest="no valid pick"),
+    CHOICE_STACK,
+    replace(CHOICE_STACK, prefix="chosen_index/"),  # of a run of an older Fleet
 )
 
 
@@ -106,11 +107,17 @@ def running_mean_steps(num_steps: int) -> int:
     return max(1, num_steps // 20)
 
 
-def draw_charts(metrics: Metrics, evaluations: Sequence[Document], levels: Sequence[Level]) -> list[Chart]:
-    """Every chart that there are finite figures for. evaluations: those of no step are not drawn."""
+def draw_charts(
+    metrics: Metrics, evaluations: Sequence[Document], levels: Sequence[Level], rights: Collection[str] = ()
+) -> list[Chart]:
+    """Every chart that there are finite figures for. evaluations: those of no step are not drawn.
+
+    rights: the names of outcomes that count as right.
+    """
     stepped = [document for document in evaluations if document.get("step") is not None]
     charts = [_line(metrics, "reward", "Reward", "mean per rollout"), _accuracy(metrics, stepped, levels)]
-    charts += [_stacked(metrics, stack) for stack in STACKS]
+    outcomes = Stack("Outcomes", "outcome/", dict.fromkeys(sorted(rights), "good") | OUTCOME_COLOURS)
+    charts += [_stacked(metrics, stack) for stack in (outcomes, *STACKS)]
     charts += [_line(metrics, key, title, unit) for key, title, unit in LINE_CHARTS]
     return [chart for chart in charts if chart is not None]
 
@@ -167,7 +174,7 @@ def _accuracy(metrics: Metrics, evaluations: Sequence[Document], levels: Sequenc
     _set_percent(axes, -0.03, 1.05)
     words = "; ".join(f"{entry.label} {entry.latest}" for entry in legend)
     svg = _svg(figure, "accuracy", f"Accuracy over steps, last: {words}")
-    return Chart("Accuracy", "share of right picks", latest, tuple(legend), "", svg)
+    return Chart("Accuracy", "share of right answers", latest, tuple(legend), "", svg)
 
 
 def _stacked(metrics: Metrics, stack: Stack) -> Chart | None:

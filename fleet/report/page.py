@@ -170,14 +170,15 @@ def render_page(records: RunRecords) -> str:
         command=shlex.join(str(word) for word in records.config.get("command") or []),
         script_hash=_script_hash(template),
         tiles=headline(records),
-        charts=draw_charts(records.metrics, records.evaluations, levels(records)),
+        charts=draw_charts(records.metrics, records.evaluations, levels(records), _right_outcomes(records)),
         running_mean_steps=running_mean_steps(len(_training_lines(records))),
         columns=[(tables.column_title(document), document) for document in columns],
         num_evaluations=len(records.evaluations),
         evaluation_setting=tables.setting(ends[1]) if ends else "",
         evaluation_rows=tables.evaluation_rows(columns),
-        by_index_rows=tables.accuracy_by_index_rows(columns),
+        by_choice_rows=tables.accuracy_by_choice_rows(columns),
         heat_map=tables.heat_map(ends[1] if ends else None, records.groups),
+        choices_left_out=tables.choices_left_out(ends[1] if ends else None, records.groups),
         rollouts=embed(records.groups, records.run_dir / THUMBNAILS_NAME),
     )
 
@@ -195,16 +196,20 @@ def _script_hash(template: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
 
 
+def _right_outcomes(records: RunRecords) -> set[str]:
+    """The outcomes that counted as right in the recorded rollouts."""
+    rollouts = [rollout for group in records.groups for rollout in group.rollouts]
+    return {str(rollout.verdict.outcome) for rollout in rollouts if rollout.verdict.is_right}
+
+
 def _summary(options: dict[str, Any]) -> str:
     """The model's task in one line."""
     fixed = options.get("fixed_correct_index")
     task = "the target is drawn and named" if fixed is None else f"index {fixed} is always right"
     if options.get("env"):
-        task = f"environment {options['env']}"
-    return (
-        f"{options.get('num_rollouts', '?')} rollouts per episode, "
-        f"{options.get('candidates_per_episode', '?')} candidates; {task}"
-    )
+        task = f"environment {options['env']} {options.get('env_args') or ''}".strip()
+    shown = "" if options.get("env") else f", {options.get('candidates_per_episode', '?')} candidates"
+    return f"{options.get('num_rollouts', '?')} rollouts per episode{shown}; {task}"
 
 
 def headline(records: RunRecords) -> list[Tile]:
@@ -221,22 +226,24 @@ def headline(records: RunRecords) -> list[Tile]:
 
 
 def levels(records: RunRecords) -> list[tables.Level]:
-    """Chance and the best constant index: from the last evaluation, else as far as the flags tell."""
+    """Chance and the best constant choice: from the last evaluation, else as far as the flags tell."""
     ends, options = tables.first_and_last(records.evaluations), records.config["options"]
     if ends is None:
         num_candidates, fixed = options.get("candidates_per_episode"), options.get("fixed_correct_index")
         if options.get("env") is not None or not isinstance(num_candidates, int):
             return []
         found = [tables.Level("Chance", 1 / num_candidates, f"{num_candidates} candidates")]
-        return found + ([] if fixed is None else [tables.Level("Best constant index", 1.0, f"always index {fixed}")])
+        return found + ([] if fixed is None else [tables.Level("Best constant choice", 1.0, f"always {fixed}")])
     last = ends[1]
-    chance, constant = estimate_at(last, "chance"), estimate_at(last, "best_constant_index")
+    chance, constant = estimate_at(last, "chance"), estimate_at(last, "best_constant_choice")
     found = []
     if chance and chance.value is not None:
-        found.append(tables.Level("Chance", chance.value, f"{last.get('candidates', '?')} candidates"))
+        num_choices = len(last.get("choices") or ())
+        words = f"{num_choices} choices" if num_choices else "without looking"
+        found.append(tables.Level("Chance", chance.value, words))
     if constant and constant.value is not None:
-        index = last["best_constant_index"].get("index")
-        found.append(tables.Level("Best constant index", constant.value, f"always index {index}"))
+        choice = last["best_constant_choice"].get("choice")
+        found.append(tables.Level("Best constant choice", constant.value, f"always {choice}"))
     return found
 
 

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from fleet.rl.rollouts import GroupRecord
+from fleet.rl.rollouts import GroupRecord, RolloutRecord, picture_chosen
+from fleet.run_folder import finite
+from fleet.verdicts import CORRECT, VALID_CALL
 
 MAX_GROUPS = 1_600
 MAX_THUMBNAILS = 400
@@ -69,8 +71,19 @@ def _compact(group: GroupRecord, position_by_name: dict[str, int]) -> dict[str, 
     """The group as the page's script reads it: each picture is a position, each rollout a list of its values."""
     line = group.as_json()
     line["images"] = [position_by_name[name] for name in line["images"]]
-    line["rollouts"] = [list(rollout.values()) for rollout in line["rollouts"]]
+    line["rollouts"] = [_shown(rollout) for rollout in group.rollouts]
     return line
+
+
+def _shown(rollout: RolloutRecord) -> list[Any]:
+    """A rollout's values in the order in which the script names them."""
+    verdict = rollout.verdict
+    own = {name: value for name, value in verdict.components.items() if name not in (CORRECT, VALID_CALL)}
+    kind = "right" if verdict.is_right else "valid" if verdict.is_valid_call else "refused"
+    call = None if verdict.call is None else str(verdict.call)
+    picture = picture_chosen(rollout)
+    figures = [finite(rollout.reward), finite(rollout.advantage)]
+    return [rollout.completion, str(verdict.outcome), str(verdict.parse_status), kind, call, picture, own, *figures]
 
 
 def _thumbnails(groups: Sequence[GroupRecord], folder: Path) -> tuple[list[str], dict[str, int]]:

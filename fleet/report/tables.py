@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fleet.controls import CONTROL_MEANINGS
+from fleet.controls import CONTROL_MEANINGS, NO_SUCH_CONTROL
 from fleet.evaluation.figures import confusion, estimate_at
 from fleet.rl.rollouts import GroupRecord
 from fleet.run_folder import EVALUATION_SCHEMA_VERSION, finite
 
+MAX_CHOICES = 16  # of a table by choice; a task with more has no such table
 MAX_COLUMNS = 4  # evaluations side by side; of more, the first and the last are shown
 Document = Mapping[str, Any]
 
@@ -35,8 +36,9 @@ class Row:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Counts by correct index (row) and chosen index (column); the last column is no valid pick."""
+    """Counts by right choice (row) and the choice made (column); the last column is none of them."""
 
+    choices: Sequence[str]
     rows: Sequence[Sequence[int]]
     source: str
 
@@ -51,10 +53,10 @@ class Level:
 
 
 MEANINGS = {
-    "greedy_accuracy": "Share of held-out episodes whose most likely answer picks the right image.",
-    "sampled_accuracy": "Share of sampled answers that pick the right image.",
-    "chance": "What picking an image at random would score.",
-    "best_constant_index": "What always picking one and the same index would score.",
+    "greedy_accuracy": "Share of held-out episodes whose most likely answer is right.",
+    "sampled_accuracy": "Share of sampled answers that are right.",
+    "chance": "What an answer without looking would score, as the environment says.",
+    "best_constant_choice": "What always choosing one and the same would score.",
 }
 
 
@@ -66,8 +68,9 @@ def percent(share: float | None) -> str:
 def ordered_evaluations(documents: Sequence[Document]) -> list[Document]:
     """Evaluations by step, each step's last one only, then those that belong to no step.
 
-    Raises ValueError for a document of another schema.
+    Raises ValueError for a document of a schema that is neither this one nor the one before.
     """
+    documents = [_updated(document) for document in documents]
     for document in documents:
         if document.get("schema_version") != EVALUATION_SCHEMA_VERSION:
             raise ValueError(
@@ -76,6 +79,18 @@ def ordered_evaluations(documents: Sequence[Document]) -> list[Document]:
             )
     by_step = {document["step"]: document for document in documents if document.get("step") is not None}
     return [by_step[step] for step in sorted(by_step)] + [doc for doc in documents if doc.get("step") is None]
+
+
+def _updated(document: Document) -> Document:
+    """A document of version 1, of the task that picks an image, as one of version 2; any other as it is."""
+    if document.get("schema_version") != 1:
+        return document
+    updated = dict(document) | {"schema_version": EVALUATION_SCHEMA_VERSION}
+    best = updated.pop("best_constant_index", None) or {}
+    updated["choices"] = [str(index) for index in range(updated.pop("candidates", 0))]
+    updated["best_constant_choice"] = {**best, "choice": str(best.get("index"))}
+    updated["accuracy_by_choice"] = updated.pop("accuracy_by_correct_index", None)
+    return updated
 
 
 def first_and_last(evaluations: Sequence[Document]) -> tuple[Document, Document] | None:
@@ -113,9 +128,13 @@ def evaluation_rows(columns: Sequence[Document]) -> list[Row]:
     rows[2:2] = [
         _row(columns, f"pass@{k}", f"Probability of a right answer among {k} sampled.", "pass_at_k", str(k)) for k in ks
     ]
+    lacking: list[Row] = []
     for control, meaning in CONTROL_MEANINGS.items():
-        sentence = f"{meaning[0].upper()}{meaning[1:]}.".replace(" %", "%")
-        rows.append(_row(columns, f"Control: {control.replace('_', ' ')}", sentence, "controls", control))
+        name = f"Control: {control.replace('_', ' ')}"
+        if columns and not any((document.get("controls") or {}).get(control) for document in columns):
+            lacking.append(Row(name, _sentence(NO_SUCH_CONTROL), tuple(Cell("–") for _ in columns)))
+        else:
+            rows.append(_row(columns, name, _sentence(meaning), "controls", control))
     models = sorted({str(document["baseline"].get("model")) for document in columns if document.get("baseline")})
     rows += [
         _row(columns, "Baseline", f"Greedy accuracy of {', '.join(models)}.", "baseline", "greedy_accuracy"),
@@ -125,7 +144,11 @@ def evaluation_rows(columns: Sequence[Document]) -> list[Row]:
             tuple(_difference_cell(document) for document in columns),
         ),
     ]
-    return [row for row in rows if any(cell.text != "–" for cell in row.cells)]
+    return [row for row in rows if any(cell.text != "–" for cell in row.cells)] + lacking
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}.".replace(" %", "%")
 
 
 def _row(columns: Sequence[Document], name: str, meaning: str, *keys: str) -> Row:
@@ -134,8 +157,8 @@ def _row(columns: Sequence[Document], name: str, meaning: str, *keys: str) -> Ro
     for document in columns:
         estimate = estimate_at(document, *keys)
         detail = estimate.interval("–") if estimate else ""
-        if estimate and keys == ("best_constant_index",):
-            detail = f"index {document['best_constant_index'].get('index')}"
+        if estimate and keys == ("best_constant_choice",):
+            detail = f"always {document['best_constant_choice'].get('choice')}"
         cells.append(Cell(percent(estimate.value if estimate else None), detail))
     return Row(name, meaning, tuple(cells))
 
@@ -154,18 +177,34 @@ def _difference_cell(document: Document) -> Cell:
     return Cell(f"{100 * estimate.value:+.1f}", "; ".join(details))
 
 
-def accuracy_by_index_rows(columns: Sequence[Document]) -> list[Row]:
-    """Accuracy on the episodes whose correct index is 0, 1, ...; a row each."""
-    indices = sorted({int(index) for document in columns for index in document.get("accuracy_by_correct_index") or {}})
-    return [_row(columns, str(index), "", "accuracy_by_correct_index", str(index)) for index in indices]
+def accuracy_by_choice_rows(columns: Sequence[Document]) -> list[Row]:
+    """Accuracy on the episodes for which each choice is right; a row each, none for more than MAX_CHOICES."""
+    choices = list(dict.fromkeys(choice for document in columns for choice in document.get("accuracy_by_choice") or {}))
+    if len(choices) > MAX_CHOICES:
+        return []
+    return [_row(columns, choice, "", "accuracy_by_choice", choice) for choice in choices]
 
 
 def heat_map(last: Document | None, groups: Sequence[GroupRecord]) -> HeatMap | None:
-    """Chosen by correct index, from the last evaluation, else from the recorded rollouts; None without both."""
+    """Choices made by right choice, from the last evaluation, else from the recorded rollouts.
+
+    None without both, and for a task with no choices or more than MAX_CHOICES.
+    """
     if last and last.get("confusion"):
-        return HeatMap(last["confusion"], f"{column_title(last)}, greedy answers on held-out episodes")
-    if not groups:
-        return None
-    judged = [(rollout.episode.correct_index, rollout.verdict) for group in groups for rollout in group.rollouts]
-    num_candidates = max(group.episode.num_candidates for group in groups)
-    return HeatMap(confusion(judged, num_candidates), "all recorded rollouts, sampled in training")
+        source = f"{column_title(last)}, greedy answers on held-out episodes"
+        found = HeatMap(last["choices"], last["confusion"], source)
+    else:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        choices = list(dict.fromkeys(choice for group in groups for choice in group.episode.choices))
+        judged = [(one.episode.solution, one.chosen) for one in rollouts if one.episode.solution in choices]
+        found = HeatMap(choices, confusion(judged, choices), "all recorded rollouts, sampled in training")
+    return found if 0 < len(found.choices) <= MAX_CHOICES else None
+
+
+def choices_left_out(last: Document | None, groups: Sequence[GroupRecord]) -> str:
+    """The sentence that says why a task of more than MAX_CHOICES has no tables by choice; "" for any other."""
+    of_groups = {choice for group in groups for choice in group.episode.choices}
+    num_choices = len((last or {}).get("choices") or of_groups)
+    if num_choices <= MAX_CHOICES:
+        return ""
+    return f"No tables by choice: the task has {num_choices:,} choices, and they show at most {MAX_CHOICES}."

@@ -10,25 +10,27 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Self
 
-from environment import Episode, Judgement, Message, Outcome
+from environment import Episode, EpisodeSource, Message
 from fleet.run_folder import finite
-from utils.tool_calls import ParseStatus
+from fleet.verdicts import CORRECT, VALID_CALL, Verdict, choices_of, solution_of
+from utils.tool_calls import ParseStatus, ToolCall
 
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """An episode as its group saw it. images: N file names, equal for equal pixels; labels: N words."""
+    """An episode as its group saw it.
+
+    images: N file names, equal for equal pixels. labels: N words, or none. correct_index: of a task that picks an
+    image. solution: the gold answer in words, which is one of `choices` where an answer is one of a few.
+    """
 
     instruction: str
     target: str | None
-    correct_index: int
+    correct_index: int | None
     labels: tuple[str, ...]
     images: tuple[str, ...]
-
-    @property
-    def num_candidates(self) -> int:
-        """N; the line of an older run may lack labels."""
-        return max(len(self.labels), len(self.images))
+    choices: tuple[str, ...] = ()
+    solution: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,21 @@ class RolloutRecord:
 
     episode: EpisodeRecord
     completion: str
-    verdict: Judgement
+    verdict: Verdict
     reward: float
     advantage: float = math.nan
+
+    @property
+    def chosen(self) -> str | None:
+        """The choice that was made; None if there are no choices, or the answer is none of them."""
+        return name if self.verdict.call and (name := str(self.verdict.call)) in self.episode.choices else None
+
+
+def picture_chosen(rollout: RolloutRecord) -> int | None:
+    """The place of the picture that a rollout picked; None where the task picks none, or the rollout did not."""
+    if rollout.episode.correct_index is None or rollout.chosen is None:
+        return None
+    return rollout.episode.choices.index(rollout.chosen)
 
 
 @dataclass(frozen=True)
@@ -74,50 +88,69 @@ class GroupRecord:
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> Self:
         """The group of a line. Raises KeyError, TypeError or ValueError for another form."""
-        step, number, target = int(line["step"]), int(line["group"]), line["target"]
+        step, number, target, index = int(line["step"]), int(line["group"]), line["target"], line["correct_index"]
+        labels, images = tuple(map(str, line["labels"])), tuple(map(str, line["images"]))
+        if index is not None and int(index) not in range(max(len(labels), len(images))):
+            raise ValueError("correct_index is that of no picture")
         episode = EpisodeRecord(
             instruction=str(line["instruction"]),
             target=None if target is None else str(target),
-            correct_index=int(line["correct_index"]),
-            labels=tuple(map(str, line["labels"])),
-            images=tuple(map(str, line["images"])),
+            correct_index=None if index is None else int(index),
+            labels=labels,
+            images=images,
+            # a run of an older Fleet picked an image
+            choices=tuple(map(str, line.get("choices", range(max(len(labels), len(images)))))),
+            solution=str(line.get("solution", index)),
         )
-        rollouts = tuple(_rollout_from_json(episode, rollout) for rollout in line["rollouts"])
-        picked = [rollout.verdict.index for rollout in rollouts if rollout.verdict.is_valid_call]
-        if any(index not in range(episode.num_candidates) for index in (episode.correct_index, *picked)):
-            raise ValueError("an index is that of no picture")
-        return cls(step, number, episode, rollouts)
+        return cls(step, number, episode, tuple(_rollout_from_json(episode, rollout) for rollout in line["rollouts"]))
 
 
 def _rollout_from_json(episode: EpisodeRecord, line: dict[str, Any]) -> RolloutRecord:
-    index, outcome, status = line["index"], Outcome(line["outcome"]), ParseStatus(line["parse_status"])
-    verdict = Judgement(outcome, status, None if index is None else int(index))
+    status, outcome = ParseStatus(line["parse_status"]), str(line["outcome"])
+    if "is_right" in line:
+        call = None if line["call"] is None else ToolCall(str(line["call"]["name"]), dict(line["call"]["arguments"]))
+        components = {str(name): float(value) for name, value in line["components"].items()}
+        verdict = Verdict(outcome, bool(line["is_right"]), components, status, call)
+    else:
+        call = None if line["index"] is None else ToolCall("", {"index": int(line["index"])})
+        is_right = outcome == "correct"
+        components = {CORRECT: float(is_right), VALID_CALL: float(is_right or outcome == "wrong_index")}
+        verdict = Verdict(outcome, is_right, components, status, call)
     reward, advantage = (math.nan if line[name] is None else float(line[name]) for name in ("reward", "advantage"))
     return RolloutRecord(episode, str(line["completion"]), verdict, reward, advantage)
 
 
 def make_records(
+    env: EpisodeSource,
     episodes: Sequence[Episode],
     image_digests: Sequence[bytes],
     completions: Sequence[str],
-    verdicts: Sequence[Judgement],
+    verdicts: Sequence[Verdict],
     rewards: Sequence[float],
 ) -> list[RolloutRecord]:
     """The records of P groups of completions, group after group.
 
-    image_digests: of all the episodes' pictures, in order. completions, verdicts and rewards: B, one a rollout.
+    image_digests: of all the episodes' pictures, in order. completions, verdicts and rewards: B, one a rollout. Raises
+    BrokenEpisode if the environment has no sound choices or solution for an episode.
     """
     names = (f"{digest.hex()[:16]}.webp" for digest in image_digests)
     seen_B: list[EpisodeRecord] = []
     for episode in episodes:
-        instruction, images = instruction_of(episode.messages), tuple(islice(names, episode.num_candidates))
-        seen = EpisodeRecord(instruction, episode.target, episode.correct_index, episode.labels, images)
+        seen = EpisodeRecord(
+            instruction_of(episode.messages),
+            episode.target,
+            episode.correct_index,
+            episode.labels,
+            tuple(islice(names, episode.num_candidates)),
+            choices_of(env, episode),
+            str(solution_of(env, episode)),
+        )
         seen_B += [seen] * (len(completions) // len(episodes))
     return [RolloutRecord(*fields) for fields in zip(seen_B, completions, verdicts, rewards, strict=True)]
 
 
 def instruction_of(messages: Sequence[Message]) -> str:
-    """The last text of the user's messages, which asks for a picture."""
+    """The last text of the user's messages, which asks."""
     texts = [
         part["text"]
         for message in messages
@@ -141,23 +174,23 @@ def length_metrics(lengths: Sequence[int], is_ended: Sequence[bool]) -> dict[str
     return metrics
 
 
-def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int, outcomes: Sequence[str]) -> dict[str, float]:
     """The task metrics of P groups of `group_size` rollouts, group after group. Every value is a share in [0, 1].
 
     `accuracy`; `valid_call`; `outcome/<outcome>` and `parse/<status>`, each family summing to 1; `groups/all_right`,
     `groups/all_wrong`, `groups/mixed`, also summing to 1, from the verdicts alone: only mixed groups teach
-    which index is right; `chosen_index/<i>`, the share of all rollouts that picked i, and
-    `correct_index/<i>`, the share for which i was right, for every index in range.
+    what is right; where the task has choices, `chosen/<c>`, the share of all rollouts that chose c, and `correct/<c>`,
+    the share for which c was right. outcomes: the names of all that there are.
     Raises ValueError unless the rollouts fill one or more whole groups.
     """
     if not rollouts or len(rollouts) % group_size:
         raise ValueError(f"{len(rollouts)} rollouts, but wanted one or more whole groups of {group_size}")
     verdicts = [rollout.verdict for rollout in rollouts]
-    outcomes = Counter(verdict.outcome for verdict in verdicts)
+    counts = Counter(str(verdict.outcome) for verdict in verdicts)
     statuses = Counter(verdict.parse_status for verdict in verdicts)
-    chosen = Counter(verdict.index for verdict in verdicts)
-    correct = Counter(rollout.episode.correct_index for rollout in rollouts)
-    num_candidates = max(rollout.episode.num_candidates for rollout in rollouts)
+    chosen = Counter(rollout.chosen for rollout in rollouts)
+    correct = Counter(rollout.episode.solution for rollout in rollouts)
+    choices = dict.fromkeys(choice for rollout in rollouts for choice in rollout.episode.choices)
     rights = [verdict.is_right for verdict in verdicts]
     rights_per_group = [sum(rights[start : start + group_size]) for start in range(0, len(rights), group_size)]
     num_groups, total = len(rights_per_group), len(rollouts)
@@ -165,11 +198,11 @@ def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int) -> dict[
     return {
         "accuracy": sum(rights) / total,
         "valid_call": sum(verdict.is_valid_call for verdict in verdicts) / total,
-        **{f"outcome/{outcome}": outcomes[outcome] / total for outcome in Outcome},
+        **{f"outcome/{outcome}": counts[outcome] / total for outcome in outcomes},
         **{f"parse/{status}": statuses[status] / total for status in ParseStatus},
         "groups/all_right": all_right / num_groups,
         "groups/all_wrong": all_wrong / num_groups,
         "groups/mixed": (num_groups - all_right - all_wrong) / num_groups,
-        **{f"chosen_index/{index}": chosen[index] / total for index in range(num_candidates)},
-        **{f"correct_index/{index}": correct[index] / total for index in range(num_candidates)},
+        **{f"chosen/{choice}": chosen[choice] / total for choice in choices},
+        **{f"correct/{choice}": correct[choice] / total for choice in choices},
     }

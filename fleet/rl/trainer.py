@@ -19,7 +19,7 @@ from trl import RLOOConfig
 from trl.trainer.utils import nanstd
 
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator, count_faults, require_episodes
-from environment import Episode, Judgement, judge
+from environment import Episode, EpisodeSource
 from fleet.errors import RunStopped
 from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan, headline_figures
@@ -37,6 +37,7 @@ from fleet.rl.policy_passes import PolicyPasses, SampledGroups
 from fleet.rl.rollouts import RolloutRecord, make_records, rollout_metrics
 from fleet.rl.settings import DEFAULT_SETTINGS, TrainerSettings
 from fleet.schedule import require_whole_groups
+from fleet.verdicts import Verdict, outcome_names, verdicts_on
 from model_utils import decode_completion
 from reward import make_trl_reward_function, reward_of
 
@@ -103,6 +104,7 @@ class FleetRLOOTrainer(PolicyPasses):
         self.reward_guard = None if reward_function is None else RewardGuard(reward_function)
         self.step_guard = StepGuard(self.accelerator, settings.max_skipped_steps, self.is_at_generation_end)
         self.add_callback(self.step_guard)
+        self.env: EpisodeSource = dataset.env
         self.evaluation = evaluation
         self.latest_evaluation: dict[str, Any] | None = None
         self.latest_rollouts: tuple[RolloutRecord, ...] = ()
@@ -155,24 +157,25 @@ class FleetRLOOTrainer(PolicyPasses):
     def _judge_and_reward(self, sampled: SampledGroups) -> Rollouts:
         """This device's completions, each judged once and rewarded; logs the rewards of all devices.
 
-        Raises RunStopped on all processes if the user's reward function is broken on any.
+        Raises RunStopped on all processes if the environment or the user's reward function is broken on any.
         """
-        batch, processor, reasons = sampled.batch, self.processing_class, self.settings.allow_reasoning
+        batch, processor = sampled.batch, self.processing_class
         episodes_B = [episode for episode in batch["episodes"] for _ in range(batch["group_size"])]
         completions = [decode_completion(processor, ids, self.eos_token_ids) for ids in sampled.completion_ids]
-        verdicts = [
-            judge(completion, episode.correct_index, episode.num_candidates, allow_reasoning=reasons)
-            for completion, episode in zip(completions, episodes_B, strict=True)
-        ]
+        reasons = self.settings.allow_reasoning
+        verdicts, broken = verdicts_on(self.env, episodes_B, completions, allow_reasoning=reasons)
+        require_episodes(gather_object([[broken]]))
         rewards, first_dropped = self._rewards(sampled, episodes_B, completions, verdicts)
         self.step_guard.begin_generation(first_dropped)
         rewards_B = torch.tensor(rewards, device=self.accelerator.device) * self.reward_weights[0].item()
         self._log_rewards(self.accelerator.gather(rewards_B))
-        records = make_records(batch["episodes"], batch["image_digests"], completions, verdicts, rewards_B.tolist())
+        records = make_records(
+            self.env, batch["episodes"], batch["image_digests"], completions, verdicts, rewards_B.tolist()
+        )
         return Rollouts(sampled, records, rewards_B, advantages_B=torch.zeros_like(rewards_B))
 
     def _rewards(
-        self, sampled: SampledGroups, episodes_B: list[Episode], completions: list[str], verdicts: list[Judgement]
+        self, sampled: SampledGroups, episodes_B: list[Episode], completions: list[str], verdicts: list[Verdict]
     ) -> tuple[list[float], str | None]:
         """The B rewards, from the verdicts or the user's reward function, and the first dropped value, in words.
 
@@ -189,6 +192,7 @@ class FleetRLOOTrainer(PolicyPasses):
             correct_index=[episode.correct_index for episode in episodes_B],
             num_candidates=[episode.num_candidates for episode in episodes_B],
             episode=episodes_B,
+            verdict=verdicts,
             trainer_state=self.state,
         )
 
@@ -239,7 +243,7 @@ class FleetRLOOTrainer(PolicyPasses):
         }
         self.latest_rollouts = tuple(gather_object(records))
         self._num_rollouts_since_log += len(self.latest_rollouts)
-        self._add_metrics(rollout_metrics(self.latest_rollouts, self.num_generations))
+        self._add_metrics(rollout_metrics(self.latest_rollouts, self.num_generations, outcome_names(self.env)))
         if rollouts.kl_and_tokens_2 is not None:
             kl, num_tokens = self.accelerator.reduce(rollouts.kl_and_tokens_2, reduction="sum").tolist()
             self._add_metrics({"kl": kl / max(num_tokens, 1)})

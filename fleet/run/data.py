@@ -12,7 +12,8 @@ from fleet.model_folder.files import base_of
 from fleet.own_code.environment_trial import TRIED, require_same_digests
 from fleet.processes import gather_by_rank, together
 from fleet.run.model_setup import naming_the_model
-from fleet.toy.model import PLAIN, cached_path, is_whole
+from fleet.toy.model import cached_path, is_whole
+from fleet.toy.process import kind_for
 from model_utils import load_processor
 from utils.images import BadImage
 
@@ -54,9 +55,10 @@ def require_last_episode(env: EpisodeSource, spec: str, num_episodes: int) -> No
 
 def require_encodable_prompts(task: TaskFlags, findings: Findings | None, model_id: str) -> None:
     """Raises UsageError if a user's first prompts do not encode for a model whose processor is on this machine."""
-    folder = cached_path(PLAIN) if model_id == TOY_MODEL_ID else Path(base_of(model_id))
-    is_here = is_whole(folder) if model_id == TOY_MODEL_ID else folder.is_dir()
-    if task.env is None or findings is None or not is_here:
+    if task.env is None or findings is None:
+        return
+    folder = cached_path(*kind_for(task)) if model_id == TOY_MODEL_ID else Path(base_of(model_id))
+    if not (is_whole(folder) if model_id == TOY_MODEL_ID else folder.is_dir()):
         return
     with naming_the_model(model_id):
         processor = load_processor(str(folder))

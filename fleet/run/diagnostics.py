@@ -42,10 +42,10 @@ PARSE_REMEDIES = {
     ParseStatus.EXTRA_TEXT: "pass --allow_reasoning true to accept text before the call; text after it is never "
     "accepted: lower --temperature, or start from a larger --model_id",
     ParseStatus.MALFORMED_JSON: "lower --temperature, or start from a larger --model_id",
-    ParseStatus.WRONG_NAME: "the tool is pick_image; correct the name in the prompt_messages() of an environment of "
-    "your own, or lower --temperature",
-    ParseStatus.BAD_ARGUMENTS: 'the arguments are exactly {"index": <integer>}; ask for that in the prompt_messages() '
-    "of an environment of your own, or lower --temperature",
+    ParseStatus.WRONG_NAME: "the call names none of the tools; if prompt_messages() is an environment's own, let it "
+    "show environment.tools, else lower --temperature",
+    ParseStatus.BAD_ARGUMENTS: "the arguments are exactly those of the tool's schema; if prompt_messages() is an "
+    "environment's own, let it show that, else lower --temperature",
     ParseStatus.TOO_LONG: "a call has at most 4,096 characters; pass --allow_reasoning true if the text comes before "
     "the call, else lower --temperature or --max_completion_length",
 }
@@ -61,8 +61,8 @@ class Diagnostics:
     | solved           | over a window at most 2 % of groups are mixed, and at least 95 % all right                |
     | all_wrong        | the same, and at least 95 % all wrong                                                    |
     | all_tied         | the same, and neither                                                                    |
-    | not_looking      | the index is drawn, and accuracy is what the same picks earn without looking: over a      |
-    |                  | window if 95 % of valid picks are one index, else over five windows and the last of them |
+    | not_looking      | what is right varies, and accuracy is what the same choices earn without looking: over a  |
+    |                  | window if 95 % of valid ones are one choice, else over five windows and the last of them |
     | unparsable       | over half a window, more than half of completions have one status, and no fewer lately    |
     | entropy_collapse | a window's mean is under 5 % of the first window's, at an accuracy below 0.95 not rising |
 
@@ -130,39 +130,43 @@ class Diagnostics:
             )
         if wrong >= MIN_ONE_KIND:
             return Kind.ALL_WRONG, (
-                f"every rollout was wrong in {wrong:.0%} of the groups {since}, so none teaches which index is right: "
+                f"every rollout was wrong in {wrong:.0%} of the groups {since}, so none teaches what is right: "
                 "look at the sample tables and the parse/<status> rates; then more --num_rollouts, a higher "
                 "--temperature, fewer --candidates_per_episode first, --allow_reasoning true, or a larger --model_id"
             )
         return Kind.ALL_TIED, (
             f"the rollouts of a group are all right ({right:.0%}) or all wrong ({wrong:.0%}) {since}, so none teaches "
-            "which index is right: the policy gives one answer whatever is drawn; raise --temperature or "
+            "what is right: the policy gives one answer whatever is drawn; raise --temperature or "
             "--num_rollouts, or start again with a lower --learning_rate"
         )
 
     def _not_looking(self) -> tuple[Kind, str] | None:
         lines = self._latest(self.window)
-        if self.fixed_correct_index is not None or not is_as_good_as_blind(lines):
+        rights = [mean_of(lines, f"correct/{choice}") for choice in choices_in(lines)]
+        # where one choice is right on purpose, there is nothing to look for
+        is_fixed = self.fixed_correct_index is not None and max(rights, default=1.0) == 1.0
+        if is_fixed or not is_as_good_as_blind(lines):
             return None
-        found = {index: mean_of(lines, f"chosen_index/{index}") for index in chosen_indices(lines)}
-        shares = {index: share for index, share in found.items() if not math.isnan(share)}
+        found = {choice: mean_of(lines, f"chosen/{choice}") for choice in choices_in(lines)}
+        shares = {choice: share for choice, share in found.items() if not math.isnan(share)}
         if not shares:
             return None
-        index, valid = max(shares, key=shares.__getitem__), sum(shares.values())
+        choice, valid = max(shares, key=shares.__getitem__), sum(shares.values())
         accuracy = mean_of(lines, "accuracy")
-        if shares[index] >= MIN_ONE_KIND * valid:
-            right_share = mean_of(lines, f"correct_index/{index}")
+        if shares[choice] >= MIN_ONE_KIND * valid:
+            right_share = mean_of(lines, f"correct/{choice}")
             return Kind.NOT_LOOKING, (
-                f"the policy does not look: {shares[index] / valid:.0%} of its picks in the last {len(lines)} "
-                f"logged steps are index {index}, right {right_share:.0%} of the time, and accuracy {accuracy:.2f} is "
-                "what that earns; start again with a lower --learning_rate, a higher --temperature or --beta 0.01"
+                f"the policy does not look: {shares[choice] / valid:.0%} of its choices in the last "
+                f"{len(lines)} logged steps are {choice}, right {right_share:.0%} of the time, and accuracy "
+                f"{accuracy:.2f} is what that earns; start again with a lower --learning_rate, a higher --temperature "
+                "or --beta 0.01"
             )
         all_lines = self._latest(NUM_WINDOWS_AT_CHANCE * self.window)
         if not is_as_good_as_blind(all_lines):
             return None
         return Kind.NOT_LOOKING, (
             f"the policy does not look: for {len(all_lines)} logged steps its accuracy, lately {accuracy:.2f}, is what "
-            "the same picks would earn without the images; raise --learning_rate or --per_device_batch_size, lower "
+            "the same choices would earn without the images; raise --learning_rate or --per_device_batch_size, lower "
             "--candidates_per_episode, train the vision side too (--freeze_vision false, --use_lora false), or start "
             "from a larger --model_id"
         )
@@ -184,19 +188,19 @@ class Diagnostics:
 
 
 def is_as_good_as_blind(lines: Sequence[Metrics]) -> bool:
-    """True if accuracy is no more than these picks earn when each ignores the right index.
+    """True if accuracy is no more than these choices earn when each ignores what is right.
 
-    A step's picks of index i are the share c_i of its rollouts, and i is right in a share q_i of all steps together.
-    Blind picks are right in a share of sum(c_i q_i): q_i for one constant index i, 1/N for even picks among N. (With
+    A step's choices of i are the share c_i of its rollouts, and i is right in a share q_i of all steps together.
+    Blind choices are right in a share of sum(c_i q_i): q_i for one constant choice i, 1/N for even ones among N. (With
     q_i of the step alone, a step of one episode would always look blind.) The steps' excess over that counts if its
     mean is above two standard errors and above 0.01. False, for lack of evidence, if half the picks or more are
     invalid, or half the lines or more lack a figure.
     """
     excesses, valid_shares = [], []
-    right = {index: mean_of(lines, f"correct_index/{index}") for index in chosen_indices(lines)}
+    right = {choice: mean_of(lines, f"correct/{choice}") for choice in choices_in(lines)}
     for line in lines:
         accuracy = _known(line, "accuracy")
-        pairs = [(_known(line, f"chosen_index/{index}"), q) for index, q in right.items()]
+        pairs = [(_known(line, f"chosen/{choice}"), q) for choice, q in right.items()]
         pairs = [(c, q) for c, q in pairs if not math.isnan(c * q)]
         if pairs and not math.isnan(accuracy):
             excesses.append(accuracy - sum(c * q for c, q in pairs))
@@ -216,9 +220,9 @@ def mean_of(lines: Sequence[Metrics], name: str) -> float:
     return fmean(known) if known and len(known) >= len(lines) / 2 else math.nan
 
 
-def chosen_indices(lines: Sequence[Metrics]) -> list[str]:
-    """The indices of the figures chosen_index/<index>, each once, in the order in which they appear."""
-    prefix = "chosen_index/"
+def choices_in(lines: Sequence[Metrics]) -> list[str]:
+    """The choices of the figures chosen/<choice>, each once, in the order in which they appear."""
+    prefix = "chosen/"
     names = dict.fromkeys(name for line in lines for name in line if name.startswith(prefix))
     return [name.removeprefix(prefix) for name in names]
 

@@ -25,8 +25,8 @@ from fleet.model_folder.weights import first_weight_not_finite
 from fleet.processes import gather_by_rank, together
 from fleet.run.config import sha256_of
 from fleet.run.watchdog import is_of_collective
-from fleet.toy.model import PLAIN, SIGHTED, TOY_DATA_ROOT
-from fleet.toy.process import build_in_own_process
+from fleet.toy.model import TOY_DATA_ROOT
+from fleet.toy.process import build_for
 from model_utils import load_qwen25_vl, require_loadable
 from utils.images import list_labelled_images
 
@@ -58,7 +58,7 @@ def local_model_path(model_id: str, task: TaskFlags) -> str:
     """The path or hub id for `from_pretrained`. All processes build the toy if need be, or raise UsageError."""
     if model_id != TOY_MODEL_ID:
         return model_id
-    return str(together(lambda: build_in_own_process(SIGHTED if starts_sighted(model_id, task) else PLAIN)))
+    return str(together(lambda: build_for(task)))
 
 
 def require_loadable_models(*model_ids: str, revision: str | None = None) -> None:

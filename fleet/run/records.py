@@ -13,13 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from environment import Outcome
 from fleet.command.options import ResolvedDefault
 from fleet.rl.rollouts import GroupRecord, RolloutRecord
 from fleet.run_folder import write_atomically
 from utils.plain_text import printable
-
-OUTCOME_STYLES = {Outcome.CORRECT: "green", Outcome.WRONG_INDEX: "yellow"}
 
 
 def distinct_rollouts(rollouts: Sequence[RolloutRecord], max_rows: int = 4) -> list[RolloutRecord]:
@@ -39,13 +36,14 @@ def sample_table(rollouts: Sequence[RolloutRecord], step: int) -> str:
         table.add_column(name, justify="right")
     for rollout in rollouts:
         verdict, episode = rollout.verdict, rollout.episode
-        outcome = verdict.outcome.value
-        if verdict.outcome is Outcome.UNPARSABLE:
+        outcome = str(verdict.outcome)
+        if verdict.call is None:
             outcome = f"{outcome}: {verdict.parse_status.value}"
+        style = "green" if verdict.is_right else "yellow" if verdict.is_valid_call else "red"
         table.add_row(
-            Text(_cut(f"{episode.correct_index} ({episode.target})" if episode.target else str(episode.correct_index))),
+            Text(_cut(f"{episode.solution} ({episode.target})" if episode.target else episode.solution)),
             Text(_cut(rollout.completion)),
-            Text(outcome, style=OUTCOME_STYLES.get(verdict.outcome, "red")),
+            Text(outcome, style=style),
             f"{rollout.reward:.2f}",
             f"{rollout.advantage:+.2f}",
         )

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerCallback
 
-from fleet.rl.rollouts import RolloutRecord
+from fleet.rl.rollouts import RolloutRecord, picture_chosen
 from utils.plain_text import printable, printable_lines
 
 TAG = "samples"
@@ -63,9 +63,10 @@ def log_samples(report_to: str, callbacks: Sequence[TrainerCallback], samples: S
 
 
 def contact_sheet(sample: Sample) -> Image.Image:
-    """The candidates side by side as RGB, each over its index.
+    """The images side by side as RGB, each over its number.
 
-    The right one has a green outer frame, the chosen one an orange inner frame, and the captions say so too.
+    In a task that picks one, the right one has a green outer frame, the chosen one an orange inner frame, and the
+    captions say so too.
     """
     border_px = 2 * FRAME_PX
     cell_px = THUMBNAIL_PX + 2 * border_px
@@ -81,7 +82,7 @@ def contact_sheet(sample: Sample) -> Image.Image:
         if index == sample.rollout.episode.correct_index:
             draw.rectangle((left, 0, right, bottom), outline=RIGHT_COLOUR, width=FRAME_PX)
             marks.append("right")
-        if index == sample.rollout.verdict.index:
+        if picture_chosen(sample.rollout) == index:
             inner = (left + FRAME_PX, FRAME_PX, right - FRAME_PX, bottom - FRAME_PX)
             draw.rectangle(inner, outline=CHOSEN_COLOUR, width=FRAME_PX)
             marks.append("chosen")
@@ -127,10 +128,10 @@ def _row(sample: Sample) -> list[Any]:
     return [
         printable_lines(episode.instruction),
         printable(candidates),
-        episode.correct_index,
-        verdict.index,
+        episode.solution,
+        None if verdict.call is None else str(verdict.call),
         printable_lines(rollout.completion),
-        verdict.outcome.value,
+        str(verdict.outcome),
         verdict.parse_status.value,
         round(rollout.reward, 4),
         round(rollout.advantage, 4),

@@ -46,7 +46,7 @@ def teach_calls(
     """Trains the model in place to answer with one call whose index is uniform over the candidates."""
     optimizer = AdamW(model.parameters(), lr=recipe["learning_rate"], weight_decay=0.0)
     schedule = OneCycleLR(optimizer, recipe["learning_rate"], recipe["steps"])
-    _train(model, [(_call_losses(model, processor, recipe), optimizer, schedule)])
+    train_stages(model, [(_call_losses(model, processor, recipe), optimizer, schedule)])
 
 
 def teach_sight(
@@ -66,10 +66,10 @@ def teach_sight(
         optimizer = AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
         schedule = OneCycleLR(optimizer, rate, recipe[name]["steps"], pct_start=0.1, cycle_momentum=False)
         stages.append((losses, optimizer, schedule))
-    _train(model, stages)
+    train_stages(model, stages)
 
 
-def _train(
+def train_stages(
     model: Qwen2_5_VLForConditionalGeneration, stages: Sequence[tuple[Iterator[Tensor], AdamW, OneCycleLR]]
 ) -> None:
     """Trains in each stage what its optimizer has, a step a loss, with a bar over the steps of all."""

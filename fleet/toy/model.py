@@ -1,4 +1,4 @@
-"""The built-in model: a real Qwen2.5-VL, tiny, made on this machine, in two kinds with different lessons.
+"""The built-in model: a real Qwen2.5-VL, tiny, made on this machine, in kinds with different lessons.
 
 Owns the recipes (tokenizer, sizes, numbers of the lessons), the cache, and the weights that are shipped. The lessons
 themselves are in lessons.py. `python -m fleet.toy.model ship` makes the shipped weights again.
@@ -31,10 +31,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from environment import PickImageEnv
+from environment import EpisodeSource, PickImageEnv
+from fleet.episodes import checked_episode
 from fleet.errors import UsageError, reason_of
+from fleet.toy.form_school import teach_form
 from fleet.toy.lessons import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, teach_calls, teach_sight
-from utils.tool_calls import make_tool_call_str
+from fleet.verdicts import solution_of
+from utils.tool_calls import make_call_str, make_tool_call_str, system_text
 
 SHIPPED_WEIGHTS = Path(__file__).resolve().with_name("sighted.safetensors")
 
@@ -55,7 +58,10 @@ CHAT_TEMPLATE = (
 
 # Runs with a fixed index start from the plain toy: it knows the form of a call, and every index is as likely. Runs that
 # pick by name start from the sighted toy: it knows the pictures and their names too, and favours an index.
-PLAIN, SIGHTED = "plain", "sighted"
+# Runs of an environment with tools of its own start from a toy that was taught the form of their calls.
+PLAIN, SIGHTED, TAUGHT, RELUCTANT = "plain", "sighted", "taught", "reluctant"
+SCHOOL_SEED = 2_147_483_646  # of an environment's episodes in school
+NUM_TEXTS = 32  # episodes whose texts the tokenizer learns from
 SIZES: dict[str, Any] = {
     "text": {
         "initializer_range": 0.06,  # at 0.02 a model this narrow starts too flat and needs twice the steps
@@ -68,7 +74,14 @@ SIZES: dict[str, Any] = {
         "out_hidden_size": 96, "window_size": 56, "fullatt_block_indexes": [1],
     },
 }  # fmt: skip
+FORM_RECIPE = {
+    "seed": 20, "vocab_size": 440, "steps": 400, "episodes_per_step": 8, "learning_rate": 3e-3,
+    "max_pixels": TOY_IMAGE_PIXELS, "call_share": 1.0, "sees": True,
+}  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
+    TAUGHT: FORM_RECIPE,
+    # for a check: what to stop saying is learnt in a few steps of RLOO, whatever the task
+    RELUCTANT: FORM_RECIPE | {"steps": 250, "learning_rate": 6e-3, "call_share": 1 / 3, "sees": False},
     PLAIN: {
         "seed": 20,
         "vocab_size": 400,
@@ -91,21 +104,22 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def toy_model_path(kind: str = PLAIN) -> Path:
+def toy_model_path(kind: str = PLAIN, env: EpisodeSource | None = None) -> Path:
     """The folder of a built toy; builds it if the cache has none for this recipe and these versions.
 
-    kind: PLAIN or SIGHTED. One process builds while others wait, and the folder appears whole or not at all. Raises
-    UsageError if the cache cannot be written. In a process that a launcher started, use process.py, because
-    transformers saves on the first rank alone.
+    kind: of RECIPES. env: of the kinds that are taught an environment's calls. One process builds, others wait, and
+    the folder appears whole or not at all. Raises UsageError if the cache cannot be written, BrokenEpisode if the
+    environment fails. In a process that a launcher started, use process.py, because transformers saves on the first
+    rank alone.
     """
-    path = cached_path(kind)
+    path = cached_path(kind, env)
     with contextlib.ExitStack() as stack:
         with _blaming(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((path.parent / "toy.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_whole(path):
-            model, processor = build_toy_model(kind)
+            model, processor = build_toy_model(kind, env)
             unfinished = path.with_name(f"{path.name}.unfinished")
             with _blaming(path.parent):
                 for folder in (path, unfinished):
@@ -121,14 +135,16 @@ def is_whole(path: Path) -> bool:
     return all((path / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
-def cached_path(kind: str) -> Path:
+def cached_path(kind: str, env: EpisodeSource | None = None) -> Path:
     """The cache's folder of a toy: its digest changes with the recipe, its code and the libraries that build it.
 
+    For an environment it changes with the schemas of the tools and the words around them too, but not with episodes.
     The cache is `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`.
     """
-    sources = [Path(__file__).with_name(name) for name in ("model.py", "lessons.py")]
+    sources = [Path(__file__).with_name(name) for name in ("model.py", "lessons.py", "form_school.py")]
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    name = f"toy-{kind}-{_digest([recipe_digest(kind), versions, *(path.read_text() for path in sources)])}"
+    recipe = recipe_digest(kind) if env is None else _digest([SIZES, RECIPES[kind], _system_text(env)])
+    name = f"toy-{kind}-{_digest([recipe, versions, *(path.read_text() for path in sources)])}"
     if "FLEET_CACHE" in os.environ:
         return Path(os.environ["FLEET_CACHE"]) / name
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fleet" / name
@@ -140,7 +156,7 @@ def recipe_digest(kind: str) -> str:
 
 
 def build_toy_model(
-    kind: str = PLAIN, *, may_be_shipped: bool = True
+    kind: str = PLAIN, env: EpisodeSource | None = None, *, may_be_shipped: bool = True
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
     """Builds a toy and its processor. Shows a progress bar, and turns those of transformers off.
 
@@ -151,9 +167,11 @@ def build_toy_model(
     # the caller's generator stays as it is
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe["seed"])
-        processor = make_toy_processor(kind)
+        processor = make_toy_processor(kind, env)
         model = make_toy_model(processor)
-        if kind == PLAIN:
+        if env is not None:
+            teach_form(model, processor, env, recipe)
+        elif kind == PLAIN:
             teach_calls(model, processor, recipe)
         elif may_be_shipped and shipped_recipe() == recipe_digest(SIGHTED):
             model.load_state_dict(load_file(SHIPPED_WEIGHTS), strict=True)
@@ -181,8 +199,8 @@ def shipped_recipe() -> str | None:
         return (file.metadata() or {}).get("recipe")
 
 
-def make_toy_processor(kind: str = PLAIN) -> Qwen2_5_VLProcessor:
-    """A Qwen2.5-VL processor with a small vocabulary of Fleet's own prompts, for pictures of 56 x 56 pixels."""
+def make_toy_processor(kind: str = PLAIN, env: EpisodeSource | None = None) -> Qwen2_5_VLProcessor:
+    """A Qwen2.5-VL processor for pictures of 56 x 56 pixels, and a small vocabulary of a task's prompts and calls."""
     # brings Qwen's own way of splitting text; only its merges are learnt here
     untrained = Qwen2Tokenizer(
         vocab={token: token_id for token_id, token in enumerate(SPECIAL_TOKENS)},
@@ -192,7 +210,8 @@ def make_toy_processor(kind: str = PLAIN) -> Qwen2_5_VLProcessor:
         padding_side="left",
         extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],
     )
-    texts, vocab_size = _training_texts(kind), RECIPES[kind]["vocab_size"]
+    texts = _training_texts(kind) if env is None else _texts_of(env)
+    vocab_size = RECIPES[kind]["vocab_size"]
     tokenizer = untrained.train_new_from_iterator(texts, vocab_size, show_progress=False)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in WRAPPER_TOKENS])
     size = {"shortest_edge": TOY_IMAGE_PIXELS, "longest_edge": TOY_IMAGE_PIXELS}
@@ -233,6 +252,21 @@ def _training_texts(kind: str) -> list[str]:
     # often enough for names to be merged into a few tokens
     names = [f"Pick the {label}. What is image" for label in sorted(env.paths_by_label)] * 20
     return [*texts, *names] if kind == SIGHTED else texts
+
+
+def _texts_of(env: EpisodeSource) -> list[str]:
+    """The prompts of an environment's first episodes, and their gold answers. Raises BrokenEpisode."""
+    texts = []
+    for number in range(NUM_TEXTS):
+        episode = checked_episode(env, number)
+        texts.append(make_call_str(solution_of(env, episode)))
+        for message in episode.messages:
+            texts += [part["text"] for part in message["content"] if part["type"] == "text"]
+    return texts
+
+
+def _system_text(env: EpisodeSource) -> str:
+    return system_text(env.tools, allow_reasoning=bool(getattr(env, "allow_reasoning", False)))
 
 
 def _digest(content: Any) -> str:

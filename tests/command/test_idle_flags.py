@@ -23,7 +23,15 @@ HUB = "--model_id Qwen/Qwen2.5-VL-3B-Instruct"
 Row = tuple[str, str, str, str, str]
 # flag, value, flags beside which it does nothing, why, flags beside which it does something
 TRAINING = [
+    (
+        "env_args",
+        '{"side": 3}',
+        "",
+        "takes its arguments from flags of their names; add --env",
+        "--env my_env.py:MyEnv",
+    ),
     ("revision", "v1", "", "only a hub model has revisions; pass a hub id", HUB),
+    ("env_args", "{}", "", "PickImageEnv takes its arguments from flags of their names; add --env", "--env a.py:A"),
     ("lora_rank", "64", "", "no adapter is trained; add --use_lora true", "--use_lora"),
     ("lora_alpha", "32", "", "no adapter is trained", "--use_lora"),
     ("lora_dropout", "0", "", "no adapter is trained", "--use_lora"),
@@ -57,7 +65,15 @@ TRAINING = [
     ("trust_checkpoint", "true", "--resume false", "no checkpoint is read", "--resume auto --output_dir runs/one"),
 ]
 EVALUATION = [
+    (
+        "env_args",
+        '{"side": 3}',
+        "",
+        "takes its arguments from flags of their names; add --env",
+        "--env my_env.py:MyEnv",
+    ),
     ("revision", "v1", "--baseline toy", "only a hub model has revisions", "--baseline Qwen/Qwen2.5-VL-3B-Instruct"),
+    ("env_args", "{}", "", "PickImageEnv takes its arguments from flags of their names", "--env a.py:A"),
     ("temperature", "1", "--num_samples 0", "no sample is drawn; pass --num_samples 4", ""),
     ("top_p", "0.5", "--num_samples 0", "no sample is drawn", ""),
     ("seed", "0", "--num_samples 0", "no sample is drawn", ""),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from environment import Episode, PickImageEnv
+from environment import Episode, PickImageEnv, PickImageTask
 from fleet.command import image_check
 from fleet.command.image_check import (
     Findings,
@@ -260,7 +260,7 @@ def test_bad_images_that_are_left_out_are_not_in_the_digest(data: Path) -> None:
 # --- environments of one's own ----------------------------------------------------------------------------------------
 
 
-class Wrapping:
+class Wrapping(PickImageTask):
     """An environment that keeps images as PickImageEnv does, and has no way to leave some out."""
 
     def __init__(self, data: Path):

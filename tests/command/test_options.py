@@ -34,6 +34,7 @@ FLAGS = {
     "data_root": ("./toy_images", "my images", "my images", []),
     "bad_images": ("stop", "skip", "skip", []),
     "env": (None, "my_env.py:MyEnv", "my_env.py:MyEnv", []),
+    "env_args": (None, '{"side":3}', '{"side": 3}', ["--env", "my_env.py:MyEnv"]),
     "candidates_per_episode": (4, "3", 3, []),
     "fixed_correct_index": (0, "none", None, []),
     "allow_reasoning": (False, "true", True, []),
@@ -130,7 +131,7 @@ def test_help_states_the_default_that_holds(flag):
     assert ACTIONS[flag].option_strings == [f"--{flag}"]
     stated = re.search(r"\(default: (\S*[^\s,;)])", str(ACTIONS[flag].help))
     assert stated, ACTIONS[flag].help
-    have_no_value = {"revision", "env", "reward", "output_dir", "steps_per_generation", "epsilon_high"}
+    have_no_value = {"revision", "env", "env_args", "reward", "output_dir", "steps_per_generation", "epsilon_high"}
     if flag not in have_no_value:
         also = FLAGS[flag][3]
         given, by_default = parse_all([*also, f"--{flag}", stated[1]]), parse_all(also)

@@ -521,7 +521,10 @@ BAD_TASKS = {
     "index past the candidates": ({"fixed_correct_index": 4}, "fixed_correct_index=4, but with candidates_per_episode"),
     "environment without a class": ({"env": "my_env.py"}, "env='my_env.py', but wanted path/to/file.py:ClassName"),
     "environment without a file": ({"env": "gone.py:MyEnv"}, "gone.py is not a file"),
-    "environment of another name": ({"env": "my_env.py:Other"}, "has no class Other with methods episode"),
+    "environment of another name": (
+        {"env": "my_env.py:Other"},
+        "has no class Other that extends environment.Environment, or has methods episode",
+    ),
     "environment that refuses": ({"env": "my_env.py:ChoosyEnv"}, "ChoosyEnv wants another folder"),
 }
 

@@ -4,16 +4,20 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 from PIL import Image
 
-from environment import Episode, PickImageEnv, load_environment_class
+from environment import Environment, Episode, PickImageEnv, ToolCall, Verdict, load_environment_class
+from fleet.errors import RunStopped
 from fleet.evaluation.figures import Answers, Evaluation, EvaluationPlan, evaluate, headline_figures, with_baseline
 from fleet.evaluation.held_out import draw_held_out, fingerprint
 from tests.conftest import call_text
 from utils.images import open_image
+from utils.tool_calls import make_call_str
 
 pytestmark = pytest.mark.fast
 
@@ -25,6 +29,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def plan(picture_folder: Path) -> EvaluationPlan:
     env = PickImageEnv(picture_folder, 4, None, seed=77)
     return EvaluationPlan(env, tuple(draw_held_out(env, NUM_EPISODES)[0]), seed=77, num_samples=4, ks=(1, 2, 4))
+
+
+SCHEMA = REPOSITORY / "docs" / "evaluation.schema.json"
 
 
 def policy_of(answer: Callable[[Episode, int], str]) -> Callable[[Sequence[Episode], int], list[Answers]]:
@@ -165,11 +172,12 @@ def test_a_mixed_policy_is_counted_by_hand(picture_folder: Path) -> None:
         {"correct": 3 / 6, "wrong_index": 1 / 6, "index_out_of_range": 1 / 6, "unparsable": 1 / 6}
     )
     assert document["parse_status"]["ok"]["value"] == pytest.approx(5 / 6)
-    assert {k: e["value"] for k, e in document["accuracy_by_correct_index"].items()} == {"0": 0.5, "1": 0.5, "2": 0.5}
+    assert {k: e["value"] for k, e in document["accuracy_by_choice"].items()} == {"0": 0.5, "1": 0.5, "2": 0.5}
     assert document["sampled_accuracy"]["value"] == pytest.approx(3 / 12)
     assert {k: e["value"] for k, e in document["pass_at_k"].items()} == pytest.approx({"1": 3 / 12, "2": 2 / 6})
     assert document["chance"] == {"value": pytest.approx(1 / 3), "ci95": [pytest.approx(1 / 3)] * 2, "n": 6}
-    assert document["best_constant_index"]["value"] == 2 / 6 and document["best_constant_index"]["index"] == 0
+    assert document["best_constant_choice"]["value"] == 2 / 6 and document["best_constant_choice"]["choice"] == "0"
+    assert document["choices"] == ["0", "1", "2"]
     assert document["controls"]["swapped_images"]["n"] == 4, "only picks have a picture to follow"
     json.dumps(document, allow_nan=False)
 
@@ -251,3 +259,67 @@ def test_a_folder_too_small_to_hold_anything_out_is_said(picture_folder: Path) -
         ValueError, match="200 draws gave 0 different episodes that training does not draw .60 that it does., and 10"
     ):
         draw_held_out(PickImageEnv(picture_folder, 2, None, seed=10), 10, drawn)
+
+
+class Click(Environment):
+    """Pictures of one colour; a click is right in the half that the target names. No choices, no chance."""
+
+    class Outcome(StrEnum):
+        HIT = "hit"
+        MISS = "miss"
+
+    outcomes = Outcome
+    tools = (
+        {
+            "name": "click",
+            "description": "Click.",
+            "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
+        },
+    )
+
+    def episode(self, index: int) -> Episode:
+        picture = Image.new("RGB", (56, 56), (index % 256, 0, 0))
+        half = index % 2
+        drawn = Episode((picture,), target=("left", "right")[half], seed=index, answer={"low": 28 * half})
+        return self.with_messages(drawn)
+
+    def instruction(self, episode: Episode) -> str:
+        return f"Click the {episode.target} half."
+
+    def respond(self, episode: Episode, turns: Sequence[ToolCall]) -> Verdict:
+        is_right = 0 <= turns[-1].arguments["x"] - episode.answer["low"] < 28
+        return Verdict(self.Outcome.HIT if is_right else self.Outcome.MISS, is_right, {"hit": 2.0 * is_right})
+
+    def solution(self, episode: Episode, turns: Sequence[ToolCall]) -> ToolCall:
+        return ToolCall("click", {"x": episode.answer["low"] + 14})
+
+
+def test_a_task_without_choices_and_chance_has_null_in_their_place() -> None:
+    env = Click()
+    plan = EvaluationPlan(env, tuple(env.episode(number) for number in range(10)), seed=1)
+    left, odd = make_call_str(ToolCall("click", {"x": 3})), call_text(0)
+    document = evaluate(policy_of(lambda episode, number: odd if episode.seed == 0 else left), plan, "left").document
+    assert (document["greedy_accuracy"]["value"], document["chance"]) == (4 / 10, None)
+    assert {name: found["value"] for name, found in document["outcome"].items()} == {
+        "hit": 4 / 10, "miss": 5 / 10, "unparsable": 1 / 10,
+    }  # fmt: skip
+    assert document["parse_status"]["wrong_name"]["value"] == 1 / 10
+    names = ("choices", "best_constant_choice", "accuracy_by_choice", "confusion")
+    assert [document[name] for name in names] == [None] * 4
+    controls = document["controls"]
+    # blank pictures leave the words, which are enough
+    assert controls["blank_images"]["value"] == 4 / 10
+    assert [controls[name] for name in ("swapped_images", "permuted_order", "redrawn_images")] == [None] * 3
+    assert Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).is_valid(document)
+    assert headline_figures(document).keys() == {"greedy_accuracy", "blank_images"}
+
+
+class Broken(Click):
+    def respond(self, episode: Episode, turns: Sequence[ToolCall]) -> Verdict:
+        raise KeyError("x")
+
+
+def test_an_environment_that_fails_stops_the_evaluation_by_name() -> None:
+    plan = EvaluationPlan(Broken(), tuple(Broken().episode(number) for number in range(2)), seed=1)
+    with pytest.raises(RunStopped, match=r"the environment is broken: the verdict on .* failed with KeyError: 'x'"):
+        evaluate(policy_of(lambda episode, number: make_call_str(ToolCall("click", {"x": 3}))), plan, "any")

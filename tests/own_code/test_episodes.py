@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from environment import Environment
 from fleet.episodes import BrokenEpisode, Episode, checked_episode, checked_fields
 
 pytestmark = pytest.mark.fast
@@ -26,11 +27,11 @@ class Label(StrEnum):
     CAT = "cat"
 
 
-class Given:
+class Given(Environment):
     """An environment that gives one episode, with fields and messages of the test's choice."""
 
     def __init__(self, messages: Any = None, **fields: Any):
-        self.messages = [{"role": "user", "content": PLACEHOLDERS}] if messages is None else messages
+        self.messages: Any = [{"role": "user", "content": PLACEHOLDERS}] if messages is None else messages
         self.fields = {"images": IMAGES, "messages": (), "correct_index": 1, "labels": ("cat", "dog", "cow"),
                        "target": "dog", "seed": 5, **fields}  # fmt: skip
 
@@ -91,7 +92,6 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "float": ({"correct_index": 1.0}, "correct_index is 1.0 (float), but wanted a whole number"),
     "numpy's float": ({"correct_index": np.float32(1)}, "(float32), but wanted a whole number"),
     "an array of one": ({"correct_index": np.array([1])}, "correct_index is array([1]) (ndarray), but wanted a whole"),
-    "no index": ({"correct_index": None}, "correct_index is None (NoneType), but wanted a whole number"),
     "index as text": ({"correct_index": "1"}, "correct_index is '1' (str), but wanted a whole number"),
     "no seed": ({"seed": None}, "seed is None (NoneType), but wanted a whole number"),
     "no images": ({"images": (), "labels": ()}, "images is empty, but an episode shows at least one"),

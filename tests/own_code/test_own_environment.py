@@ -87,7 +87,7 @@ METHODS = {
     "messages of one order": (
         "def prompt_messages(self, episode):\n        assert episode.labels[0] == 'a'\n"
         "        return super().prompt_messages(episode)",
-        "an episode in another order failed with AssertionError",
+        "the episode of control permuted_order failed with AssertionError",
     ),
 }
 

@@ -69,7 +69,7 @@ def test_a_model_is_scored_on_the_runs_environment_from_another_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     scored = ["--eval_episodes", "1", "--num_samples", "0", "--output", "figures.json"]
     evaluate.main(["--model_id", str(tmp_path / "run" / "final"), *scored])
-    assert json.loads(Path("figures.json").read_text())["candidates"] == 3
+    assert json.loads(Path("figures.json").read_text())["choices"] == ["0", "1", "2"]
     training.main([*QUICK, "--env", "../my_env.py:Mine", "--output_dir", "../run", "--train_steps", "2", "--resume"])
     assert [line["step"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 

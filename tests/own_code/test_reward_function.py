@@ -19,7 +19,7 @@ from fleet.command.output_dir import paths_read
 from fleet.command.preflight import own_reward
 from fleet.errors import RunStopped, UsageError
 from fleet.own_code.reward_function import KEYWORDS, checked_call, checked_value, load_reward_function, name_of
-from tests.conftest import call_text
+from fleet.verdicts import Verdict
 
 pytestmark = pytest.mark.fast
 
@@ -249,8 +249,8 @@ def test_the_documented_reward_is_one(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_reward.py").write_text(example)
     function = load_reward_function(f"{tmp_path}/my_reward.py:score")
-    columns = dict.fromkeys(KEYWORDS) | {"correct_index": [1, 1], "num_candidates": [4, 4]}
-    assert function(**(columns | {"completions": [call_text(1), call_text(2)]})) == [1.0, -0.1]
+    columns = dict.fromkeys(KEYWORDS) | {"verdict": [Verdict("inside", True), Verdict("background", False)]}
+    assert function(**(columns | {"completions": ["a", "b"]})) == [1.0, -0.1]
 
 
 @pytest.mark.parametrize(("error", "code"), [(UsageError("why"), 2), (RunStopped("why"), 1)])

@@ -44,16 +44,16 @@ def estimate(value: float | None, n: int = 512) -> dict:
 
 def evaluation(step: int | None, accuracy: float) -> dict:
     return {
-        "schema_version": 1, "model": "toy", "step": step, "episodes": 512, "seed": 7, "num_samples": 8,
-        "prompt_style": "direct", "candidates": 3,
+        "schema_version": 2, "model": "toy", "step": step, "episodes": 512, "seed": 7, "num_samples": 8,
+        "prompt_style": "direct", "choices": ["0", "1", "2"],
         "greedy_accuracy": estimate(accuracy),
         "sampled_accuracy": estimate(accuracy - 0.0213),
         "pass_at_k": {"1": estimate(accuracy - 0.02), "4": estimate(accuracy + 0.015)},
         "chance": {"value": 0.3333, "ci95": [0.3333, 0.3333], "n": 512},
-        "best_constant_index": {**estimate(0.3571), "index": 2},
+        "best_constant_choice": {**estimate(0.3571), "choice": "2"},
         "parse_status": {"ok": estimate(0.99)},
         "outcome": {"correct": estimate(accuracy)},
-        "accuracy_by_correct_index": {"0": estimate(accuracy - 0.01, 170), "1": estimate(None), "2": estimate(0.9)},
+        "accuracy_by_choice": {"0": estimate(accuracy - 0.01, 170), "1": estimate(None), "2": estimate(0.9)},
         "confusion": [[150 + (step or 0), 11, 7, 2], [0, 0, 0, 0], [9, 8, 155, 0]],
         "controls": {
             "blank_images": estimate(0.3412),
@@ -71,17 +71,26 @@ def metrics_line(step: int, share: float) -> dict:
         "grad_norm": 1.25, "step_time_s": 30.0 if step == 1 else 0.5,
         "outcome/correct": share, "outcome/wrong_index": 1 - share, "parse/ok": 0.75, "parse/no_call": 0.25,
         "parse/too_long": 0.0, "groups/all_right": 0.25, "groups/all_wrong": 0.25, "groups/mixed": 0.5,
-        "chosen_index/0": 0.25, "chosen_index/1": 0.5,
+        "chosen/0": 0.25, "chosen/1": 0.5,
+    }  # fmt: skip
+
+
+def rollout_of(completion: str, outcome: str, status: str, index: int | None, reward: float | None) -> dict:
+    components = {"correct": float(outcome == "correct"), "valid_call": float(outcome in ("correct", "wrong_index"))}
+    return {
+        "completion": completion, "outcome": outcome, "is_right": outcome == "correct",
+        "components": {} if index is None else components, "parse_status": status,
+        "call": None if index is None else {"name": "pick_image", "arguments": {"index": index}},
+        "reward": reward, "advantage": -0.65,
     }  # fmt: skip
 
 
 def group_line(step: int, number: int, kinds: list[str], images: list[str], text: str = "Pick the red circle.") -> dict:
-    keys = ("completion", "outcome", "parse_status", "index", "reward")
-    rollouts = [dict(zip(keys, OUTCOMES[kind], strict=True)) | {"advantage": -0.65} for kind in kinds]
+    rollouts = [rollout_of(*OUTCOMES[kind]) for kind in kinds]
     labels = ["blue square", "red circle", "green triangle"]
     return {
         "step": step, "group": number, "instruction": text, "target": "red circle", "correct_index": 1,
-        "labels": labels, "images": images, "rollouts": rollouts,
+        "labels": labels, "images": images, "choices": ["0", "1", "2"], "solution": "1", "rollouts": rollouts,
     }  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def test_figures_equal_the_evaluations(visit, full_run, full_report):
         "Control: permuted order": ("controls", "permuted_order"),
         "Control: redrawn images": ("controls", "redrawn_images"),
     }  # fmt: skip
-    assert set(table) == {*paths, "Chance", "Best constant index"}
+    assert set(table) == {*paths, "Chance", "Best constant choice"}
     assert [[text for text in cell if text] for cell in table["Chance"]] == [["33.3%"]] * 4  # exact: no interval
     for name, path in paths.items():
         for step, (value, interval) in zip((0, 20, 40, None), table[name], strict=True):
@@ -177,15 +177,15 @@ def test_figures_equal_the_evaluations(visit, full_run, full_report):
                 wanted = wanted[key]
             low, high = wanted["ci95"]
             assert (value, interval) == (f"{100 * wanted['value']:.1f}%", f"{100 * low:.1f}–{100 * high:.1f}"), name
-    assert table["Best constant index"] == [["35.7%", "index 2"]] * 4
-    assert shown.texts("#by-index-table td")[8:] == ["90.0%\n86.9–92.8"] * 4
-    assert [text.strip() for text in shown.texts("#by-index-table td")[4:8]] == ["–"] * 4
+    assert table["Best constant choice"] == [["35.7%", "always 2"]] * 4
+    assert shown.texts("#by-choice-table td")[8:] == ["90.0%\n86.9–92.8"] * 4
+    assert [text.strip() for text in shown.texts("#by-choice-table td")[4:8]] == ["–"] * 4
     assert shown.texts("#heat-map td") == ["190", "11", "7", "2", "0", "0", "0", "0", "9", "8", "155", "0"]
     figures = dict(zip(shown.texts(".tile p:first-child"), shown.texts(".tile .figure"), strict=True))
     assert figures == {
         "Held-out greedy accuracy": "25.0% → 91.7%",
         "Chance": "33.3%",
-        "Best constant index": "35.7%",
+        "Best constant choice": "35.7%",
         "Steps": "40",
         "Training": "50 s",  # 30 + 39 x 0.5 = 49.5
     }
@@ -200,7 +200,7 @@ def test_curves_are_named_and_say_where_they_end(visit, full_report):
         "Outcomes",
         "Parse statuses",
         "Groups",
-        "Chosen index",
+        "Choices made",
         "Entropy",
         "Gradient norm",
         "Step time",
@@ -209,7 +209,7 @@ def test_curves_are_named_and_say_where_they_end(visit, full_report):
     assert shown.page.locator(".chart", has_text="Accuracy").first.inner_text().count("98.8%") == 2
     legends = {title: shown.page.locator(".chart", has_text=title).locator(".legend") for title in titles}
     assert legends["Parse statuses"].inner_text().split("\n") == ["ok", "75.0%", "no call", "25.0%"]
-    assert legends["Chosen index"].inner_text().split("\n")[-2:] == ["no valid pick", "25.0%"]
+    assert legends["Choices made"].inner_text().split("\n")[-2:] == ["none of them", "25.0%"]
     assert "1 above the frame, up to 30" in shown.page.locator(".chart", has_text="Step time").inner_text()
 
 
@@ -313,7 +313,7 @@ def test_run_stopped_after_its_first_evaluation_shows_it(visit, tmp_path):
     run = write_run(tmp_path / "run")
     write_lines(run / "evaluations.jsonl", [evaluation(0, 0.25)])
     shown = visit(write_report(run))
-    assert shown.texts(".chart h3") == ["Accuracy share of right picks"]
+    assert shown.texts(".chart h3") == ["Accuracy share of right answers"]
     assert "25.0%" in shown.texts(".figure")
 
 
@@ -435,8 +435,8 @@ BROKEN_RUNS = {
         r"rollouts.jsonl, line 1 is no record of a group \(KeyError\('group'\)\)",
     ),
     "evaluations of another schema": (
-        lambda run: write_lines(run / "evaluations.jsonl", [evaluation(0, 0.5) | {"schema_version": 2}]),
-        "schema_version=2, but this report reads 1",
+        lambda run: write_lines(run / "evaluations.jsonl", [evaluation(0, 0.5) | {"schema_version": 3}]),
+        "schema_version=3, but this report reads 2",
     ),
 }
 

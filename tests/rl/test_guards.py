@@ -111,7 +111,7 @@ def test_a_bad_reward_drops_its_rollout_and_no_weight_is_lost(
         for found, (_, advantages, _) in zip(keeper.advantages, FAULTS.values(), strict=True):
             assert found == pytest.approx(advantages, rel=1e-6)
     assert reward.columns.keys() == {
-        "prompts", "completions", "completion_ids", "correct_index", "num_candidates", "episode",
+        "prompts", "completions", "completion_ids", "correct_index", "num_candidates", "episode", "verdict",
     }  # fmt: skip
     assert {len(column) for column in reward.columns.values()} == {8}
 

@@ -11,10 +11,11 @@ import torch
 from transformers import TrainerCallback
 from trl import RLOOTrainer
 
-from environment import Judgement, Outcome, judge
+from environment import Outcome
 from fleet.qwen.group_passes import takes_image_features
 from fleet.rl.algorithm import clipped_loss, leave_one_out_advantages, needs_old_logps, shaped_rewards, token_kl
 from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
+from fleet.verdicts import Verdict, verdict_on
 from model_utils import make_lora_config
 from tests.helpers import (
     ScriptedFleetTrainer,
@@ -400,7 +401,7 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
     trainer.train()
     line = trainer.state.log_history[0]
     # by the script: the 8 rollouts are calls 1, 7, 0, none and none, 2, 1, 7 of 0..3, with 0 right
-    assert sorted(str(rollout.verdict.index) for rollout in trainer.latest_rollouts) == sorted(
+    assert sorted(str(rollout.verdict.call) for rollout in trainer.latest_rollouts) == sorted(
         ["1", "7", "0", "None", "None", "2", "1", "7"]
     )
     assert line["accuracy"] == pytest.approx(1 / 8)
@@ -408,7 +409,7 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
     assert line["parse/no_call"] == pytest.approx(2 / 8)
     assert line["outcome/index_out_of_range"] == pytest.approx(2 / 8)
     assert (line["groups/mixed"], line["groups/all_wrong"], line["groups/all_right"]) == (0.5, 0.5, 0.0)
-    assert line["chosen_index/1"] == pytest.approx(2 / 8)
+    assert line["chosen/1"] == pytest.approx(2 / 8)
     assert {f"parse/{status}" for status in ParseStatus} | {f"outcome/{outcome}" for outcome in Outcome} <= line.keys()
     assert line["step_time_s"] > 0 and line["rollouts_per_s"] > 0
     assert {rollout.advantage for rollout in trainer.latest_rollouts} != {0.0}
@@ -418,13 +419,13 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
 def test_a_completion_is_judged_once(beta: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[str] = []
 
-    def counting(completion: str, *args: Any, **kwargs: Any) -> Judgement:
+    def counting(env: Any, episode: Any, completion: str, **kwargs: Any) -> Verdict:
         judged.append(completion)
-        return judge(completion, *args, **kwargs)
+        return verdict_on(env, episode, completion, **kwargs)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith(("fleet.", "reward")) and getattr(module, "judge", None) is judge:
-            monkeypatch.setattr(module, "judge", counting)
+        if name.startswith(("fleet.", "reward")) and getattr(module, "verdict_on", None) is verdict_on:
+            monkeypatch.setattr(module, "verdict_on", counting)
     trainer = fleet_trainer(rloo_config(tmp_path, max_steps=2, beta=beta), ScriptedFleetTrainer)
     trainer.train()
     assert len(judged) == 16, "two steps of 8 rollouts"

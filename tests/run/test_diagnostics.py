@@ -13,6 +13,7 @@ from utils.tool_calls import ParseStatus
 pytestmark = pytest.mark.fast
 
 EVEN = (0.25, 0.25, 0.25, 0.25)
+FIRST = (1.0, 0.0, 0.0, 0.0)
 SECOND = (0.0, 1.0, 0.0, 0.0)
 MISSING: Metrics = {"reward": 0.5, "accuracy": None, "entropy": None, "groups/mixed": None}
 
@@ -30,8 +31,8 @@ def step(
         "accuracy": accuracy,
         "entropy": entropy,
         **{f"groups/{kind}": share for kind, share in zip(("all_right", "all_wrong", "mixed"), groups, strict=True)},
-        **{f"chosen_index/{index}": share for index, share in enumerate(chosen)},
-        **{f"correct_index/{index}": share for index, share in enumerate(correct)},
+        **{f"chosen/{index}": share for index, share in enumerate(chosen)},
+        **{f"correct/{index}": share for index, share in enumerate(correct)},
     }
 
 
@@ -68,8 +69,10 @@ def rising(num_steps: int, first: float, last: float, entropy: float = 0.5, left
 
 
 SOLVED = step(1.0, (1, 0, 0), entropy=0.001)
-ALL_WRONG = step(0.0, (0, 1, 0))
+ALL_WRONG = step(0.0, (0, 1, 0), correct=FIRST)
 AT_CHANCE = step(0.25)
+OLDER = {name.replace("/", "_index/") if name.startswith(("chosen", "correct")) else name: value
+         for name, value in AT_CHANCE.items()}  # fmt: skip
 ONE_INDEX = step(0.25, (0.24, 0.74, 0.02), SECOND)
 
 # the right index of the run, its lines, then which kinds come after which line
@@ -86,7 +89,7 @@ RUNS: dict[str, tuple[int | None, Sequence[Metrics], list[tuple[int, str]]]] = {
     "all wrong": (0, [ALL_WRONG] * 100, [(20, "all_wrong")]),
     "all wrong for less than a window": (0, [ALL_WRONG] * 19 + [step()] * 60, []),
     "2 % of groups mixed is no signal": (0, [step(0.01, (0, 0.98, 0.02))] * 20, [(20, "all_wrong")]),
-    "3 % of groups mixed is one": (0, [step(0.01, (0, 0.97, 0.03))] * 100, []),
+    "3 % of groups mixed is one": (0, [step(0.01, (0, 0.97, 0.03), correct=FIRST)] * 100, []),
     "tied both ways": (0, [step(0.5, (0.5, 0.5, 0))] * 60, [(20, "all_tied")]),
     "all wrong, learns, then solved": (
         0, [ALL_WRONG] * 20 + rising(60, 0.1, 0.99) + [SOLVED] * 30, [(20, "all_wrong"), (97, "solved")],
@@ -104,7 +107,10 @@ RUNS: dict[str, tuple[int | None, Sequence[Metrics], list[tuple[int, str]]]] = {
     "a hair above chance": (None, [step(0.255)] * 120, [(100, "not_looking")]),
     "above chance, but for the last window": (None, [step(0.4)] * 80 + [AT_CHANCE] * 20, []),
     "above chance, with much scatter": (None, [step(0.15), step(0.45)] * 50, []),
-    "chance, where chance is the task": (0, [AT_CHANCE] * 120, []),
+    "chance, where chance is the task": (0, [step(0.25, correct=FIRST)] * 120, []),
+    "chance, in an environment that draws whatever the flag": (0, [AT_CHANCE] * 120, [(100, "not_looking")]),
+    "a task without choices": (None, [step(0.25, chosen=(), correct=())] * 120, []),
+    "lines of an older run": (None, [OLDER] * 120, []),
     "chance, correct_index not logged": (None, [step(0.25, correct=())] * 120, []),
     "no call": (0, [unparsable("no_call")] * 60, [(10, "unparsable")]),
     "half are no call": (0, [unparsable("no_call", 0.5)] * 60, []),
@@ -182,7 +188,7 @@ TEXTS: dict[str, tuple[Sequence[Metrics], int | None, str]] = {
     "solved, drawn": ([SOLVED] * 20, None, r"a higher --candidates_per_episode$"),
     "all wrong": ([ALL_WRONG] * 20, 0, r"wrong in 100% .* --num_rollouts, .* --temperature, .* --allow_reasoning"),
     "tied": ([step(0.4, (0.4, 0.6, 0))] * 20, 0, r"all right \(40%\) or all wrong \(60%\) .* raise --temperature"),
-    "one index": ([step(0.25, chosen=SECOND)] * 20, None, r"100% .* index 1, right 25% .* --beta 0.01$"),
+    "one index": ([step(0.25, chosen=SECOND)] * 20, None, r"100% .* are 1, right 25% .* --beta 0.01$"),
     "chance": ([AT_CHANCE] * 100, None, r"for 100 logged steps its accuracy, lately 0.25, .* raise --learning_rate"),
     "no call": ([unparsable("no_call")] * 10, 0, r"^80% .* no_call: the sample tables .* --model_id"),
     "extra text": ([unparsable("extra_text")] * 10, 0, r"extra_text: pass --allow_reasoning true"),

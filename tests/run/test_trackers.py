@@ -21,11 +21,12 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from environment import Judgement, Outcome, ParseStatus
-from fleet.rl.rollouts import EpisodeRecord, RolloutRecord
+from environment import Outcome, ParseStatus
+from fleet.rl.rollouts import RolloutRecord
 from fleet.run.trackers import CAPTION_PX, Sample, contact_sheet, log_samples, markdown_table
 from tests import HANG_S
 from tests.conftest import call_text
+from tests.helpers_env import pick_record, pick_verdict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RED, BLUE, GREY = (200, 0, 0), (0, 0, 200), (90, 90, 90)
@@ -36,9 +37,10 @@ CELL_PX = 160 + 16
 
 
 def sample(completion: str, outcome: Outcome, status: ParseStatus, index: int | None, reward: float) -> Sample:
-    episode = EpisodeRecord("Pick the blue.", "blue", 1, ("red", "blue", "grey"), ("r.webp", "b.webp", "g.webp"))
+    names = ("r.webp", "b.webp", "g.webp")
+    episode = pick_record(1, ("red", "blue", "grey"), "blue", "Pick the blue.", names)
     images = Image.new("RGB", (56, 56), RED), Image.new("RGB", (300, 100), BLUE), Image.new("RGB", (80, 160), GREY)
-    return Sample(RolloutRecord(episode, completion, Judgement(outcome, status, index), reward, 0.7125), images)
+    return Sample(RolloutRecord(episode, completion, pick_verdict(outcome, status, index), reward, 0.7125), images)
 
 
 RIGHT_SAMPLE = sample(call_text(1), Outcome.CORRECT, ParseStatus.OK, 1, 1.0)
@@ -158,7 +160,7 @@ def test_a_tracker_with_tables_gets_one(report_to, monkeypatch):
     ((columns, rows),) = (line["samples"] for line in logged)
     assert [line["train/global_step"] for line in logged] == [20]
     assert columns[:5] == ["images", "instruction", "candidates", "right", "chosen"]
-    assert [row[3:5] for row in rows] == [[1, 1], [1, 2], [1, None]]
+    assert [row[3:5] for row in rows] == [["1", "1"], ["1", "2"], ["1", None]]
     assert [row[0] for row in rows] == [contact_sheet(PLAIN_SAMPLES[0]).size] * 3
 
 
@@ -180,7 +182,7 @@ def test_wandb_gets_a_table_with_images(tmp_path):
         "advantage",
     ]  # fmt: skip
     assert [row[5] for row in table["data"]] == [sample.rollout.completion for sample in PLAIN_SAMPLES]
-    assert [row[3:5] for row in table["data"]] == [[1, 1], [1, 2], [1, None]]
+    assert [row[3:5] for row in table["data"]] == [["1", "1"], ["1", "2"], ["1", None]]
     for row, sample in zip(table["data"], PLAIN_SAMPLES, strict=True):
         picture = Image.open(io.BytesIO(pictures[row[0]["sha256"]]))
         assert picture.tobytes() == contact_sheet(sample).tobytes()

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 
-from environment import judge
 from fleet.command import command_line
 from fleet.command.options import ResolvedDefault
 from fleet.errors import RunStopped, UsageError
-from fleet.rl.rollouts import EpisodeRecord, RolloutRecord
+from fleet.rl.rollouts import RolloutRecord
 from fleet.run.records import resolved_table, sample_table
+from tests.helpers_env import judged_verdict, pick_record
 
 pytestmark = pytest.mark.fast
 
@@ -25,8 +25,8 @@ UNPRINTED = {
 
 
 def table_of(target: str, completion: str) -> str:
-    episode = EpisodeRecord(f"Pick the {target}.", target, 2, (target,) * 4, ("",) * 4)
-    return sample_table([RolloutRecord(episode, completion, judge(completion, 2, 4), 0.0, -0.5)], step=7)
+    episode = pick_record(2, (target,) * 4, target, f"Pick the {target}.")
+    return sample_table([RolloutRecord(episode, completion, judged_verdict(completion, 2, 4), 0.0, -0.5)], step=7)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -16,9 +16,9 @@ from fleet.command.command_line import COLOURED
 from fleet.command.evaluate_options import EvaluateOptions, resolve_evaluate_options
 from fleet.command.image_check import Findings, RunData, images_of
 from fleet.command.options import ResolvedDefault
-from fleet.controls import CONTROL_MEANINGS
+from fleet.controls import CONTROL_MEANINGS, NO_SUCH_CONTROL
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
-from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, percent_at, with_baseline
+from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, offered_controls, percent_at, with_baseline
 from fleet.evaluation.held_out import make_plan, runs_behind
 from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.progress import count_progress
@@ -79,7 +79,8 @@ def describe(model_id: str, plan: EvaluationPlan, filled: Sequence[ResolvedDefau
     passed_over = f", {plan.num_passed_over} like the run's own passed over" if plan.num_passed_over else ""
     return (
         f"Fleet: {printable(model_id)} on {len(plan.episodes)} held-out episodes of seed {plan.seed}{passed_over}; "
-        f"a greedy answer, {plan.num_samples} samples and 4 controls each\n\n{resolved_table(filled)}"
+        f"a greedy answer, {plan.num_samples} samples and {len(offered_controls(plan))} controls each\n\n"
+        f"{resolved_table(filled)}"
     )
 
 
@@ -115,7 +116,7 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
         max_pixels=options.image_max_pixels,
         seed=options.seed,
     )
-    num_rows = len(plan.episodes) * (1 + plan.num_samples + 4)
+    num_rows = len(plan.episodes) * (1 + plan.num_samples + len(offered_controls(plan)))
     with (
         unwrap_model_for_generation(
             wrapped, accelerator, gather_deepspeed3_params=options.ds3_gather_for_generation
@@ -140,7 +141,9 @@ def table(document: dict[str, Any]) -> str:
         shown.add_column(Text(printable(column["model"])), justify="right", overflow="fold")
     shown.add_column("")
     for name, meaning, keys in _rows(columns):
-        shown.add_row(name, *(percent_at(column, *keys) for column in columns), meaning)
+        # names of outcomes and choices are the environment's: as Text, none of them is markup
+        figures = (percent_at(column, *keys) for column in columns)
+        shown.add_row(Text(printable(name)), *figures, Text(printable(meaning)))
     if baseline is None:
         return rendered(shown, 120)
     gain = baseline["difference"]
@@ -161,13 +164,15 @@ def _rows(columns: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, tuple[s
         yield "sampled accuracy", f"{first['num_samples']} samples an episode", ("sampled_accuracy",)
     for k in first["pass_at_k"]:
         yield f"pass@{k}", "", ("pass_at_k", k)
-    yield "chance", "", ("chance",)
-    yield "best constant index", f"always {first['best_constant_index']['index']}", ("best_constant_index",)
+    yield "chance", "" if first["chance"] else "the environment does not say", ("chance",)
+    if first["choices"]:
+        yield "best constant choice", f"always {first['best_constant_choice']['choice']}", ("best_constant_choice",)
     for control, meaning in CONTROL_MEANINGS.items():
-        yield control.replace("_", " "), meaning, ("controls", control)
+        said = meaning if first["controls"][control] else NO_SUCH_CONTROL
+        yield control.replace("_", " "), said, ("controls", control)
     for family in ("outcome", "parse_status"):
         for name in first[family]:
             if any(column[family][name]["value"] for column in columns):
                 yield f"{family.replace('_', ' ')}: {name}", "", (family, name)
-    for index in first["accuracy_by_correct_index"]:
-        yield f"right where index {index} is", "", ("accuracy_by_correct_index", index)
+    for choice in first["accuracy_by_choice"] or ():
+        yield f"right where {choice} is", "", ("accuracy_by_choice", choice)

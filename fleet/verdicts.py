@@ -1,0 +1,243 @@
+"""Verdict and Observation: what an environment answers to a call, and the check of all that it gives for one.
+
+Owns the way from a completion to a verdict, which every consumer takes: parsed by the environment's tools, refused with
+the parse status, else judged by `respond`. Imports no torch.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from enum import EnumType, StrEnum
+from functools import lru_cache, partial
+from numbers import Real
+from typing import Any
+
+from fleet.episodes import (
+    BrokenEpisode,
+    Episode,
+    EpisodeSource,
+    ImageSource,
+    asked,
+    checked_episode,
+    require_plain,
+    shown,
+)
+from utils.images import BadImage
+from utils.plain_text import printable
+from utils.tool_calls import ParseStatus, ToolCall, make_call_str, parse_call_str
+from utils.tool_schemas import BadTool, Tool, checked_tools, refusal_of
+
+MAX_COMPONENT = 1e6  # a component beyond it turns its siblings' rewards into rounding errors in float32
+UNPARSABLE = "unparsable"  # the outcome of a refused call, in every environment
+# the components of a verdict that names none; --reward_correct and --reward_valid_call weigh these two
+CORRECT, VALID_CALL = "correct", "valid_call"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an answer amounts to, decided once, by the environment.
+
+    outcome: a member of the environment's `outcomes`, or `unparsable`; Fleet hands it on as plain text. is_right: true
+    for what counts as right.
+    components: named parts of the reward, finite and within a million of 0; where the environment names none, `correct`
+    (1 if right) and `valid_call` (1). parse_status, call: of the completion, filled in by Fleet.
+    """
+
+    outcome: str
+    is_right: bool
+    components: Mapping[str, float] = field(default_factory=dict)
+    parse_status: ParseStatus = ParseStatus.OK
+    call: ToolCall | None = None
+
+    def __post_init__(self) -> None:
+        if not self.components and self.parse_status is ParseStatus.OK:
+            object.__setattr__(self, "components", {CORRECT: float(bool(self.is_right)), VALID_CALL: 1.0})
+
+    @property
+    def is_valid_call(self) -> bool:
+        """True for a call that was parsed, unless its component `valid_call` is 0."""
+        return self.parse_status is ParseStatus.OK and self.components.get(VALID_CALL, 1.0) > 0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a tool answers before the model goes on: text, and images as an Episode has them.
+
+    Training has one turn, and refuses it until there are several.
+    """
+
+    text: str = ""
+    images: tuple[ImageSource, ...] = ()
+
+
+def verdict_on(env: EpisodeSource, episode: Episode, completion: str, *, allow_reasoning: bool = False) -> Verdict:
+    """The verdict on a completion (text without its end-of-turn token). A wrong answer is a verdict, never an error.
+
+    Raises BrokenEpisode if the environment fails on a call that fits its schema, or gives anything but a verdict.
+    """
+    parsed = parse_call_str(completion, env.tools, allow_reasoning=allow_reasoning)
+    if parsed.call is None:
+        return Verdict(UNPARSABLE, is_right=False, parse_status=parsed.status)
+    return verdict_on_call(env, episode, parsed.call)
+
+
+def verdicts_on(
+    env: EpisodeSource, episodes: Sequence[Episode], completions: Sequence[str], *, allow_reasoning: bool = False
+) -> tuple[list[Verdict], str | None]:
+    """(the verdict on each completion, None); with the reason why the environment is broken, the verdicts before it."""
+    verdicts: list[Verdict] = []
+    try:
+        for episode, completion in zip(episodes, completions, strict=True):
+            verdicts.append(verdict_on(env, episode, completion, allow_reasoning=allow_reasoning))
+    except BrokenEpisode as error:
+        return verdicts, str(error)
+    return verdicts, None
+
+
+def verdict_on_call(env: EpisodeSource, episode: Episode, call: ToolCall) -> Verdict:
+    """The verdict on a call that fits the tools' schemas. Raises BrokenEpisode as `verdict_on` does."""
+    check = partial(_sound_verdict, outcomes=env.outcomes)
+    name = f"the verdict on the call {printable(_shortened(str(call)))}"
+    try:
+        verdict = asked(lambda: env.respond(episode, (call,)), check, name, "respond")
+    # the picture is not at fault: it was opened before it was shown
+    except (BadImage, OSError) as error:
+        raise BrokenEpisode(
+            f"{name} failed with {type(error).__name__}: {printable(error)} (in respond()); correct it"
+        ) from error
+    return replace(verdict, call=call)
+
+
+def outcome_names(env: EpisodeSource) -> list[str]:
+    """The names of every outcome of the environment, `unparsable` last if it is not among its own."""
+    return list(dict.fromkeys([*(outcome.value for outcome in env.outcomes), UNPARSABLE]))
+
+
+def solution_of(env: EpisodeSource, episode: Episode) -> ToolCall:
+    """The gold answer to an episode. Raises BrokenEpisode unless it is a call that the tools' schemas take."""
+    return asked(
+        lambda: env.solution(episode, ()), partial(_sound_call, tools=env.tools), "the gold answer", "solution"
+    )
+
+
+def answerable_episode(env: EpisodeSource, index: int) -> Episode:
+    """Episode `index` as `checked_episode` gives it, with a sound gold answer and sound choices.
+
+    Raises BrokenEpisode, which names the episode.
+    """
+    episode = checked_episode(env, index)
+    try:
+        solution_of(env, episode), choices_of(env, episode)
+    except BrokenEpisode as error:
+        raise BrokenEpisode(f"episode {index}: {error}") from error
+    return episode
+
+
+def choices_of(env: EpisodeSource, episode: Episode) -> tuple[str, ...]:
+    """The names of the calls that may be chosen from, in order; none where an answer is not one of a few."""
+
+    def check(given: Any) -> tuple[str, ...]:
+        return tuple(str(_sound_call(call, env.tools)) for call in given)
+
+    return asked(lambda: env.choices(episode), check, "the choices", "choices")
+
+
+def chance_of(env: EpisodeSource, episode: Episode) -> float | None:
+    """The share of right answers of a policy that does not look; None if the environment does not say."""
+
+    def check(given: Any) -> float | None:
+        if given is None:
+            return None
+        if isinstance(given, Real) and not isinstance(given, bool) and 0 <= float(given) <= 1:
+            return float(given)
+        raise BrokenEpisode(f"chance() returned {shown(given)}, but wanted a share from 0 to 1, or None")
+
+    return asked(lambda: env.chance(episode), check, "chance", "chance")
+
+
+def require_sound_task(env: EpisodeSource) -> None:
+    """Raises BrokenEpisode unless the environment's tools and outcomes can be used."""
+    try:
+        checked_tools(env.tools)
+    except BadTool as error:
+        raise BrokenEpisode(str(error)) from error
+    outcomes: Any = env.outcomes
+    if not isinstance(outcomes, EnumType) or not issubclass(outcomes, StrEnum) or not len(outcomes):
+        raise BrokenEpisode(
+            f"outcomes is {shown(outcomes)}, but wanted an enum of texts; write class Outcome(StrEnum) with a member "
+            "for each way that an answer can end, and outcomes = Outcome"
+        )
+
+
+def _sound_verdict(given: Any, outcomes: type[StrEnum]) -> Verdict:
+    """The same verdict, its values converted to their types. Raises BrokenEpisode."""
+    if isinstance(given, Observation):
+        raise BrokenEpisode(
+            "respond() returned an Observation, but training has one turn; return a Verdict on the first call"
+        )
+    if not isinstance(given, Verdict):
+        raise BrokenEpisode(f"respond() returned {shown(given)}, but wanted a Verdict; return environment.Verdict(...)")
+    if given.outcome not in list(outcomes):
+        names = ", ".join(outcomes)
+        raise BrokenEpisode(f"its outcome is {shown(given.outcome)}, but wanted one of {names}; add it to outcomes")
+    if not isinstance(given.is_right, bool) and str(getattr(given.is_right, "dtype", "")) not in ("bool", "torch.bool"):
+        raise BrokenEpisode(f"its is_right is {shown(given.is_right)}, but wanted True or False")
+    if not isinstance(given.components, Mapping):
+        raise BrokenEpisode(f"its components are {shown(given.components)}, but wanted a number by its name")
+    components = {_sound_name(name): _sound_component(name, value) for name, value in given.components.items()}
+    return Verdict(outcomes(given.outcome).value, bool(given.is_right), components)
+
+
+def _shortened(text: str) -> str:
+    """The text's first 200 characters: a policy may write thousands."""
+    return f"{text[:200]}{'…' if len(text) > 200 else ''}"
+
+
+def _sound_name(name: Any) -> str:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise BrokenEpisode(f"a component is named {shown(name)}, but wanted a word such as near_miss; rename it")
+    return name
+
+
+def _sound_component(name: str, value: Any) -> float:
+    try:
+        number = value.item() if hasattr(value, "item") else value
+        component = float(number) if isinstance(number, Real | Decimal) else math.nan
+    # an array of several numbers, an integer that no float holds
+    except (ArithmeticError, TypeError, ValueError):
+        component = math.nan
+    if abs(component) <= MAX_COMPONENT:
+        return component
+    raise BrokenEpisode(
+        f"its component {name} is {shown(value)}, but wanted a finite number within a million of 0; correct it"
+    )
+
+
+def _sound_call(given: Any, tools: Sequence[Tool]) -> ToolCall:
+    """The same call, its arguments plain JSON. Raises BrokenEpisode if the tools' schemas refuse it."""
+    if not isinstance(given, ToolCall):
+        raise BrokenEpisode(f"it is {shown(given)}, but wanted a call; return environment.ToolCall(name, arguments)")
+    names = [tool["name"] for tool in tools]
+    if given.name not in names:
+        raise BrokenEpisode(f"it calls {given.name!r}, but the tools are {', '.join(names)}; call one of these")
+    try:
+        text = make_call_str(given)
+        text.encode()
+        arguments = json.loads(json.dumps(dict(given.arguments)))
+    except (TypeError, ValueError, RecursionError) as error:
+        words = printable(error)
+        raise BrokenEpisode(f"its arguments are not plain JSON ({words}); give ints, floats, texts, lists") from error
+    require_plain(json.dumps(arguments, ensure_ascii=False), f"the call of {given.name}")
+    if (refusal := refusal_of(tools, given.name, arguments)) is not None:
+        raise BrokenEpisode(f"its arguments do not fit the schema of {given.name}: {refusal}; correct one of the two")
+    parsed = _parsed(text, json.dumps([dict(tool) for tool in tools]))
+    if parsed.call != ToolCall(given.name, arguments):
+        raise BrokenEpisode(f"its text is refused as {parsed.status}; a call has at most 4,096 characters, none odd")
+    return ToolCall(given.name, arguments)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str, tools_json: str) -> Any:
+    return parse_call_str(text, json.loads(tools_json))
