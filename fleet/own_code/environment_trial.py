@@ -160,7 +160,7 @@ def require_usable(env: EpisodeSource, max_pixels: int | None, literals: Collect
 
 
 def _require_gold(env: EpisodeSource, episode: Episode, index: int) -> None:
-    """Raises BrokenEpisode unless the gold answer to an episode is right and no choice earns more."""
+    """Raises BrokenEpisode unless the gold answer to an episode is right, and not every choice is."""
     gold = solution_of(env, episode)
     verdict = verdict_on_call(env, episode, gold)
     if not verdict.is_right:
