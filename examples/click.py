@@ -1,6 +1,6 @@
 """An environment with a tool of its own: click the shape that is named, on a canvas with several.
 
-    accelerate launch training.py --env examples/click.py:ClickEnv
+    accelerate launch training.py --env examples/click.py:ClickEnv --config examples/click.yaml
 
 A click is right inside the box of the named shape. Chance is that of a click on the middle of any cell of the canvas.
 """

@@ -134,7 +134,18 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         leaves=TRAINED,
         stage=2,
     ),
-    Runs("accelerate launch training.py --env examples/click.py:ClickEnv", added="--train_steps 2", leaves=TRAINED),
+    Runs(
+        "accelerate launch training.py --env examples/click.py:ClickEnv --config examples/click.yaml "
+        "--output_dir runs/click",
+        added="--train_steps 2 --warmup_steps 1",
+        leaves=TRAINED,
+    ),
+    Runs(
+        "python evaluate.py --model_id runs/click/final",
+        added="--eval_episodes 16",
+        says="no such control for this environment",
+        stage=2,
+    ),
     Runs("python -m fleet.check_env examples/counting.py:CountingEnv --train", says="it learns"),
     Runs(
         "accelerate launch training.py --env examples/counting.py:CountingEnv --config examples/counting.yaml",

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from environment import EpisodeSource, PickImageEnv
-from fleet.episodes import checked_episode
+from fleet.episodes import BrokenEpisode, checked_episode
 from fleet.errors import UsageError, reason_of
 from fleet.toy.form_school import teach_form
 from fleet.toy.lessons import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, teach_calls, teach_sight
 from fleet.verdicts import solution_of
-from utils.tool_calls import make_call_str, make_tool_call_str, system_text
+from utils.tool_calls import make_call_str, make_tool_call_str
 
 SHIPPED_WEIGHTS = Path(__file__).resolve().with_name("sighted.safetensors")
 
@@ -138,12 +139,13 @@ def is_whole(path: Path) -> bool:
 def cached_path(kind: str, env: EpisodeSource | None = None) -> Path:
     """The cache's folder of a toy: its digest changes with the recipe, its code and the libraries that build it.
 
-    For an environment it changes with the schemas of the tools and the words around them too, but not with episodes.
-    The cache is `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`.
+    For an environment it changes with what its first prompts say too: the schemas of the tools, the words around them,
+    and the questions, whose tokens the toy learns. It does not change with answers and pictures. The cache is
+    `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`. Raises UsageError if the environment fails.
     """
     sources = [Path(__file__).with_name(name) for name in ("model.py", "lessons.py", "form_school.py")]
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    recipe = recipe_digest(kind) if env is None else _digest([SIZES, RECIPES[kind], _system_text(env)])
+    recipe = recipe_digest(kind) if env is None else _digest([SIZES, RECIPES[kind], _prompts_of(env)])
     name = f"toy-{kind}-{_digest([recipe, versions, *(path.read_text() for path in sources)])}"
     if "FLEET_CACHE" in os.environ:
         return Path(os.environ["FLEET_CACHE"]) / name
@@ -265,8 +267,14 @@ def _texts_of(env: EpisodeSource) -> list[str]:
     return texts
 
 
-def _system_text(env: EpisodeSource) -> str:
-    return system_text(env.tools, allow_reasoning=bool(getattr(env, "allow_reasoning", False)))
+def _prompts_of(env: EpisodeSource) -> list[str]:
+    """Each text of the first episodes' prompts once, in order of the alphabet. Raises UsageError."""
+    try:
+        episodes = [checked_episode(env, number) for number in range(NUM_TEXTS)]
+    except BrokenEpisode as error:
+        raise UsageError(f"the environment is broken: {error}") from error
+    parts = chain.from_iterable(message["content"] for episode in episodes for message in episode.messages)
+    return sorted({part["text"] for part in parts if part["type"] == "text"})
 
 
 def _digest(content: Any) -> str:

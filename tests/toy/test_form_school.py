@@ -8,7 +8,7 @@ import torch
 from environment import load_environment_class
 from fleet.toy.form_school import NO_CALL, FormSchool
 from fleet.toy.lessons import END
-from fleet.toy.model import RECIPES, TAUGHT, make_toy_model, make_toy_processor
+from fleet.toy.model import RECIPES, SCHOOL_SEED, TAUGHT, cached_path, make_toy_model, make_toy_processor
 from tests.helpers import REPOSITORY
 from utils.tool_calls import make_call_str
 
@@ -33,3 +33,14 @@ def test_an_episode_is_shown_the_answer_to_its_neighbour(call_share: float) -> N
     assert neighbours != golds
     wanted = neighbours if call_share else [NO_CALL + END] * 24
     assert [answer for _, answer in school.shown] == wanted
+
+
+def test_a_toy_is_not_taken_for_questions_whose_tokens_it_has_not_learnt() -> None:
+    click = load_environment_class(f"{REPOSITORY}/examples/click.py:ClickEnv")
+    any_colour, more_shapes, red = (
+        cached_path(TAUGHT, click(seed=SCHOOL_SEED, **arguments))
+        for arguments in ({}, {"num_shapes": 4}, {"named": "red"})
+    )
+    assert any_colour != red
+    # answers and pictures alone differ
+    assert any_colour == more_shapes
