@@ -76,7 +76,7 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     NotRun("accelerate launch", "names the launcher of the commands below"),
     RunBy("make test", ".ci/run", "make test"),
     RunBy("make documented", ".ci/run", "make documented"),
-    RunBy("make test-slow", ".ci/run", 'FLEET_KILLS=3 make test-slow SLOW="slow and not exhaustive"'),
+    RunBy("make test-slow", ".ci/run", 'FLEET_KILLS=2 make test-slow SLOW="slow and not exhaustive"'),
     RunBy("make test-vllm", ".ci/run", 'make test-vllm VLLM="vllm and not exhaustive"'),
     RunBy(
         "VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/Qwen2.5-VL-7B-Instruct --enable-scale-out --logprobs-mode "
