@@ -40,8 +40,8 @@ class ClickEnv(Environment):
 
     def __init__(self, seed: int = 0, num_shapes: int = 2, named: str | None = None):
         """seed: of all episodes. num_shapes: from 2 to 4. named: the colour that is always asked for; None draws it."""
-        if not 2 <= num_shapes <= len(COLOURS):
-            raise ValueError(f"num_shapes={num_shapes}, but wanted 2 to {len(COLOURS)}; correct --env_args")
+        if not 2 <= num_shapes <= len(COLOURS) or named not in (None, *COLOURS):
+            raise ValueError(f"{num_shapes=}, {named=}, but wanted 2 to 4, and None or one of {', '.join(COLOURS)}")
         self.seed, self.num_shapes, self.named = seed, num_shapes, named
 
     def episode(self, index: int) -> Episode:

@@ -85,6 +85,13 @@ def test_a_click_is_right_inside_the_named_box_alone() -> None:
         assert sorted(swapped.answer["boxes"].values()) == sorted(episode.answer["boxes"].values())
 
 
+@pytest.mark.parametrize("arguments", [{"named": "purple"}, {"num_shapes": 1}, {"num_shapes": 5}])
+def test_click_refuses_a_colour_or_a_number_that_it_does_not_draw(arguments: dict[str, object]) -> None:
+    env_class = load_environment_class(f"{REPOSITORY}/examples/click.py:ClickEnv")
+    with pytest.raises(ValueError, match="but wanted 2 to 4, and None or one of red, green, blue, yellow"):
+        env_class(**arguments)
+
+
 def test_counting_tells_a_near_miss_from_a_far_one() -> None:
     env = load_environment_class(f"{REPOSITORY}/examples/counting.py:CountingEnv")()
     episode = next(drawn for drawn in map(env.episode, range(20)) if drawn.answer == {"count": 2})
