@@ -1,6 +1,6 @@
 """An environment with a tool of its own: count the dots in a picture, with one integer as the answer.
 
-    accelerate launch training.py --env examples/counting.py:CountingEnv
+    accelerate launch training.py --env examples/counting.py:CountingEnv --config examples/counting.yaml
 
 Chance is 1 in `most_dots`. Before, the toy is taught the form of the call alone, from answers to other pictures.
 """

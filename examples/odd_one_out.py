@@ -1,28 +1,34 @@
 """An environment of your own: every image but one is the same picture, and the other one is to be picked.
 
-    accelerate launch training.py --env examples/odd_one_out.py:OddOneOutEnv --fixed_correct_index none
+    accelerate launch training.py --env examples/odd_one_out.py:OddOneOutEnv --config examples/odd_one_out.yaml
 
-It names no picture, so comparing is the only way to win. `draw_episode` and `instruction` are all there is to write:
-Fleet judges the call, rewards it and shows the images.
+It names no picture, so comparing is the only way to win. Chance is 1 in `candidates_per_episode`. `draw_episode` and
+`instruction` are all there is to write: Fleet judges the call, rewards it and shows the images.
 """
 
 import random
 
 from environment import Episode, PickImageEnv, sample_distinct
+from fleet.controls import redrawn
+from utils.images import open_image
 
 
 class OddOneOutEnv(PickImageEnv):
     """Pick the image that differs; `fixed_correct_index` puts it at one place, None draws its place."""
 
     def draw_episode(self, seed: int, index: int) -> Episode:
-        """Two pictures drawn from (seed, index): one fills every place but the odd one."""
+        """Two pictures drawn from (seed, index): one fills every place but the odd one.
+
+        Each is redrawn in another size, place and shade, so that there are more episodes than pairs of pictures.
+        """
         rng = random.Random(f"odd one out/{seed}/{index}")
         common, odd = sample_distinct(self.images, 2, rng)
         drawn_place = int(rng.random() * self.candidates_per_episode)
         place = drawn_place if self.fixed_correct_index is None else self.fixed_correct_index
-        shown = [odd if position == place else common for position in range(self.candidates_per_episode)]
-        paths, labels = tuple(image.path for image in shown), tuple(image.label for image in shown)
-        return self.with_messages(Episode(paths, (), place, labels, odd.label, seed))
+        drawings = {image.label: redrawn(open_image(image.path), rng) for image in (common, odd)}
+        labels = [odd.label if place == position else common.label for position in range(self.candidates_per_episode)]
+        images = tuple(drawings[label] for label in labels)
+        return self.with_messages(Episode(images, (), place, tuple(labels), odd.label, seed))
 
     def instruction(self, episode: Episode) -> str:
         """The question, which names no picture."""

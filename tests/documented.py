@@ -104,10 +104,12 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     Runs("python training.py", added="--train_steps 2", leaves=TRAINED),
     Runs("accelerate launch training.py --config run.yaml --seed 1", added="--train_steps 2", leaves=TRAINED),
     Runs(
-        "accelerate launch training.py --env examples/odd_one_out.py:OddOneOutEnv --fixed_correct_index none",
-        added="--train_steps 2",
+        "accelerate launch training.py --env examples/odd_one_out.py:OddOneOutEnv --config examples/odd_one_out.yaml "
+        "--output_dir runs/odd",
+        added="--train_steps 2 --warmup_steps 1 --per_device_batch_size 8",
         leaves=TRAINED,
     ),
+    Runs("python evaluate.py --model_id runs/odd/final", added="--eval_episodes 16", says="redrawn images", stage=2),
     Runs(
         "accelerate launch training.py --env examples/most_dots.py:MostDotsEnv",
         added="--train_steps 2",
@@ -148,9 +150,16 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     ),
     Runs("python -m fleet.check_env examples/counting.py:CountingEnv --train", says="it learns"),
     Runs(
-        "accelerate launch training.py --env examples/counting.py:CountingEnv --config examples/counting.yaml",
+        "accelerate launch training.py --env examples/counting.py:CountingEnv --config examples/counting.yaml "
+        "--output_dir runs/counting",
         added="--train_steps 2 --warmup_steps 1",
         leaves=TRAINED,
+    ),
+    Runs(
+        "python evaluate.py --model_id runs/counting/final",
+        added="--eval_episodes 16",
+        says="no such control for this environment",
+        stage=2,
     ),
     Runs("accelerate launch training.py --reward my_reward.py:score", added="--train_steps 2", leaves=TRAINED),
     Runs(

@@ -102,7 +102,7 @@ def test_counting_tells_a_near_miss_from_a_far_one() -> None:
 def test_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     training.main([
-        "--env", "examples/odd_one_out.py:OddOneOutEnv", "--fixed_correct_index", "none", "--train_steps", "1",
+        "--env", "examples/odd_one_out.py:OddOneOutEnv", "--fixed_correct_index", "0", "--train_steps", "1",
         "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--sample_steps", "0",
     ])  # fmt: skip
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 1

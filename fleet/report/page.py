@@ -179,6 +179,7 @@ def render_page(records: RunRecords) -> str:
         by_choice_rows=tables.accuracy_by_choice_rows(columns),
         heat_map=tables.heat_map(ends[1] if ends else None, records.groups),
         choices_left_out=tables.choices_left_out(ends[1] if ends else None, records.groups),
+        picks_picture=any(group.episode.correct_index is not None for group in records.groups),
         rollouts=embed(records.groups, records.run_dir / THUMBNAILS_NAME),
     )
 

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Self
 
 from environment import Episode, EpisodeSource, Message
+from fleet.episodes import BrokenEpisode
 from fleet.run_folder import finite
 from fleet.verdicts import CORRECT, VALID_CALL, Verdict, choices_of, solution_of
 from utils.tool_calls import ParseStatus, ToolCall
@@ -120,32 +121,39 @@ def _rollout_from_json(episode: EpisodeRecord, line: dict[str, Any]) -> RolloutR
     return RolloutRecord(episode, str(line["completion"]), verdict, reward, advantage)
 
 
-def make_records(
-    env: EpisodeSource,
-    episodes: Sequence[Episode],
-    image_digests: Sequence[bytes],
-    completions: Sequence[str],
-    verdicts: Sequence[Verdict],
-    rewards: Sequence[float],
-) -> list[RolloutRecord]:
-    """The records of P groups of completions, group after group.
+def episode_records(
+    env: EpisodeSource, episodes: Sequence[Episode], image_digests: Sequence[bytes]
+) -> tuple[list[EpisodeRecord], str | None]:
+    """(the record of each of P episodes, None); with the reason why the environment is broken, the records before it.
 
-    image_digests: of all the episodes' pictures, in order. completions, verdicts and rewards: B, one a rollout. Raises
-    BrokenEpisode if the environment has no sound choices or solution for an episode.
+    image_digests: of all the episodes' pictures, in order. An environment is broken that has no sound choices or
+    solution for an episode.
     """
     names = (f"{digest.hex()[:16]}.webp" for digest in image_digests)
-    seen_B: list[EpisodeRecord] = []
-    for episode in episodes:
-        seen = EpisodeRecord(
-            instruction_of(episode.messages),
-            episode.target,
-            episode.correct_index,
-            episode.labels,
-            tuple(islice(names, episode.num_candidates)),
-            choices_of(env, episode),
-            str(solution_of(env, episode)),
-        )
-        seen_B += [seen] * (len(completions) // len(episodes))
+    seen: list[EpisodeRecord] = []
+    try:
+        for episode in episodes:
+            seen.append(
+                EpisodeRecord(
+                    instruction_of(episode.messages),
+                    episode.target,
+                    episode.correct_index,
+                    episode.labels,
+                    tuple(islice(names, episode.num_candidates)),
+                    choices_of(env, episode),
+                    str(solution_of(env, episode)),
+                )
+            )
+    except BrokenEpisode as error:
+        return seen, str(error)
+    return seen, None
+
+
+def make_records(
+    seen: Sequence[EpisodeRecord], completions: Sequence[str], verdicts: Sequence[Verdict], rewards: Sequence[float]
+) -> list[RolloutRecord]:
+    """The records of P groups of completions, group after group. completions, verdicts, rewards: B, one a rollout."""
+    seen_B = [record for record in seen for _ in range(len(completions) // len(seen))]
     return [RolloutRecord(*fields) for fields in zip(seen_B, completions, verdicts, rewards, strict=True)]
 
 

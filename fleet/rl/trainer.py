@@ -34,7 +34,7 @@ from fleet.rl.algorithm import (
 )
 from fleet.rl.guards import RewardGuard, StepGuard, without_gradient_if_not_finite
 from fleet.rl.policy_passes import PolicyPasses, SampledGroups
-from fleet.rl.rollouts import RolloutRecord, make_records, rollout_metrics
+from fleet.rl.rollouts import RolloutRecord, episode_records, make_records, rollout_metrics
 from fleet.rl.settings import DEFAULT_SETTINGS, TrainerSettings
 from fleet.schedule import require_whole_groups
 from fleet.verdicts import Verdict, outcome_names, verdicts_on
@@ -164,14 +164,13 @@ class FleetRLOOTrainer(PolicyPasses):
         completions = [decode_completion(processor, ids, self.eos_token_ids) for ids in sampled.completion_ids]
         reasons = self.settings.allow_reasoning
         verdicts, broken = verdicts_on(self.env, episodes_B, completions, allow_reasoning=reasons)
-        require_episodes(gather_object([[broken]]))
+        seen, unseen = episode_records(self.env, batch["episodes"], batch["image_digests"])
+        require_episodes(gather_object([[broken, unseen]]))
         rewards, first_dropped = self._rewards(sampled, episodes_B, completions, verdicts)
         self.step_guard.begin_generation(first_dropped)
         rewards_B = torch.tensor(rewards, device=self.accelerator.device) * self.reward_weights[0].item()
         self._log_rewards(self.accelerator.gather(rewards_B))
-        records = make_records(
-            self.env, batch["episodes"], batch["image_digests"], completions, verdicts, rewards_B.tolist()
-        )
+        records = make_records(seen, completions, verdicts, rewards_B.tolist())
         return Rollouts(sampled, records, rewards_B, advantages_B=torch.zeros_like(rewards_B))
 
     def _rewards(

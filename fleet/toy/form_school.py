@@ -8,11 +8,13 @@ this size does not know where its image tokens are, and RLOO finds nothing to re
 
 import random
 from collections.abc import Iterator
-from itertools import chain
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
@@ -20,14 +22,17 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, Row, VLMDataCollator
 from environment import EpisodeSource
 from fleet.episodes import BrokenEpisode
+from fleet.qwen.shared_prefix import PackedGroups, attention_mask, pack_groups, unpack
 from fleet.toy.lessons import END, train_stages
+from fleet.toy.sight_heads import SightHeads
 from fleet.verdicts import solution_of
 from utils.tool_calls import make_call_str
 
-# Axes: P episodes, L tokens of prompt and answer, K image tokens of a batch, H hidden size.
+# Axes: P episodes, B branches behind the pictures of each, S slots of a packed row, T tokens of the longest branch.
 
 NO_CALL = "I do not know."
-PATCHES_PER_TOKEN, NUM_PROBED = 4, 32  # episodes that tell how many pictures there are
+PREFIX_WEIGHT = 0.3
+NUM_PROBED = 32  # episodes that tell how many pictures there are
 
 
 def teach_form(
@@ -42,58 +47,102 @@ def teach_form(
     the answers, `1 - call_share`, is no call. Raises BrokenEpisode if the environment fails.
     """
     school = FormSchool(model, processor, env, recipe)
-    parameters = [*model.parameters(), *(school.sight.parameters() if recipe["sees"] else ())]
-    optimizer = AdamW(parameters, lr=recipe["learning_rate"], weight_decay=0.0)
-    schedule = OneCycleLR(optimizer, recipe["learning_rate"], recipe["steps"])
+    parameters = [*model.parameters(), *(school.sight_heads.parameters() if recipe["sees"] else ())]
+    rate = recipe["learning_rate"]
+    optimizer = AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = OneCycleLR(optimizer, rate, recipe["steps"], pct_start=0.1, cycle_momentum=False)
     train_stages(model, [(school.losses(), optimizer, schedule)])
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What stands behind the pictures of an episode: a question, of whose text the prompt is, and an answer."""
+
+    asked: int  # the place in the batch of the episode whose question it is
+    answer: str
 
 
 class FormSchool:
     """The lessons of one environment, step by step."""
 
     def __init__(self, model: Any, processor: Any, env: EpisodeSource, recipe: dict[str, Any]):
-        self.model, self.processor, self.env, self.recipe = model, processor, env, recipe
+        self.model, self.tokenizer, self.env, self.recipe = model, processor.tokenizer, env, recipe
         self.dataset = RepeatableEpisodeDataset(env, recipe["max_pixels"])
         self.collator = VLMDataCollator(processor, num_rollouts=1)
         probed = self.collator(self._rows(0, NUM_PROBED))
         num_tokens = int((probed["mm_token_type_ids"] == 1).sum(dim=1).max())
-        self.sight = Sight(model.config.get_text_config(), max(probed["num_images"]), num_tokens)
+        self.sight_heads = SightHeads(model.config.get_text_config(), max(probed["num_images"]), num_tokens)
         self.rng = random.Random(recipe["seed"])
 
     def losses(self) -> Iterator[Tensor]:
-        """Cross-entropy of prompt text and answer, so that the tokens of the prompt are learnt too, and of sight."""
+        """Cross-entropy of prompts and answers, so that the tokens of the prompts are learnt too, and of sight."""
         size = self.recipe["episodes_per_step"]
         for step in range(self.recipe["steps"]):
             rows = self._rows(step * size, size)
-            batch = self.collator(rows)
-            calls = [make_call_str(solution_of(self.env, row["episode"])) for row in rows]
-            # each is shown the answer to its neighbour
-            answers = [
-                (call if self.rng.random() < self.recipe["call_share"] else NO_CALL) + END
-                for call in [*calls[1:], calls[0]]
-            ]
-            yield self._loss(batch, answers)
+            yield self._loss(rows, self.branches(rows))
 
-    def _loss(self, batch: EpisodeBatch, answers: list[str]) -> Tensor:
-        answered = self.processor.tokenizer(answers, return_tensors="pt", padding=True, padding_side="right")
-        ids_PL = torch.cat([batch["input_ids"], answered["input_ids"]], dim=1)
-        mask_PL = torch.cat([batch["attention_mask"], answered["attention_mask"]], dim=1)
-        kinds_PL = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(answered["input_ids"])], dim=1)
-        output = self.model(
-            input_ids=ids_PL,
-            attention_mask=mask_PL,
-            mm_token_type_ids=kinds_PL,
+    def branches(self, rows: list[Row]) -> list[list[Branch]]:
+        """Behind each episode's pictures its own question and others, with a right answer to yet another episode."""
+        calls, count = [make_call_str(solution_of(self.env, row["episode"])) for row in rows], len(rows)
+        return [
+            [
+                Branch(
+                    asked=(place + number) % count,
+                    answer=self._said(calls[(place + number + 1) % count]) + END,
+                )
+                for number in range(self.recipe["questions_per_episode"])
+            ]
+            for place in range(count)
+        ]
+
+    def _said(self, call: str) -> str:
+        return call if self.rng.random() < self.recipe["call_share"] else NO_CALL
+
+    def _loss(self, rows: list[Row], branches: list[list[Branch]]) -> Tensor:
+        batch = self.collator(rows)
+        packed, num_asked_PB = self._packed(batch, branches)
+        is_image_PS = packed.input_ids_PS == self.model.config.image_token_id
+        output = self.model.model(
+            input_ids=packed.input_ids_PS,
+            attention_mask=attention_mask(packed.branch_PS),
+            position_ids=packed.position_ids_3PS,
             pixel_values=batch["pixel_values"],
             image_grid_thw=batch["image_grid_thw"],
-            labels=ids_PL.masked_fill((mask_PL == 0) | (kinds_PL == 1), -100),
             output_hidden_states=self.recipe["sees"],
             use_cache=False,
         )
-        return (
-            output.loss + self.sight(output.hidden_states, batch, mask_PL, kinds_PL)
-            if self.recipe["sees"]
-            else output.loss
+        loss = _text_loss(self.model.lm_head(output.last_hidden_state), packed, num_asked_PB, is_image_PS)
+        if self.recipe["sees"]:
+            loss = loss + self.sight_heads(output.hidden_states, batch, is_image_PS, packed.branch_PS > 0)
+        return loss
+
+    def _packed(self, batch: EpisodeBatch, branches: list[list[Branch]]) -> tuple[PackedGroups, Tensor]:
+        """A row an episode, its branches behind its pictures; and each question's tokens, (P, B) int64."""
+        config = self.model.config
+        prompts = [ids[mask == 1] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        ends = [_places(ids, config.vision_end_token_id)[-1] + 1 for ids in prompts]
+        prefixes = [ids[:end] for ids, end in zip(prompts, ends, strict=True)]
+        prefix_ids_PL = pad_sequence(prefixes, True, self.tokenizer.pad_token_id, padding_side="left")
+        prefix_mask_PL = pad_sequence([torch.ones_like(ids) for ids in prefixes], True, padding_side="left")
+        positions_3PL, _ = self.model.model.get_rope_index(
+            prefix_ids_PL,
+            mm_token_type_ids=(prefix_ids_PL == config.image_token_id).long(),
+            image_grid_thw=batch["image_grid_thw"],
+            attention_mask=prefix_mask_PL,
         )
+        answers = self.tokenizer([branch.answer for row in branches for branch in row])["input_ids"]
+        asked = [prompts[branch.asked][ends[branch.asked] :] for row in branches for branch in row]
+        texts = [torch.cat([ids, torch.tensor(answer)]) for ids, answer in zip(asked, answers, strict=True)]
+        shape = len(branches), len(branches[0])
+        packed = pack_groups(
+            prefix_ids_PL,
+            prefix_mask_PL,
+            positions_3PL,
+            pad_sequence(texts, True, self.tokenizer.pad_token_id).view(*shape, -1),
+            torch.tensor([len(ids) for ids in texts]).view(shape),
+            self.tokenizer.pad_token_id,
+        )
+        return packed, torch.tensor([len(ids) for ids in asked]).view(shape)
 
     def _rows(self, first: int, count: int) -> list[Row]:
         rows = [self.dataset[number] for number in range(first, first + count)]
@@ -103,53 +152,16 @@ class FormSchool:
         return rows
 
 
-class Sight(nn.Module):
-    """Linear heads on the language model's hidden states, for the lesson alone."""
+def _text_loss(logits_PSV: Tensor, packed: PackedGroups, num_asked_PB: Tensor, is_image_PS: Tensor) -> Tensor:
+    """Cross-entropy of the answers, of the own questions, and, of less weight, of the text up to the pictures."""
+    behind_PS = cross_entropy(logits_PSV.transpose(1, 2), packed.shift_labels_PS, reduction="none")
+    behind_PBT = unpack(behind_PS, packed)
+    is_asked_PBT = torch.arange(behind_PBT.shape[2]) < num_asked_PB[:, :, None]
+    answers, own_questions = behind_PBT[packed.is_token_PGT & ~is_asked_PBT], behind_PBT[:, 0][is_asked_PBT[:, 0]]
+    is_before_PS = (packed.branch_PS[:, 1:] == 0) & ~is_image_PS[:, 1:]
+    before = cross_entropy(logits_PSV[:, :-1][is_before_PS], packed.input_ids_PS[:, 1:][is_before_PS])
+    return answers.mean() + own_questions.mean() + PREFIX_WEIGHT * before
 
-    def __init__(self, config: Any, num_images: int, num_tokens: int):
-        """num_images, num_tokens: the most pictures of an episode, and the most image tokens."""
-        super().__init__()
-        layers = config.num_hidden_layers
-        self.num_images, self.num_tokens = num_images, num_tokens
-        self.norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False)
-        # after every layer: the colours of four patches, the place in the picture, the number of the picture
-        width = 3 * PATCHES_PER_TOKEN + 2 + num_images
-        self.seen = nn.ModuleList(nn.Linear(config.hidden_size, width) for _ in range(layers))
-        # after every layer but the first, at text behind the pictures
-        self.recalled = nn.ModuleList(nn.Linear(config.hidden_size, 3 * num_tokens) for _ in range(layers - 1))
 
-    def forward(
-        self, hidden_states: tuple[Tensor, ...], batch: EpisodeBatch, mask_PL: Tensor, kinds_PL: Tensor
-    ) -> Tensor:
-        """The mean squared error of what the heads say of the pixels. hidden_states: (P, L, H), embeddings first."""
-        num_episodes, is_image_PL = len(mask_PL), kinds_PL == 1
-        patch_colours = batch["pixel_values"].unflatten(1, (3, -1)).mean(dim=2)
-        colours_K3 = patch_colours.view(-1, PATCHES_PER_TOKEN, 3).mean(dim=1)
-        seen = torch.cat([patch_colours.view(-1, 3 * PATCHES_PER_TOKEN), self._places(batch)], dim=1)
-        losses = [
-            (head(self.norm(states[is_image_PL])) - seen).square().mean() * 2 / len(self.seen)
-            for head, states in zip(self.seen, hidden_states[1:], strict=True)
-        ]
-        # a smaller episode's thumbnail is filled up with grey
-        thumbnails = torch.zeros(num_episodes, self.num_tokens, 3)
-        counts = is_image_PL.sum(dim=1).tolist()
-        for number, colours in enumerate(colours_K3.split(counts)):
-            thumbnails[number, : len(colours)] = colours[: self.num_tokens]
-        is_behind_PL = (is_image_PL.flip(1).cumsum(dim=1).flip(1) == 0) & (mask_PL == 1)
-        wanted = thumbnails.flatten(1)[:, None].expand(-1, mask_PL.shape[1], -1)[is_behind_PL]
-        losses += [
-            (head(self.norm(states[is_behind_PL])) - wanted).square().mean() / 2
-            for head, states in zip(self.recalled, hidden_states[2:], strict=True)
-        ]
-        return torch.stack(losses).sum()
-
-    def _places(self, batch: EpisodeBatch) -> Tensor:
-        """(K, 2 + images) float32: x and y of each image token from -1 to 1, and one-hot the number of its picture."""
-        numbers = chain.from_iterable(range(count) for count in batch["num_images"])
-        places = []
-        for number, (_, height, width) in zip(numbers, batch["image_grid_thw"].tolist(), strict=True):
-            rows, columns = torch.linspace(-1, 1, height // 2), torch.linspace(-1, 1, width // 2)
-            here = torch.cartesian_prod(rows, columns).flip(1)
-            which = torch.nn.functional.one_hot(torch.tensor(min(number, self.num_images - 1)), self.num_images)
-            places.append(torch.cat([here, which.float().expand(len(here), -1)], dim=1))
-        return torch.cat(places)
+def _places(ids: Tensor, token_id: int) -> list[int]:
+    return (ids == token_id).nonzero().flatten().tolist()

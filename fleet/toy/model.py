@@ -59,7 +59,8 @@ CHAT_TEMPLATE = (
 
 # Runs with a fixed index start from the plain toy: it knows the form of a call, and every index is as likely. Runs that
 # pick by name start from the sighted toy: it knows the pictures and their names too, and favours an index.
-# Runs of an environment with tools of its own start from a toy that was taught the form of their calls.
+# Runs of an environment of one's own that has other tools, or no fixed index, start from a toy that was taught the form
+# of its calls, and to see its pictures.
 PLAIN, SIGHTED, TAUGHT, RELUCTANT = "plain", "sighted", "taught", "reluctant"
 SCHOOL_SEED = 2_147_483_646  # of an environment's episodes in school
 NUM_TEXTS = 32  # episodes whose texts the tokenizer learns from
@@ -76,13 +77,14 @@ SIZES: dict[str, Any] = {
     },
 }  # fmt: skip
 FORM_RECIPE = {
-    "seed": 20, "vocab_size": 440, "steps": 400, "episodes_per_step": 8, "learning_rate": 3e-3,
-    "max_pixels": TOY_IMAGE_PIXELS, "call_share": 1.0, "sees": True,
+    "seed": 20, "vocab_size": 440, "steps": 500, "episodes_per_step": 8, "questions_per_episode": 2,
+    "learning_rate": 2.5e-3, "max_pixels": TOY_IMAGE_PIXELS, "call_share": 1.0, "sees": True,
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     TAUGHT: FORM_RECIPE,
     # for a check: what to stop saying is learnt in a few steps of RLOO, whatever the task
-    RELUCTANT: FORM_RECIPE | {"steps": 250, "learning_rate": 6e-3, "call_share": 1 / 3, "sees": False},
+    RELUCTANT: FORM_RECIPE
+    | {"steps": 250, "questions_per_episode": 1, "learning_rate": 6e-3, "call_share": 1 / 3, "sees": False},
     PLAIN: {
         "seed": 20,
         "vocab_size": 400,
@@ -143,7 +145,9 @@ def cached_path(kind: str, env: EpisodeSource | None = None) -> Path:
     and the questions, whose tokens the toy learns. It does not change with answers and pictures. The cache is
     `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`. Raises UsageError if the environment fails.
     """
-    sources = [Path(__file__).with_name(name) for name in ("model.py", "lessons.py", "form_school.py")]
+    sources = [
+        Path(__file__).with_name(name) for name in ("model.py", "lessons.py", "form_school.py", "sight_heads.py")
+    ]
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     recipe = recipe_digest(kind) if env is None else _digest([SIZES, RECIPES[kind], _prompts_of(env)])
     name = f"toy-{kind}-{_digest([recipe, versions, *(path.read_text() for path in sources)])}"

@@ -186,6 +186,27 @@ def test_an_environment_that_breaks_on_a_call_stops_the_run_by_name(tmp_path: Pa
     assert stop.value.is_of_all and trainer.state.global_step == 1
 
 
+CHOICES_OF_FEW = """
+from click_env import Click, ToolCall
+
+class ForFewEpisodes(Click):
+    def choices(self, episode):
+        return {0: [], 10: [], 20: []}[episode.answer["x"]]
+"""
+
+
+def test_choices_that_a_later_episode_lacks_stop_the_run_as_a_verdict_would(tmp_path: Path) -> None:
+    (tmp_path / "click_env.py").write_text(CLICK_ENV, encoding="utf-8")
+    (tmp_path / "few.py").write_text(CHOICES_OF_FEW, encoding="utf-8")
+    env = load_environment_class(f"{tmp_path / 'few.py'}:ForFewEpisodes")()
+    trainer = fleet_trainer(rloo_config(tmp_path), SayingTrainer, dataset=RepeatableEpisodeDataset(env))
+    with pytest.raises(RunStopped) as stop:
+        trainer.train()
+    assert str(stop.value).startswith("process 0: the environment is broken: ")
+    assert "KeyError: 30 (in choices()" in str(stop.value)
+    assert stop.value.is_of_all and trainer.state.global_step == 1
+
+
 def test_a_class_of_two_methods_that_inherits_nothing_picks_an_image(tmp_path: Path) -> None:
     env_class = load_environment_class(write_env(tmp_path))
     trainer = fleet_trainer(

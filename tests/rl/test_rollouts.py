@@ -15,6 +15,7 @@ from fleet.rl.rollouts import (
     EpisodeRecord,
     GroupRecord,
     RolloutRecord,
+    episode_records,
     instruction_of,
     make_records,
     picture_chosen,
@@ -229,7 +230,9 @@ def test_records_name_each_groups_pictures_choices_and_answer():
     ]
     texts = [call_text(1), call_text(0), "none", call_text(2)]
     verdicts = [verdict_on(task, episodes[place // 2], text) for place, text in enumerate(texts)]
-    records = make_records(task, episodes, [bytes([number]) * 16 for number in range(5)], texts, verdicts, [1, 2, 3, 4])
+    seen, broken = episode_records(task, episodes, [bytes([number]) * 16 for number in range(5)])
+    assert broken is None
+    records = make_records(seen, texts, verdicts, [1, 2, 3, 4])
     first, second = records[0].episode, records[2].episode
     assert (first.images, first.choices, first.solution) == (("0" * 16 + ".webp", "01" * 8 + ".webp"), ("0", "1"), "1")
     assert second.images == ("02" * 8 + ".webp", "03" * 8 + ".webp", "04" * 8 + ".webp")

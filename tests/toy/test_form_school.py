@@ -1,9 +1,6 @@
 """The school of an environment's toy shows the form of calls, and never an episode's own answer."""
 
-from typing import Any
-
 import pytest
-import torch
 
 from environment import load_environment_class
 from fleet.toy.form_school import NO_CALL, FormSchool
@@ -13,26 +10,20 @@ from tests.helpers import REPOSITORY
 from utils.tool_calls import make_call_str
 
 
-class Recording(FormSchool):
-    """Keeps the answers of each step in place of learning from them."""
-
-    def _loss(self, batch: Any, answers: list[str]) -> Any:
-        self.shown = [*getattr(self, "shown", []), *zip(batch["episodes"], answers, strict=True)]
-        return torch.zeros(())
-
-
 @pytest.mark.parametrize("call_share", [1.0, 0.0])
-def test_an_episode_is_shown_the_answer_to_its_neighbour(call_share: float) -> None:
+def test_an_answer_is_right_neither_for_the_pictures_nor_for_the_question(call_share: float) -> None:
     env = load_environment_class(f"{REPOSITORY}/examples/click.py:ClickEnv")(seed=7)
     processor = make_toy_processor(TAUGHT, env)
-    recipe = RECIPES[TAUGHT] | {"steps": 3, "call_share": call_share}
-    school = Recording(make_toy_model(processor), processor, env, recipe)
-    list(school.losses())
-    golds = [make_call_str(env.solution(env.episode(number), ())) + END for number in range(24)]
-    neighbours = [golds[step * 8 + (place + 1) % 8] for step in range(3) for place in range(8)]
-    assert neighbours != golds
-    wanted = neighbours if call_share else [NO_CALL + END] * 24
-    assert [answer for _, answer in school.shown] == wanted
+    recipe = RECIPES[TAUGHT] | {"questions_per_episode": 3, "call_share": call_share}
+    school = FormSchool(make_toy_model(processor), processor, env, recipe)
+    shown = school.branches([school.dataset[number] for number in range(8)])
+    golds = [make_call_str(env.solution(env.episode(number), ())) + END for number in range(8)]
+    assert [[branch.asked for branch in branches] for branches in shown] == [
+        [place, (place + 1) % 8, (place + 2) % 8] for place in range(8)
+    ]
+    answers = [[golds[(place + number + 1) % 8] for number in range(3)] for place in range(8)]
+    wanted = answers if call_share else [[NO_CALL + END] * 3] * 8
+    assert [[branch.answer for branch in branches] for branches in shown] == wanted
 
 
 def test_a_toy_is_not_taken_for_questions_whose_tokens_it_has_not_learnt() -> None:

@@ -7,7 +7,28 @@ import pytest
 from fleet.command.options import parse_options
 from fleet.errors import UsageError
 from fleet.run.model_setup import local_model_path
-from fleet.toy.model import toy_model_path
+from fleet.toy.model import PLAIN, SIGHTED, TAUGHT, toy_model_path
+from fleet.toy.process import kind_for
+from tests.helpers import REPOSITORY
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("", PLAIN),
+        ("--fixed_correct_index none", SIGHTED),
+        ("--env examples/odd_one_out.py:OddOneOutEnv", PLAIN),
+        ("--env examples/odd_one_out.py:OddOneOutEnv --fixed_correct_index none", TAUGHT),
+        ("--env examples/click.py:ClickEnv", TAUGHT),
+        ("--env examples/click.py:ClickEnv --fixed_correct_index none", TAUGHT),
+    ],
+)
+def test_a_task_that_needs_eyes_or_has_a_tool_of_its_own_gets_a_toy_of_its_own(
+    line: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    given, env = kind_for(parse_options(line.split()))
+    assert (given, env is not None) == (kind, kind == TAUGHT)
 
 
 def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> str:
