@@ -99,6 +99,7 @@ def test_a_click_is_shown_by_its_own_outcomes_without_choices(visit, click_run):
     assert [group["widths"] for group in groups] == [[56]] * NUM_EPISODES
     said = "\n".join(shown.texts("#groups header"))
     assert all(f"wanted: {wanted}" in said for wanted in wanted_of(click_run))
+    assert {text.strip() for text in shown.texts("#groups figcaption")} == {""}
     # no picture is picked, so none is framed as the right one
     assert shown.page.locator("#groups .right").count() == shown.page.locator("#heat-map").count() == 0
     assert shown.page.locator("#by-choice-table").count() == 0
