@@ -2,7 +2,7 @@
 
     accelerate launch training.py --env examples/counting.py:CountingEnv --config examples/counting.yaml
 
-Chance is 1 in `most_dots`. Before, the toy is taught the form of the call alone, from answers to other pictures.
+Chance is 1 in `most_dots`. Before, the toy is taught the form of the call, from answers to other pictures, and to see.
 """
 
 import random

@@ -25,10 +25,10 @@ class OddOneOutEnv(PickImageEnv):
         common, odd = sample_distinct(self.images, 2, rng)
         drawn_place = int(rng.random() * self.candidates_per_episode)
         place = drawn_place if self.fixed_correct_index is None else self.fixed_correct_index
-        drawings = {image.label: redrawn(open_image(image.path), rng) for image in (common, odd)}
-        labels = [odd.label if place == position else common.label for position in range(self.candidates_per_episode)]
-        images = tuple(drawings[label] for label in labels)
-        return self.with_messages(Episode(images, (), place, tuple(labels), odd.label, seed))
+        pair = [(redrawn(open_image(image.path), rng), image.label) for image in (common, odd)]
+        shown = [pair[position == place] for position in range(self.candidates_per_episode)]
+        images, labels = zip(*shown, strict=True)
+        return self.with_messages(Episode(images, (), place, labels, odd.label, seed))
 
     def instruction(self, episode: Episode) -> str:
         """The question, which names no picture."""

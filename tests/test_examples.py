@@ -3,6 +3,7 @@
 import ast
 import io
 import random
+import shutil
 import tokenize
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def test_odd_one_out_shows_one_other_picture_and_never_names_it() -> None:
         assert odd not in str(episode.messages) and episode == env.episode(index)
         places.add(episode.correct_index)
     assert places == {0, 1, 2, 3}
+
+
+def test_the_odd_one_differs_where_all_pictures_have_one_label(tmp_path: Path) -> None:
+    for name in ("red_circle", "blue_square"):
+        (tmp_path / "shapes").mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / "toy_images" / f"{name}.png", tmp_path / "shapes")
+    (tmp_path / "stars").mkdir()
+    shutil.copy(REPOSITORY / "toy_images" / "yellow_star.png", tmp_path / "stars")
+    env = load_environment_class(f"{REPOSITORY}/examples/odd_one_out.py:OddOneOutEnv")(tmp_path, 2, None, seed=0)
+    episodes = [env.episode(index) for index in range(20)]
+    assert any(episode.labels == ("shapes", "shapes") for episode in episodes)
+    assert all(episode.images[0].tobytes() != episode.images[1].tobytes() for episode in episodes)
 
 
 def test_gold_answer_earns_the_most() -> None:

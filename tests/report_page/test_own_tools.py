@@ -107,7 +107,8 @@ def test_a_click_is_shown_by_its_own_outcomes_without_choices(visit, click_run):
     assert table["Greedy accuracy"] == table["Control: swapped images"] == "100.0%" and table["Chance"] == "25.0%"
     assert table["Control: permuted order"] == table["Control: redrawn images"] == DASH
     assert shown.page.locator("#evaluation-table").inner_text().count("No such control for this environment.") == 2
-    assert "pick" not in shown.page.locator("main").inner_text().lower()
+    said = shown.page.locator("main").inner_text().lower()
+    assert "pick" not in said and "frame" not in said
     assert shown.complaints == []
 
 

@@ -186,19 +186,27 @@ def test_an_environment_that_breaks_on_a_call_stops_the_run_by_name(tmp_path: Pa
     assert stop.value.is_of_all and trainer.state.global_step == 1
 
 
-CHOICES_OF_FEW = """
-from click_env import Click, ToolCall
+FORGETFUL = """
+from click_env import Click
 
-class ForFewEpisodes(Click):
+class Forgetful(Click):
+    judged = ()
+
+    def respond(self, episode, turns):
+        self.judged += (episode.answer["x"],)
+        return super().respond(episode, turns)
+
     def choices(self, episode):
-        return {0: [], 10: [], 20: []}[episode.answer["x"]]
+        if 30 in self.judged:
+            raise KeyError(30)
+        return []
 """
 
 
-def test_choices_that_a_later_episode_lacks_stop_the_run_as_a_verdict_would(tmp_path: Path) -> None:
+def test_choices_that_are_lost_after_the_verdict_stop_the_run_as_a_verdict_would(tmp_path: Path) -> None:
     (tmp_path / "click_env.py").write_text(CLICK_ENV, encoding="utf-8")
-    (tmp_path / "few.py").write_text(CHOICES_OF_FEW, encoding="utf-8")
-    env = load_environment_class(f"{tmp_path / 'few.py'}:ForFewEpisodes")()
+    (tmp_path / "forgetful.py").write_text(FORGETFUL, encoding="utf-8")
+    env = load_environment_class(f"{tmp_path / 'forgetful.py'}:Forgetful")()
     trainer = fleet_trainer(rloo_config(tmp_path), SayingTrainer, dataset=RepeatableEpisodeDataset(env))
     with pytest.raises(RunStopped) as stop:
         trainer.train()
