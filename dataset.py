@@ -40,6 +40,7 @@ class EpisodeBatch(TypedDict):
     num_images: list[int]  # P ints that sum to I
     image_digests: list[bytes]  # I, equal for equal pictures
     episodes: list[Episode]  # P
+    numbers: list[int]  # P; of the episodes in the data set, which name the draws of their rollouts
     faults: list[str | None]  # P; the reason why another episode stands in, or None
     broken: list[str | None]  # P; the reason why there is no such episode, which stops the run, or None
     images: list[list[Image.Image]]  # P lists of RGB pictures, for vLLM and for reports
@@ -197,6 +198,7 @@ class VLMDataCollator:
             num_images=[len(pictures) for pictures in images],
             image_digests=[image_digest(picture) for pictures in images for picture in pictures],
             episodes=[row["episode"] for row in firsts],
+            numbers=[row["episode_index"] for row in firsts],
             faults=[row["fault"] for row in firsts],
             broken=[row["broken"] for row in firsts],
             images=images,

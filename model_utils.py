@@ -28,6 +28,11 @@ from fleet.errors import one_line
 from fleet.model_folder.files import is_adapter
 from fleet.model_folder.generation_settings import describe_unused, tokens_alone
 from fleet.model_folder.weights import require_every_weight, require_fitting_adapter
+from fleet.qwen import vision_windows
+from fleet.qwen.draws import named_uniforms
+from fleet.qwen.group_passes import base_qwen, tree_prompts
+from fleet.qwen.sampling_rules import SamplingRules
+from fleet.qwen.tree_sampling import SamplingRequest, sample_on_trees
 from utils.images import open_image
 
 logger = logging.getLogger("fleet")
@@ -49,6 +54,7 @@ def load_qwen25_vl(
     load_in_4bit: bool = False,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
+    vision_attn_implementation: str | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, Any]:
     """(model, processor) of any Qwen2.5-VL: a hub id, a folder, or a folder with a LoRA adapter.
@@ -57,7 +63,8 @@ def load_qwen25_vl(
     opened with its adapter either way. freeze_vision: the vision tower and its merger get no gradient. load_in_4bit:
     NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only.
     Weights are read from safetensors alone, and no code that a model brings is run. The vision tower uses flash
-    attention where it is installed and the dtype allows it. Under DeepSpeed ZeRO-3 the weights are sharded while they
+    attention where it is installed and the dtype allows it, else attends all windows of one length together, unless
+    vision_attn_implementation names another. Under DeepSpeed ZeRO-3 the weights are sharded while they
     load. Of the model's generation_config, only end and padding tokens are used. Its other settings are logged in a
     line, and saved with the model again.
     Raises ValueError if the model is another architecture, its files and its weights do not fit each other, nothing
@@ -66,16 +73,20 @@ def load_qwen25_vl(
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
-    vision = vision_attention(attn_implementation, dtype)
+    vision = vision_attn_implementation or vision_attention(attn_implementation, dtype)
+    # transformers looks for a "flash" that it does not know on the hub while it loads, and takes it afterwards
+    loaded = attn_implementation if vision == vision_windows.NAME else vision
     model, processor, unused = open_base(
         model_id,
         revision,
         dtype=dtype,
-        attn_implementation={"": attn_implementation, "text_config": attn_implementation, "vision_config": vision},
+        attn_implementation={"": attn_implementation, "text_config": attn_implementation, "vision_config": loaded},
         quantization_config=quantization if load_in_4bit else None,
     )
     if unused is not None:
         logger.info(f"generation_config.json of {model_id} asks for {unused}: not used, as Fleet's flags decide\n")
+    if vision == vision_windows.NAME:
+        model.set_attn_implementation({"vision_config": vision})
     if freeze_vision:
         model.model.visual.requires_grad_(False)
     if read_adapter_config(model_id) is not None:
@@ -194,11 +205,11 @@ def read_adapter_config(model_id: str) -> LoraConfig | None:
 
 
 def vision_attention(attn_implementation: str, dtype: torch.dtype) -> str:
-    """The vision tower's attention: flash in place of sdpa if it is installed and can run."""
+    """The vision tower's attention: in place of sdpa, flash if it is installed and can run, else windows together."""
+    if attn_implementation != "sdpa":
+        return attn_implementation
     can_run_flash = torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16)
-    if can_run_flash and find_spec("flash_attn") is not None and attn_implementation == "sdpa":
-        return "flash_attention_2"
-    return attn_implementation
+    return "flash_attention_2" if can_run_flash and find_spec("flash_attn") is not None else vision_windows.NAME
 
 
 def make_lora_config(rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> LoraConfig:
@@ -243,8 +254,20 @@ def generate_tool_call(
     text = processor.apply_chat_template(list(episode_or_messages), tokenize=False, add_generation_prompt=True)
     pictures = [open_image(image, max_pixels) for image in images or ()]
     inputs = processor(text=[text], images=pictures or None, return_tensors="pt").to(model.device)
-    generated = model.generate(**inputs, generation_config=answer_config(model, max_completion_length, temperature))
-    completion_ids = generated[0, inputs["input_ids"].shape[1] :].tolist()
+    rules = SamplingRules(answer_config(model, max_completion_length, temperature))
+    seed = int(torch.randint(2**62, ())) if temperature > 0 else 0
+    request = SamplingRequest(
+        rules,
+        named_uniforms(seed, 0, [0], 1, rules.max_tokens),
+        drafts=[[]],
+        padding_id=rules.config.pad_token_id,
+        num_greedy=int(temperature == 0),
+    )
+    images_seen = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    attention = base_qwen(model).config.get_text_config()._attn_implementation
+    with torch.no_grad():
+        samples = sample_on_trees(model, tree_prompts(model, inputs), images_seen, attention, request)
+    completion_ids = samples.completion_ids[0]
     return decode_completion(processor, completion_ids, end_token_ids(model))
 
 

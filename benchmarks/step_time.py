@@ -47,6 +47,9 @@ from environment import PickImageEnv  # noqa: E402
 from fleet.rl.settings import TrainerSettings  # noqa: E402
 from model_utils import load_qwen25_vl, make_lora_config, media_token_ids  # noqa: E402
 from tests.helpers import PlainReward  # noqa: E402
+from utils.tool_calls import make_tool_call_str  # noqa: E402
+
+CALL_BONUS = 1000.0
 
 
 def main() -> None:
@@ -87,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--image_side_px", type=int, default=224, help="a multiple of 28 (default: 224)")
     add("--num_pictures", type=int, default=240, help="different images in all, drawn from at random (default: 240)")
     add("--completion_tokens", type=int, default=30, help="every completion's length (default: 30)")
+    add("--completions", default="random", choices=["calls", "random"], help="of a call or not (default: random)")
     add("--beta", type=float, default=0.0, help="KL weight (default: 0)")
     for name in ("freeze_vision", "use_lora", "gradient_checkpointing"):
         add(f"--{name}", type=switch, nargs="?", const=True, default=False, help="true or false (default: false)")
@@ -141,10 +145,12 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
         freeze_vision=arguments.freeze_vision,
         dtype=getattr(torch, arguments.dtype),
         attn_implementation=arguments.attn_implementation if is_fleet else arguments.stock_attn_implementation,
+        vision_attn_implementation=None if is_fleet else arguments.stock_attn_implementation,
     )
     env = PickImageEnv(folder / "pictures", arguments.num_images, seed=0)
     dataset = RepeatableEpisodeDataset(env, arguments.image_side_px**2)
-    args = make_config(arguments, folder / kind, media_token_ids(model.config))
+    asked = generation_kwargs(arguments, processor, env)
+    args = make_config(arguments, folder / kind, {"suppress_tokens": media_token_ids(model.config), **asked})
     lora = make_lora_config() if arguments.use_lora else None
     trainer: TimedStock | TimedFleet
     if is_fleet:
@@ -178,7 +184,25 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
     return trainer
 
 
-def make_config(arguments: argparse.Namespace, output_dir: Path, never_sampled: list[int]) -> RLOOConfig:
+def generation_kwargs(arguments: argparse.Namespace, processor: Any, env: PickImageEnv) -> dict[str, Any]:
+    """What makes a model of random weights answer as is asked: tokens without end, or calls of a random index.
+
+    Of a call, every beginning gives its next token a bonus, and the indices the same one. It counts behind the last
+    tokens of the prompt alone.
+    """
+    if arguments.completions == "random":
+        return {"min_new_tokens": arguments.completion_tokens}
+    ids_of = processor.tokenizer
+    messages = env.prompt_messages(env.episode(0))
+    prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    opening = ids_of(prompt)["input_ids"][-3:]
+    end = processor.tokenizer.eos_token_id
+    calls = [[*ids_of(make_tool_call_str(index))["input_ids"], end] for index in range(arguments.num_images)]
+    beginnings = sorted({tuple(ids[:length]) for ids in calls for length in range(1, len(ids) + 1)})
+    return {"sequence_bias": [[[*opening, *ids], CALL_BONUS] for ids in beginnings]}
+
+
+def make_config(arguments: argparse.Namespace, output_dir: Path, generation_kwargs: dict[str, Any]) -> RLOOConfig:
     """What both trainers are told."""
     return RLOOConfig(
         output_dir=str(output_dir),
@@ -188,7 +212,7 @@ def make_config(arguments: argparse.Namespace, output_dir: Path, never_sampled: 
         gradient_accumulation_steps=1,
         gradient_checkpointing=arguments.gradient_checkpointing,
         max_completion_length=arguments.completion_tokens,
-        generation_kwargs={"min_new_tokens": arguments.completion_tokens, "suppress_tokens": never_sampled},
+        generation_kwargs=generation_kwargs,
         beta=arguments.beta,
         learning_rate=1e-6,
         lr_scheduler_type="constant",

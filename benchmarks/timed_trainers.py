@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import RLOOTrainer
 
+from fleet.rl.group_sampling import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer
 
 Tally = defaultdict[str, float]
@@ -170,12 +171,12 @@ class TimedFleet(TimedMixin, FleetRLOOTrainer):
         with self.stopwatch.timing("generate"):
             return super()._image_features(*args)
 
-    def _sample_completion_ids(self, *args: Any) -> list[list[int]]:
+    def _draw(self, *args: Any) -> Drawn:
         with self.stopwatch.timing("generate"):
-            completions = super()._sample_completion_ids(*args)
+            drawn = super()._draw(*args)
         if self.first_completions is None:
-            self.first_completions = completions
-        return completions
+            self.first_completions = drawn.completion_ids
+        return drawn
 
     def _score(self, *args: Any) -> Tensor:
         with self.stopwatch.timing("score"):

@@ -144,6 +144,34 @@ def choices_of(env: EpisodeSource, episode: Episode) -> tuple[str, ...]:
     return asked(lambda: env.choices(episode), check, "the choices", "choices")
 
 
+def drafts_of(env: EpisodeSource, episode: Episode) -> list[str]:
+    """The completions that the environment thinks the model may say. Raises BrokenEpisode unless they are texts."""
+
+    def check(given: Any) -> list[str]:
+        for draft in [given] if isinstance(given, str) else given:
+            if isinstance(given, str) or not isinstance(draft, str):
+                raise BrokenEpisode(f"drafts() returned {shown(given)}, but wanted a list of completions' texts")
+        return list(given)
+
+    try:
+        return asked(lambda: env.drafts(episode), check, "the drafts", "drafts")
+    except (BadImage, OSError) as error:
+        raise BrokenEpisode(
+            f"the drafts failed with {type(error).__name__}: {printable(error)}; correct drafts()"
+        ) from error
+
+
+def drafts_on(env: EpisodeSource, episodes: Sequence[Episode]) -> tuple[list[list[str]], str | None]:
+    """(the drafts for each episode, None); with the reason why the environment is broken, the drafts before it."""
+    drafts: list[list[str]] = []
+    try:
+        for episode in episodes:
+            drafts.append(drafts_of(env, episode))
+    except BrokenEpisode as error:
+        return drafts, str(error)
+    return drafts, None
+
+
 def chance_of(env: EpisodeSource, episode: Episode) -> float | None:
     """The share of right answers of a policy that does not look; None if the environment does not say."""
 

@@ -30,6 +30,6 @@ def main(argv: Sequence[str]) -> None:
     trainer.generation_config.max_new_tokens = STOPS_AFTER[rank]
     dataset = trainer.train_dataset
     batch = trainer.data_collator([dataset[2 * rank + episode] for episode in (0, 1) for _ in range(4)])
-    completions = trainer._sample_completion_ids(batch, trainer._image_features(batch))
+    completions = trainer._draw(batch, trainer._image_features(batch)).completion_ids
     (output / f"rank{rank}.json").write_text(json.dumps(completions), encoding="utf-8")
     trainer.accelerator.wait_for_everyone()

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from dataset import RepeatableEpisodeDataset
 from environment import Episode, PickImageEnv
 from fleet.qwen.group_passes import base_qwen
+from fleet.rl.group_sampling import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 from model_utils import make_lora_config
@@ -39,14 +40,15 @@ class FixedFleetTrainer(FleetRLOOTrainer):
             self.unknown_images = [*self.unknown_images, len(self.vision_cache.unknown_places(batch["image_digests"]))]
         return super()._image_features(batch)
 
-    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
+    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
         tokenizer = toy_processor().tokenizer
         numbers = [sum(map(len, episode.labels)) for episode in batch["episodes"]]
-        return [
+        completions = [
             tokenizer(ANSWERS[(number + rollout * (1 + number % 2)) % 4] + "<|im_end|>")["input_ids"]
             for number in numbers
             for rollout in range(batch["group_size"])
         ]
+        return Drawn(completions)
 
 
 def main(argv: Sequence[str]) -> None:

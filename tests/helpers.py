@@ -14,6 +14,7 @@ from environment import PickImageEnv
 from fleet.own_code.reward_function import CheckedRewards, checked_call, name_of
 from fleet.own_code.reward_process import RewardProcess
 from fleet.qwen.group_passes import base_qwen
+from fleet.rl.group_sampling import Drawn
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
@@ -85,10 +86,10 @@ class ScriptedFleetTrainer(FleetRLOOTrainer):
 
     num_generations_done = 0
 
-    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
+    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
         self.num_generations_done += 1
         num_rows = len(batch["episodes"]) * self.num_generations
-        return scripted_completions(self.num_generations, num_rows, self.num_generations_done)
+        return Drawn(scripted_completions(self.num_generations, num_rows, self.num_generations_done))
 
 
 class ScriptedStockTrainer(RLOOTrainer):

@@ -10,6 +10,7 @@ import torch
 
 import model_utils
 from environment import ParseStatus, judge
+from fleet.qwen.vision_windows import NAME
 from model_utils import (
     count_parameters,
     decode_completion,
@@ -61,16 +62,18 @@ def test_half_precision_is_as_asked() -> None:
 def test_attention_is_as_asked_in_both_halves(implementation: str) -> None:
     model = toy_model(attn_implementation=implementation)
     assert model.model.language_model.config._attn_implementation == implementation
-    assert model.model.visual.config._attn_implementation == implementation
+    assert model.model.visual.config._attn_implementation == (NAME if implementation == "sdpa" else implementation)
+    plain = toy_model(attn_implementation=implementation, vision_attn_implementation="eager")
+    assert plain.model.visual.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(
     ("has_gpu", "is_installed", "dtype", "asked", "used"),
     [
         (True, True, torch.bfloat16, "sdpa", "flash_attention_2"),
-        (True, False, torch.bfloat16, "sdpa", "sdpa"),
-        (True, True, torch.float32, "sdpa", "sdpa"),
-        (False, True, torch.bfloat16, "sdpa", "sdpa"),
+        (True, False, torch.bfloat16, "sdpa", NAME),
+        (True, True, torch.float32, "sdpa", NAME),
+        (False, True, torch.bfloat16, "sdpa", NAME),
         (True, True, torch.bfloat16, "eager", "eager"),
     ],
 )

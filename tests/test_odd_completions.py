@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import training
 from environment import Outcome
 from fleet.errors import RunStopped
 from fleet.evaluation import answering
-from fleet.rl import policy_passes
+from fleet.qwen.tree_sampling import Samples
+from fleet.rl import group_sampling
+from fleet.rl.group_sampling import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer
 from report import write_report
 from tests.conftest import call_text
@@ -69,10 +70,10 @@ class OddFleetTrainer(FleetRLOOTrainer):
 
     num_generations_done = 0
 
-    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
+    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
         self.num_generations_done += 1
         rows, _ = list(BATCHES.values())[self.num_generations_done - 1]
-        return [list(row) for row in rows]
+        return Drawn([list(row) for row in rows])
 
 
 class OddStepKeeper(StepKeeper):
@@ -143,17 +144,15 @@ def test_a_whole_command_goes_through_and_leaves_files_that_can_be_read(
     in_training, in_evaluation = itertools.cycle(rows), itertools.cycle(rows)
 
     def forced(source: "itertools.cycle[list[int]]") -> Any:
-        def generate_groups(model: Any, batch: Any, *_: Any) -> torch.Tensor:
+        def sample_batch(model: Any, batch: Any, *_: Any, **__: Any) -> list[Samples]:
             chosen = list(itertools.islice(source, len(batch["episodes"]) * batch["group_size"]))
-            # as `generate` gives them: what ends early is padded
             chosen = [row if row[-1:] == END else row + END for row in chosen]
-            width, padding = max(map(len, chosen)), toy_processor().tokenizer.pad_token_id
-            return torch.tensor([row + [padding] * (width - len(row)) for row in chosen])
+            return [Samples(chosen, [[0.0] * len(row) for row in chosen], [], [], 1, 0, None)]
 
-        return generate_groups
+        return sample_batch
 
-    monkeypatch.setattr(policy_passes, "generate_groups", forced(in_training))
-    monkeypatch.setattr(answering, "generate_groups", forced(in_evaluation))
+    monkeypatch.setattr(group_sampling, "sample_batch", forced(in_training))
+    monkeypatch.setattr(answering, "sample_batch", forced(in_evaluation))
     run = tmp_path / "run"
     num_steps = len(BATCHES)
     training.main([

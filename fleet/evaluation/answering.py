@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, send_to_device
 from PIL import Image
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from dataset import VLMDataCollator, episode_row
 from environment import Episode
 from fleet.errors import RunStopped
 from fleet.evaluation.figures import Answers, EvaluationPlan
-from fleet.qwen.group_passes import generate_groups
-from model_utils import answer_config, decode_completion, end_token_ids, up_to_end
+from fleet.qwen.drafts import DraftMemory, within_budget
+from fleet.qwen.draws import named_uniforms
+from fleet.qwen.sampling_rules import SamplingRules
+from fleet.qwen.tree_sampling import SamplingRequest, sample_batch
+from model_utils import answer_config, decode_completion, end_token_ids
 from utils.images import BadImage, image_digest, open_image
 
 logger = logging.getLogger("fleet")
@@ -52,10 +53,15 @@ class ModelPolicy:
         rank: int = 0,
         num_ranks: int = 1,
         on_progress: Callable[[int], object] = lambda num_rows: None,
+        most_of_ranks: Callable[[int], int] = lambda count: count,
     ):
-        """model: unwrapped, on its device, in eval mode. on_progress: called with each number of rows newly done."""
+        """model: unwrapped, on its device, in eval mode. on_progress: called with each number of rows newly done.
+
+        most_of_ranks: of tree_sampling.sample_on_trees, where weights are sharded.
+        """
         self.model, self.processor, self.settings = model, processor, settings
         self.rank, self.num_ranks, self.on_progress = rank, num_ranks, on_progress
+        self.most_of_ranks, self._memory = most_of_ranks, DraftMemory()
         self._greedy_answers: dict[tuple[str, ...], Answers] = {}
         self._open = lru_cache(maxsize=1024)(lambda path: open_image(path, settings.max_pixels))
 
@@ -77,14 +83,11 @@ class ModelPolicy:
         own = [(number * self.num_ranks + self.rank) % len(episodes) for number in range(per_rank)]
         collator = VLMDataCollator(self.processor, 1 + num_samples)
         answered: list[tuple[int, Answers]] = []
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.settings.seed + self.rank)
-            for start in range(0, len(own), size):
-                numbers = own[start : start + size]
-                texts = self._answer_batch({number: episodes[number] for number in numbers}, num_samples, collator)
-                answered += zip(numbers, texts, strict=True)
-                self.on_progress(min(self.num_ranks * len(numbers), len(episodes)) * (1 + num_samples))
+        for start in range(0, len(own), size):
+            numbers = own[start : start + size]
+            texts = self._answer_batch({number: episodes[number] for number in numbers}, num_samples, collator)
+            answered += zip(numbers, texts, strict=True)
+            self.on_progress(min(self.num_ranks * len(numbers), len(episodes)) * (1 + num_samples))
         by_number = dict(gather_object(answered))
         return [by_number[number] for number in range(len(episodes))]
 
@@ -93,12 +96,23 @@ class ModelPolicy:
         # the collator knows a batch by its episodes' numbers
         firsts = [episode_row(episode, number, self._pictures(episode)) for number, episode in episodes.items()]
         batch = send_to_device(collator([row for row in firsts for _ in range(group_size)]), self.model.device)
-        processors = LogitsProcessorList([FirstOfGroupIsGreedy(group_size)] if num_samples else [])
         settings, ends = self.settings, end_token_ids(self.model)
         temperature = settings.temperature if num_samples else 0.0
         config = answer_config(self.model, settings.max_completion_length, temperature, settings.top_p)
-        completions = generate_groups(self.model, batch, None, config, processors).tolist()
-        texts = [decode_completion(self.processor, up_to_end(ids, ends), ends) for ids in completions]
+        rules = SamplingRules(config)
+        request = SamplingRequest(
+            rules,
+            named_uniforms(settings.seed, 0, batch["numbers"], group_size, rules.max_tokens),
+            # what this model said before is what it may say again
+            [within_budget(self._memory.drafts()) for _ in episodes],
+            padding_id=config.pad_token_id,
+            num_greedy=1,
+        )
+        with torch.no_grad():
+            found = sample_batch(self.model, batch, None, request, most_of_ranks=self.most_of_ranks)
+        completions = [ids for samples in found for ids in samples.completion_ids]
+        self._memory.add([ids for ids in completions if ids[-1] in ends], len(completions), 0.0)
+        texts = [decode_completion(self.processor, ids, ends) for ids in completions]
         starts = range(0, len(texts), group_size)
         return [Answers(texts[start], tuple(texts[start + 1 : start + group_size])) for start in starts]
 
@@ -143,17 +157,3 @@ def sound_part(plan: EvaluationPlan, *, rank: int, num_ranks: int, skips_bad_ima
     logger.info(f"{len(found)} of {len(plan.episodes)} held-out episodes are left out of this evaluation: {first}")
     rest = tuple(episode for number, episode in enumerate(plan.episodes) if number not in found)
     return replace(plan, episodes=rest)
-
-
-class FirstOfGroupIsGreedy(LogitsProcessor):
-    """Makes the first row of each group greedy, so that a greedy answer and samples share a prefill."""
-
-    def __init__(self, group_size: int):
-        self.group_size = group_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores: (B, vocabulary) float, rows group after group; returned with the first of each group one-hot."""
-        scores = scores.clone()
-        firsts = scores[:: self.group_size]
-        firsts.copy_(torch.full_like(firsts, -torch.inf).scatter(1, firsts.argmax(dim=1, keepdim=True), 0.0))
-        return scores

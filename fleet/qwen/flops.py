@@ -64,26 +64,28 @@ def vision_flops(config: Any, grids_thw: Sequence[Sequence[int]]) -> int:
 def compare_work(
     config: Any,
     prompt_lengths: Sequence[int],
-    completion_lengths: Sequence[Sequence[int]],
+    trees: Sequence[tuple[int, int]],
     *,
+    group_size: int,
     padded_lengths: tuple[int, int],
     grids_thw: Sequence[Sequence[int]],
     are_features_known: bool,
     groups_per_step: int,
 ) -> WorkComparison:
-    """The work of P groups, `groups_per_step` in a forward pass, packed and as TRL's rows.
+    """The work of P groups, `groups_per_step` in a forward pass, as trees in packed rows and as TRL's rows.
 
-    prompt_lengths: P, completion_lengths: P lists of G, in tokens. padded_lengths: of prompts and completions in TRL's
-    rows. grids_thw: patches of every image of the P prompts. are_features_known: packed rows need no encoder.
+    prompt_lengths: P, in tokens. trees: P pairs, the slots behind the prompt and the edges. group_size: G.
+    padded_lengths: of prompts and completions in TRL's rows. grids_thw: patches of every image of the P prompts.
+    are_features_known: packed rows need no encoder.
     """
     steps = [slice(first, first + groups_per_step) for first in range(0, len(prompt_lengths), groups_per_step)]
-    packed = [_packed_work(prompt_lengths[step], completion_lengths[step]) for step in steps]
-    num_rows, length = sum(map(len, completion_lengths)), sum(padded_lengths)
+    packed = [_packed_work(prompt_lengths[step], trees[step]) for step in steps]
+    num_rows, length = group_size * len(prompt_lengths), sum(padded_lengths)
     unpacked = TextWork(num_rows * length, num_rows * length * (length + 1) // 2, num_rows * padded_lengths[1])
     vision = vision_flops(config, grids_thw)
     return WorkComparison(
         packed_flops=sum(text_flops(config, work) for work in packed) + (0 if are_features_known else vision),
-        unpacked_flops=text_flops(config, unpacked) + vision * len(completion_lengths[0]),
+        unpacked_flops=text_flops(config, unpacked) + vision * group_size,
         packed_tokens=sum(work.num_tokens for work in packed),
         unpacked_tokens=unpacked.num_tokens,
         largest_mask_pairs=max(work.num_pairs for work in packed),
@@ -96,11 +98,11 @@ def add_up(work_by_rank: Sequence[WorkComparison]) -> WorkComparison:
     return replace(total, largest_mask_pairs=max(work.largest_mask_pairs for work in work_by_rank))
 
 
-def _packed_work(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> TextWork:
+def _packed_work(prompt_lengths: Sequence[int], trees: Sequence[tuple[int, int]]) -> TextWork:
     """Each group as one packed row behind a dense mask, every row as long as the longest."""
-    totals = [sum(lengths) for lengths in completion_lengths]
-    num_slots = max(prompt - 1 + total for prompt, total in zip(prompt_lengths, totals, strict=True))
-    return TextWork(len(totals) * num_slots, len(totals) * num_slots**2, sum(totals))
+    num_slots = max(prompt + slots for prompt, (slots, _) in zip(prompt_lengths, trees, strict=True))
+    num_edges = max(edges for _, edges in trees)
+    return TextWork(len(trees) * num_slots, len(trees) * num_slots**2, len(trees) * num_edges)
 
 
 def _squares(length: int, side: int) -> int:

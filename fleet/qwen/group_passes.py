@@ -1,21 +1,21 @@
-"""The passes of whole groups through a Qwen2.5-VL: prefill once and decode, score packed rows, encode images.
+"""The passes of whole groups through a Qwen2.5-VL: a tree of tokens in one row, images as features, scores by edge.
 
 The only code that leans on the model's internals: mrope positions, `rope_deltas`, precomputed image features. Works
 on a bare model and under PEFT; each function says how it works under DDP or DeepSpeed. Knows no trainer.
 """
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dataset import EpisodeBatch
+from fleet.qwen.edge_scores import edge_scores
 from fleet.qwen.flops import WorkComparison
-from fleet.qwen.shared_prefix import PackedGroups, attention_mask
+from fleet.qwen.token_tree import Prompts, TokenTree, ancestry_mask
 
 # Query-key pairs that a packed step may have. sdpa holds a byte or four for each, eager four for every head; flash
 # attention takes no mask.
@@ -25,11 +25,6 @@ MAX_MASK_PAIRS = {"sdpa": 2**29, "eager": 2**25}
 def base_qwen(model: nn.Module) -> Qwen2_5_VLForConditionalGeneration:
     """The Qwen2.5-VL inside a model that may be wrapped by PEFT."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def takes_image_features() -> bool:
-    """True if this version of transformers (from 5.18 on) lets a model be given its images' features."""
-    return "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 
 
 def why_not_to_pack(attention: str, work: WorkComparison) -> str | None:
@@ -50,14 +45,18 @@ def why_not_to_pack(attention: str, work: WorkComparison) -> str | None:
     return None
 
 
-def prompt_positions(model: nn.Module, batch: EpisodeBatch) -> Tensor:
-    """Positions of the prompts' tokens, images included: (3, P, L) int64, L as in the batch."""
-    return base_qwen(model).model.get_rope_index(
+def tree_prompts(model: nn.Module, batch: Mapping[str, Any]) -> Prompts:
+    """A batch's prompts with the model's positions of their tokens, images included.
+
+    batch: an EpisodeBatch, or the processor's outputs.
+    """
+    positions_3PL, _ = base_qwen(model).model.get_rope_index(
         batch["input_ids"],
         mm_token_type_ids=batch["mm_token_type_ids"],
-        image_grid_thw=batch["image_grid_thw"],
+        image_grid_thw=batch.get("image_grid_thw"),
         attention_mask=batch["attention_mask"],
-    )[0]
+    )
+    return Prompts(batch["input_ids"], batch["attention_mask"], positions_3PL)
 
 
 def image_inputs(batch: EpisodeBatch, groups: slice, features: Sequence[Tensor] | None) -> dict[str, Any]:
@@ -89,63 +88,36 @@ def encode_image(model: nn.Module, batch: EpisodeBatch, place: int) -> Tensor:
     return encoded.pooler_output[0]
 
 
-@torch.no_grad()
-def generate_groups(
-    model: nn.Module,
-    batch: EpisodeBatch,
-    features: Sequence[Tensor] | None,
-    generation_config: GenerationConfig,
-    logits_processor: LogitsProcessorList | None = None,
+def tree_logits(
+    model: nn.Module, tree: TokenTree, slots_PK: Tensor, images: dict[str, Any], attention: str, cache: Any = None
 ) -> Tensor:
-    """G completions of each prompt, which is computed once: (P * G, T) int64, group after group.
+    """What these slots predict, (P, K, vocabulary), from one forward pass over the whole rows.
 
-    Equal, token for token, to `generate` on every prompt repeated G times. model: unwrapped, as for `generate`. Under
-    ZeRO-3 every rank must call it with the same number of prompts; completions may have any lengths.
+    model: may be wrapped by DDP or DeepSpeed. images: from image_inputs. attention: the language model's, one of
+    MAX_MASK_PAIRS. cache: of transformers, that the rows' keys and values are to fill.
     """
-    group_size, config = batch["group_size"], model.config.get_text_config()
-    cache = DynamicCache(config=config)
-    # `generate` needs at least one token to go on from, so the last one is left out here
-    model(
-        input_ids=batch["input_ids"][:, :-1],
-        attention_mask=batch["attention_mask"][:, :-1],
-        mm_token_type_ids=batch["mm_token_type_ids"][:, :-1],
+    return model(
+        input_ids=tree.input_ids_PS,
+        attention_mask=as_model_mask(ancestry_mask(tree.end_PS), attention),
+        position_ids=tree.position_ids_3PS,
+        logits_to_keep=slots_PK,
         past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-        **image_inputs(batch, slice(0, len(batch["prompts"])), features),
-    )
-    cache.batch_repeat_interleave(group_size)
-    # the distance of positions from token counts; the last token is text, so a prompt has the distance of its prefix
-    qwen = base_qwen(model).model
-    qwen.rope_deltas = qwen.rope_deltas.repeat_interleave(group_size, dim=0)
-    sequences = model.generate(
-        input_ids=batch["input_ids"].repeat_interleave(group_size, dim=0),
-        attention_mask=batch["attention_mask"].repeat_interleave(group_size, dim=0),
-        past_key_values=cache,
-        generation_config=generation_config,
-        logits_processor=logits_processor,
-    )
-    return sequences[:, batch["input_ids"].shape[1] :]
-
-
-def score_packed(
-    model: nn.Module, packed: PackedGroups, images: dict[str, Any], attention: str
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability and entropy of the token that each slot predicts, (P, S) float each, from one forward pass.
-
-    model: with TRL's fused head, which gives an entropy only if it was made to; may be wrapped by DDP or DeepSpeed.
-    images: from image_inputs. attention: the language model's, one of MAX_MASK_PAIRS.
-    """
-    mask_P1SS = attention_mask(packed.branch_PS)
-    if attention == "eager":
-        # eager attention adds its mask to the scores
-        mask_P1SS = torch.where(mask_P1SS, 0.0, torch.finfo(torch.float32).min)
-    outputs = model(
-        input_ids=packed.input_ids_PS,
-        attention_mask=mask_P1SS,
-        position_ids=packed.position_ids_3PS,
-        shift_labels=packed.shift_labels_PS,
-        fused_lm_head=True,
+        use_cache=cache is not None,
         **images,
-    )
-    return outputs.log_probs, outputs.entropy
+    ).logits
+
+
+def as_model_mask(sees: Tensor, attention: str) -> Tensor:
+    """A bool mask, True where a query sees a key, as this attention takes it: eager adds its mask to the scores."""
+    return torch.where(sees, 0.0, torch.finfo(torch.float32).min) if attention == "eager" else sees
+
+
+def score_tree(
+    model: nn.Module, tree: TokenTree, images: dict[str, Any], attention: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of each edge's token, (P, K) float32 each, from one forward pass.
+
+    The arguments are tree_logits'. temperature: of the distribution.
+    """
+    logits_PKV = tree_logits(model, tree, tree.edge_slot_PK, images, attention)
+    return edge_scores(logits_PKV, tree.edge_token_PK, temperature)

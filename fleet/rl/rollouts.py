@@ -39,6 +39,7 @@ class RolloutRecord:
     """One completion with its verdict, made when it is rewarded; every consumer reads this record.
 
     reward: NaN where it was dropped. advantage: over the siblings' mean, after any KL term; NaN until that is known.
+    token_ids: as sampled. logps: of each token under the distribution that it was drawn from; () where unknown.
     """
 
     episode: EpisodeRecord
@@ -46,6 +47,8 @@ class RolloutRecord:
     verdict: Verdict
     reward: float
     advantage: float = math.nan
+    token_ids: tuple[int, ...] = ()
+    logps: tuple[float, ...] = ()
 
     @property
     def chosen(self) -> str | None:
@@ -81,6 +84,8 @@ class GroupRecord:
                     **asdict(rollout.verdict),
                     "reward": finite(rollout.reward),
                     "advantage": finite(rollout.advantage),
+                    "token_ids": list(rollout.token_ids),
+                    "logps": [finite(round(logp, 6)) for logp in rollout.logps],
                 }
                 for rollout in self.rollouts
             ],
@@ -118,7 +123,10 @@ def _rollout_from_json(episode: EpisodeRecord, line: dict[str, Any]) -> RolloutR
         components = {CORRECT: float(is_right), VALID_CALL: float(is_right or outcome == "wrong_index")}
         verdict = Verdict(outcome, is_right, components, status, call)
     reward, advantage = (math.nan if line[name] is None else float(line[name]) for name in ("reward", "advantage"))
-    return RolloutRecord(episode, str(line["completion"]), verdict, reward, advantage)
+    # a run of an older Fleet has no token ids
+    token_ids = tuple(map(int, line.get("token_ids", ())))
+    logps = tuple(math.nan if logp is None else float(logp) for logp in line.get("logps", ()))
+    return RolloutRecord(episode, str(line["completion"]), verdict, reward, advantage, token_ids, logps)
 
 
 def episode_records(
@@ -150,11 +158,21 @@ def episode_records(
 
 
 def make_records(
-    seen: Sequence[EpisodeRecord], completions: Sequence[str], verdicts: Sequence[Verdict], rewards: Sequence[float]
+    seen: Sequence[EpisodeRecord],
+    completions: Sequence[str],
+    verdicts: Sequence[Verdict],
+    rewards: Sequence[float],
+    token_ids: Sequence[Sequence[int]] | None = None,
+    logps: Sequence[Sequence[float]] | None = None,
 ) -> list[RolloutRecord]:
-    """The records of P groups of completions, group after group. completions, verdicts, rewards: B, one a rollout."""
+    """The records of P groups of completions, group after group; all but `seen` are B, one a rollout."""
     seen_B = [record for record in seen for _ in range(len(completions) // len(seen))]
-    return [RolloutRecord(*fields) for fields in zip(seen_B, completions, verdicts, rewards, strict=True)]
+    unknown: list[tuple[()]] = [()] * len(completions)
+    rows = zip(seen_B, completions, verdicts, rewards, token_ids or unknown, logps or unknown, strict=True)
+    return [
+        RolloutRecord(episode, text, verdict, reward, token_ids=tuple(ids), logps=tuple(logps_of_ids))
+        for episode, text, verdict, reward, ids, logps_of_ids in rows
+    ]
 
 
 def instruction_of(messages: Sequence[Message]) -> str:

@@ -32,12 +32,13 @@ from fleet.rl.algorithm import (
     shaped_rewards,
     token_kl,
 )
+from fleet.rl.group_sampling import SampledGroups
 from fleet.rl.guards import RewardGuard, StepGuard, without_gradient_if_not_finite
-from fleet.rl.policy_passes import PolicyPasses, SampledGroups
+from fleet.rl.policy_passes import PolicyPasses
 from fleet.rl.rollouts import RolloutRecord, episode_records, make_records, rollout_metrics
 from fleet.rl.settings import DEFAULT_SETTINGS, TrainerSettings
 from fleet.schedule import require_whole_groups
-from fleet.verdicts import Verdict, outcome_names, verdicts_on
+from fleet.verdicts import Verdict, drafts_on, outcome_names, verdicts_on
 from model_utils import decode_completion
 from reward import make_trl_reward_function, reward_of
 
@@ -130,8 +131,7 @@ class FleetRLOOTrainer(PolicyPasses):
         Every rank takes part.
         """
         self.on_activity("generation")
-        self._require_shown(batch)
-        sampled = self._sample(batch)
+        sampled = self._sample(batch, self._require_shown(batch))
         self.on_activity("rewards")
         rollouts = self._judge_and_reward(sampled)
         self.on_activity("scoring")
@@ -145,14 +145,20 @@ class FleetRLOOTrainer(PolicyPasses):
             self._take_advantages(rollouts, every_group, rollouts.old_logps_BT)
         return rollouts
 
-    def _require_shown(self, batch: EpisodeBatch) -> None:
-        """Raises RunStopped on every rank unless each episode of all ranks, or its replacement, can be shown."""
-        found = gather_object([(batch["broken"], batch["faults"])])
+    def _require_shown(self, batch: EpisodeBatch) -> list[list[str]]:
+        """The environment's drafts for each episode.
+
+        Raises RunStopped on every rank unless each episode of all ranks, or its replacement, can be shown.
+        """
+        sound = [] if any(batch["broken"]) or not self.draws_on_trees else batch["episodes"]
+        guesses, unguessed = drafts_on(self.env, sound)
+        found = gather_object([([*batch["broken"], unguessed], batch["faults"])])
         require_episodes([broken for broken, _ in found])
         is_skipping = self.settings.skips_bad_images
         num_replaced = count_faults([faults for _, faults in found], skips_bad_images=is_skipping)
         if is_skipping:
             self._add_metrics({"images/episodes_replaced": float(num_replaced)})
+        return guesses
 
     def _judge_and_reward(self, sampled: SampledGroups) -> Rollouts:
         """This device's completions, each judged once and rewarded; logs the rewards of all devices.
@@ -170,7 +176,9 @@ class FleetRLOOTrainer(PolicyPasses):
         self.step_guard.begin_generation(first_dropped)
         rewards_B = torch.tensor(rewards, device=self.accelerator.device) * self.reward_weights[0].item()
         self._log_rewards(self.accelerator.gather(rewards_B))
-        records = make_records(seen, completions, verdicts, rewards_B.tolist())
+        records = make_records(
+            seen, completions, verdicts, rewards_B.tolist(), sampled.completion_ids, sampled.sampler_logps
+        )
         return Rollouts(sampled, records, rewards_B, advantages_B=torch.zeros_like(rewards_B))
 
     def _rewards(
@@ -241,6 +249,7 @@ class FleetRLOOTrainer(PolicyPasses):
             for name, picture in zip(record.episode.images, pictures, strict=True)
         }
         self.latest_rollouts = tuple(gather_object(records))
+        self.remember([record.token_ids for record in self.latest_rollouts])
         self._num_rollouts_since_log += len(self.latest_rollouts)
         self._add_metrics(rollout_metrics(self.latest_rollouts, self.num_generations, outcome_names(self.env)))
         if rollouts.kl_and_tokens_2 is not None:

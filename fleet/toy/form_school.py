@@ -22,13 +22,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, Row, VLMDataCollator
 from environment import EpisodeSource
 from fleet.episodes import BrokenEpisode
-from fleet.qwen.shared_prefix import PackedGroups, attention_mask, pack_groups, unpack
+from fleet.qwen.token_tree import Prompts, TokenTree, ancestry_mask, by_rollout, tree_of_rollouts
 from fleet.toy.lessons import END, train_stages
 from fleet.toy.sight_heads import SightHeads
 from fleet.verdicts import solution_of
 from utils.tool_calls import make_call_str
 
-# Axes: P episodes, B branches behind the pictures of each, S slots of a packed row, T tokens of the longest branch.
+# Axes: P episodes, B branches behind the pictures of each, S slots of a packed row, K edges, T tokens of the longest.
 
 NO_CALL = "I do not know."
 PREFIX_WEIGHT = 0.3
@@ -100,24 +100,28 @@ class FormSchool:
 
     def _loss(self, rows: list[Row], branches: list[list[Branch]]) -> Tensor:
         batch = self.collator(rows)
-        packed, num_asked_PB = self._packed(batch, branches)
-        is_image_PS = packed.input_ids_PS == self.model.config.image_token_id
+        prompts, tree, num_asked_PB = self._tree(batch, branches)
+        is_image_PS = tree.input_ids_PS == self.model.config.image_token_id
         output = self.model.model(
-            input_ids=packed.input_ids_PS,
-            attention_mask=attention_mask(packed.branch_PS),
-            position_ids=packed.position_ids_3PS,
+            input_ids=tree.input_ids_PS,
+            attention_mask=ancestry_mask(tree.end_PS),
+            position_ids=tree.position_ids_3PS,
             pixel_values=batch["pixel_values"],
             image_grid_thw=batch["image_grid_thw"],
             output_hidden_states=self.recipe["sees"],
             use_cache=False,
         )
-        loss = _text_loss(self.model.lm_head(output.last_hidden_state), packed, num_asked_PB, is_image_PS)
+        # the last token before the branches opens them, and is theirs
+        slots_S, num_before_P1 = torch.arange(tree.end_PS.shape[1]), prompts.mask_PL.sum(dim=1, keepdim=True) - 1
+        is_before_PS = slots_S < num_before_P1
+        loss = _text_loss(self.model.lm_head(output.last_hidden_state), tree, num_asked_PB, is_before_PS & ~is_image_PS)
         if self.recipe["sees"]:
-            loss = loss + self.sight_heads(output.hidden_states, batch, is_image_PS, packed.branch_PS > 0)
+            is_behind_PS = (slots_S >= num_before_P1) & (slots_S < tree.end_PS[:, :1])
+            loss = loss + self.sight_heads(output.hidden_states, batch, is_image_PS, is_behind_PS)
         return loss
 
-    def _packed(self, batch: EpisodeBatch, branches: list[list[Branch]]) -> tuple[PackedGroups, Tensor]:
-        """A row an episode, its branches behind its pictures; and each question's tokens, (P, B) int64."""
+    def _tree(self, batch: EpisodeBatch, branches: list[list[Branch]]) -> tuple[Prompts, TokenTree, Tensor]:
+        """Each episode up to its pictures' end, its branches behind that, and each question's tokens, (P, B) int64."""
         config = self.model.config
         prompts = [ids[mask == 1] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
         ends = [_places(ids, config.vision_end_token_id)[-1] + 1 for ids in prompts]
@@ -132,17 +136,12 @@ class FormSchool:
         )
         answers = self.tokenizer([branch.answer for row in branches for branch in row])["input_ids"]
         asked = [prompts[branch.asked][ends[branch.asked] :] for row in branches for branch in row]
-        texts = [torch.cat([ids, torch.tensor(answer)]) for ids, answer in zip(asked, answers, strict=True)]
-        shape = len(branches), len(branches[0])
-        packed = pack_groups(
-            prefix_ids_PL,
-            prefix_mask_PL,
-            positions_3PL,
-            pad_sequence(texts, True, self.tokenizer.pad_token_id).view(*shape, -1),
-            torch.tensor([len(ids) for ids in texts]).view(shape),
-            self.tokenizer.pad_token_id,
-        )
-        return packed, torch.tensor([len(ids) for ids in asked]).view(shape)
+        texts = [[*ids.tolist(), *answer] for ids, answer in zip(asked, answers, strict=True)]
+        count = len(branches[0])
+        by_episode = [texts[first : first + count] for first in range(0, len(texts), count)]
+        before = Prompts(prefix_ids_PL, prefix_mask_PL, positions_3PL)
+        tree = tree_of_rollouts(before, by_episode, self.tokenizer.pad_token_id)
+        return before, tree, torch.tensor([len(ids) for ids in asked]).view(len(branches), count)
 
     def _rows(self, first: int, count: int) -> list[Row]:
         rows = [self.dataset[number] for number in range(first, first + count)]
@@ -152,14 +151,17 @@ class FormSchool:
         return rows
 
 
-def _text_loss(logits_PSV: Tensor, packed: PackedGroups, num_asked_PB: Tensor, is_image_PS: Tensor) -> Tensor:
-    """Cross-entropy of the answers, of the own questions, and, of less weight, of the text up to the pictures."""
-    behind_PS = cross_entropy(logits_PSV.transpose(1, 2), packed.shift_labels_PS, reduction="none")
-    behind_PBT = unpack(behind_PS, packed)
+def _text_loss(logits_PSV: Tensor, tree: TokenTree, num_asked_PB: Tensor, is_before_PS: Tensor) -> Tensor:
+    """Cross-entropy of the answers, of the own questions, and, of less weight, of the text up to the pictures.
+
+    is_before_PS: True on that text.
+    """
+    logits_PKV = logits_PSV.take_along_dim(tree.edge_slot_PK[..., None], dim=1)
+    behind_PBT = by_rollout(cross_entropy(logits_PKV.transpose(1, 2), tree.edge_token_PK, reduction="none"), tree)
     is_asked_PBT = torch.arange(behind_PBT.shape[2]) < num_asked_PB[:, :, None]
-    answers, own_questions = behind_PBT[packed.is_token_PGT & ~is_asked_PBT], behind_PBT[:, 0][is_asked_PBT[:, 0]]
-    is_before_PS = (packed.branch_PS[:, 1:] == 0) & ~is_image_PS[:, 1:]
-    before = cross_entropy(logits_PSV[:, :-1][is_before_PS], packed.input_ids_PS[:, 1:][is_before_PS])
+    answers, own_questions = behind_PBT[tree.is_token_PGT & ~is_asked_PBT], behind_PBT[:, 0][is_asked_PBT[:, 0]]
+    is_told_PS = is_before_PS[:, 1:]
+    before = cross_entropy(logits_PSV[:, :-1][is_told_PS], tree.input_ids_PS[:, 1:][is_told_PS])
     return answers.mean() + own_questions.mean() + PREFIX_WEIGHT * before
 
 

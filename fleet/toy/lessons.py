@@ -24,7 +24,7 @@ from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import Episode, PickImageEnv
 from fleet.controls import redrawn
 from fleet.progress import count_progress
-from fleet.qwen.shared_prefix import attention_mask, pack_groups
+from fleet.qwen.token_tree import Prompts, ancestry_mask, tree_of_rollouts
 from utils.images import open_image
 from utils.tool_calls import make_tool_call_str
 
@@ -226,35 +226,32 @@ class Lessons:
         """Mean cross-entropy of the answers' tokens; at an answer's index, of the shares that are wanted there."""
         rows = [question for group in questions for question in group]
         lengths = [len(row.question_ids) + len(row.answer_ids) for row in rows]
-        num_prefixes, group_size, longest = len(questions), len(questions[0]), max(lengths)
-        ids_BT = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        num_prefixes, longest = len(questions), max(lengths)
         targets_BTV = torch.zeros(len(rows), longest, len(self.tokenizer))
         for number, row in enumerate(rows):
             start = len(row.question_ids)
-            ids_BT[number, : lengths[number]] = torch.tensor([*row.question_ids, *row.answer_ids])
             targets_BTV[number, range(start, lengths[number]), list(row.answer_ids)] = 1.0
             if row.index_shares is not None:
                 index_ids = self.index_ids[: len(row.index_shares)]
                 targets_BTV[number, start + self.place] = 0.0
                 targets_BTV[number, start + self.place, index_ids] = torch.tensor(row.index_shares)
-        packed = pack_groups(
-            prefix.ids_1L.expand(num_prefixes, -1),
-            torch.ones_like(prefix.ids_1L).expand(num_prefixes, -1),
-            prefix.positions_31L.expand(-1, num_prefixes, -1),
-            ids_BT.view(num_prefixes, group_size, longest),
-            torch.tensor(lengths).view(num_prefixes, group_size),
-            self.tokenizer.pad_token_id,
+        num_tokens = prefix.ids_1L.shape[1]
+        prompts = Prompts(
+            prefix.ids_1L.expand(num_prefixes, num_tokens),
+            torch.ones(num_prefixes, num_tokens, dtype=torch.int64),
+            prefix.positions_31L.expand(3, num_prefixes, num_tokens),
         )
+        texts = [[[*row.question_ids, *row.answer_ids] for row in group] for group in questions]
+        tree = tree_of_rollouts(prompts, texts, self.tokenizer.pad_token_id)
         hidden_PSH = self.model.model(
-            input_ids=packed.input_ids_PS,
-            attention_mask=attention_mask(packed.branch_PS),
-            position_ids=packed.position_ids_3PS,
+            input_ids=tree.input_ids_PS,
+            attention_mask=ancestry_mask(tree.end_PS),
+            position_ids=tree.position_ids_3PS,
             pixel_values=torch.cat([self.rng.choice(self.pixels_by_label[label]) for row in labels for label in row]),
             image_grid_thw=prefix.grids_N3.repeat(num_prefixes, 1),
             use_cache=False,
         ).last_hidden_state
-        slots_PGT = packed.slot_PGT.flatten(1)[..., None].expand(-1, -1, hidden_PSH.shape[-1])
-        hidden_BTH = hidden_PSH.gather(1, slots_PGT).view(len(rows), longest, -1)
+        hidden_BTH = hidden_PSH.take_along_dim(tree.slot_PGT.flatten(1)[..., None], dim=1).view(len(rows), longest, -1)
         is_answer_BT = targets_BTV.sum(dim=2) > 0
         logits = self.model.lm_head(hidden_BTH[is_answer_BT])
         return torch.nn.functional.cross_entropy(logits, targets_BTV[is_answer_BT])

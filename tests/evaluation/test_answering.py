@@ -8,7 +8,7 @@ import torch
 
 from environment import PickImageEnv
 from fleet.controls import blanked
-from fleet.evaluation.answering import AnswerSettings, FirstOfGroupIsGreedy, ModelPolicy
+from fleet.evaluation.answering import AnswerSettings, ModelPolicy
 from fleet.evaluation.figures import Answers
 from fleet.toy.model import SIGHTED, TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
 from model_utils import generate_tool_call, load_qwen25_vl
@@ -80,12 +80,3 @@ def test_processes_split_the_episodes_between_them(sighted: tuple[Any, Any], mon
         assert ModelPolicy(model, processor, SETTINGS, rank=rank, num_ranks=3)(EPISODES[:7], 0) == whole
     assert [sorted(share) for share in shares] == [[0, 3, 6], [0, 1, 4], [1, 2, 5]]
     assert all(said == whole[number] for share in shares for number, said in share.items())
-
-
-def test_only_the_first_row_of_a_group_is_made_greedy() -> None:
-    scores = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [9.0, 3.0, 2.0], [0.0, 0.5, 0.1]])
-    inf = torch.inf
-    expected = torch.tensor([[-inf, 0.0, -inf], [1.0, 3.0, 2.0], [0.0, -inf, -inf], [0.0, 0.5, 0.1]])
-    untouched = scores.clone()
-    assert torch.equal(FirstOfGroupIsGreedy(2)(torch.zeros(4, 1, dtype=torch.long), scores), expected)
-    assert torch.equal(scores, untouched)

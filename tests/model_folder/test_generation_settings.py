@@ -55,7 +55,7 @@ def sampled_in_training(model: Any, output_dir: Path, *, shared_prefix: bool) ->
     trainer = fleet_trainer(rloo_config(output_dir), model=model, shared_prefix=shared_prefix)
     batch = trainer.data_collator([trainer.train_dataset[episode] for episode in (0, 1) for _ in range(4)])
     torch.manual_seed(3)
-    return trainer._sample_completion_ids(batch, None)
+    return trainer._draw(batch, None).completion_ids
 
 
 def answers_in_evaluation(model: Any) -> Any:

@@ -37,21 +37,25 @@ def test_vision_operations_equal_pytorchs_count(side: int) -> None:
 
 
 def compare(prompts: list[int], completions: list[list[int]], step: int, **changes: Any) -> WorkComparison:
+    """Completions of these lengths that share nothing: each leaf has an edge and no slot."""
     padded = max(prompts), max(map(max, completions))
+    trees = [(sum(lengths) - len(lengths), sum(lengths)) for lengths in completions]
     settings = {"grids_thw": [(1, 4, 4)], "are_features_known": False, "groups_per_step": step, **changes}
-    return compare_work(toy_model().config, prompts, completions, padded_lengths=padded, **settings)
+    return compare_work(
+        toy_model().config, prompts, trees, group_size=len(completions[0]), padded_lengths=padded, **settings
+    )
 
 
 def test_packing_compared_by_hand() -> None:
     # two steps of one group each: prompts of 10 and 4 tokens, completions of 1 + 2 and 5 + 5
     work = compare([10, 4], [[1, 2], [5, 5]], 1)
-    assert work.packed_tokens == (10 - 1 + 3) + (4 - 1 + 10)
+    assert work.packed_tokens == (10 + 0 + 1) + (4 + 4 + 4)
     assert work.unpacked_tokens == 4 * (10 + 5)
-    assert work.largest_mask_pairs == 13**2
+    assert work.largest_mask_pairs == 12**2
     # both groups in one step: every packed row is as long as the longest
     together = compare([10, 4], [[1, 2], [5, 5]], 2)
-    assert together.packed_tokens == 2 * 13 and together.unpacked_tokens == 4 * 15
-    assert together.largest_mask_pairs == 2 * 13**2
+    assert together.packed_tokens == 2 * 12 and together.unpacked_tokens == 4 * 15
+    assert together.largest_mask_pairs == 2 * 12**2
 
 
 def test_known_features_save_the_encoder_in_packed_rows_alone() -> None:

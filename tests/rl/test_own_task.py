@@ -11,6 +11,7 @@ from dataset import RepeatableEpisodeDataset
 from environment import load_environment_class
 from fleet.errors import RunStopped
 from fleet.own_code.reward_process import RewardProcess
+from fleet.rl.group_sampling import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer
 from tests.helpers import ScriptedFleetTrainer, fleet_trainer, rloo_config, toy_processor
 from tests.helpers_env import write_env
@@ -80,10 +81,10 @@ class SayingTrainer(FleetRLOOTrainer):
     script: Sequence[Sequence[str]] = SCRIPT
     num_generations_done = 0
 
-    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
+    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
         texts = self.script[self.num_generations_done]
         self.num_generations_done += 1
-        return [toy_processor().tokenizer(f"{text}<|im_end|>")["input_ids"] for text in texts]
+        return Drawn([toy_processor().tokenizer(f"{text}<|im_end|>")["input_ids"] for text in texts])
 
 
 def click_dataset(folder: Path) -> RepeatableEpisodeDataset:

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from trl import RLOOTrainer
 
 from environment import Outcome
-from fleet.qwen.group_passes import takes_image_features
 from fleet.rl.algorithm import clipped_loss, leave_one_out_advantages, needs_old_logps, shaped_rewards, token_kl
+from fleet.rl.group_sampling import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from fleet.verdicts import Verdict, verdict_on
 from model_utils import make_lora_config
@@ -27,7 +27,7 @@ from tests.helpers import (
     toy_processor,
     weights_of,
 )
-from utils.tool_calls import ParseStatus
+from utils.tool_calls import ParseStatus, make_tool_call_str
 
 NAN = math.nan
 
@@ -178,7 +178,7 @@ def test_same_completions_give_the_same_steps_as_stock_trl(name: str, tmp_path: 
     stock.train()
     ours.train()
     assert ours._rollouts is not None and ours._rollouts.sampled.is_packed is is_shared
-    assert (ours.vision_cache is not None) is (takes_image_features() and (is_frozen or lora is not None))
+    assert (ours.vision_cache is not None) is (is_frozen or lora is not None)
     not_compared = {"step_time", "loss"}
     if "gradient_accumulation_steps" in settings:
         # a mean of micro-batches' means, and TRL deals rollouts to micro-batches at random where we keep groups whole
@@ -246,10 +246,10 @@ def test_every_gradient_equals_stock_trls(kind: str, beta: float, checkpointing:
 class LongFleetTrainer(FleetRLOOTrainer):
     """Answers at a length that makes packed rows more work than rows of their own."""
 
-    def _sample_completion_ids(self, batch: Any, features: Any) -> list[list[int]]:
+    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
         # the second step's are longer still, so that their reason is another
         length = 600 + 100 * self.state.global_step
-        return [[40 + row % 7] * length for row in range(len(batch["episodes"]) * self.num_generations)]
+        return Drawn([[40 + row % 7] * length for row in range(len(batch["episodes"]) * self.num_generations)])
 
 
 class LongStockTrainer(RLOOTrainer):
@@ -312,7 +312,9 @@ def test_a_step_passes_each_prompt_once_to_generate_and_once_to_train(tmp_path: 
     (prefill_has_gradient, prefill), (training_has_gradient, packed) = passes
     assert (prefill_has_gradient, training_has_gradient) == (False, True)
     lengths = trainer.data_collator([toy_dataset()[0]] * 4)["attention_mask"].sum(dim=1)
-    assert prefill == 2 * (int(lengths[0]) - 1)
+    drafts = {tuple(toy_processor().tokenizer(make_tool_call_str(index))["input_ids"]) for index in range(4)}
+    num_drafted = len({ids[:end] for ids in drafts for end in range(1, len(ids) + 1)})
+    assert prefill == 2 * (int(lengths[0]) + num_drafted), "the prompts, and behind each the four calls as one tree"
     ended = [len(toy_processor().tokenizer(rollout.completion)["input_ids"]) + 1 for rollout in trainer.latest_rollouts]
     assert packed <= 2 * (int(lengths[0]) - 1 + max(sum(ended[:4]), sum(ended[4:])) + 8)
     line = trainer.state.log_history[0]
@@ -327,7 +329,6 @@ def test_kl_takes_one_pass_of_the_reference_and_none_more_of_the_policy(tmp_path
     assert of_reference == [(False, passes[1][1])], "the reference passes the same packed rows, once"
 
 
-@pytest.mark.skipif(not takes_image_features(), reason="this transformers takes no image features")
 def test_an_image_is_encoded_once_a_run_where_vision_is_frozen(tmp_path: Path) -> None:
     args = rloo_config(tmp_path, max_steps=6, beta=0.05)
     model = toy_model(freeze_vision=True)
@@ -344,7 +345,6 @@ def test_an_image_is_encoded_once_a_run_where_vision_is_frozen(tmp_path: Path) -
     assert max(rates) == 1
 
 
-@pytest.mark.skipif(not takes_image_features(), reason="this transformers takes no image features")
 def test_a_cache_of_a_tower_that_trains_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pass --freeze_vision true or --vision_cache_mib 0"):
         fleet_trainer(rloo_config(tmp_path), vision_cache_bytes=2**20)
@@ -444,7 +444,7 @@ def test_media_tokens_are_never_sampled(media_token: str, tmp_path: Path) -> Non
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
     unguarded = model.generate(**{name: batch[name] for name in names}, max_new_tokens=4, do_sample=False)
     assert media_id in unguarded[:, batch["input_ids"].shape[1] :], "the trap must be one"
-    sampled = trainer._sample_completion_ids(batch, None)
+    sampled = trainer._draw(batch, None).completion_ids
     assert all(media_id not in ids for ids in sampled)
 
 

@@ -44,7 +44,7 @@ def test_it_answers_with_calls_whose_index_is_spread(candidates: int, least: flo
     trainer = fleet_trainer(args, dataset=toy_dataset(candidates, seed=99))
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(16) for _ in range(16)])
     torch.manual_seed(1)
-    completions = trainer._sample_completion_ids(batch, None)
+    completions = trainer._draw(batch, None).completion_ids
     ends = end_token_ids(trainer.model)
     judged = [judge(decode_completion(toy_processor(), ids, ends), 0, candidates) for ids in completions]
     shares = Counter(verdict.index for verdict in judged if verdict.outcome in (Outcome.CORRECT, Outcome.WRONG_INDEX))
@@ -61,7 +61,7 @@ def test_it_answers_any_instruction_with_a_call(tmp_path: Path) -> None:
         dataset = RepeatableEpisodeDataset(env, TOY_IMAGE_PIXELS)
         torch.manual_seed(1)
         batch = trainer.data_collator([dataset[i] for i in range(8) for _ in range(16)])
-        completions = trainer._sample_completion_ids(batch, None)
+        completions = trainer._draw(batch, None).completion_ids
         ends = end_token_ids(trainer.model)
         statuses = [judge(decode_completion(toy_processor(), ids, ends), 0, 4).parse_status for ids in completions]
         assert statuses.count(ParseStatus.OK) / len(statuses) >= 0.9
