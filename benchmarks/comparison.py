@@ -11,8 +11,10 @@ import sys
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from benchmarks import ideal
+from fleet.qwen.group_passes import base_qwen
 from fleet.run.config import installed_versions
 
 PHASES = ("prepare", "generate", "score", "train", "optimizer")
@@ -31,7 +33,9 @@ def summarize(arguments: argparse.Namespace, fleet: Any, stock: Any) -> dict[str
               for name in names}  # fmt: skip
     hit_rates = [line["vision_cache/hit_rate"] for line in fleet.state.log_history if "vision_cache/hit_rate" in line]
     work = ideal.Work(arguments, fleet, encoded_share=1 - statistics.mean(hit_rates[1:]) if hit_rates else None)
-    for name, ratio in (("step", work.step_ratio()), ("train", work.train_ratio())):
+    # how much of calls is shared is for the policy to say, so arithmetic has no ideal for them
+    ideals = {"step": work.step_ratio(), "train": work.train_ratio()} if arguments.completions == "random" else {}
+    for name, ratio in ideals.items():
         phases[name] |= {"ideal_ratio": ratio, "share_of_ideal": phases[name]["ratio_median"] / ratio}
     overhead = [1 - sum(step[0][phase] for phase in MODEL_PHASES) / step[0]["step"] for step in timed["fleet"]]
     rollouts = arguments.num_rollouts * arguments.num_episodes
@@ -48,9 +52,43 @@ def summarize(arguments: argparse.Namespace, fleet: Any, stock: Any) -> dict[str
         "overhead": {"fleet_share_median": statistics.median(overhead)},
         "rollouts_per_s": {kind: rollouts / phases["step"][f"{kind}_s_median"] for kind in timed},
         "amounts": {kind: dict(steps[-1][1]) for kind, steps in timed.items()},
+        "passes": passes(timed, fleet, stock),
         "parity": parity(fleet, stock),
-        "ideal": {"ratio": work.step_ratio(), "train_ratio": work.train_ratio()},
     }
+
+
+def passes(timed: dict[str, Any], fleet: Any, stock: Any) -> dict[str, Any]:
+    """Of the last step: forward passes of the model in generation, and attention calls of one pass of vision."""
+    found: dict[str, Any] = {}
+    for kind, trainer in (("fleet", fleet), ("stock", stock)):
+        prefix = "" if kind == "fleet" else "stock_"
+        found[f"{prefix}generation_forwards"] = int(timed[kind][-1][1]["generation_forwards"])
+        found[f"{prefix}vision_attention_calls"] = vision_attention_calls(trainer)
+    shares = [line["sampling/one_pass"] for line in fleet.state.log_history if "sampling/one_pass" in line]
+    # the first generation has no other to go by
+    return found | {"one_pass_share": statistics.mean(shares[1:]) if shares[1:] else None}
+
+
+class AttentionCounter(TorchFunctionMode):
+    """Counts the calls of scaled dot-product attention within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.nn.functional.scaled_dot_product_attention
+        return function(*args, **(kwargs or {}))
+
+
+def vision_attention_calls(trainer: Any) -> int:
+    """Of one pass of the vision tower over an episode's images."""
+    row = trainer.train_dataset[0]
+    images = trainer.processing_class.image_processor(row["images"], return_tensors="pt").to(trainer.model.device)
+    with torch.no_grad(), AttentionCounter() as counter:
+        model = base_qwen(trainer.accelerator.unwrap_model(trainer.model)).model
+        model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+    return counter.count
 
 
 def without_json(argv: list[str]) -> list[str]:
@@ -111,7 +149,12 @@ def as_table(result: dict[str, Any]) -> str:
     for unit in ("tokens", "patches"):
         counts = [amounts[kind].get(unit, 0) for kind in ("fleet", "stock")]
         lines.append(f"{unit + ' a step':<16}{counts[0]:>6,.0f}{counts[1]:>10,.0f}")
-    for name in ("step", "train"):
+    counts = result["passes"]
+    for unit in ("generation_forwards", "vision_attention_calls"):
+        lines.append(f"{unit.replace('_', ' ')}: {counts[unit]:,} against {counts[f'stock_{unit}']:,}")
+    if counts["one_pass_share"] is not None:
+        lines.append(f"steps that train on the pass they sample in: {counts['one_pass_share']:.0%}")
+    for name in ("step", "train") if "ideal_ratio" in result["step"] else ():
         row = result[name]
         lines.append(
             f"ideal by FLOPs, {name}: {row['ideal_ratio']:.2f}x, of which {row['share_of_ideal']:.0%} is reached"
@@ -122,6 +165,12 @@ def as_table(result: dict[str, Any]) -> str:
         f"parity: log-probabilities within {found['max_logprob_abs']:.1e}, {found['num_gradients']} gradients within "
         f"{found['max_grad_rel']:.1e} of their norm"
     )
+    if "two_passes" in result:
+        row = result["two_passes"]
+        lines.append(f"step in two passes: {row['fleet_s_median']:.3f}s, {row['ratio_median']:.2f}x")
+    if "flatness" in result:
+        few, many = result["settings"]["flatness"]
+        lines.append(f"Fleet's step at {many} rollouts takes {result['flatness']:.2f} times as long as at {few}")
     if "memory" in result:
         mib = {kind: result["memory"][f"{kind}_bytes"] / 2**20 for kind in ("fleet", "stock")}
         lines.append(

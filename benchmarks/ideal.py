@@ -1,5 +1,7 @@
 """The ratio that arithmetic alone would give: operations of stock TRL's passes over those of Fleet's.
 
+Of completions that share nothing and that no draft guesses, each sampled in one pass and trained on in another.
+
 Counts the query-key pairs that a mask allows, not those a kernel computes, so a share below 1 also shows what dense
 masks cost.
 """
@@ -26,6 +28,9 @@ class Work:
         images = vision_flops(self.config, [(1, side, side)] * arguments.num_images)
         self.vision = arguments.num_rollouts * images, images if encoded_share is None else 0.0
         self.encoding = self.vision[0], images if encoded_share is None else images * encoded_share
+        ids_of, env = trainer.processing_class.tokenizer, trainer.env
+        drafts = [ids_of(text)["input_ids"] for text in env.drafts(env.episode(0))]
+        self.drafted = {tuple(ids[:end]) for ids in drafts for end in range(1, len(ids) + 1)}
 
     def step_ratio(self) -> float:
         """Of a whole step's passes."""
@@ -58,20 +63,25 @@ class Work:
 
     def _generate(self) -> Costs:
         length, size = self.arguments.completion_tokens, self.arguments.num_rollouts
-        row, prefix = self.prompt + length - 1, self.prompt - 1
+        row, prompt = self.prompt + length - 1, self.prompt
         stock = TextWork(size * row, size * _triangle(row), size * length)
-        decoded_pairs = size * (_triangle(prefix + length) - _triangle(prefix))
-        fleet = TextWork(prefix + size * length, _triangle(prefix) + decoded_pairs, size * length)
+        # drafts are computed in vain: none of them is right
+        depths = [len(beginning) for beginning in self.drafted if len(beginning) < length]
+        behind = len(depths) + size * (length - 1)
+        decoded_pairs = size * (_triangle(row) - _triangle(prompt))
+        drafted_pairs = len(depths) * prompt + sum(depths)
+        fleet = TextWork(prompt + behind, _triangle(prompt) + drafted_pairs + decoded_pairs, 1 + behind)
         return text_flops(self.config, stock) + self.encoding[0], text_flops(self.config, fleet) + self.encoding[1]
 
     def _text(self) -> Costs:
         """The language model forward over completions and their prompts."""
         length, size = self.arguments.completion_tokens, self.arguments.num_rollouts
-        row, prefix = self.prompt + length, self.prompt - 1
-        branch_pairs = size * (_triangle(prefix + length) - _triangle(prefix))
-        tokens, pairs = (size * row, prefix + size * length), (size * _triangle(row), _triangle(prefix) + branch_pairs)
+        row, prompt = self.prompt + length, self.prompt
+        branch_pairs = size * (_triangle(row - 1) - _triangle(prompt))
+        tokens = size * row, prompt + size * (length - 1)
+        pairs = size * _triangle(row), _triangle(prompt) + branch_pairs
         # TRL's fused head projects the scored tokens alone on a GPU, and every token on a CPU
-        scored = (size * length,) * 2 if torch.cuda.is_available() else tokens
+        scored = size * length if torch.cuda.is_available() else tokens[0], size * length
         stock, fleet = (text_flops(self.config, TextWork(tokens[kind], pairs[kind], scored[kind])) for kind in (0, 1))
         return stock, fleet
 

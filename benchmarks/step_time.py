@@ -5,7 +5,9 @@
 Both trainers run their own training loop on the same random-weight model, prompts and completion length; a turnstile
 lets one step of either through at a time. A phase is timed where both trainers have a method for it: `prepare`
 (images, tokens, rewards, records), `generate`, `score` (log-probabilities without gradient), `train` (forward and
-backward), `optimizer`. The first step of each is a warm-up, in which both see the same completions: it gives the
+backward), `optimizer`. Where Fleet trains on the pass that it samples in, `train` is backward alone. Completions are
+canonical calls of a random index, as a policy says them, or random tokens, where no draft is right and nothing is
+shared. The first step of each is a warm-up, in which both see the same completions: it gives the
 parity of log-probabilities and gradients. Memory is measured in processes of their own.
 """
 
@@ -13,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,7 +35,7 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 from trl import RLOOConfig  # noqa: E402
 
 from benchmarks import random_model  # noqa: E402
-from benchmarks.comparison import as_table, summarize  # noqa: E402
+from benchmarks.comparison import as_table, compare, summarize  # noqa: E402
 from benchmarks.peak_memory import peak_memory  # noqa: E402
 from benchmarks.timed_trainers import (  # noqa: E402
     StepClock,
@@ -60,8 +63,14 @@ def main() -> None:
             print(json.dumps(memory_of_training_pass(arguments, folder)))
         return
     with prepared_folder(arguments) as folder:
-        fleet, stock = run_in_turns(arguments, folder)
-        result = summarize(arguments, fleet, stock)
+        kinds = ("fleet", *(["two_passes"] if arguments.two_passes else []), "stock")
+        trainers = {kind: make_trainer(kind, arguments, folder) for kind in kinds}
+        run_in_turns(trainers)
+        result = summarize(arguments, trainers["fleet"], trainers["stock"])
+        if arguments.two_passes:
+            result["two_passes"] = compare(*(step_seconds(trainers[kind]) for kind in ("two_passes", "stock")))
+        if arguments.flatness is not None:
+            result["flatness"] = measure_flatness(arguments, folder)
     if arguments.measure_memory:
         result["memory"] = compare_memory()
     print(as_table(result))
@@ -81,6 +90,12 @@ def parse_arguments() -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"got {text!r}, wanted true or false")
         return text == "true"
 
+    def counts(text: str) -> tuple[int, int]:
+        few, _, many = text.partition(",")
+        if not (few.isdecimal() and many.isdecimal() and 2 <= int(few) < int(many)):
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted two numbers from 2 up, as 4,64")
+        return int(few), int(many)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_size", default="30m", choices=list(random_model.SIZES), help="random-weight model (default: 30m)")
@@ -90,11 +105,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--image_side_px", type=int, default=224, help="a multiple of 28 (default: 224)")
     add("--num_pictures", type=int, default=240, help="different images in all, drawn from at random (default: 240)")
     add("--completion_tokens", type=int, default=30, help="every completion's length (default: 30)")
-    add("--completions", default="random", choices=["calls", "random"], help="of a call or not (default: random)")
+    add("--completions", default="calls", choices=["calls", "random"],
+        help="canonical calls, or random tokens of --completion_tokens (default: calls)")  # fmt: skip
     add("--beta", type=float, default=0.0, help="KL weight (default: 0)")
+    add("--flatness", type=counts, help="two numbers of rollouts, as 4,64: also times Fleet's step at both")
     for name in ("freeze_vision", "use_lora", "gradient_checkpointing"):
         add(f"--{name}", type=switch, nargs="?", const=True, default=False, help="true or false (default: false)")
     add("--measure_memory", type=switch, nargs="?", const=True, default=True, help="true or false (default: true)")
+    add("--two_passes", action="store_true", help="also time Fleet where it never trains on the pass it samples in")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights (default: float32)")
     add("--attn_implementation", default="sdpa", help="of Fleet's language model (default: sdpa)")
     add("--stock_attn_implementation", default="sdpa", help="of stock TRL's language model (default: sdpa)")
@@ -138,8 +156,11 @@ def prepared_folder(arguments: argparse.Namespace) -> Iterator[Path]:
 
 
 def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> TimedStock | TimedFleet:
-    """Stock TRL's trainer or Fleet's, with a stopwatch, on the folder's model and pictures."""
-    is_fleet = kind == "fleet"
+    """Stock TRL's trainer or Fleet's, with a stopwatch, on the folder's model and pictures.
+
+    kind: stock, fleet, or two_passes, Fleet's without its one pass.
+    """
+    is_fleet = kind != "stock"
     model, processor = load_qwen25_vl(
         str(folder / "model"),
         freeze_vision=arguments.freeze_vision,
@@ -165,6 +186,7 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
             reward_function=reward,
             peft_config=lora,
         )
+        trainer.takes_one_pass = kind == "fleet"
     else:
         trainer = TimedStock(
             model=model,
@@ -228,9 +250,8 @@ def make_config(arguments: argparse.Namespace, output_dir: Path, generation_kwar
     )
 
 
-def run_in_turns(arguments: argparse.Namespace, folder: Path) -> tuple[TimedFleet, TimedStock]:
-    """Both trainers after all their steps, taken in turns: Fleet's, stock's, Fleet's, ..."""
-    trainers = {kind: make_trainer(kind, arguments, folder) for kind in ("fleet", "stock")}
+def run_in_turns(trainers: dict[str, Any]) -> None:
+    """Runs all steps of the trainers, in turns: Fleet's, stock's, Fleet's, ..."""
     turnstile = Turnstile(list(trainers))
     failures: list[BaseException] = []
 
@@ -256,7 +277,22 @@ def run_in_turns(arguments: argparse.Namespace, folder: Path) -> tuple[TimedFlee
         thread.join()
     if failures:
         raise failures[0]
-    return trainers["fleet"], trainers["stock"]
+
+
+def step_seconds(trainer: Any) -> list[float]:
+    """Of every step but the first."""
+    return [seconds["step"] for seconds, _ in trainer.stopwatch.steps[1:]]
+
+
+def measure_flatness(arguments: argparse.Namespace, folder: Path) -> float:
+    """The time of Fleet's step with the larger number of rollouts over that with the smaller: a median of pairs."""
+    trainers = {}
+    for count in arguments.flatness:
+        settings = argparse.Namespace(**vars(arguments) | {"num_rollouts": count})
+        trainers[str(count)] = make_trainer("fleet", settings, folder)
+    run_in_turns(trainers)
+    few, many = map(step_seconds, trainers.values())
+    return statistics.median(slow / fast for fast, slow in zip(few, many, strict=True))
 
 
 def memory_of_training_pass(arguments: argparse.Namespace, folder: Path) -> dict[str, int]:

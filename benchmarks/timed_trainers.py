@@ -25,14 +25,16 @@ class Stopwatch:
         self.seconds: Tally = defaultdict(float)
         self.amounts: Tally = defaultdict(float)
         self.steps: list[tuple[Tally, Tally]] = []
+        self.phase: str | None = None
 
     @contextlib.contextmanager
     def timing(self, phase: str) -> Iterator[None]:
-        start_s = now_s()
+        start_s, self.phase = now_s(), phase
         try:
             yield
         finally:
             self.seconds[phase] += now_s() - start_s
+            self.phase = None
 
     def end_step(self) -> None:
         self.steps.append((self.seconds, self.amounts))
@@ -42,6 +44,7 @@ class Stopwatch:
         """Counts the tokens and image patches that enter the model from now on."""
 
         def of_text(module: Any, args: Any, kwargs: Any) -> None:
+            self.amounts["generation_forwards"] += self.phase == "generate"
             self.amounts["tokens"] += kwargs["inputs_embeds"].shape[0] * kwargs["inputs_embeds"].shape[1]
 
         def of_vision(module: Any, args: Any, kwargs: Any) -> None:
@@ -125,7 +128,8 @@ class TimedMixin:
     """What both timed trainers share: the phases of a step."""
 
     stopwatch: Stopwatch
-    first_logps: dict[tuple[int, ...], Tensor] | None = None  # by the completion's tokens: TRL shuffles its rows
+    # by the completion's tokens, as TRL shuffles its rows; of several such, in the order of their sums
+    first_logps: dict[tuple[int, ...], Tensor] | None = None
     first_completions: list[list[int]] | None = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -142,8 +146,12 @@ class TimedMixin:
 
     def keep_first_logps(self, completion_ids_BT: Tensor, logps_BT: Tensor) -> None:
         if self.first_logps is None:
-            rows = zip(completion_ids_BT.tolist(), logps_BT.detach().clone(), strict=True)
-            self.first_logps = {tuple(ids): logps for ids, logps in rows}
+            found: dict[tuple[int, ...], list[Tensor]] = {}
+            for ids, logps in zip(completion_ids_BT.tolist(), logps_BT.detach().clone(), strict=True):
+                found.setdefault(tuple(ids), []).append(logps)
+            self.first_logps = {
+                ids: torch.stack(sorted(rows, key=lambda logps: logps.sum().item())) for ids, rows in found.items()
+            }
 
 
 class TimedStock(TimedMixin, RLOOTrainer):
@@ -166,6 +174,11 @@ class TimedStock(TimedMixin, RLOOTrainer):
 
 class TimedFleet(TimedMixin, FleetRLOOTrainer):
     """Fleet's trainer with a stopwatch."""
+
+    takes_one_pass = True
+
+    def _tries_one_pass(self) -> bool:
+        return self.takes_one_pass and super()._tries_one_pass()
 
     def _image_features(self, *args: Any) -> Any:
         with self.stopwatch.timing("generate"):

@@ -128,6 +128,26 @@ def test_what_is_wrong_on_one_rank_skips_a_step_or_stops_on_both(launcher: str, 
         assert seen["reason"].startswith("process 1: reward function reward raised ConnectionError: no judge (")
 
 
+@pytest.mark.parametrize("launcher", ["zero3", "ddp"])
+def test_passes_that_teach_no_rank_are_left_out_on_all_and_weights_move_as_they_would(
+    launcher: str, tmp_path: Path
+) -> None:
+    found = {}
+    for kind in ("spared", "full"):
+        folder = tmp_path / kind
+        run_ranks(tmp_path, [str(folder), kind], 2, zero3=launcher == "zero3", target="tests.distributed_skips")
+        ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+        assert ranks[0] == ranks[1]
+        found[kind] = ranks[0], load_file(folder / "final" / "model.safetensors")
+    (spared, weights), (full, all_weights) = found["spared"], found["full"]
+    assert full["passes"] == [0, 0, 1, 1, 2, 2]
+    # a step's last pass is made where another was; DeepSpeed steps inside it, so there it is always made
+    assert spared["passes"] == ([0, 1, 1, 2] if launcher == "zero3" else [0, 1, 1])
+    assert spared["learning_rates"] == full["learning_rates"]
+    for name, weight in all_weights.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def test_an_environment_that_breaks_on_one_process_stops_both(tmp_path: Path) -> None:
     run_ranks(tmp_path, [str(tmp_path)], 2, target="tests.distributed_environment")
     for rank in (0, 1):

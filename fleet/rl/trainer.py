@@ -56,6 +56,7 @@ class Rollouts:
     ref_logps_BT: Tensor | None = None  # float32, with beta > 0
     old_logps_BT: Tensor | None = None  # float32, where needs_old_logps
     kl_and_tokens_2: Tensor | None = None  # float32 sums so far, with beta > 0
+    teaches_P: list[bool] | None = None  # False where the advantages are 0 on every device; known from the start alone
 
 
 class FleetRLOOTrainer(PolicyPasses):
@@ -65,8 +66,12 @@ class FleetRLOOTrainer(PolicyPasses):
     `latest_pictures` the pictures of this device's by the names that the records have. Besides TRL's metrics it logs
     rollouts.rollout_metrics, `rollouts_per_s`, `token_ratio` (tokens that would pass through TRL's training pass per
     token that passes through ours), `vision_cache/hit_rate` (of a generation's images), and TRL's `step_time` as
-    `step_time_s`. With skips_bad_images it logs `images/episodes_replaced` (of a generation, over all devices).
+    `step_time_s`. With beta 0 it logs `groups/skipped`, the share of micro-batches whose pass is left out because no
+    group of them has an advantage; figures of such a pass are absent. With skips_bad_images it logs
+    `images/episodes_replaced` (of a generation, over all devices).
     """
+
+    _current_train_step_time: float  # TRL's
 
     def __init__(
         self,
@@ -111,18 +116,39 @@ class FleetRLOOTrainer(PolicyPasses):
         self.latest_rollouts: tuple[RolloutRecord, ...] = ()
         self.latest_pictures: dict[str, Image.Image] = {}
         self._rollouts: Rollouts | None = None
+        self._prepared: tuple[int, dict[str, Any]] | None = None  # of the micro-step with this number
+        self._has_passed = False  # in the optimizer step under way
         self._num_rollouts_since_log, self._last_log_time_s = 0, time.perf_counter()
 
     def _prepare_inputs(self, generation_batch: EpisodeBatch) -> dict[str, Any]:
         """The groups of this step, as `rollouts` and a slice of them; generates first when a new generation is due.
 
-        Trainer calls it for each micro-step, which TRL counts in `_step`, and gives the result to `_compute_loss`.
+        Trainer calls it for each micro-step, which TRL counts in `_step`, and gives the result to `_compute_loss`. A
+        micro-step that asks twice gets the same.
         """
         steps_per_generation = self.args.steps_per_generation
-        if self._rollouts is None or self._step % (steps_per_generation * self.num_iterations) == 0:
-            self._rollouts = self._roll_out(generation_batch)
-        first = self._step % steps_per_generation * self._groups_per_step
-        return {"rollouts": self._rollouts, "groups": slice(first, first + self._groups_per_step)}
+        if self._prepared is None or self._prepared[0] != self._step:
+            if self._rollouts is None or self._step % (steps_per_generation * self.num_iterations) == 0:
+                self._rollouts = self._roll_out(generation_batch)
+            first = self._step % steps_per_generation * self._groups_per_step
+            groups = slice(first, first + self._groups_per_step)
+            self._prepared = self._step, {"rollouts": self._rollouts, "groups": groups}
+        return self._prepared[1]
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """TRL's, but for a micro-step whose pass is left out: it is counted and timed as any, and its loss is 0."""
+        start_s = time.perf_counter()
+        model.train()
+        prepared = self._prepare_inputs(inputs)
+        is_left_out = self._teaches_nothing(model, prepared["rollouts"], prepared["groups"])
+        self._current_train_step_time += time.perf_counter() - start_s
+        if not is_left_out:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._step += 1
+        if self.accelerator.sync_gradients:
+            self._metrics["train"]["step_time"].append(self._current_train_step_time)
+            self._current_train_step_time = 0.0
+        return torch.zeros((), device=self.accelerator.device)
 
     @torch.no_grad()
     def _roll_out(self, batch: EpisodeBatch) -> Rollouts:
@@ -142,7 +168,9 @@ class FleetRLOOTrainer(PolicyPasses):
             rollouts.old_logps_BT = self._score(self.model, sampled)
             self._compare_with_vllm(sampled, every_group, rollouts.old_logps_BT)
         if self.beta == 0.0 or rollouts.old_logps_BT is not None:
-            self._take_advantages(rollouts, every_group, rollouts.old_logps_BT)
+            advantages_PG = self._take_advantages(rollouts, every_group, rollouts.old_logps_BT)
+            by_device = advantages_PG.view(-1, len(batch["episodes"]), self.num_generations)
+            rollouts.teaches_P = (by_device != 0).any(dim=2).any(dim=0).tolist()
         return rollouts
 
     def _require_shown(self, batch: EpisodeBatch) -> list[list[str]]:
@@ -210,10 +238,11 @@ class FleetRLOOTrainer(PolicyPasses):
         self._add_metrics({"reward": mean, "reward_std": deviation, f"{name}/mean": mean, f"{name}/std": deviation})
 
     @torch.no_grad()
-    def _take_advantages(self, rollouts: Rollouts, groups: slice, old_logps_BT: Tensor | None) -> None:
+    def _take_advantages(self, rollouts: Rollouts, groups: slice, old_logps_BT: Tensor | None) -> Tensor:
         """Fills in the advantages of these groups, and records the rollouts once the last group has its own.
 
-        old_logps_BT: of these groups, for the KL term. Every rank takes part.
+        old_logps_BT: of these groups, for the KL term. Returns the advantages of all devices, device after device, a
+        row a group. Every rank takes part.
         """
         rows, kl_BT = rollouts.sampled.rows_of(groups), None
         if old_logps_BT is not None and rollouts.ref_logps_BT is not None:
@@ -235,6 +264,7 @@ class FleetRLOOTrainer(PolicyPasses):
         rollouts.advantages_B[rows] = advantages_PG.view(-1, len(own_B))[self.accelerator.process_index]
         if rows.stop == len(rollouts.records):
             self._record(rollouts)
+        return advantages_PG
 
     def _record(self, rollouts: Rollouts) -> None:
         """Gathers every rollout's record to every rank, and logs their metrics."""
@@ -279,6 +309,25 @@ class FleetRLOOTrainer(PolicyPasses):
         )
         self._log_loss(entropies_BT, mask_BT, torch.stack([is_clipped_below_B, is_clipped_above_B], dim=1))
         return without_gradient_if_not_finite(loss)
+
+    def _teaches_nothing(self, model: nn.Module, rollouts: Rollouts, groups: slice) -> bool:
+        """True if no group of this micro-batch, on any device, has an advantage, and its pass is left out.
+
+        An optimizer step's last pass is made if any was made before it: gradients that have accumulated are reduced
+        in it. DeepSpeed always needs it, as it steps inside. Of another it must not hear, or it would add to the
+        gradients of the step before. Where no pass is made gradients are 0, not absent, so that moments, decay and
+        schedule move.
+        """
+        if self.beta != 0.0 or self.vllm is not None or rollouts.teaches_P is None:
+            return False
+        is_last, teaches = self.accelerator.sync_gradients, any(rollouts.teaches_P[groups])
+        is_needed = teaches or (is_last and (self._has_passed or self.is_deepspeed_enabled))
+        self._has_passed = (is_needed or self._has_passed) and not is_last
+        self._add_metrics({"groups/skipped": float(not is_needed)})
+        if is_last and not is_needed:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        return not is_needed
 
     @torch.no_grad()
     def _log_loss(self, entropies_BT: Tensor, mask_BT: Tensor, is_clipped_B2: Tensor) -> None:

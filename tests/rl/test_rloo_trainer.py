@@ -497,8 +497,8 @@ def test_trl_still_has_the_internals_we_lean_on(method: str, parameters: list[st
 
 
 def test_trl_still_has_the_attributes_we_read(tmp_path: Path) -> None:
-    read = {"_metrics", "_step", "_tokenizer", "beta", "eos_token_ids", "epsilon_high", "epsilon_low",
-            "generation_config", "generation_kwargs", "mask_truncated_completions", "normalize_advantages",
+    read = {"_current_train_step_time", "_metrics", "_step", "_tokenizer", "beta", "eos_token_ids", "epsilon_high",
+            "epsilon_low", "generation_config", "mask_truncated_completions", "normalize_advantages",
             "num_generations", "num_iterations", "ref_model", "reward_clip_range", "reward_func_names",
             "reward_weights"}  # fmt: skip
     lost = read - vars(stock_trainer(rloo_config(tmp_path))).keys()
