@@ -1,6 +1,7 @@
 """The second command line: score a model, a checkpoint or an adapter on held-out episodes.
 
     python evaluate.py --model_id runs/look/final --baseline toy --output evaluation.json
+    python evaluate.py --replay runs/look --step 51 --group 3
 
 Alone or under accelerate launch, DeepSpeed ZeRO-3 included. docs/evaluation.schema.json describes the output, and
 fleet/evaluation draws the episodes and the figures. Importing this file starts nothing.
@@ -28,7 +29,13 @@ logger = logging.getLogger("fleet")
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one evaluation from start to end. Raises UsageError, before any weight loads, for one that is refused."""
     command_line.set_up_logging()
-    options = parse_evaluate_options(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--replay" for word in argv):
+        command_line.keep_libraries_quiet()
+        from fleet.run import replay
+
+        return replay.main(argv)
+    options = parse_evaluate_options(argv)
     findings, problem = result_or_problem(lambda: check_before_loading(options))
     command_line.keep_libraries_quiet()
     from fleet.run.build import evaluation

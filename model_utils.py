@@ -271,16 +271,32 @@ def generate_tool_call(
     return decode_completion(processor, completion_ids, end_token_ids(model))
 
 
-def answer_config(model: Any, max_completion_length: int, temperature: float, top_p: float = 1.0) -> GenerationConfig:
-    """Draws from the policy itself, without media tokens; greedy at temperature 0. model: as loaded, for its ends."""
+def answer_config(
+    model: Any,
+    max_completion_length: int,
+    temperature: float,
+    *,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    min_completion_length: int = 0,
+) -> GenerationConfig:
+    """Draws from the policy itself, without media tokens; greedy at temperature 0. model: as loaded, for its ends.
+
+    The others mean what the flags of their names do.
+    """
     # transformers samples from the likeliest 50 unless it is told otherwise
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    sampling = drawn if temperature > 0 else {}
     return GenerationConfig(
         do_sample=temperature > 0,
         max_new_tokens=max_completion_length,
         eos_token_id=end_token_ids(model),
         pad_token_id=model.generation_config.pad_token_id,
         suppress_tokens=media_token_ids(model.config),
+        repetition_penalty=repetition_penalty,
+        min_new_tokens=min_completion_length or None,
         **sampling,
     )
 

@@ -20,28 +20,42 @@ from pathlib import Path
 # kernels and functions of libraries. A file that a checkout lacks is searched for in all others.
 STEP = {
     "dataset.py": "EpisodeBatch",
-    "fleet/qwen/group_passes.py": "generate_groups image_inputs base_qwen prompt_positions score_packed",
-    "fleet/qwen/shared_prefix.py": "PackedGroups pack_groups attention_mask unpack",
+    "fleet/qwen/token_tree.py": "Branches Prompts TokenTree lay_out ancestry_mask by_rollout _Row _prompt_slots",
+    "fleet/qwen/tree_sampling.py": "SamplingRequest Samples sample_batch sample_on_trees _Rollout _Sampler",
+    "fleet/qwen/sampling_passes.py": "FirstPass TreePasses",
+    "fleet/qwen/draws.py": "named_uniforms draw_tokens _draw",
+    "fleet/qwen/group_passes.py": "image_inputs base_qwen tree_prompts tree_logits score_tree",
+    "fleet/qwen/edge_scores.py": "edge_scores _chunk_scores",
     "fleet/rl/algorithm.py": "needs_old_logps shaped_rewards leave_one_out_advantages sequence_logps clipped_loss",
-    "fleet/rl/policy_passes.py": "SampledGroups PolicyPasses(_sample _image_features _sample_completion_ids _usable "
-    "_chooses_packing _groups_per_step _completion_logps)",
+    "fleet/rl/group_sampling.py": "Drawn SampledGroups GroupSampling(_sample _image_features _draw _drafts "
+    "_draw_on_trees _tries_one_pass _first_scores _trees _usable _chooses_packing _groups_per_step)",
+    "fleet/rl/first_pass.py": "scores_of_first_pass as_wide_as",
+    "fleet/rl/policy_passes.py": "PolicyPasses(_completion_logps)",
+    "fleet/rl/spared_passes.py": "SparedPasses",
     "fleet/rl/trainer.py": "Rollouts FleetRLOOTrainer(_prepare_inputs _roll_out _judge_and_reward _rewards "
-    "_take_advantages _compute_loss)",
+    "_take_advantages _teaches _compute_loss)",
 }
 ASIDE = {
     "dataset.py": "VLMDataCollator(__call__ _encode) require_episodes count_faults _with_ranks",
     "environment.py": "PickImageTask(respond solution choices) Judgement _judged _correct_index",
-    "model_utils.py": "up_to_end media_token_ids decode_completion",
+    "model_utils.py": "media_token_ids decode_completion",
     "reward.py": "reward_of",
     "fleet/episodes.py": "asked",
     "fleet/qwen/flops.py": "compare_work _packed_work vision_flops text_flops _squares add_up",
-    "fleet/qwen/group_passes.py": "why_not_to_pack",
+    "fleet/qwen/drafts.py": "DraftMemory within_budget",
+    "fleet/qwen/group_passes.py": "why_not_to_pack as_model_mask",
+    "fleet/qwen/sampling_rules.py": "SamplingRules",
+    "fleet/qwen/tree_sampling.py": "_continuations",
+    "fleet/qwen/vision_windows.py": "attend_by_length _LatestBounds",
     "fleet/rl/guards.py": "without_gradient_if_not_finite "
     "StepGuard(begin_generation note_scores on_pre_optimizer_step)",
     "fleet/rl/rollouts.py": "make_records instruction_of rollout_metrics length_metrics",
-    "fleet/rl/policy_passes.py": "PolicyPasses(_add_metrics _log_lengths _compare_with_vllm)",
+    "fleet/rl/group_sampling.py": "GroupSampling(_add_metrics _tell_once _log_lengths _log_sampling _most_of_ranks "
+    "draft_memory remember _why_not_one_pass)",
+    "fleet/rl/first_pass.py": "why_not_one_pass",
+    "fleet/rl/policy_passes.py": "PolicyPasses(_compare_with_vllm)",
     "fleet/rl/trainer.py": "FleetRLOOTrainer(_require_shown _log_rewards _record _log_loss _get_grad_norm)",
-    "fleet/verdicts.py": "Verdict verdicts_on verdict_on verdict_on_call outcome_names solution_of choices_of "
+    "fleet/verdicts.py": "Verdict verdicts_on verdict_on verdict_on_call outcome_names solution_of choices_of drafts_on drafts_of "
     "_sound_verdict _sound_name _sound_component _sound_call",
     "fleet/run/watchdog.py": "Watchdog(beat) StillTime(beat tick)",
     "utils/images.py": "image_digest",
@@ -59,7 +73,7 @@ ASIDE = {
     "trl/trainer/utils.py": "add_fused_lm_head pad nanstd nanmin nanmax maybe_gather_lm_head_ctx",
 }
 # flags that no case of a run changes, and the files in which their names are flags
-PLAIN_FLAGS = ("weight_decay", "normalize_advantages", "mask_truncated_completions", "dataloader_num_workers")
+PLAIN_FLAGS = ("weight_decay", "normalize_advantages", "mask_truncated_completions", "logging_steps")
 FLAG_FILES = re.compile(
     r"fleet/command/.*|(fleet/run/build/\w+|fleet/run/build|run_setup|\w*options|\w*flags|training|evaluate)\.py"
 )

@@ -112,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("freeze_vision", "use_lora", "gradient_checkpointing"):
         add(f"--{name}", type=switch, nargs="?", const=True, default=False, help="true or false (default: false)")
     add("--measure_memory", type=switch, nargs="?", const=True, default=True, help="true or false (default: true)")
+    add("--stock_vision_windows", action="store_true", help="stock TRL attends vision's windows as Fleet does")
     add("--two_passes", action="store_true", help="also time Fleet where it never trains on the pass it samples in")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights (default: float32)")
     add("--attn_implementation", default="sdpa", help="of Fleet's language model (default: sdpa)")
@@ -166,7 +167,9 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
         freeze_vision=arguments.freeze_vision,
         dtype=getattr(torch, arguments.dtype),
         attn_implementation=arguments.attn_implementation if is_fleet else arguments.stock_attn_implementation,
-        vision_attn_implementation=None if is_fleet else arguments.stock_attn_implementation,
+        vision_attn_implementation=(
+            None if is_fleet or arguments.stock_vision_windows else arguments.stock_attn_implementation
+        ),
     )
     env = PickImageEnv(folder / "pictures", arguments.num_images, seed=0)
     dataset = RepeatableEpisodeDataset(env, arguments.image_side_px**2)

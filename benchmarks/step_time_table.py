@@ -16,25 +16,27 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 TIME_ALONE = ["--measure_memory", "false"]
-# name of the result, what the table calls it, the flags; memory is measured in the rows that the others vary
+RANDOM = ["--completions", "random", *TIME_ALONE]
+ONE_EPISODE = ["--num_episodes", "1"]
+# name of the result, what the table calls it, the flags
 ROWS: list[tuple[str, str, list[str]]] = [
-    ("g4", "4 rollouts", ["--num_rollouts", "4"]),
-    ("g8", "8 rollouts", ["--num_rollouts", "8"]),
-    ("g16", "16 rollouts", ["--num_rollouts", "16", *TIME_ALONE]),
-    ("g8_beta", "8 rollouts, beta 0.05", ["--num_rollouts", "8", "--beta", "0.05", *TIME_ALONE]),
-    ("g8_frozen", "8 rollouts, frozen vision, images new", ["--num_rollouts", "8", "--freeze_vision", *TIME_ALONE]),
+    ("calls_g8", "calls, 8 rollouts", ["--num_rollouts", "8", "--two_passes", "--flatness", "4,64", *TIME_ALONE]),
+    ("calls_g16", "calls, 16 rollouts", ["--num_rollouts", "16", "--two_passes", *TIME_ALONE]),
     (
-        "g8_frozen_known",
-        "8 rollouts, frozen vision, 12 images in all",
-        ["--num_rollouts", "8", "--freeze_vision", "--num_pictures", "12", *TIME_ALONE],
+        "calls_g32",
+        "calls, 32 rollouts, 1 episode a step",
+        ["--num_rollouts", "32", *ONE_EPISODE, "--two_passes", *TIME_ALONE],
     ),
+    ("random_g8", "random tokens, 8 rollouts", ["--num_rollouts", "8", *RANDOM]),
+    ("random_g16", "random tokens, 16 rollouts", ["--num_rollouts", "16", *RANDOM]),
     (
-        "g8_frozen_known_4_episodes",
-        "the same, 4 episodes a step",
-        ["--num_rollouts", "8", "--freeze_vision", "--num_pictures", "12", "--num_episodes", "4", *TIME_ALONE],
+        "random_g32",
+        "random tokens, 32 rollouts, 1 episode a step",
+        ["--num_rollouts", "32", *ONE_EPISODE, *RANDOM],
     ),
-    ("g8_lora", "8 rollouts, LoRA", ["--num_rollouts", "8", "--use_lora", *TIME_ALONE]),
-    ("g8_one_episode", "8 rollouts, 1 episode a step", ["--num_rollouts", "8", "--num_episodes", "1", *TIME_ALONE]),
+    ("calls_g8_beta", "calls, 8 rollouts, beta 0.05", ["--num_rollouts", "8", "--beta", "0.05", *TIME_ALONE]),
+    ("calls_g8_frozen", "calls, 8 rollouts, frozen vision", ["--num_rollouts", "8", "--freeze_vision", *TIME_ALONE]),
+    ("calls_g8_lora", "calls, 8 rollouts, LoRA", ["--num_rollouts", "8", "--use_lora", *TIME_ALONE]),
 ]
 
 
@@ -70,18 +72,18 @@ def main() -> None:
 def markdown_table(results: dict[str, Any]) -> str:
     """The table of docs/performance.md."""
     lines = [
-        "| | step: Fleet | stock | ratio (spread) | of ideal | generate | train | of ideal | memory added | overhead |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| | step: Fleet | stock | ratio (spread) | in two passes | generate | passes to sample | overhead |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, label in [(name, label) for name, label, _ in ROWS if name in results]:
         found = results[name]
-        step, train = found["step"], found["train"]
-        memory = f"{found['memory']['ratio']:.1f}x less" if "memory" in found else ""
+        step, passes = found["step"], found["passes"]
+        two = f"{found['two_passes']['ratio_median']:.1f}x" if "two_passes" in found else ""
         lines.append(
             f"| {label} | {step['fleet_s_median']:.2f} s | {step['stock_s_median']:.2f} s "
-            f"| **{step['ratio_median']:.1f}x** ({step['ratio_min']:.1f} to {step['ratio_max']:.1f}) "
-            f"| {step['share_of_ideal']:.0%} | {found['generate']['ratio_median']:.1f}x "
-            f"| {train['ratio_median']:.1f}x | {train['share_of_ideal']:.0%} | {memory} "
+            f"| **{step['ratio_median']:.1f}x** ({step['ratio_min']:.1f} to {step['ratio_max']:.1f}) | {two} "
+            f"| {found['generate']['ratio_median']:.1f}x "
+            f"| {passes['generation_forwards']} for {passes['stock_generation_forwards']} "
             f"| {found['overhead']['fleet_share_median']:.1%} |"
         )
     return "\n".join(lines)
@@ -91,25 +93,26 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """How the ratio and the seconds of a step grow with the number of rollouts."""
     from matplotlib.figure import Figure
 
-    found = [results[name] for name in ("g4", "g8", "g16") if name in results]
-    groups = [result["settings"]["num_rollouts"] for result in found]
-    ratios = [result["step"]["ratio_median"] for result in found]
-    spread = [
-        [result["step"]["ratio_median"] - result["step"]["ratio_min"] for result in found],
-        [result["step"]["ratio_max"] - result["step"]["ratio_median"] for result in found],
-    ]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.errorbar(groups, ratios, yerr=spread, marker="o", capsize=3, color="#1f6f8b", label="measured")
-    ideals = [result["ideal"]["ratio"] for result in found]
-    left.plot(groups, ideals, linestyle="--", color="0.5", label="by FLOPs alone")
+    kinds = {"calls": ("canonical calls", "#1f6f8b"), "random": ("random tokens", "#8a7a3b")}
+    for kind, (label, color) in kinds.items():
+        found = [results[name] for name in (f"{kind}_g8", f"{kind}_g16", f"{kind}_g32") if name in results]
+        groups = [result["settings"]["num_rollouts"] for result in found]
+        ratios = [result["step"]["ratio_median"] for result in found]
+        spread = [
+            [result["step"]["ratio_median"] - result["step"]["ratio_min"] for result in found],
+            [result["step"]["ratio_max"] - result["step"]["ratio_median"] for result in found],
+        ]
+        left.errorbar(groups, ratios, yerr=spread, marker="o", capsize=3, color=color, label=label)
+        seconds = [result["step"]["fleet_s_median"] / result["settings"]["num_episodes"] for result in found]
+        right.plot(groups, seconds, marker="o", color=color, label=f"Fleet, {label}")
+        stock = [result["step"]["stock_s_median"] / result["settings"]["num_episodes"] for result in found]
+        right.plot(groups, stock, marker="o", color=color, linestyle="--", alpha=0.6, label=f"stock TRL, {label}")
     left.set(title="Whole step: stock TRL's time over Fleet's", xlabel="rollouts per episode", ylim=(0, None))
-    for kind, color in (("stock", "#c1553b"), ("fleet", "#1f6f8b")):
-        seconds = [result["step"][f"{kind}_s_median"] for result in found]
-        right.plot(groups, seconds, marker="o", color=color, label={"stock": "stock TRL", "fleet": "Fleet"}[kind])
-    right.set(title="Seconds a step", xlabel="rollouts per episode", ylim=(0, None))
+    right.set(title="Seconds a step, per episode", xlabel="rollouts per episode", ylim=(0, None))
     for axes in (left, right):
-        axes.set_xticks(groups)
+        axes.set_xticks([8, 16, 32])
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)

@@ -100,6 +100,9 @@ class StepClock(TrainerCallback):
         self.turnstile.wait(self.name)
         self.start_s = now_s()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopwatch.seconds["waiting"] += now_s() - self.start_s
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == 0:
             self.first_gradients = {

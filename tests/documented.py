@@ -186,8 +186,8 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     ),
     Runs(
         "python benchmarks/step_time_table.py",
-        added=f"--only g16 {ONE_STEP}",
-        leaves=("benchmarks/results/step_time/g16.json", "docs/step_time.png"),
+        added=f"--only calls_g16 {ONE_STEP}",
+        leaves=("benchmarks/results/step_time/calls_g16.json", "docs/step_time.png"),
     ),
     Runs("python benchmarks/step_time.py --num_rollouts 8", added=ONE_STEP, says="parity: log-probabilities within"),
     Runs(
@@ -200,6 +200,17 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         changed={"--model_size": "2m", "--image_side_px": "56"},
         added="--repeats 1",
         says="ratio",
+    ),
+    Runs(
+        "python evaluate.py --replay runs/look --step 51 --group 3",
+        changed={"--step": "1"},
+        says="drawn again: 4 of 4 rollouts token for token",
+        stage=2,
+    ),
+    Runs(
+        "python benchmarks/gpu_check.py",
+        added="--model_size 2m --image_side_px 56 --dtype float32 --sections parity steps_64 --json check.json",
+        leaves=("check.json",),
     ),
     Runs("python benchmarks/stock_faults.py", says="one gradient is NaN"),
     Runs("python benchmarks/reading.py", says="lines to follow one RLOO step"),

@@ -70,9 +70,9 @@ def test_a_setting_that_cannot_be_is_refused(
 
 
 def test_a_row_that_the_table_does_not_have_is_refused() -> None:
-    command = [sys.executable, "benchmarks/step_time_table.py", "--only", "g32"]
+    command = [sys.executable, "benchmarks/step_time_table.py", "--only", "g64"]
     done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=HANG_S)
-    assert done.returncode == 2 and "invalid choice: 'g32'" in done.stderr
+    assert done.returncode == 2 and "invalid choice: 'g64'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -119,3 +119,25 @@ def test_calls_are_sampled_and_trained_on_in_one_pass(tmp_path: Path) -> None:
     assert "ideal_ratio" not in result["step"] and result["flatness"] > 0
     assert result["two_passes"]["ratio_median"] > 0
     assert "Fleet's step at 6 rollouts takes" in done.stdout and "in two passes" in done.stdout
+
+
+def test_the_gpu_check_runs_on_small_sizes_too(tmp_path: Path) -> None:
+    path = tmp_path / "check.json"
+    sections = ["parity", "steps_8", "lora_7b", "toy", "zero3", "resume"]
+    sizes = ["--model_size", "2m", "--image_side_px", "56", "--dtype", "float32"]
+    command = [sys.executable, "benchmarks/gpu_check.py", *sizes, "--sections", *sections, "--json", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=HANG_S)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(path.read_text())
+    # in float32 the noise floor and the tree are both rounding
+    assert 0 < result["parity"]["tree"]["logprob_max"] <= 1e-5
+    assert result["parity"]["tree"]["gradient_max"] <= 1e-4
+    assert result["steps_8"]["without checkpointing"]["one_pass"] == 1.0
+    for beside in ("beside stock", "beside stock with our vision"):
+        assert result["steps_8"][beside]["parity"]["max_grad_rel"] <= 1e-4
+    assert result["steps_8"]["beside stock with our vision"]["passes"]["stock_vision_attention_calls"] == 3
+    assert result["lora_7b"]["rollouts_per_s"] > 0 and 0 <= result["lora_7b"]["waiting_share"] < 1
+    assert result["toy"]["reward_last_10"] > 0.8 > result["toy"]["reward_first"]
+    assert result["zero3"]["steps"] == 3 and result["zero3"]["has_weights"]
+    assert result["resume"]["is_equal_bit_for_bit"] is True
+    assert "noise_floor" in done.stdout and "share_of_peak" in done.stdout

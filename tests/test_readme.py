@@ -17,6 +17,8 @@ from fleet.ask import build_ask_parser
 from fleet.check_env import build_check_parser
 from fleet.command.evaluate_options import build_evaluate_parser, parse_evaluate_options
 from fleet.command.options import build_parser, parse_options, resolve_options
+from fleet.command.parser import parse_flags
+from fleet.run.replay import build_replay_parser
 from fleet.run_folder import read_jsonl
 from tests import HANG_S
 from tests.documented import PAGES
@@ -57,7 +59,11 @@ def test_every_training_command_has_only_flags_that_exist(
 
 @pytest.mark.parametrize("command", SCORINGS)
 def test_every_scoring_command_has_only_flags_that_exist(command: str) -> None:
-    parse_evaluate_options(shlex.split(command)[2:])
+    words = shlex.split(command)[2:]
+    if "--replay" in words:
+        parse_flags(build_replay_parser(), words)
+    else:
+        parse_evaluate_options(words)
 
 
 def test_the_yaml_example_is_a_config_file(tmp_path: Path) -> None:
@@ -78,7 +84,7 @@ def test_every_flag_in_the_text_exists() -> None:
     of_others = {"--num_seeds", "--no-build-isolation", "--help"}
     of_vllm = {"--enable-scale-out", "--logprobs-mode", "--weight-transfer-config"}
     of_benchmarks = {"--model_size", "--image_side_px"}
-    parsers = (build_parser(), build_evaluate_parser(), build_ask_parser(), build_check_parser())
+    parsers = (build_parser(), build_evaluate_parser(), build_ask_parser(), build_check_parser(), build_replay_parser())
     actions = [action for parser in parsers for action in parser._actions]
     known = (
         {flag for action in actions for flag in action.option_strings}
@@ -177,9 +183,16 @@ def test_the_table_of_steps_is_of_the_committed_results() -> None:
     results = {name: json.loads((folder / f"{name}.json").read_text()) for name, _, _ in ROWS}
     for line in markdown_table(results).splitlines():
         assert line in TEXTS["docs/performance.md"]
-    ratios = [results[name]["step"]["ratio_median"] for name in ("g4", "g8", "g16")]
-    words = "{:.1f} times less time than stock TRL's at 4 rollouts, {:.1f} times at 8 and {:.1f} times at 16"
-    assert words.format(*ratios) in " ".join(README.split())
+    words = {
+        "calls": "{:.1f} times less time than stock TRL's at 8 rollouts, {:.1f} times at 16 and {:.1f} times at 32",
+        "random": "{:.1f}, {:.1f} and {:.1f} times",
+    }
+    for kind, sentence in words.items():
+        ratios = [results[f"{kind}_{size}"]["step"]["ratio_median"] for size in ("g8", "g16", "g32")]
+        assert sentence.format(*ratios) in " ".join(README.split())
+    assert f"takes {results['calls_g8']['flatness']:.2f} times as long as one of 4" in " ".join(
+        TEXTS["docs/performance.md"].split()
+    )
     assert max(result["parity"]["max_logprob_abs"] for result in results.values()) <= 1e-5
     assert max(result["parity"]["max_grad_rel"] for result in results.values()) <= 1e-4
 

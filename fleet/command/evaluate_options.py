@@ -22,7 +22,7 @@ from fleet.command.flags import (
     by_model,
 )
 from fleet.command.idle_flags import IDLE_IN_EVALUATION, refuse_idle
-from fleet.command.options import PATH_FLAGS, ResolvedDefault, fill_in, refuse_numbers
+from fleet.command.options import PATH_FLAGS, ResolvedDefault, fill_in, refuse_numbers, require_room_to_end
 from fleet.command.parser import as_arguments, as_seen_from, flag, make_parser, parse_flags, replace_default, user_path
 from fleet.errors import UsageError
 from fleet.model_folder.files import read_json
@@ -85,7 +85,8 @@ def build_evaluate_parser() -> argparse.ArgumentParser:
     description = (
         "Score a Qwen2.5-VL, a checkpoint or an adapter on held-out episodes, with intervals and controls. For a model "
         "that a run of training.py left, flags that are not given are the run's own. A flag that would do nothing "
-        "beside the others is refused."
+        "beside the others is refused. With --replay RUN, and --step and --group, it shows a group that a run logged "
+        "token by token instead, and draws it again where the weights still exist."
     )
     return make_parser("evaluate.py", description, GROUPS, EvaluateOptions)
 
@@ -103,6 +104,7 @@ def parse_evaluate_options(argv: Sequence[str], launch_variables: Mapping[str, s
     runs_flags = as_arguments({name: value for name, value in run.items() if name in inherited})
     options = EvaluateOptions(**parse_flags(parser, runs_flags) | given)
     refuse_numbers(options)
+    require_room_to_end(options)
     words = [] if options.pass_k is None else options.pass_k.split(",")
     if not all(word.isascii() and word.isdigit() for word in words):
         raise UsageError(f"pass_k={options.pass_k!r}, but wanted whole numbers with commas between; pass --pass_k 1,8")

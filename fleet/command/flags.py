@@ -98,6 +98,13 @@ class SamplingFlags:
 
     temperature: float = flag(1.0, "of sampling, above 0", "the policy itself", bounds=(ABOVE_0,), trl=True)
     top_p: float = flag(1.0, "nucleus of sampling, above 0 to 1", "all", metavar="P", bounds=(A_SHARE,), trl=True)
+    top_k: int = flag(0, "sample from the likeliest so many tokens; 0 for all", "the policy itself", metavar="K",
+        bounds=(AT_LEAST_0,), trl=True)
+    min_p: float = flag(0.0, "sample no token of less than this share of the likeliest one's probability, 0 to 1",
+        "the policy itself", metavar="P", bounds=(AT_LEAST_0, BELOW_1), trl=True)
+    repetition_penalty: float = flag(1.0, "what the score of a token that was seen before, in the prompt too, is "
+        "divided by; above 0, below 1 it is favoured", "none", bounds=(ABOVE_0,), trl=True)
+    min_completion_length: int = flag(0, "tokens a completion has before it may end", "none", bounds=(AT_LEAST_0,))
     max_completion_length: int | None = flag(None, "tokens a completion may have",
         "32 for the toy, 64 with --env; else 64, or 512 with reasoning", bounds=(AT_LEAST_1,), trl=True,
         default_of=by_model(toy=(32, "a toy call has 20 tokens"),

@@ -109,8 +109,8 @@ IDLE_IN_TRAINING = (
 IDLE_IN_EVALUATION = (
     IdleFlags(("revision",), lambda options, launch: not any(map(_is_from_hub, options.models)), *NOT_FROM_HUB),
     NO_ENV_ARGS,
-    IdleFlags(("temperature", "top_p", "seed"), lambda options, launch: options.num_samples == 0, "no sample is drawn",
-        "pass --num_samples 4"),
+    IdleFlags(("temperature", "top_p", "top_k", "min_p", "seed"), lambda options, launch: options.num_samples == 0,
+        "no sample is drawn", "pass --num_samples 4"),
     IdleFlags(("allow_reasoning",), lambda options, launch: options.prompt_style is not None,
         "--prompt_style says what is asked, and reasoning is accepted with either", "drop --prompt_style", off=False),
     IdleFlags(("ds3_gather_for_generation",), lambda options, launch: not is_zero3(launch), *NOT_SHARDED, off=False),

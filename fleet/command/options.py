@@ -120,12 +120,25 @@ def refuse_numbers(options: Any) -> None:
                 )
 
 
+def require_room_to_end(flags: SamplingFlags) -> None:
+    """Raises UsageError if no completion could end within its greatest length."""
+    shortest, longest = flags.min_completion_length, flags.max_completion_length
+    if longest is not None and shortest >= longest:
+        raise UsageError(
+            f"min_completion_length={shortest} is not below max_completion_length={longest}, so no completion could "
+            "end; lower one or raise the other"
+        )
+
+
 def refuse_contradictions(options: Options) -> None:
     """Raises UsageError for numbers beyond their bounds, and for values that exclude each other."""
     refuse_numbers(options)
+    require_room_to_end(options)
     with refused(ValueError, before="reward_correct, reward_valid_call: "):
         RewardWeights(options.reward_correct, options.reward_valid_call)
     accumulation, per_generation = options.gradient_accumulation_steps, options.steps_per_generation
+    neutral = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_completion_length": 0}
+    reshaped = next((name for name, value in neutral.items() if getattr(options, name) != value), None)
     # fmt: off
     contradictions = (
         (options.num_rollouts < 2,
@@ -146,6 +159,9 @@ def refuse_contradictions(options: Options) -> None:
          "resume and overwrite are both given, but one keeps the run and one deletes it; drop one"),
         (options.resume and options.output_dir is None,
          "resume is given without output_dir; pass --output_dir with the run to continue"),
+        (options.use_vllm and reshaped,
+         f"use_vllm=true with {reshaped}: vLLM's log-probabilities are compared with the trainer's, and the comparison "
+         "knows temperature and top_p alone; drop one of the two"),
         (options.keep_best and options.save_total_limit == 1,
          "keep_best=true with save_total_limit=1 would leave no place for the newest checkpoint; pass "
          "--save_total_limit 2"),

@@ -160,8 +160,10 @@ class RunFlags:
     report_to: str = flag("tensorboard", "where metrics go besides metrics.jsonl", "which sends nothing",
         choices=("tensorboard", "wandb", "trackio", "none"), trl=True,
         needs={name: (name, f"pip install {name}") for name in ("tensorboard", "wandb", "trackio")}, may_change=True)
-    dataloader_num_workers: int = flag(0, "processes that open images ahead", "in the main one", bounds=(AT_LEAST_0,),
-        trl=True, may_change=True)
+    dataloader_num_workers: int | None = flag(None, "processes that open, resize and process images ahead, each two "
+        "batches at most; 0 for the main one", "2 with a GPU, else 0", bounds=(AT_LEAST_0,), trl=True, may_change=True,
+        default_of=lambda case: (2, "a GPU is not to wait for images") if case.has_bf16_gpu
+        else (0, "no GPU waits for images"))
     step_timeout_s: float = flag(1800.0, "seconds without progress (a generation, a call of rewards, a pass, a save) "
         "after which the run ends with the reason instead of hanging", "beyond the slowest of these", metavar="S",
         bounds=(Bound("at least 10 seconds", lambda value: value >= 10),), may_change=True)

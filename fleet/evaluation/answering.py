@@ -31,12 +31,16 @@ logger = logging.getLogger("fleet")
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """Settings of generation."""
+    """Settings of generation; those from `temperature` on mean what the flags of their names do."""
 
     episodes_per_batch: int  # that one device answers at a time, each with its samples
     max_completion_length: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_completion_length: int = 0
     max_pixels: int | None = None  # budget of one image
     seed: int = 0  # of samples
 
@@ -98,7 +102,16 @@ class ModelPolicy:
         batch = send_to_device(collator([row for row in firsts for _ in range(group_size)]), self.model.device)
         settings, ends = self.settings, end_token_ids(self.model)
         temperature = settings.temperature if num_samples else 0.0
-        config = answer_config(self.model, settings.max_completion_length, temperature, settings.top_p)
+        config = answer_config(
+            self.model,
+            settings.max_completion_length,
+            temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            min_p=settings.min_p,
+            repetition_penalty=settings.repetition_penalty,
+            min_completion_length=settings.min_completion_length,
+        )
         rules = SamplingRules(config)
         request = SamplingRequest(
             rules,

@@ -107,6 +107,6 @@ class SamplingRules:
                 processors.append(TopKLogitsWarper(config.top_k))
             if config.top_p is not None and config.top_p < 1.0:
                 processors.append(TopPLogitsWarper(config.top_p))
-            if config.min_p is not None:
+            if config.min_p:
                 processors.append(MinPLogitsWarper(config.min_p))
         return processors

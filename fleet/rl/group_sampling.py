@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -22,24 +21,22 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from dataset import EpisodeBatch, prompts_of_rollouts, repeat_episodes
 from fleet.qwen.drafts import DraftMemory, Drafts, within_budget
 from fleet.qwen.draws import named_uniforms
-from fleet.qwen.edge_scores import edge_scores
 from fleet.qwen.flops import add_up, compare_work
 from fleet.qwen.group_passes import (
-    MAX_MASK_PAIRS,
     base_qwen,
     encode_image,
     tree_prompts,
     why_not_to_pack,
 )
 from fleet.qwen.sampling_rules import SamplingRules
-from fleet.qwen.token_tree import ROOT, Branches, Prompts, by_rollout, lay_out
+from fleet.qwen.token_tree import Branches, Prompts, lay_out
 from fleet.qwen.tree_sampling import Samples, SamplingRequest, sample_batch
 from fleet.qwen.vision_cache import VisionCache
+from fleet.rl.first_pass import as_wide_as, scores_of_first_pass, why_not_one_pass
 from fleet.rl.resumable_trainer import ResumableTrainer
 from fleet.rl.rollouts import length_metrics
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.vllm_sampling import VLLMSampler, sampling_kwargs
-from fleet.schedule import optimizer_steps_per_generation
 from model_utils import end_token_ids, media_token_ids
 
 logger = logging.getLogger("fleet")
@@ -158,7 +155,9 @@ class GroupSampling(ResumableTrainer):
         is_packed = self._chooses_packing(batch, mask_BT, branches)
         first_scores = None
         if drawn.samples is not None and is_packed:
-            first_scores = self._first_scores(prompts, branches, nodes, drawn.samples, ids_BT.shape[1])
+            first_scores = self._first_scores(prompts, branches, nodes, drawn.samples)
+            with torch.enable_grad():
+                first_scores = None if first_scores is None else as_wide_as(ids_BT, *first_scores)
         return SampledGroups(
             batch,
             completion_ids,
@@ -282,23 +281,7 @@ class GroupSampling(ResumableTrainer):
 
     def _why_not_one_pass(self) -> str | None:
         """The reason why sampling's first pass cannot be the one that is trained on; None if it can."""
-        args, policy = self.args, self.accelerator.unwrap_model(self.model)
-        if args.gradient_accumulation_steps > 1:
-            return f"an optimizer step has {args.gradient_accumulation_steps} micro-batches"
-        generation = args.steps_per_generation, args.num_iterations, args.gradient_accumulation_steps
-        if (steps := optimizer_steps_per_generation(*generation)) > 1:
-            return f"a generation serves {steps} optimizer steps"
-        if args.gradient_checkpointing:
-            return "gradient checkpointing drops what it would need"
-        if is_deepspeed_zero3_enabled() and args.ds3_gather_for_generation:
-            return "ZeRO-3 gathers the weights for generation alone"
-        if policy.config.get_text_config().attention_dropout or any(
-            isinstance(module, nn.Dropout) and module.p for module in policy.modules()
-        ):
-            return "dropout draws anew in each pass"
-        if self._attention not in MAX_MASK_PAIRS:
-            return f"attention {self._attention} takes no mask of a tree"
-        return None
+        return why_not_one_pass(self.args, self.accelerator.unwrap_model(self.model), self._attention)
 
     def _tries_one_pass(self) -> bool:
         """True if round 1 of sampling is run with gradients, in the hope that all rollouts end in it.
@@ -313,12 +296,7 @@ class GroupSampling(ResumableTrainer):
         return round((1 - self.draft_memory.share_ended_in_first) * num_rollouts) <= 1
 
     def _first_scores(
-        self,
-        prompts: Prompts,
-        branches: list[Branches],
-        nodes: list[list[list[int]]],
-        samples: Samples,
-        num_tokens: int,
+        self, prompts: Prompts, branches: list[Branches], nodes: list[list[list[int]]], samples: Samples
     ) -> tuple[Tensor, Tensor] | None:
         """Log-probabilities, with gradient, and entropies (B, T) from the pass that all completions were drawn in.
 
@@ -328,21 +306,10 @@ class GroupSampling(ResumableTrainer):
         is_trained_on = first is not None and first.logits_PKV.requires_grad and self._share_ended_in_first == 1.0
         if self._why_not_one_pass() is None:
             self._add_metrics({"sampling/one_pass": float(is_trained_on)})
-        if first is None or not is_trained_on:
+        if not is_trained_on:
             return None
         tree = lay_out(prompts, branches, nodes, padding_id=self._tokenizer.pad_token_id)
-        # the pruned tree's nodes were nodes of the drafts' tree, under other numbers
-        places_PK = torch.zeros_like(tree.edge_slot_PK, device="cpu")
-        for number, (group, drawn_from) in enumerate(zip(branches, samples.groups, strict=True)):
-            for node in range(1, len(group)):
-                parent = drawn_from.add(group.path_to(group.parents[node]))
-                places_PK[number, node - 1] = first.kept[number][parent[-1] if parent else ROOT]
-        with torch.enable_grad():
-            logits_PKV = first.logits_PKV.take_along_dim(places_PK.to(first.logits_PKV.device)[..., None], dim=1)
-            scores = edge_scores(logits_PKV, tree.edge_token_PK, self.temperature)
-            logps_BT, entropies_BT = (by_rollout(values, tree).flatten(0, 1) for values in scores)
-            missing = (0, num_tokens - logps_BT.shape[1])
-            return pad(logps_BT, missing), pad(entropies_BT, missing)
+        return scores_of_first_pass(samples, branches, tree, self.temperature)
 
     def _trees(
         self, completion_ids: Sequence[Sequence[int]], mask_BT: Tensor

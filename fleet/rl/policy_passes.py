@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import use_adapter
 
@@ -18,6 +17,7 @@ from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
 from fleet.evaluation.figures import EvaluationPlan, evaluate
 from fleet.qwen.group_passes import image_inputs, score_tree
 from fleet.qwen.token_tree import by_rollout, lay_out
+from fleet.rl.first_pass import as_wide_as
 from fleet.rl.group_sampling import GroupSampling, SampledGroups
 
 # Axes: P episodes (groups), G rollouts of each, B = P * G of them group after group, T completion tokens.
@@ -57,20 +57,17 @@ class PolicyPasses(GroupSampling):
             return self._logps_of_rows(model, sampled, groups)
         if sampled.first_scores is not None and torch.is_grad_enabled():
             return sampled.first_scores
-        batch, num_tokens = sampled.batch, sampled.completion_ids_BT.shape[1]
         tree = lay_out(
             sampled.prompts[groups],
             sampled.branches[groups],
             sampled.nodes[groups],
             padding_id=self._tokenizer.pad_token_id,
         )
-        images = image_inputs(batch, groups, sampled.image_features)
+        images = image_inputs(sampled.batch, groups, sampled.image_features)
         with self.accelerator.autocast():
             scores = score_tree(model, tree, images, self._attention, self.temperature)
         logps_BT, entropies_BT = (by_rollout(values, tree).flatten(0, 1) for values in scores)
-        # completions that are left out take no place in the tree
-        missing = (0, num_tokens - logps_BT.shape[1])
-        return pad(logps_BT, missing), pad(entropies_BT, missing)
+        return as_wide_as(sampled.completion_ids_BT, logps_BT, entropies_BT)
 
     def _logps_of_rows(self, model: nn.Module, sampled: SampledGroups, groups: slice) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and entropies from TRL's own pass, which has a prompt for each rollout."""

@@ -22,7 +22,8 @@ class EpisodeRecord:
     """An episode as its group saw it.
 
     images: N file names, equal for equal pixels. labels: N words, or none. correct_index: of a task that picks an
-    image. solution: the gold answer in words, which is one of `choices` where an answer is one of a few.
+    image. solution: the gold answer in words, which is one of `choices` where an answer is one of a few. episode_index:
+    its number in the data set, which names the draws of its rollouts; None in the records of an older Fleet.
     """
 
     instruction: str
@@ -32,6 +33,7 @@ class EpisodeRecord:
     images: tuple[str, ...]
     choices: tuple[str, ...] = ()
     solution: str = ""
+    episode_index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class GroupRecord:
             # a run of an older Fleet picked an image
             choices=tuple(map(str, line.get("choices", range(max(len(labels), len(images)))))),
             solution=str(line.get("solution", index)),
+            episode_index=line.get("episode_index"),
         )
         return cls(step, number, episode, tuple(_rollout_from_json(episode, rollout) for rollout in line["rollouts"]))
 
@@ -130,17 +133,22 @@ def _rollout_from_json(episode: EpisodeRecord, line: dict[str, Any]) -> RolloutR
 
 
 def episode_records(
-    env: EpisodeSource, episodes: Sequence[Episode], image_digests: Sequence[bytes]
+    env: EpisodeSource,
+    episodes: Sequence[Episode],
+    image_digests: Sequence[bytes],
+    numbers: Sequence[int] | None = None,
 ) -> tuple[list[EpisodeRecord], str | None]:
     """(the record of each of P episodes, None); with the reason why the environment is broken, the records before it.
 
-    image_digests: of all the episodes' pictures, in order. An environment is broken that has no sound choices or
+    image_digests: of all the episodes' pictures, in order. numbers: of the episodes in the data set. An
+    environment is broken that has no sound choices or
     solution for an episode.
     """
     names = (f"{digest.hex()[:16]}.webp" for digest in image_digests)
     seen: list[EpisodeRecord] = []
     try:
-        for episode in episodes:
+        known: Sequence[int | None] = [None] * len(episodes) if numbers is None else numbers
+        for episode, number in zip(episodes, known, strict=True):
             seen.append(
                 EpisodeRecord(
                     instruction_of(episode.messages),
@@ -150,6 +158,7 @@ def episode_records(
                     tuple(islice(names, episode.num_candidates)),
                     choices_of(env, episode),
                     str(solution_of(env, episode)),
+                    number,
                 )
             )
     except BrokenEpisode as error:

@@ -34,9 +34,9 @@ from fleet.rl.algorithm import (
 )
 from fleet.rl.group_sampling import SampledGroups
 from fleet.rl.guards import RewardGuard, StepGuard, without_gradient_if_not_finite
-from fleet.rl.policy_passes import PolicyPasses
 from fleet.rl.rollouts import RolloutRecord, episode_records, make_records, rollout_metrics
 from fleet.rl.settings import DEFAULT_SETTINGS, TrainerSettings
+from fleet.rl.spared_passes import SparedPasses
 from fleet.schedule import require_whole_groups
 from fleet.verdicts import Verdict, drafts_on, outcome_names, verdicts_on
 from model_utils import decode_completion
@@ -59,7 +59,7 @@ class Rollouts:
     teaches_P: list[bool] | None = None  # False where the advantages are 0 on every device; known from the start alone
 
 
-class FleetRLOOTrainer(PolicyPasses):
+class FleetRLOOTrainer(SparedPasses):
     """TRL's RLOOTrainer, fed by RepeatableEpisodeDataset through VLMDataCollator.
 
     `latest_rollouts` holds the records of the last generation over all devices, the same on every one, and
@@ -70,8 +70,6 @@ class FleetRLOOTrainer(PolicyPasses):
     group of them has an advantage; figures of such a pass are absent. With skips_bad_images it logs
     `images/episodes_replaced` (of a generation, over all devices).
     """
-
-    _current_train_step_time: float  # TRL's
 
     def __init__(
         self,
@@ -117,7 +115,6 @@ class FleetRLOOTrainer(PolicyPasses):
         self.latest_pictures: dict[str, Image.Image] = {}
         self._rollouts: Rollouts | None = None
         self._prepared: tuple[int, dict[str, Any]] | None = None  # of the micro-step with this number
-        self._has_passed = False  # in the optimizer step under way
         self._num_rollouts_since_log, self._last_log_time_s = 0, time.perf_counter()
 
     def _prepare_inputs(self, generation_batch: EpisodeBatch) -> dict[str, Any]:
@@ -135,20 +132,9 @@ class FleetRLOOTrainer(PolicyPasses):
             self._prepared = self._step, {"rollouts": self._rollouts, "groups": groups}
         return self._prepared[1]
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """TRL's, but for a micro-step whose pass is left out: it is counted and timed as any, and its loss is 0."""
-        start_s = time.perf_counter()
-        model.train()
-        prepared = self._prepare_inputs(inputs)
-        is_left_out = self._teaches_nothing(model, prepared["rollouts"], prepared["groups"])
-        self._current_train_step_time += time.perf_counter() - start_s
-        if not is_left_out:
-            return super().training_step(model, inputs, num_items_in_batch)
-        self._step += 1
-        if self.accelerator.sync_gradients:
-            self._metrics["train"]["step_time"].append(self._current_train_step_time)
-            self._current_train_step_time = 0.0
-        return torch.zeros((), device=self.accelerator.device)
+    def _teaches(self, inputs: dict[str, Any]) -> list[bool] | None:
+        known = inputs["rollouts"].teaches_P
+        return None if known is None else known[inputs["groups"]]
 
     @torch.no_grad()
     def _roll_out(self, batch: EpisodeBatch) -> Rollouts:
@@ -198,7 +184,7 @@ class FleetRLOOTrainer(PolicyPasses):
         completions = [decode_completion(processor, ids, self.eos_token_ids) for ids in sampled.completion_ids]
         reasons = self.settings.allow_reasoning
         verdicts, broken = verdicts_on(self.env, episodes_B, completions, allow_reasoning=reasons)
-        seen, unseen = episode_records(self.env, batch["episodes"], batch["image_digests"])
+        seen, unseen = episode_records(self.env, batch["episodes"], batch["image_digests"], batch["numbers"])
         require_episodes(gather_object([[broken, unseen]]))
         rewards, first_dropped = self._rewards(sampled, episodes_B, completions, verdicts)
         self.step_guard.begin_generation(first_dropped)
@@ -309,25 +295,6 @@ class FleetRLOOTrainer(PolicyPasses):
         )
         self._log_loss(entropies_BT, mask_BT, torch.stack([is_clipped_below_B, is_clipped_above_B], dim=1))
         return without_gradient_if_not_finite(loss)
-
-    def _teaches_nothing(self, model: nn.Module, rollouts: Rollouts, groups: slice) -> bool:
-        """True if no group of this micro-batch, on any device, has an advantage, and its pass is left out.
-
-        An optimizer step's last pass is made if any was made before it: gradients that have accumulated are reduced
-        in it. DeepSpeed always needs it, as it steps inside. Of another it must not hear, or it would add to the
-        gradients of the step before. Where no pass is made gradients are 0, not absent, so that moments, decay and
-        schedule move.
-        """
-        if self.beta != 0.0 or self.vllm is not None or rollouts.teaches_P is None:
-            return False
-        is_last, teaches = self.accelerator.sync_gradients, any(rollouts.teaches_P[groups])
-        is_needed = teaches or (is_last and (self._has_passed or self.is_deepspeed_enabled))
-        self._has_passed = (is_needed or self._has_passed) and not is_last
-        self._add_metrics({"groups/skipped": float(not is_needed)})
-        if is_last and not is_needed:
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        return not is_needed
 
     @torch.no_grad()
     def _log_loss(self, entropies_BT: Tensor, mask_BT: Tensor, is_clipped_B2: Tensor) -> None:

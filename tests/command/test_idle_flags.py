@@ -76,6 +76,8 @@ EVALUATION = [
     ("env_args", "{}", "", "PickImageEnv takes its arguments from flags of their names", "--env a.py:A"),
     ("temperature", "1", "--num_samples 0", "no sample is drawn; pass --num_samples 4", ""),
     ("top_p", "0.5", "--num_samples 0", "no sample is drawn", ""),
+    ("top_k", "9", "--num_samples 0", "no sample is drawn", ""),
+    ("min_p", "0.5", "--num_samples 0", "no sample is drawn", ""),
     ("seed", "0", "--num_samples 0", "no sample is drawn", ""),
     ("allow_reasoning", "true", "--prompt_style direct", "--prompt_style says what is asked", ""),
 ]
@@ -83,6 +85,7 @@ EVALUATION = [
 ALWAYS_IN_TRAINING = {
     "model_id", "dtype", "attn_implementation", "load_in_4bit", "data_root", "bad_images", "env",
     "candidates_per_episode", "fixed_correct_index", "allow_reasoning", "image_max_pixels", "temperature", "top_p",
+    "top_k", "min_p", "repetition_penalty", "min_completion_length",
     "max_completion_length", "seed", "use_lora", "reward", "train_steps", "num_rollouts",
     "per_device_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations", "learning_rate",
     "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_skipped_steps", "beta", "normalize_advantages",
@@ -93,6 +96,7 @@ ALWAYS_IN_TRAINING = {
 ALWAYS_IN_EVALUATION = {
     "model_id", "dtype", "attn_implementation", "load_in_4bit", "data_root", "bad_images", "env",
     "candidates_per_episode", "fixed_correct_index", "image_max_pixels", "max_completion_length", "eval_episodes",
+    "repetition_penalty", "min_completion_length",
     "eval_seed", "baseline", "prompt_style", "num_samples", "pass_k", "per_device_batch_size", "output",
     "overwrite",
 }  # fmt: skip

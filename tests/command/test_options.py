@@ -63,6 +63,10 @@ FLAGS = {
     "gradient_checkpointing": (None, "true", True, []),
     "temperature": (1.0, "0.7", 0.7, []),
     "top_p": (1.0, "0.9", 0.9, []),
+    "top_k": (0, "40", 40, []),
+    "min_p": (0.0, "0.05", 0.05, []),
+    "repetition_penalty": (1.0, "1.1", 1.1, []),
+    "min_completion_length": (0, "12", 12, []),
     "max_completion_length": (None, "48", 48, []),
     "shared_prefix": (True, "false", False, []),
     "ds3_gather_for_generation": (False, "true", True, []),
@@ -87,7 +91,7 @@ FLAGS = {
     "logging_steps": (1, "10", 10, []),
     "sample_steps": (20, "0", 0, []),
     "report_to": ("tensorboard", "none", "none", []),
-    "dataloader_num_workers": (0, "2", 2, []),
+    "dataloader_num_workers": (None, "2", 2, []),
     "step_timeout_s": (1800.0, "90", 90.0, []),
     "dry_run": (False, "true", True, []),
 }
@@ -263,6 +267,11 @@ IMPOSSIBLE = {
     "--lora_dropout -0.1": "lora_dropout=-0.1, but it must be at least 0",
     "--lora_dropout 1": "lora_dropout=1.0, but it must be below 1",
     "--image_max_pixels 783": "image_max_pixels=783, but it must be at least 784",
+    "--top_k -1": "top_k=-1, but it must be at least 0",
+    "--min_p 1": "min_p=1.0, but it must be below 1",
+    "--repetition_penalty 0": "repetition_penalty=0.0, but it must be above 0",
+    "--min_completion_length 32 --max_completion_length 32": "min_completion_length=32 is not below "
+    "max_completion_length=32, so no completion could end",
     "--top_p 0": "top_p=0.0, but it must be above 0 and at most 1",
     "--top_p 1.1": "top_p=1.1, but it must be above 0 and at most 1",
     "--vllm_gpu_memory_utilization 0": "vllm_gpu_memory_utilization=0.0, but it must be above 0",
@@ -270,6 +279,8 @@ IMPOSSIBLE = {
     "--gradient_accumulation_steps 2 --steps_per_generation 3": "steps_per_generation=3 is not a multiple of "
     "gradient_accumulation_steps=2",
     "--gradient_accumulation_steps 2 --steps_per_generation 1": "steps_per_generation=1 is not a multiple",
+    "--use_vllm --top_k 5": "use_vllm=true with top_k: vLLM's log-probabilities are compared with the trainer's",
+    "--use_vllm --min_completion_length 5": "use_vllm=true with min_completion_length",
     "--vision_cache_mib -1": "vision_cache_mib=-1, but it must be at least 0",
     "--load_in_4bit": "load_in_4bit=true, .* add --use_lora true",
     "--resume --overwrite --output_dir runs/one": "resume and overwrite are both given",
@@ -449,32 +460,33 @@ RESOLVED = (
     "max_completion_length",
     "gradient_checkpointing",
     "vision_cache_mib",
+    "dataloader_num_workers",
 )
 REAL = "--model_id Qwen/Qwen2.5-VL-3B-Instruct"
 
 # the values are of the flags in RESOLVED
 CASES = {
-    "toy on a CPU": ("", False, (60, 8, 1, 1e-4, 0.0, "float32", 3136, 32, False, 0)),
-    "toy on a GPU": ("", True, (60, 8, 1, 1e-4, 0.0, "bfloat16", 3136, 32, False, 0)),
-    "toy with LoRA": ("--use_lora", False, (60, 8, 1, 5e-4, 0.0, "float32", 3136, 32, False, 2048)),
-    "real": (REAL, True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 64, True, 0)),
-    "real with LoRA": (f"{REAL} --use_lora", True, (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True, 2048)),
+    "toy on a CPU": ("", False, (60, 8, 1, 1e-4, 0.0, "float32", 3136, 32, False, 0, 0)),
+    "toy on a GPU": ("", True, (60, 8, 1, 1e-4, 0.0, "bfloat16", 3136, 32, False, 0, 2)),
+    "toy with LoRA": ("--use_lora", False, (60, 8, 1, 5e-4, 0.0, "float32", 3136, 32, False, 2048, 0)),
+    "real": (REAL, True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 64, True, 0, 2)),
+    "real with LoRA": (f"{REAL} --use_lora", True, (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True, 2048, 2)),
     "LoRA on TRL's passes": (
         f"{REAL} --use_lora --shared_prefix false",
         True,
-        (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True, 0),
+        (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True, 0, 2),
     ),
     "real with reasoning": (
         f"{REAL} --allow_reasoning",
         True,
-        (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 512, True, 0),
+        (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 512, True, 0, 2),
     ),
     "real, accumulating": (
         f"{REAL} --gradient_accumulation_steps 4",
         True,
-        (200, 1, 4, 1e-6, 0.0, "bfloat16", 200_704, 64, True, 0),
+        (200, 1, 4, 1e-6, 0.0, "bfloat16", 200_704, 64, True, 0, 2),
     ),
-    "folder": ("--model_id ./my_model", False, (200, 1, 1, 1e-6, 0.0, "float32", 200_704, 64, True, 0)),
+    "folder": ("--model_id ./my_model", False, (200, 1, 1, 1e-6, 0.0, "float32", 200_704, 64, True, 0, 0)),
 }
 
 
@@ -491,7 +503,7 @@ def test_what_was_given_is_not_filled_in():
     line = (
         "--train_steps 3 --per_device_batch_size 2 --steps_per_generation 5 --learning_rate 0.5 --beta 0 "
         "--dtype float32 --image_max_pixels 784 --max_completion_length 9 --gradient_checkpointing false "
-        "--vision_cache_mib 0"
+        "--vision_cache_mib 0 --dataloader_num_workers 0"
     )
     assert resolve_options(parse(line), has_bf16_gpu=True) == (parse(line), [])
 

@@ -95,6 +95,7 @@ def click_dataset(folder: Path) -> RepeatableEpisodeDataset:
 def figures_of(line: dict[str, Any]) -> dict[str, float]:
     families = ("outcome/", "groups/", "chosen/", "correct/", "rewards/verdict")
     names = [name for name in line if name in ("reward", "accuracy", "valid_call") or name.startswith(families)]
+    names = [name for name in names if name != "groups/skipped"]
     return {name: line[name] for name in names if not name.endswith("std")}
 
 

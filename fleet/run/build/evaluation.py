@@ -113,6 +113,10 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
         max_completion_length=int(options.max_completion_length or 0),
         temperature=options.temperature,
         top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        min_completion_length=options.min_completion_length,
         max_pixels=options.image_max_pixels,
         seed=options.seed,
     )

@@ -153,6 +153,8 @@ def make_rloo_config(options: Options) -> RLOOConfig:
         greater_is_better=True if options.keep_best else None,
         # read for the reference model alone, which a full fine-tune with beta > 0 loads again
         model_init_kwargs={"revision": options.revision} if options.revision and options.beta else None,
+        # TRL has no argument for it
+        generation_kwargs={"min_new_tokens": shortest} if (shortest := options.min_completion_length) else None,
         # an episode's number is its randomness, so the order stays as it is
         shuffle_dataset=False,
     )
@@ -299,6 +301,8 @@ def _answer_settings(options: Options) -> AnswerSettings:
         episodes_per_batch=options.per_device_batch_size * options.steps_per_generation * options.num_rollouts,
         max_completion_length=options.max_completion_length,
         max_pixels=options.image_max_pixels,
+        repetition_penalty=options.repetition_penalty,
+        min_completion_length=options.min_completion_length,
     )
 
 
