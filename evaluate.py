@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         command_line.keep_libraries_quiet()
         from fleet.run import replay
 
-        return replay.main(argv)
+        replay.main(argv)
+        return
     options = parse_evaluate_options(argv)
     findings, problem = result_or_problem(lambda: check_before_loading(options))
     command_line.keep_libraries_quiet()

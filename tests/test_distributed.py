@@ -128,6 +128,23 @@ def test_what_is_wrong_on_one_rank_skips_a_step_or_stops_on_both(launcher: str, 
         assert seen["reason"].startswith("process 1: reward function reward raised ConnectionError: no judge (")
 
 
+def test_what_is_sampled_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    said = []
+    for num_processes in (1, 2):
+        run = tmp_path / str(num_processes)
+        processes = ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        flags = ["--per_device_batch_size", str(8 // num_processes), "--train_steps", "1", "--temperature", "1.5"]
+        command = ["training.py", "--report_to", "none", "--output_dir", str(run), *flags]
+        launch([*processes, "--num_processes", str(num_processes)], command)
+        groups = read_jsonl(run / "rollouts.jsonl")
+        said.append({line["episode_index"]: [rollout["token_ids"] for rollout in line["rollouts"]] for line in groups})
+    assert said[0].keys() == set(range(8))
+    equal = [said[0][episode] == said[1][episode] for episode in range(8)]
+    # a uniform may fall on an edge that rounding moves, in one rollout of a thousand
+    assert said[0].keys() == said[1].keys() and equal.count(True) >= 7, (said, equal)
+    assert len({str(group) for group in said[0].values()}) == 8
+
+
 @pytest.mark.parametrize("launcher", ["zero3", "ddp"])
 def test_passes_that_teach_no_rank_are_left_out_on_all_and_weights_move_as_they_would(
     launcher: str, tmp_path: Path
