@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--replay" for word in argv):
         command_line.keep_libraries_quiet()
-        from fleet.run import replay
+        from fleet.run.build import replay
 
         replay.main(argv)
         return

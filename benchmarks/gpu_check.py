@@ -3,8 +3,9 @@
     python benchmarks/gpu_check.py --json check.json
     python benchmarks/gpu_check.py --sections steps_8 steps_64
 
-Writes a table and a JSON. Needs no network and no weights: models have real dimensions and random weights. Each section is a process of its own,
-so that the next has the whole GPU. Without a GPU it runs on small sizes (--model_size 2m --image_side_px 56).
+Writes a table and a JSON. Needs no network and no weights: models have real dimensions and random weights. Each section
+is a process of its own, so that the next has the whole GPU. Without a GPU it runs on small sizes (--model_size 2m
+--image_side_px 56).
 """
 
 import argparse

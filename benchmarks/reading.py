@@ -55,8 +55,8 @@ ASIDE = {
     "fleet/rl/first_pass.py": "why_not_one_pass",
     "fleet/rl/policy_passes.py": "PolicyPasses(_compare_with_vllm)",
     "fleet/rl/trainer.py": "FleetRLOOTrainer(_require_shown _log_rewards _record _log_loss _get_grad_norm)",
-    "fleet/verdicts.py": "Verdict verdicts_on verdict_on verdict_on_call outcome_names solution_of choices_of drafts_on "
-    "drafts_of _sound_verdict _sound_name _sound_component _sound_call",
+    "fleet/verdicts.py": "Verdict verdicts_on verdict_on verdict_on_call outcome_names solution_of choices_of "
+    "drafts_on drafts_of _sound_verdict _sound_name _sound_component _sound_call",
     "fleet/run/watchdog.py": "Watchdog(beat) StillTime(beat tick)",
     "utils/images.py": "image_digest",
     "utils/plain_text.py": "require_plain_messages require_plain_text first_literal printable",

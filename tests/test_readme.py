@@ -18,7 +18,7 @@ from fleet.check_env import build_check_parser
 from fleet.command.evaluate_options import build_evaluate_parser, parse_evaluate_options
 from fleet.command.options import build_parser, parse_options, resolve_options
 from fleet.command.parser import parse_flags
-from fleet.run.replay import build_replay_parser
+from fleet.run.build.replay import build_replay_parser
 from fleet.run_folder import read_jsonl
 from tests import HANG_S
 from tests.documented import PAGES

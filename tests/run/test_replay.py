@@ -10,7 +10,7 @@ import pytest
 import evaluate
 import training
 from fleet.errors import UsageError
-from fleet.run import replay
+from fleet.run.build import replay
 from fleet.run_folder import read_jsonl
 
 
