@@ -132,10 +132,13 @@ def test_what_is_sampled_does_not_depend_on_the_number_of_processes(tmp_path: Pa
     said = []
     for num_processes in (1, 2):
         run = tmp_path / str(num_processes)
-        processes = ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         flags = ["--per_device_batch_size", str(8 // num_processes), "--train_steps", "1", "--temperature", "1.5"]
-        command = ["training.py", "--report_to", "none", "--output_dir", str(run), *flags]
-        launch([*processes, "--num_processes", str(num_processes)], command)
+        done = subprocess.run(
+            ["torchrun", "--nproc_per_node", str(num_processes), "--master_port", free_port(), "training.py",
+             "--report_to", "none", "--output_dir", str(run), *flags],
+            cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=HANG_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
         groups = read_jsonl(run / "rollouts.jsonl")
         said.append({line["episode_index"]: [rollout["token_ids"] for rollout in line["rollouts"]] for line in groups})
     assert said[0].keys() == set(range(8))

@@ -19,12 +19,11 @@ from rich.text import Text
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from fleet.command.evaluate_options import (
-    EvaluateOptions,
     parse_evaluate_options,
     resolve_evaluate_options,
     run_options,
 )
-from fleet.command.flags import AT_LEAST_0, AT_LEAST_1
+from fleet.command.flags import AT_LEAST_0, AT_LEAST_1, ModelFlags, TaskFlags
 from fleet.command.options import refuse_numbers
 from fleet.command.parser import flag, make_parser, parse_flags, user_path
 from fleet.errors import UsageError
@@ -83,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     model_id, reason = model_before(run, options, logged.step)
     redrawn = None
     if model_id is not None:
-        redrawn, reason = draw_again(replace(settings, model_id=model_id), run, options, logged)
+        redrawn, reason = draw_again(replace(settings, model_id=model_id), settings, run, options, logged)
     path = model_setup.local_model_path(str(model_id or options["model_id"]), settings)
     processor = load_processor(model_setup.base_of(path))
     print(as_text(logged, processor.tokenizer, redrawn, reason))
@@ -143,18 +142,18 @@ def model_before(run: Path, options: dict[str, Any], step: int) -> tuple[str | N
 
 
 def draw_again(
-    settings: EvaluateOptions, run: Path, options: dict[str, Any], logged: GroupRecord
+    model_flags: ModelFlags, task: TaskFlags, run: Path, options: dict[str, Any], logged: GroupRecord
 ) -> tuple[Redrawn | None, str]:
     """(the group drawn again, ""), or None and the reason why it cannot be.
 
-    settings: with the model that drew it. options: the run's.
+    model_flags: of the model that drew it. options: the run's.
     """
     if logged.episode.episode_index is None:
         return None, "the run is of an older Fleet"
-    runs = runs_behind(settings, str(a_folder_of(run)))
+    runs = runs_behind(task, str(a_folder_of(run)))
     if not runs:
         return None, "the run's environment cannot be made any more"
-    model, processor = model_setup.load_policy(settings, settings)
+    model, processor = model_setup.load_policy(model_flags, task)
     row = RepeatableEpisodeDataset(runs[0][0], options["image_max_pixels"])[logged.episode.episode_index]
     if row["broken"] is not None:
         return None, str(row["broken"])
