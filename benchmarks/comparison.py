@@ -116,7 +116,7 @@ def parity(fleet: Any, stock: Any) -> dict[str, float]:
         raise AssertionError(f"gradients of different parameters: {sorted(by_name[0].keys() ^ by_name[1].keys())[:5]}")
     norms = {name: gradient.norm().item() for name, gradient in by_name[1].items()}
     # a gradient that is zero but for rounding has no direction to compare
-    floor = 1e-6 * max(norms.values())
+    floor = max(1e-6 * max(norms.values()), 1e-30)  # all are zero where the first rewards are tied
     apart = {name: (by_name[0][name] - by_name[1][name]).norm().item() / max(norms[name], floor) for name in norms}
     if fleet.first_logps.keys() != stock.first_logps.keys():
         raise AssertionError("the first steps did not see the same completions")

@@ -263,7 +263,7 @@ def run_in_turns(trainers: dict[str, Any]) -> None:
         try:
             clock = StepClock(kind, turnstile, trainer.stopwatch)
             trainer.add_callback(clock)
-            if kind == "stock":
+            if kind == "stock" and "fleet" in trainers:
                 # its turn comes once Fleet has sampled
                 trainer.first_completions = trainers["fleet"].first_completions
             trainer.train()
