@@ -183,6 +183,10 @@ class TimedFleet(TimedMixin, FleetRLOOTrainer):
     def _tries_one_pass(self) -> bool:
         return self.takes_one_pass and super()._tries_one_pass()
 
+    def _teaches_nothing(self, *args: Any) -> bool:
+        # steps are compared whole
+        return False
+
     def _image_features(self, *args: Any) -> Any:
         with self.stopwatch.timing("generate"):
             return super()._image_features(*args)
