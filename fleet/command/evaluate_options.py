@@ -132,7 +132,9 @@ def resolve_evaluate_options(
     model = "toy" if is_toy else "real"
     # prompts that are compared have the same room
     reasons = options.prompt_style is not None or (options.allow_reasoning and not is_toy)
-    return fill_in(Case(options, has_bf16_gpu, ("reasoning", model) if reasons else (model,)))
+    resolved, filled = fill_in(Case(options, has_bf16_gpu, ("reasoning", model) if reasons else (model,)))
+    require_room_to_end(resolved)
+    return resolved, filled
 
 
 def run_config(model_id: str) -> dict[str, Any]:

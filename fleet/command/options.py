@@ -101,12 +101,17 @@ def fill_in(case: Case) -> tuple[Any, list[ResolvedDefault]]:
 
 
 def resolve_options(options: Options, *, has_bf16_gpu: bool) -> tuple[Options, list[ResolvedDefault]]:
-    """The options with all defaults filled in, and these. has_bf16_gpu: a GPU that computes in bfloat16 trains."""
+    """The options with all defaults filled in, and these. has_bf16_gpu: a GPU that computes in bfloat16 trains.
+
+    Raises UsageError if no completion could end within the length that is filled in.
+    """
     models: tuple[str, ...] = ("reasoning", "real") if options.allow_reasoning else ("real",)
     if options.model_id == TOY_MODEL_ID:
         models = ("look", "toy") if starts_sighted(options.model_id, options) else ("toy",)
         models = ("own", "toy") if options.env is not None else models
-    return fill_in(Case(options, has_bf16_gpu, models))
+    resolved, filled = fill_in(Case(options, has_bf16_gpu, models))
+    require_room_to_end(resolved)
+    return resolved, filled
 
 
 def refuse_numbers(options: Any) -> None:

@@ -129,6 +129,8 @@ def _rollout_from_json(episode: EpisodeRecord, line: dict[str, Any]) -> RolloutR
     # a run of an older Fleet has no token ids
     token_ids = tuple(map(int, line.get("token_ids", ())))
     logps = tuple(math.nan if logp is None else float(logp) for logp in line.get("logps", ()))
+    if logps and len(logps) != len(token_ids):
+        raise ValueError(f"a rollout has {len(token_ids)} tokens and {len(logps)} log-probabilities")
     return RolloutRecord(episode, str(line["completion"]), verdict, reward, advantage, token_ids, logps)
 
 

@@ -508,6 +508,12 @@ def test_what_was_given_is_not_filled_in():
     assert resolve_options(parse(line), has_bf16_gpu=True) == (parse(line), [])
 
 
+@pytest.mark.parametrize("line", ["--min_completion_length 32", "--use_lora --min_completion_length 40"])
+def test_a_least_length_is_compared_with_the_greatest_by_default(line):
+    with pytest.raises(UsageError, match="is not below max_completion_length=32, so no completion could end"):
+        resolve_options(parse(line), has_bf16_gpu=False)
+
+
 def test_resolving_twice_changes_nothing():
     resolved, _ = resolve_options(parse(REAL), has_bf16_gpu=True)
     assert resolve_options(resolved, has_bf16_gpu=False) == (resolved, [])
