@@ -19,6 +19,7 @@ from fleet.qwen.draws import draw_tokens, named_uniforms
 from fleet.qwen.flops import WorkComparison
 from fleet.qwen.group_passes import base_qwen, encode_image, why_not_to_pack
 from fleet.qwen.sampling_rules import SamplingRules
+from fleet.qwen.token_tree import Branches
 from fleet.qwen.tree_sampling import Samples, SamplingRequest, sample_batch
 from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 from model_utils import make_lora_config
@@ -404,3 +405,15 @@ def test_the_model_still_has_the_internals_we_lean_on() -> None:
     assert {"input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask"} <= taken, gone
     assert hasattr(inner, "rope_deltas") and hasattr(inner, "visual") and hasattr(inner, "language_model"), gone
     assert {"pixel_values", "image_grid_thw"} <= inspect.signature(inner.get_image_features).parameters.keys(), gone
+
+
+def test_padding_of_a_prompt_is_no_repetition() -> None:
+    batch = batch_of_unequal_prompts()
+    prompts = group_passes.tree_prompts(toy_model(), batch)
+    rules = SamplingRules(generation_config(do_sample=True, top_k=0, repetition_penalty=2.0))
+    scores = rules.scores(torch.ones(3, 402), prompts, [Branches() for _ in range(3)], [(0, 0), (1, 0), (2, 0)])
+    padding = toy_processor().tokenizer.pad_token_id
+    for row, ids in enumerate(batch["input_ids"]):
+        seen = set(ids[batch["attention_mask"][row].bool()].tolist()) - {6, 7}
+        assert padding not in seen and scores[row, padding] == 1.0
+        assert {float(scores[row, token]) for token in seen} == {0.5}

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from fleet.qwen.drafts import DraftMemory
+from fleet.qwen.vision_windows import NAME
 from fleet.rl.group_sampling import MEMORY_NAME
 from fleet.rl.trainer import FleetRLOOTrainer
 from model_utils import make_lora_config
@@ -149,3 +150,17 @@ def test_completions_do_not_depend_on_the_batch_they_are_drawn_in(tmp_path: Path
     both = trainer._draw(trainer.data_collator(rows), None).completion_ids
     alone = [trainer._draw(trainer.data_collator(rows[first : first + 4]), None).completion_ids for first in (0, 4)]
     assert both == alone[0] + alone[1] and both[:4] != both[4:]
+
+
+def test_what_was_said_is_drafted_next_and_is_part_of_the_state_that_is_saved(tmp_path: Path) -> None:
+    trainer = fleet_trainer(rloo_config(tmp_path, max_steps=3))
+    trainer.train()
+    saved = DraftMemory.from_json(trainer.state.stateful_callbacks[MEMORY_NAME])
+    assert saved.drafts() and saved.share_ended_in_first > 0
+    batch = trainer.data_collator([toy_dataset()[0]] * 4)
+    assert trainer._drafts(batch, [[]]) == [saved.drafts()]
+
+
+def test_the_reference_attends_its_windows_as_the_policy_does(tmp_path: Path) -> None:
+    trainer = fleet_trainer(rloo_config(tmp_path, beta=0.05))
+    assert trainer.ref_model.config.vision_config._attn_implementation == NAME

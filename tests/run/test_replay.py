@@ -88,9 +88,7 @@ def test_a_line_that_lost_some_figures_is_told_as_broken(run: Path, tmp_path: Pa
     lines = read_jsonl(broken / "rollouts.jsonl")
     del lines[-1]["rollouts"][0]["logps"][-3:]
     (broken / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(
-        UsageError, match="a rollout has .* tokens and .* log-probabilities.; restore it"
-    ):
+    with pytest.raises(UsageError, match="a rollout has .* tokens and .* log-probabilities.; restore it"):
         evaluate.main(["--replay", str(broken)])
 
 
