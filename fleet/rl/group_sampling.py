@@ -5,6 +5,7 @@ that leans on how TRL samples. Knows no reward and no loss.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,6 +142,7 @@ class GroupSampling(ResumableTrainer):
         features = self._image_features(batch)
         drawn = self._draw(batch, features, guesses)
         completion_ids = self._usable(drawn.completion_ids)
+        logps = None if drawn.logps is None else _as_long_as(completion_ids, drawn.logps)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         is_ended = [ids[-1] in ends for ids in completion_ids]
         self._log_lengths(batch, completion_ids, is_ended)
@@ -163,7 +165,7 @@ class GroupSampling(ResumableTrainer):
             completion_ids,
             completion_ids_BT=ids_BT,
             completion_mask_BT=mask_BT,
-            sampler_logps=drawn.logps,
+            sampler_logps=logps,
             prompts=prompts,
             branches=branches,
             nodes=nodes,
@@ -359,3 +361,11 @@ class GroupSampling(ResumableTrainer):
             self._tell_once("unpacked", f"shared prefix: this generation is trained on as TRL does it: {reason}")
         self._add_metrics({"token_ratio": work.unpacked_tokens / work.packed_tokens if reason is None else 1.0})
         return reason is None
+
+
+def _as_long_as(completion_ids: Sequence[Sequence[int]], logps: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The log-probabilities of the tokens that are left of each completion; NaN for an end that was put there."""
+    return [
+        [*known[: len(ids)], *[math.nan] * (len(ids) - len(known))]
+        for ids, known in zip(completion_ids, logps, strict=True)
+    ]

@@ -22,7 +22,15 @@ from fleet.rl.checkpoints import remedy_of
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.run.commands import next_commands
 from fleet.run.records import draw_curve
-from fleet.run_folder import CURVE_NAME, FINAL_NAME, MERGED_NAME, METRICS_NAME, UNFINISHED_NAME, read_jsonl
+from fleet.run_folder import (
+    CURVE_NAME,
+    FINAL_NAME,
+    MERGED_NAME,
+    METRICS_NAME,
+    REPORT_NAME,
+    UNFINISHED_NAME,
+    read_jsonl,
+)
 from model_utils import open_base, read_adapter_config
 
 logger = logging.getLogger("fleet")
@@ -87,8 +95,10 @@ def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None
 def describe_results(trainer: FleetRLOOTrainer, model: ModelFlags, env: EpisodeSource) -> str:
     """The end of the log: the gain, the time, the place of everything, and the commands for it."""
     lines = [line for line in trainer.state.log_history if "reward" in line]
-    left = f"in {trainer.args.output_dir}: report.html, metrics.jsonl, curve.png, config.json, checkpoints, final/"
-    left = f"{left}\n\n{next_commands(Path(str(trainer.args.output_dir)), model, env)}"
+    folder = Path(str(trainer.args.output_dir))
+    report = "report.html, " if (folder / REPORT_NAME).exists() else ""
+    left = f"in {folder}: {report}metrics.jsonl, curve.png, config.json, checkpoints, final/"
+    left = f"{left}\n\n{next_commands(folder, model, env)}"
     if not lines:
         return f"\nresumed at step {trainer.state.global_step}, the last one; before it no step was logged\n{left}"
     window = max(1, min(3, len(lines) // 2))
