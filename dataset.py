@@ -131,8 +131,8 @@ def require_episodes(broken_by_rank: Sequence[Sequence[str | None]]) -> None:
     """Raises RunStopped, the same on every rank, if `broken` of any rank's batch holds a reason."""
     for rank, reason in _with_ranks(broken_by_rank):
         raise RunStopped(
-            f"process {rank}: the environment is broken: {reason}; the last checkpoint is whole: correct the file of "
-            "--env and pass --resume"
+            f"process {rank}: the environment is broken: {reason}; every checkpoint is whole: correct the file of "
+            "--env and pass --resume auto"
         )
 
 

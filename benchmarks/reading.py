@@ -27,13 +27,14 @@ STEP = {
     "fleet/qwen/group_passes.py": "image_inputs base_qwen tree_prompts tree_logits score_tree",
     "fleet/qwen/edge_scores.py": "edge_scores _chunk_scores",
     "fleet/rl/algorithm.py": "needs_old_logps shaped_rewards leave_one_out_advantages sequence_logps clipped_loss",
-    "fleet/rl/group_sampling.py": "Drawn SampledGroups GroupSampling(_sample _image_features _draw _drafts "
-    "_draw_on_trees _tries_one_pass _first_scores _trees _usable _chooses_packing _groups_per_step)",
+    "fleet/rl/drawing.py": "Drawn Drawing(_image_features _draw _drafts _draw_on_trees _tries_one_pass)",
+    "fleet/rl/group_sampling.py": "SampledGroups GroupSampling(_sample _first_scores _trees _usable _chooses_packing "
+    "_groups_per_step) _as_long_as",
     "fleet/rl/first_pass.py": "scores_of_first_pass as_wide_as",
     "fleet/rl/policy_passes.py": "PolicyPasses(_completion_logps)",
     "fleet/rl/spared_passes.py": "SparedPasses",
-    "fleet/rl/trainer.py": "Rollouts FleetRLOOTrainer(_prepare_inputs _roll_out _judge_and_reward _rewards "
-    "_take_advantages _teaches _compute_loss)",
+    "fleet/rl/judging.py": "Rollouts Judging(_judge_and_reward _rewards)",
+    "fleet/rl/trainer.py": "FleetRLOOTrainer(_prepare_inputs _roll_out _take_advantages _teaches _compute_loss)",
 }
 ASIDE = {
     "dataset.py": "VLMDataCollator(__call__ _encode) require_episodes count_faults _with_ranks",
@@ -50,11 +51,13 @@ ASIDE = {
     "fleet/rl/guards.py": "without_gradient_if_not_finite "
     "StepGuard(begin_generation note_scores on_pre_optimizer_step)",
     "fleet/rl/rollouts.py": "make_records instruction_of rollout_metrics length_metrics",
-    "fleet/rl/group_sampling.py": "GroupSampling(_add_metrics _tell_once _log_lengths _log_sampling _most_of_ranks "
-    "draft_memory remember _why_not_one_pass)",
+    "fleet/rl/drawing.py": "Drawing(_add_metrics _tell_once _log_sampling _most_of_ranks draft_memory remember "
+    "_why_not_one_pass)",
+    "fleet/rl/group_sampling.py": "GroupSampling(_log_lengths)",
     "fleet/rl/first_pass.py": "why_not_one_pass",
     "fleet/rl/policy_passes.py": "PolicyPasses(_compare_with_vllm)",
-    "fleet/rl/trainer.py": "FleetRLOOTrainer(_require_shown _log_rewards _record _log_loss _get_grad_norm)",
+    "fleet/rl/judging.py": "Judging(_require_shown _log_rewards)",
+    "fleet/rl/trainer.py": "FleetRLOOTrainer(_record _log_loss _get_grad_norm)",
     "fleet/verdicts.py": "Verdict verdicts_on verdict_on verdict_on_call outcome_names solution_of choices_of "
     "drafts_on drafts_of _sound_verdict _sound_name _sound_component _sound_call",
     "fleet/run/watchdog.py": "Watchdog(beat) StillTime(beat tick)",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import RLOOTrainer
 
-from fleet.rl.group_sampling import Drawn
+from fleet.rl.drawing import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer
 
 Tally = defaultdict[str, float]

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from dataset import RepeatableEpisodeDataset
 from environment import Episode, PickImageEnv
 from fleet.qwen.group_passes import base_qwen
-from fleet.rl.group_sampling import Drawn
+from fleet.rl.drawing import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 from model_utils import make_lora_config

@@ -185,6 +185,12 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         leaves=("benchmarks/results/look_seeds.json", "docs/look_curve.png"),
     ),
     Runs(
+        "python benchmarks/example_seeds.py --num_seeds 3",
+        changed={"--num_seeds": "1"},
+        added="--only counting --train_steps 2 --eval_episodes 16",
+        leaves=("benchmarks/results/example_seeds.json", "docs/examples_curves.png"),
+    ),
+    Runs(
         "python benchmarks/step_time_table.py",
         added=f"--only calls_g16 {ONE_STEP}",
         leaves=("benchmarks/results/step_time/calls_g16.json", "docs/step_time.png"),

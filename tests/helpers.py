@@ -14,7 +14,7 @@ from environment import PickImageEnv
 from fleet.own_code.reward_function import CheckedRewards, checked_call, name_of
 from fleet.own_code.reward_process import RewardProcess
 from fleet.qwen.group_passes import base_qwen
-from fleet.rl.group_sampling import Drawn
+from fleet.rl.drawing import Drawn
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path

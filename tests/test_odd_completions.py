@@ -14,8 +14,8 @@ from environment import Outcome
 from fleet.errors import RunStopped
 from fleet.evaluation import answering
 from fleet.qwen.tree_sampling import Samples
-from fleet.rl import group_sampling
-from fleet.rl.group_sampling import Drawn
+from fleet.rl import drawing
+from fleet.rl.drawing import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer
 from report import write_report
 from tests.conftest import call_text
@@ -151,7 +151,7 @@ def test_a_whole_command_goes_through_and_leaves_files_that_can_be_read(
 
         return sample_batch
 
-    monkeypatch.setattr(group_sampling, "sample_batch", forced(in_training))
+    monkeypatch.setattr(drawing, "sample_batch", forced(in_training))
     monkeypatch.setattr(answering, "sample_batch", forced(in_evaluation))
     run = tmp_path / "run"
     num_steps = len(BATCHES)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import look_seeds, toy_seeds
+from benchmarks import example_seeds, look_seeds, toy_seeds
 from benchmarks.reading import sentences
 from benchmarks.step_time_table import ROWS, markdown_table
 from fleet.ask import build_ask_parser
@@ -141,6 +141,17 @@ def test_the_table_of_seeds_is_of_the_committed_results() -> None:
             assert document["controls"]["blank_images"]["value"] == pytest.approx(0.25, abs=0.05)
         assert run["command_s"] < 600
     assert len(runs) == 3
+
+
+def test_the_table_of_the_examples_is_of_the_committed_results() -> None:
+    found = json.loads((REPOSITORY / "benchmarks" / "results" / "example_seeds.json").read_text())["runs"]
+    for line in example_seeds.markdown_table(found).splitlines():
+        assert line in TEXTS["docs/your_own_task.md"]
+    assert [len(runs) for runs in found.values()] == [3, 3, 3]
+    for runs in found.values():
+        for run in runs:
+            right, chance = (run["evaluation"][name]["value"] for name in ("greedy_accuracy", "chance"))
+            assert right > chance + 0.4
 
 
 def test_the_table_of_the_first_demo_is_of_the_committed_results() -> None:

@@ -25,7 +25,9 @@ KINDS = {
     "full": (1, False, []),
     "lora": (1, False, ["--use_lora"]),
     "two-full": (2, False, []),
+    "frozen": (1, False, ["--freeze_vision"]),
     "zero3-full": (2, True, []),
+    "zero3-shards": (2, True, ["--ds3_gather_for_generation", "false"]),
     "zero3-lora": (2, True, ["--use_lora"]),
 }
 FURTHER = pytest.mark.exhaustive
@@ -64,17 +66,21 @@ def seal(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "temperature"),
     [
-        "full",
-        pytest.param("lora", marks=FURTHER),
-        pytest.param("two-full", marks=FURTHER),
-        "zero3-full",
-        pytest.param("zero3-lora", marks=FURTHER),
+        ("full", "1"),
+        ("lora", "1.4"),
+        ("zero3-full", "1"),
+        ("zero3-shards", "1.4"),
+        *(
+            pytest.param(kind, "1.4", marks=FURTHER)
+            for kind in ("full", "frozen", "two-full", "zero3-full", "zero3-lora")
+        ),
     ],
 )
-def test_a_resumed_run_ends_in_the_same_bits(kind: str, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_in_the_same_bits(kind: str, temperature: str, tmp_path: Path) -> None:
     num_processes, zero3, flags = KINDS[kind]
+    flags = [*flags, "--temperature", temperature]
 
     def run(name: str, *more: str) -> Path:
         arguments = [*QUICK, *flags, "--output_dir", str(tmp_path / name), *more]
@@ -86,6 +92,12 @@ def test_a_resumed_run_ends_in_the_same_bits(kind: str, tmp_path: Path) -> None:
     wanted = entire(whole / f"checkpoint-{last}")
     assert len(wanted) > 10 and any("optim" in name for name in wanted) and any("rng" in name for name in wanted)
     assert entire(whole / f"checkpoint-{last - 1}") != wanted
+    lines = read_jsonl(whole / "metrics.jsonl")
+    if temperature == "1":
+        assert any(line["sampling/passes"] == 1 for line in lines)
+    else:
+        # much of what is said stands in no draft
+        assert all(line["sampling/passes"] > 5 and line["sampling/ended_in_first_pass"] < 1 for line in lines)
 
     # in the middle of its one epoch, early and late
     for step in (1, 3):

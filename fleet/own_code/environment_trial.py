@@ -22,7 +22,7 @@ from environment import load_environment_class
 from fleet.controls import Control, checked_edit
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode
 from fleet.own_code.constructor import constructor_arguments
-from fleet.verdicts import chance_of, choices_of, solution_of, verdict_on_call
+from fleet.verdicts import chance_of, choices_of, drafts_of, solution_of, verdict_on_call
 from utils.child_process import command_of
 from utils.images import image_digest, open_image
 from utils.plain_text import require_plain_messages
@@ -160,7 +160,7 @@ def require_usable(env: EpisodeSource, max_pixels: int | None, literals: Collect
 
 
 def _require_gold(env: EpisodeSource, episode: Episode, index: int) -> None:
-    """Raises BrokenEpisode unless the gold answer to an episode is right, and not every choice is."""
+    """Raises BrokenEpisode unless the gold answer is right, not every choice is, and chance and drafts are sound."""
     gold = solution_of(env, episode)
     verdict = verdict_on_call(env, episode, gold)
     if not verdict.is_right:
@@ -168,7 +168,7 @@ def _require_gold(env: EpisodeSource, episode: Episode, index: int) -> None:
             f"episode {index}: its solution, {gold}, is judged {verdict.outcome}, which is not right; correct "
             "solution() or respond()"
         )
-    chance_of(env, episode)
+    chance_of(env, episode), drafts_of(env, episode)
     choices = [*env.choices(episode)] if choices_of(env, episode) else []
     others = [verdict_on_call(env, episode, call) for call in choices if str(call) != str(gold)]
     if others and all(other.is_right for other in others):

@@ -84,6 +84,11 @@ METHODS = {
         "def change(self, index): return {'images': ['gone.png'] * 3}",
         "image gone.png cannot be read (No such file or directory)",
     ),
+    "drafts of no text": (
+        "def drafts(self, episode): return [7]",
+        "drafts() returned [7] (list), but wanted a list of",
+    ),
+    "drafts that fail": ("def drafts(self, episode): open('gone')", "the drafts failed with FileNotFoundError"),
     "messages of one order": (
         "def prompt_messages(self, episode):\n        assert episode.labels[0] == 'a'\n"
         "        return super().prompt_messages(episode)",

@@ -36,7 +36,7 @@ def test_an_episode_that_breaks_on_the_way_stops_the_run_with_all_before_it_kept
         training.main([*run, "--dataloader_num_workers", num_workers])
     assert str(stop.value) == (
         "process 0: the environment is broken: episode 2: correct_index is 1.5 (float), but wanted a whole number; "
-        "give an int; the last checkpoint is whole: correct the file of --env and pass --resume"
+        "give an int; every checkpoint is whole: correct the file of --env and pass --resume auto"
     )
     assert stop.value.is_of_all and stop.value.exit_code == 1
     assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == [1]

@@ -1,6 +1,7 @@
 """Trees: rows worked by hand, the mask against brute force, and a real Qwen2.5-VL against its own unpacked batch."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -161,15 +162,18 @@ def test_every_token_sees_its_own_history_and_nothing_else(groups: list[tuple[in
 # --- against the unpacked batch, through a real model -----------------------------------------------------------------
 
 
-def random_batch(rng: random.Random, group_size: int) -> Any:
-    """One to three episodes of one to five pictures of their own sizes, with prompts of their own lengths."""
+def random_batch(rng: random.Random, group_size: int, num_pictures: Sequence[int] = ()) -> Any:
+    """Episodes of pictures of their own sizes, with prompts of their own lengths.
+
+    num_pictures: of each episode; by default of one to three episodes, one to five.
+    """
     processor = make_toy_processor()
     processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
     lines = []
-    for number in range(rng.randrange(1, 4)):
+    for number, num_shown in enumerate(num_pictures or [rng.randrange(1, 6) for _ in range(rng.randrange(1, 4))]):
         pictures = [
             Image.effect_noise((28 * rng.randrange(1, 4), 28 * rng.randrange(1, 4)), 80).convert("RGB")
-            for _ in range(rng.randrange(1, 6))
+            for _ in range(num_shown)
         ]
         words = " ".join(rng.choice(["red", "circle", "zebra", "42"]) for _ in range(rng.randrange(1, 20)))
         content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": words}]
@@ -226,11 +230,13 @@ def gradients_of(model: Any, weighted_sum: torch.Tensor) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("seed", range(6))
-def test_log_probabilities_and_gradients_equal_the_unpacked_batchs(seed: int, attention: str) -> None:
+@pytest.mark.parametrize(("seed", "num_pictures"), [*((seed, ()) for seed in range(6)), (6, (1, 16))])
+def test_log_probabilities_and_gradients_equal_the_unpacked_batchs(
+    seed: int, num_pictures: Sequence[int], attention: str
+) -> None:
     rng, model = random.Random(seed), toy_model(attn_implementation=attention)
     torch.manual_seed(seed)
-    batch = random_batch(rng, group_size := rng.randrange(2, 6))
+    batch = random_batch(rng, group_size := rng.randrange(2, 6), num_pictures)
     num_prompts = len(batch["prompts"])
     completions, temperature = random_completions(rng, num_prompts, group_size), rng.choice([1.0, 0.7])
     completion_ids, lengths = as_tensors(completions)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import random
 import re
 from typing import Any
 
@@ -24,6 +25,7 @@ from fleet.qwen.tree_sampling import Samples, SamplingRequest, sample_batch
 from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 from model_utils import make_lora_config
 from tests.helpers import toy_model, toy_processor
+from tests.qwen.test_token_tree import random_batch
 
 GROUP_SIZE = 3
 
@@ -84,8 +86,9 @@ def generation_config(**settings: Any) -> GenerationConfig:
 
 
 def drafts_of_kind(kind: str, completions: list[list[int]]) -> list[list[list[int]]]:
-    """Guesses for three groups: what was said, what was not, what was said in part, some of everything, and none."""
-    said = [[list(ids) for ids in completions[first : first + GROUP_SIZE]] for first in range(0, 9, GROUP_SIZE)]
+    """Guesses for each group: what was said, what was not, what was said in part, some of everything, and none."""
+    starts = range(0, len(completions), GROUP_SIZE)
+    said = [[list(ids) for ids in completions[start : start + GROUP_SIZE]] for start in starts]
     media, end = toy_processor().image_token_id, toy_processor().tokenizer.eos_token_id
     if kind == "right":
         return said
@@ -105,7 +108,7 @@ def sampled(
     """Samples of a batch under the uniforms of seed 5."""
     uniforms = named_uniforms(5, 0, batch["numbers"], GROUP_SIZE, config.max_new_tokens)
     request = SamplingRequest(
-        SamplingRules(config), uniforms, drafts or [[]] * 3, config.pad_token_id, num_greedy=num_greedy
+        SamplingRules(config), uniforms, drafts or [[]] * len(uniforms), config.pad_token_id, num_greedy=num_greedy
     )
     (samples,) = sample_batch(model, batch, settings.pop("features", None), request, **settings)
     return samples
@@ -219,6 +222,16 @@ def test_drafts_never_change_what_is_sampled(name: str) -> None:
         assert_equal_but_for_rounding(found.completion_ids, expected, margins)
         passes[kind] = found.num_passes
     assert passes["right"] == 1 < passes["partly right"] < passes["none"] == max(map(len, expected))
+
+
+def test_one_picture_and_sixteen() -> None:
+    model, batch = toy_model(), random_batch(random.Random(6), GROUP_SIZE, (1, 16))
+    assert batch["num_images"] == [1, 16]
+    config = generation_config(do_sample=True, top_k=0, max_new_tokens=8, temperature=1.5)
+    expected, margins = oracle(model, batch, config)
+    for kind in ("none", "right"):
+        found = sampled(model, batch, config, drafts_of_kind(kind, expected))
+        assert_equal_but_for_rounding(found.completion_ids, expected, margins)
 
 
 def test_a_rollout_that_says_again_what_a_draft_says_goes_on_in_one_pass() -> None:

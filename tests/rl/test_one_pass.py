@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from fleet.qwen.drafts import DraftMemory
 from fleet.qwen.vision_windows import NAME
-from fleet.rl.group_sampling import MEMORY_NAME
+from fleet.rl.drawing import MEMORY_NAME
 from fleet.rl.trainer import FleetRLOOTrainer
 from model_utils import make_lora_config
 from tests.helpers import fleet_trainer, rloo_config, toy_dataset, toy_model, weights_of
@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "masked": {"mask_truncated_completions": True, "max_completion_length": 20},
     "lora": {"lora": True},
     "frozen vision": {"freeze_vision": True},
+    "eager": {"attention": "eager"},
 }
 
 
@@ -49,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_one_pass_takes_the_steps_that_two_take(name: str, tmp_path: Path) -> None:
     settings = {"max_steps": 6, "optim": "sgd", "learning_rate": 0.01} | SETTINGS[name]
     lora = make_lora_config(rank=4) if settings.pop("lora", False) else None
-    is_frozen = settings.pop("freeze_vision", False)
+    is_frozen, attention = settings.pop("freeze_vision", False), settings.pop("attention", "sdpa")
     runs = []
     for kind in (Hopeful, TwoPasses):
         torch.manual_seed(0)
@@ -57,7 +58,7 @@ def test_one_pass_takes_the_steps_that_two_take(name: str, tmp_path: Path) -> No
             rloo_config(tmp_path / kind.__name__, **settings),
             kind,
             lora,
-            model=toy_model(freeze_vision=is_frozen),
+            model=toy_model(freeze_vision=is_frozen, attn_implementation=attention),
             vision_cache_bytes=2**20 if is_frozen or lora else 0,
         )
         trainer.train()

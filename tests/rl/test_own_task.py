@@ -11,7 +11,7 @@ from dataset import RepeatableEpisodeDataset
 from environment import load_environment_class
 from fleet.errors import RunStopped
 from fleet.own_code.reward_process import RewardProcess
-from fleet.rl.group_sampling import Drawn
+from fleet.rl.drawing import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer
 from tests.helpers import ScriptedFleetTrainer, fleet_trainer, rloo_config, toy_processor
 from tests.helpers_env import write_env

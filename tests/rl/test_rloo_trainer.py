@@ -13,7 +13,7 @@ from trl import RLOOTrainer
 
 from environment import Outcome
 from fleet.rl.algorithm import clipped_loss, leave_one_out_advantages, needs_old_logps, shaped_rewards, token_kl
-from fleet.rl.group_sampling import Drawn
+from fleet.rl.drawing import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from fleet.verdicts import Verdict, verdict_on
 from model_utils import make_lora_config
@@ -136,6 +136,9 @@ def test_on_policy_the_gradient_is_reinforces() -> None:
 SETTINGS: dict[str, dict[str, Any]] = {
     "on-policy": {},
     "kl": {"beta": 0.05},
+    "temperature": {"temperature": 0.7, "beta": 0.05},
+    # which tokens may be drawn is no part of the distribution that is trained
+    "temperature and top-p": {"temperature": 0.7, "top_p": 0.9, "num_iterations": 2},
     "two iterations": {"num_iterations": 2, "max_steps": 4},
     "two iterations that clip": {"num_iterations": 2, "max_steps": 4, "epsilon": 0.01, "epsilon_high": 0.02},
     "accumulation": {"gradient_accumulation_steps": 2},

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fleet.rl.group_sampling import Drawn
+from fleet.rl.drawing import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer
 from tests.helpers import StepKeeper, fleet_trainer, rloo_config, toy_processor
 from utils.tool_calls import make_tool_call_str

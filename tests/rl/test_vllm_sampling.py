@@ -12,7 +12,7 @@ from dataset import repeat_episodes
 from fleet.command.options import parse_options
 from fleet.command.preflight import require_vllm_version
 from fleet.errors import RunRefused, RunStopped, UsageError
-from fleet.rl import group_sampling
+from fleet.rl import drawing
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.rl.vllm_sampling import (
     VLLMSampler,
@@ -238,7 +238,7 @@ def test_the_trainer_gives_trl_the_ban(tmp_path: Path, monkeypatch: pytest.Monke
         given.append(kwargs["args"])
         raise Stop
 
-    monkeypatch.setattr(group_sampling.ResumableTrainer, "__init__", stop)
+    monkeypatch.setattr(drawing.ResumableTrainer, "__init__", stop)
     args = rloo_config(tmp_path, use_vllm=True)
     with pytest.raises(Stop):
         fleet_trainer(args, model=toy_model())
