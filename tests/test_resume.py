@@ -26,6 +26,7 @@ KINDS = {
     "lora": (1, False, ["--use_lora"]),
     "two-full": (2, False, []),
     "frozen": (1, False, ["--freeze_vision"]),
+    "4-bit": (1, False, ["--use_lora", "--load_in_4bit"]),
     "zero3-full": (2, True, []),
     "zero3-shards": (2, True, ["--ds3_gather_for_generation", "false"]),
     "zero3-lora": (2, True, ["--use_lora"]),
@@ -74,7 +75,7 @@ def seal(checkpoint: Path) -> None:
         ("zero3-shards", "1.4"),
         *(
             pytest.param(kind, "1.4", marks=FURTHER)
-            for kind in ("full", "frozen", "two-full", "zero3-full", "zero3-lora")
+            for kind in ("full", "frozen", "4-bit", "two-full", "zero3-full", "zero3-lora")
         ),
     ],
 )

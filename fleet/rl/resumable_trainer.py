@@ -164,7 +164,12 @@ class ResumableTrainer(RLOOTrainer):
             with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as saved_adapter:
                 saved_names = set(saved_adapter.keys())
             _refuse_names(checkpoint, wanted.keys() - saved_names, saved_names - wanted.keys())
+            dtypes = {name: weight.dtype for name, weight in policy.named_parameters() if weight.requires_grad}
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            # PEFT makes float32 of what it loads, but over 4-bit weights an adapter trains in bfloat16
+            for name, dtype in dtypes.items():
+                weight = policy.get_parameter(name)
+                weight.data = weight.data.to(dtype)
             return
         assert isinstance(policy, PreTrainedModel), f"Fleet saves no {type(policy).__name__}"
         saved, loading = type(policy).from_pretrained(
