@@ -4,6 +4,7 @@ The only code that leans on the model's internals: mrope positions, `rope_deltas
 on a bare model and under PEFT; each function says how it works under DDP or DeepSpeed. Knows no trainer.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from dataset import EpisodeBatch
 from fleet.qwen.edge_scores import edge_scores
 from fleet.qwen.flops import WorkComparison
+from fleet.qwen.observations import Picture
 from fleet.qwen.token_tree import Prompts, TokenTree, ancestry_mask
 
 # Query-key pairs that a packed step may have. sdpa holds a byte or four for each, eager four for every head; flash
@@ -59,19 +61,68 @@ def tree_prompts(model: nn.Module, batch: Mapping[str, Any]) -> Prompts:
     return Prompts(batch["input_ids"], batch["attention_mask"], positions_3PL)
 
 
-def image_inputs(batch: EpisodeBatch, groups: slice, features: Sequence[Tensor] | None) -> dict[str, Any]:
+def image_inputs(
+    batch: EpisodeBatch,
+    groups: slice,
+    features: Sequence[Tensor] | None,
+    behind: Sequence[Sequence[Picture]] = (),
+) -> dict[str, Any]:
     """A forward pass's arguments for these episodes' images: their features if there are any, else their pixels.
 
-    features: of each image of the whole batch, (image tokens, width); with None the encoder runs.
+    features: of each image of the whole batch, (image tokens, width); with None the encoder runs. behind: the pictures
+    in the tree of each of these groups, in the order of their slots; they have features if the prompts' images do.
     """
     starts = [sum(batch["num_images"][:episode]) for episode in (groups.start, groups.stop)]
-    grids = batch["image_grid_thw"]
-    inputs: dict[str, Any] = {"image_grid_thw": grids[slice(*starts)]}
+    grids, counts = batch["image_grid_thw"], batch["num_images"][groups]
+    own_grids = grids[slice(*starts)]
+    # row after row, the prompt's images and then the tree's
+    inputs: dict[str, Any] = {"image_grid_thw": _interleaved(own_grids, counts, behind, "grid_3")}
     if features is None:
         patches = [int(grids[:start].prod(dim=1).sum()) for start in starts]
-        return inputs | {"pixel_values": batch["pixel_values"][slice(*patches)]}
-    chosen = tuple(values.to(grids.device) for values in features[slice(*starts)])
-    return inputs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=chosen)}}
+        sizes = [int(of_prompt.prod(dim=1).sum()) for of_prompt in own_grids.split(counts)]
+        own_pixels = batch["pixel_values"][slice(*patches)]
+        return inputs | {"pixel_values": _interleaved(own_pixels, sizes, behind, "pixels")}
+    known = iter(features[slice(*starts)])
+    chosen = [
+        values
+        for count, pictures in zip(counts, behind or [()] * len(counts), strict=True)
+        for values in (*itertools.islice(known, count), *(picture.features for picture in pictures))
+    ]
+    return inputs | as_encoded([values.to(grids.device) for values in chosen if values is not None])
+
+
+def as_encoded(features: Sequence[Tensor]) -> dict[str, Any]:
+    """A forward pass's argument for images that are encoded already."""
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(features))}}
+
+
+def _interleaved(own: Tensor, sizes: Sequence[int], behind: Sequence[Sequence[Picture]], name: str) -> Tensor:
+    """The rows of `own`, as many of each prompt as `sizes` says, and behind them this field of its tree's pictures."""
+    if not any(behind):
+        return own
+    parts = []
+    for of_prompt, pictures in zip(own.split(list(sizes)), behind, strict=True):
+        parts += [of_prompt, *(getattr(picture, name).to(own).view(-1, own.shape[1]) for picture in pictures)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def encode_pictures(model: nn.Module, pictures: Sequence[Picture]) -> list[Tensor]:
+    """Features (image tokens, width) of each picture, from one call of the encoder; of one without pictures, if none.
+
+    The latter is for a rank that takes part in a call of the others'.
+    """
+    base = base_qwen(model)
+    config, device = base.config.vision_config, base.device
+    if pictures:
+        pixels = torch.cat([picture.pixels for picture in pictures]).to(device)
+        grids = torch.stack([picture.grid_3 for picture in pictures]).to(device)
+    else:
+        side = config.spatial_merge_size
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        pixels, grids = torch.zeros(side**2, width, device=device), torch.tensor([[1, side, side]], device=device)
+    encoded = base.model.get_image_features(pixels, grids, return_dict=True).pooler_output
+    return list(encoded)[: len(pictures)]
 
 
 @torch.no_grad()

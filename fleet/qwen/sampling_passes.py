@@ -3,7 +3,8 @@
 Knows which slot of a cache holds which node, and which slots a node sees; not what is drawn, nor why.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from fleet.qwen.group_passes import as_model_mask, tree_logits
-from fleet.qwen.token_tree import ROOT, Branches, Prompts, TokenTree, lay_out
+from fleet.qwen.group_passes import as_encoded, as_model_mask, encode_pictures, tree_logits
+from fleet.qwen.observations import Picture
+from fleet.qwen.token_tree import ROOT, Branches, GivenToken, Prompts, TokenTree, lay_out
 
 # Axes: P prompts, S slots of a cache, Q nodes of a pass in one group, K slots with logits, R rows, V vocabulary.
 
@@ -63,11 +65,29 @@ class TreePasses:
                 self._sees[number, node] = (places <= slot) & (slot < ends[number])
         return FirstPass(tree, kept, logits_PKV)
 
-    def extend(self, groups: Sequence[Branches], nodes: Sequence[WaitingNode]) -> Tensor:
-        """Logits (N, V) of these new nodes, each a child of one whose logits were had before."""
+    def extend(
+        self,
+        groups: Sequence[Branches],
+        nodes: Sequence[WaitingNode],
+        wanted: Sequence[WaitingNode] | None = None,
+        images: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tensor:
+        """Logits (N, V) of these new nodes, each a child of one that was in the pass before, or is earlier in this.
+
+        wanted: those among them whose logits are returned; all by default. images: of `images_of`, where the nodes
+        show any.
+        """
         by_group: list[list[int]] = [[] for _ in groups]
         for number, node in nodes:
             by_group[number].append(node)
+        kept: list[list[int]] = [[] for _ in groups]
+        rows, columns = [], []
+        for number, node in nodes if wanted is None else wanted:
+            rows.append(number)
+            columns.append(len(kept[number]))
+            kept[number].append(by_group[number].index(node))
+        most_kept = max(1, *map(len, kept))
+        kept_PK = torch.tensor([[*places, *[0] * (most_kept - len(places))] for places in kept], device=self.device)
         # a rank that has nothing to add takes part in the pass with padding
         num_queries, num_before = max(1, *map(len, by_group)), self.cache.get_seq_length()
         shape = len(groups), num_queries
@@ -85,15 +105,40 @@ class TreePasses:
                 sees[number, place, : len(before)] |= before
                 latest[number, node] = sees[number, place]
         self._sees = latest
-        logits_PQV = self.model(
+        logits_PKV = self.model(
             input_ids=torch.from_numpy(ids).to(self.device),
             attention_mask=as_model_mask(torch.from_numpy(sees)[:, None].to(self.device), self.attention),
             position_ids=torch.from_numpy(positions).to(self.device),
             past_key_values=self.cache,
             use_cache=True,
+            logits_to_keep=kept_PK,
+            **images,
         ).logits
-        rows, places = [number for number, _ in nodes], [by_group[number].index(node) for number, node in nodes]
-        return logits_PQV[rows, places]
+        return logits_PKV[rows, columns]
+
+    def images_of(
+        self,
+        groups: Sequence[Branches],
+        nodes: Sequence[WaitingNode],
+        pictures: Mapping[bytes, Picture],
+        most_of_ranks: Callable[[int], int],
+    ) -> dict[str, Any]:
+        """The arguments of a pass over these nodes for the pictures that begin at them, in the order of their slots.
+
+        Where any rank has a picture to encode, every rank calls the encoder once.
+        """
+        shown = []
+        for number, node in sorted(nodes, key=lambda pair: pair[0]):
+            token = groups[number].tokens[node]
+            if isinstance(token, GivenToken) and token.picture is not None and token.begins_picture:
+                shown.append(pictures[token.picture])
+        unknown = [picture for picture in shown if picture.features is None]
+        encoded = iter(encode_pictures(self.model, unknown) if most_of_ranks(len(unknown)) else ())
+        if not shown:
+            return {}
+        features = [next(encoded) if picture.features is None else picture.features for picture in shown]
+        grids_N3 = torch.stack([picture.grid_3 for picture in shown]).to(self.device)
+        return {"image_grid_thw": grids_N3, **as_encoded([values.to(self.device) for values in features])}
 
     def is_wasteful_for(self, nodes: Sequence[WaitingNode], groups: Sequence[Branches]) -> bool:
         """True if the next pass over these nodes would mostly score slots that a node does not see."""

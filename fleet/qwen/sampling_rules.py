@@ -68,21 +68,32 @@ class SamplingRules:
         scores_NV = logits_NV.float()
         if self._reads_the_path:
             scores_NV = scores_NV.clone()
-            rows_by_depth: dict[int, list[int]] = {}
+            rows_by_depths: dict[tuple[int, int], list[int]] = {}
             for row, (number, node) in enumerate(nodes):
-                rows_by_depth.setdefault(groups[number].depths[node], []).append(row)
-            for rows in rows_by_depth.values():
-                scores_NV[rows] = self._by_path(scores_NV[rows], prompts, groups, [nodes[row] for row in rows])
+                depths = groups[number].depths[node], groups[number].turn_lengths[node]
+                rows_by_depths.setdefault(depths, []).append(row)
+            for (depth, turn_length), rows in rows_by_depths.items():
+                scores_NV[rows] = self._by_path(
+                    scores_NV[rows], prompts, groups, [nodes[row] for row in rows], depth - turn_length
+                )
         no_ids = torch.empty(0, dtype=torch.int64)
         return self._by_score(logits_NV.device)(no_ids, scores_NV)
 
     def _by_path(
-        self, scores_NV: Tensor, prompts: Prompts, groups: Sequence[Branches], nodes: Sequence[tuple[int, int]]
+        self,
+        scores_NV: Tensor,
+        prompts: Prompts,
+        groups: Sequence[Branches],
+        nodes: Sequence[tuple[int, int]],
+        turn_start: int,
     ) -> Tensor:
-        """The scores of nodes of one depth after the processors that read the tokens so far."""
+        """The scores of nodes of one depth after the processors that read the tokens so far.
+
+        turn_start: the depth at which their turn began, from where on its length counts.
+        """
         config, device, processors = self.config, scores_NV.device, LogitsProcessorList()
         numbers = [number for number, _ in nodes]
-        paths = torch.tensor([groups[number].path_to(node) for number, node in nodes], dtype=torch.int64, device=device)
+        paths = torch.tensor([groups[number].ids_to(node) for number, node in nodes], dtype=torch.int64, device=device)
         ids = torch.cat([prompts.ids_PL[numbers], paths.view(len(nodes), -1)], dim=1)
         if config.sequence_bias:
             processors.append(SequenceBiasLogitsProcessor(config.sequence_bias))
@@ -90,7 +101,7 @@ class SamplingRules:
             num_padding_N = (prompts.mask_PL[numbers] == 0).sum(dim=1)
             processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty, num_padding_N))
         if config.min_new_tokens:
-            length = prompts.ids_PL.shape[1]
+            length = prompts.ids_PL.shape[1] + turn_start
             ends = torch.tensor(self.end_ids, device=device)
             processors.append(MinNewTokensLengthLogitsProcessor(length, config.min_new_tokens, ends, device=device))
         return processors(ids, scores_NV)

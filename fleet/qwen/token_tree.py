@@ -33,6 +33,11 @@ class GivenToken(NamedTuple):
     offset: tuple[int, int, int] = (0, 0, 0)
     step: int = 1
 
+    @property
+    def begins_picture(self) -> bool:
+        """True for the first of a picture's tokens."""
+        return self.picture is not None and self.offset == (0, 0, 0)
+
 
 PathToken: TypeAlias = int | GivenToken  # an int was sampled, or is a guess of what may be
 
@@ -52,6 +57,8 @@ class Branches:
         self.tokens: list[PathToken] = [-1]  # of the root: whatever ends the prompt
         self.parents: list[int] = [-1]
         self.depths: list[int] = [0]
+        self.num_sampled: list[int] = [0]  # of the tokens down to a node
+        self.turn_lengths: list[int] = [0]  # the sampled ones behind the last that was given
         self.starts: list[int] = [0]  # the position that children take, less the one that the root's take
         self.children: list[dict[PathToken, int]] = [{}]
         for path in paths:
@@ -68,6 +75,9 @@ class Branches:
             self.tokens.append(token)
             self.parents.append(node)
             self.depths.append(self.depths[node] + 1)
+            is_given = isinstance(token, GivenToken)
+            self.num_sampled.append(self.num_sampled[node] + (not is_given))
+            self.turn_lengths.append(0 if is_given else self.turn_lengths[node] + 1)
             self.starts.append(self.starts[node] + (token.step if isinstance(token, GivenToken) else 1))
             self.children.append({})
         return children[token]
@@ -87,6 +97,14 @@ class Branches:
             path.append(self.tokens[node])
             node = self.parents[node]
         return path[::-1]
+
+    def ids_to(self, node: int) -> list[int]:
+        """The ids of path_to's tokens."""
+        return [token.token if isinstance(token, GivenToken) else token for token in self.path_to(node)]
+
+    def sampled_nodes(self) -> list[int]:
+        """The nodes whose tokens were sampled, or may be, in order of arrival: each has an edge."""
+        return [node for node in range(1, len(self.tokens)) if not isinstance(self.tokens[node], GivenToken)]
 
     def depth_first(self) -> Iterator[int]:
         """All nodes, each before its descendants and its later siblings."""
@@ -136,8 +154,8 @@ class TokenTree:
     """P groups as P rows of S slots, ready for one forward pass.
 
     A row is the prompt, padding left out, whose last token is the root's slot; then the other nodes that have a slot,
-    depth first; then padding. An edge leads from a slot to the token of a child node. A node has the edge of its
-    number less 1.
+    depth first; then padding. An edge leads from a slot to the token of a child node that was sampled; edges are in the
+    order of Branches.sampled_nodes.
     """
 
     input_ids_PS: Tensor  # int64
@@ -146,10 +164,11 @@ class TokenTree:
     end_PS: Tensor  # int64: the slots from a slot to this one, left out, are its descendants and itself
     is_given_PS: Tensor  # bool: not sampled; prompts are not
     slots: list[dict[int, int]]  # P; slot by node
+    pictures: list[list[bytes]]  # P; the digests of those in the tree, in the order of their slots
     edge_slot_PK: Tensor  # int64; that predicts the edge's token; 0 behind a tree's last edge
     edge_token_PK: Tensor  # int64
     edge_PGT: Tensor  # int64, the edge of each rollout's each token; 0 behind its end
-    is_token_PGT: Tensor  # bool; False behind a rollout's end
+    is_token_PGT: Tensor  # bool; False behind a rollout's end. T counts sampled tokens alone
 
     @property
     def slot_PGT(self) -> Tensor:
@@ -163,7 +182,13 @@ def tree_of_rollouts(
     """P x G completions of any lengths behind their prompts. Only nodes with children have slots: the rest predict
     nothing. Raises ValueError if there are not as many groups as prompts."""
     groups = [Branches() for _ in completions]
-    nodes = [[group.add(path) for path in paths] for group, paths in zip(groups, completions, strict=True)]
+    nodes = [
+        [
+            [node for node, token in zip(group.add(path), path, strict=True) if not isinstance(token, GivenToken)]
+            for path in paths
+        ]
+        for group, paths in zip(groups, completions, strict=True)
+    ]
     return lay_out(prompts, groups, nodes, padding_id=padding_id)
 
 
@@ -175,7 +200,7 @@ def lay_out(
     padding_id: int,
     leaves: Sequence[Collection[int]] = (),
 ) -> TokenTree:
-    """P trees as rows. nodes: of each rollout's each token, P x G lists, or () where there are no rollouts yet.
+    """P trees as rows. nodes: of each rollout's each sampled token, P x G lists, or () where there are no rollouts yet.
 
     A node has a slot if it has children or is one of its group's `leaves`; the root always has one.
     """
@@ -201,17 +226,25 @@ def lay_out(
             places = slice(row.start, row.end)
             input_ids_PS[number, places] = torch.tensor(row.ids, device=device)
             positions_3PS[:, number, places] = torch.tensor(row.positions, device=device).T
+    sampled = [group.sampled_nodes() for group in groups]
     # at least one, so that a pass in which nobody said anything has gradients too, of zero
-    num_edges = max(1, *(len(group) - 1 for group in groups))
-    edges = torch.zeros(2, len(groups), num_edges, dtype=torch.int64)
+    edges = torch.zeros(2, len(groups), max(1, *map(len, sampled)), dtype=torch.int64)
     for number, (group, row) in enumerate(zip(groups, rows, strict=True)):
         # a parent has children, so it has a slot
-        edges[0, number, : len(group) - 1] = torch.tensor([row.slots[parent] for parent in group.parents[1:]])
-        edges[1, number, : len(group) - 1] = torch.tensor([group.token_id(node) for node in range(1, len(group))])
+        edges[0, number, : len(sampled[number])] = torch.tensor(
+            [row.slots[group.parents[node]] for node in sampled[number]], dtype=torch.int64
+        )
+        edges[1, number, : len(sampled[number])] = torch.tensor(
+            [group.token_id(node) for node in sampled[number]], dtype=torch.int64
+        )
+    edge_of = [{node: edge for edge, node in enumerate(group_nodes)} for group_nodes in sampled]
     longest = max((len(path) for paths in nodes for path in paths), default=0)
-    padded = [[[*path, *[0] * (longest - len(path))] for path in paths] for paths in nodes]
-    node_PGT = torch.tensor(padded, dtype=torch.int64).view(len(nodes), len(nodes[0]) if nodes else 0, longest)
-    is_token_PGT = node_PGT != ROOT
+    padded = [
+        [[*(edge_of[number][node] for node in path), *[-1] * (longest - len(path))] for path in paths]
+        for number, paths in enumerate(nodes)
+    ]
+    edge_PGT = torch.tensor(padded, dtype=torch.int64).view(len(nodes), len(nodes[0]) if nodes else 0, longest)
+    is_token_PGT = edge_PGT >= 0
     return TokenTree(
         input_ids_PS,
         positions_3PS,
@@ -219,9 +252,10 @@ def lay_out(
         end_PS.to(device),
         is_given_PS.to(device),
         [row.slots for row in rows],
+        [row.pictures for row in rows],
         edges[0].to(device),
         edges[1].to(device),
-        (node_PGT - 1).clamp(min=0).to(device),
+        edge_PGT.clamp(min=0).to(device),
         is_token_PGT.to(device),
     )
 
@@ -258,6 +292,7 @@ class _Row:
     next_positions: list[int]
     ends: list[int]
     are_given: list[bool]
+    pictures: list[bytes]
 
     @property
     def end(self) -> int:
@@ -265,7 +300,7 @@ class _Row:
 
     @classmethod
     def of(cls, group: Branches, leaves: set[int], prompt_length: int, next_position: int) -> "_Row":
-        row = cls(prompt_length, {ROOT: prompt_length - 1}, [], [], [], [], [])
+        row = cls(prompt_length, {ROOT: prompt_length - 1}, [], [], [], [], [], [])
         order = [node for node in group.depth_first() if group.children[node] or node in leaves]
         for node in order:
             if node != ROOT:
@@ -274,7 +309,10 @@ class _Row:
                 row.ids.append(group.token_id(node))
                 row.positions.append((next_position + time, next_position + height, next_position + width))
                 row.next_positions.append(next_position + group.starts[node])
-                row.are_given.append(isinstance(group.tokens[node], GivenToken))
+                token = group.tokens[node]
+                row.are_given.append(isinstance(token, GivenToken))
+                if isinstance(token, GivenToken) and token.picture is not None and token.begins_picture:
+                    row.pictures.append(token.picture)
         row.ends = [0] * len(row.ids)
         # depth first, a node's descendants end where its last child's do
         last = {node: row.slots[node] + 1 for node in order}

@@ -3,12 +3,15 @@
 Round 1 is one pass over the prompts with drafts behind them. It gives the exact distribution at every node, and every
 rollout walks down, drawing each token, until it ends or leaves the drafts. Each further round adds the nodes that
 rollouts have come to. A draft decides only which distributions are at hand: it never changes what is drawn.
+
+Where a turn ends that a tool answers, the answer's tokens are nodes like any other, but given. Rollouts that were
+answered alike go on from the same ones.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +20,10 @@ from torch import Tensor, nn
 from dataset import EpisodeBatch
 from fleet.qwen.draws import draw_tokens
 from fleet.qwen.group_passes import MAX_MASK_PAIRS, base_qwen, image_inputs, tree_prompts
+from fleet.qwen.observations import Picture
 from fleet.qwen.sampling_passes import FirstPass, RowPasses, TreePasses, WaitingNode
 from fleet.qwen.sampling_rules import SamplingRules
-from fleet.qwen.token_tree import ROOT, Branches, PathToken, Prompts
+from fleet.qwen.token_tree import ROOT, Branches, GivenToken, PathToken, Prompts
 
 # Axes: P prompts, G rollouts of each, B = P * G of them group after group, T places of a rollout.
 
@@ -27,12 +31,23 @@ from fleet.qwen.token_tree import ROOT, Branches, PathToken, Prompts
 MAX_CONTINUATION = 32
 
 
+class Answers(Protocol):
+    """What tools answer. A pure function of the group and of what was said."""
+
+    pictures: dict[bytes, Picture]  # all that answers have shown so far
+
+    def __call__(self, group: int, turns: Sequence[Sequence[int]]) -> Sequence[GivenToken]:
+        """The tokens that are given behind these turns of a rollout of this group; none if it ends there."""
+
+
 @dataclass(frozen=True)
 class SamplingRequest:
     """What is to be sampled behind P prompts.
 
-    drafts: of each group, guesses of token ids. uniforms_PGT: float64, of
-    draws.named_uniforms. num_greedy: the first rollouts of each group that take the likeliest token instead.
+    drafts: of each group, guesses of a turn's token ids. uniforms_PGT: float64, of draws.named_uniforms; T sampled
+    tokens of all turns. num_greedy: the first rollouts of each group that take the likeliest token instead. answers: of
+    tools; with None a rollout has one turn. turn_end_id: the end token that they answer behind; behind any other, and
+    behind a turn that reached its longest, a rollout ends. first_group: its number to `answers`.
     """
 
     rules: SamplingRules
@@ -40,19 +55,27 @@ class SamplingRequest:
     drafts: Sequence[Sequence[Sequence[int]]]
     padding_id: int
     num_greedy: int = 0
+    answers: Answers | None = None
+    turn_end_id: int = -1
+    first_group: int = 0
 
     def __getitem__(self, groups: slice) -> "SamplingRequest":
-        return replace(self, uniforms_PGT=self.uniforms_PGT[groups], drafts=self.drafts[groups])
+        first_group = self.first_group + groups.start
+        return replace(
+            self, uniforms_PGT=self.uniforms_PGT[groups], drafts=self.drafts[groups], first_group=first_group
+        )
 
 
 @dataclass
 class Samples:
     """The completions of P groups, and how they came about."""
 
-    completion_ids: list[list[int]]  # B; up to and with the first end token, at most T
+    completion_ids: list[list[int]]  # B; the sampled tokens, each turn up to and with its first end token
+    turn_lengths: list[list[int]]  # B; of each turn
     logps: list[list[float]]  # B; of each token under the distribution that it was drawn from
     groups: list[Branches]  # P; the drafts and all that was drawn
     nodes: list[list[list[int]]]  # P x G; of each token that was drawn
+    paths: list[list[PathToken]]  # B; all tokens behind the prompt
     num_passes: int  # forward passes of the model
     num_ended_in_first: int  # of the B
     first: FirstPass | None
@@ -98,9 +121,13 @@ class _Rollout:
     number: int  # within its group
     node: int = ROOT
     nodes: list[int] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
+    turns: list[list[int]] = field(default_factory=lambda: [[]])
     logps: list[float] = field(default_factory=list)
     is_done: bool = False
+
+    @property
+    def ids(self) -> list[int]:
+        return [token for turn in self.turns for token in turn]
 
 
 def sample_on_trees(
@@ -135,17 +162,28 @@ def sample_on_trees(
     num_ended_in_first = sum(rollout.is_done for group in sampler.rollouts for rollout in group)
     with torch.no_grad():
         while most_of_ranks(len(waiting)):
-            if isinstance(passes, TreePasses) and passes.is_wasteful_for(waiting, sampler.groups):
+            has_turns = request.answers is not None
+            if isinstance(passes, TreePasses) and not has_turns and passes.is_wasteful_for(waiting, sampler.groups):
                 passes = passes.into_rows(waiting, sampler.groups)
-            nodes = sampler.with_continuations(waiting) if isinstance(passes, TreePasses) else waiting
-            sampler.draw(passes.extend(sampler.groups, nodes), nodes)
+            if isinstance(passes, TreePasses):
+                nodes, open_nodes = sampler.with_continuations(waiting)
+                shown = passes.images_of(sampler.groups, nodes, sampler.pictures, most_of_ranks) if has_turns else {}
+                sampler.draw(passes.extend(sampler.groups, nodes, open_nodes, shown), open_nodes)
+            else:
+                sampler.draw(passes.extend(sampler.groups, waiting), waiting)
             waiting, num_passes = sampler.walk(), num_passes + 1
     rollouts = [rollout for group in sampler.rollouts for rollout in group]
     return Samples(
         [rollout.ids for rollout in rollouts],
+        [list(map(len, rollout.turns)) for rollout in rollouts],
         [rollout.logps for rollout in rollouts],
         sampler.groups,
         [[rollout.nodes for rollout in group] for group in sampler.rollouts],
+        [
+            group.path_to(rollout.node)
+            for group, of_group in zip(sampler.groups, sampler.rollouts, strict=True)
+            for rollout in of_group
+        ],
         num_passes,
         num_ended_in_first,
         first,
@@ -160,9 +198,13 @@ class _Sampler:
         num_prompts, num_rollouts, _ = request.uniforms_PGT.shape
         self.ends = set(self.rules.end_ids)
         drafts = request.drafts if attention in MAX_MASK_PAIRS else [()] * num_prompts
-        sayable = [[self._sayable(ids) for ids in guesses] for guesses in drafts]
-        self.groups = [Branches(guesses) for guesses in sayable]
-        self.continuations = [_continuations(guesses) for guesses in sayable]
+        self.sayable = [[self._sayable(ids) for ids in guesses] for guesses in drafts]
+        self.groups = [Branches(guesses) for guesses in self.sayable]
+        self.continuations = [_continuations(guesses) for guesses in self.sayable]
+        self.pictures = {} if request.answers is None else request.answers.pictures
+        # by the last node of an answer, all of them, behind the end of the turn that it answers
+        self.given: dict[WaitingNode, list[int]] = {}
+        self.answered: dict[WaitingNode, int | None] = {}  # by the end of a turn, the last node of its answer
         self.rollouts = [[_Rollout(number) for number in range(num_rollouts)] for _ in range(num_prompts)]
         self.uniforms_PTG = torch.from_numpy(request.uniforms_PGT).transpose(1, 2)
         # by group and node, what its G rollouts say there, and the log-probability of that
@@ -189,15 +231,31 @@ class _Sampler:
 
     def _is_open(self, group: Branches, node: int) -> bool:
         """True if a rollout at this node goes on."""
-        return node == ROOT or (group.depths[node] < self.rules.max_tokens and group.token_id(node) not in self.ends)
+        if node == ROOT or isinstance(group.tokens[node], GivenToken):
+            return True
+        return group.turn_lengths[node] < self.rules.max_tokens and group.tokens[node] not in self.ends
+
+    def _answer(self, number: int, rollout: _Rollout) -> int | None:
+        """The node that a rollout of this group goes on from once its turn is answered; None if it has ended."""
+        group, end = self.groups[number], rollout.node
+        if self.request.answers is None or group.tokens[end] != self.request.turn_end_id:
+            return None
+        if (number, end) not in self.answered:
+            given = self.request.answers(self.request.first_group + number, rollout.turns)
+            nodes = [end]
+            for token in given:
+                nodes.append(group.child(nodes[-1], token))
+            self.answered[number, end] = nodes[-1] if given else None
+            self.given[number, nodes[-1]] = nodes
+        return self.answered[number, end]
 
     @torch.no_grad()
     def draw(self, logits_NV: Tensor, nodes: Sequence[WaitingNode]) -> None:
         """Draws what every rollout of a group would say behind each of these nodes of it."""
         if not nodes:
             return
-        numbers, depths = zip(*((number, self.groups[number].depths[node]) for number, node in nodes), strict=True)
-        uniforms_NG = self.uniforms_PTG[list(numbers), list(depths)].to(logits_NV.device)
+        numbers, counts = zip(*((number, self.groups[number].num_sampled[node]) for number, node in nodes), strict=True)
+        uniforms_NG = self.uniforms_PTG[list(numbers), list(counts)].to(logits_NV.device)
         scores_NV = self.rules.scores(logits_NV, self.prompts, self.groups, nodes)
         tokens_NG, logps_NG = draw_tokens(scores_NV, uniforms_NG, self.request.num_greedy)
         self.drawn |= zip(nodes, zip(tokens_NG.tolist(), logps_NG.tolist(), strict=True), strict=True)
@@ -211,27 +269,44 @@ class _Sampler:
                     tokens, logps = self.drawn[number, rollout.node]
                     rollout.node = group.child(rollout.node, tokens[rollout.number])
                     rollout.nodes.append(rollout.node)
-                    rollout.ids.append(tokens[rollout.number])
+                    rollout.turns[-1].append(tokens[rollout.number])
                     rollout.logps.append(logps[rollout.number])
-                    rollout.is_done = not self._is_open(group, rollout.node)
+                    if not self._is_open(group, rollout.node):
+                        answered = self._answer(number, rollout)
+                        rollout.is_done = answered is None
+                        if answered is not None:
+                            rollout.node = answered
+                            rollout.turns.append([])
                 if not rollout.is_done:
                     waiting[number, rollout.node] = None
         return list(waiting)
 
-    def with_continuations(self, waiting: Sequence[WaitingNode]) -> list[WaitingNode]:
-        """The nodes, each followed by what drafts have behind its last two tokens: rollouts may come back to them."""
-        nodes = []
+    def with_continuations(self, waiting: Sequence[WaitingNode]) -> tuple[list[WaitingNode], list[WaitingNode]]:
+        """What the next pass is over, parents first, and those of it that rollouts may go on from.
+
+        Behind each waiting node comes what drafts have behind its last two tokens, as rollouts may come back to them;
+        behind an answer, all drafts. An answer comes with all of its tokens.
+        """
+        nodes, open_nodes = list[WaitingNode](), list[WaitingNode]()
         for number, node in waiting:
-            nodes.append((number, node))
             group = self.groups[number]
+            nodes += [(number, given) for given in self.given.get((number, node), [node])]
+            open_nodes.append((number, node))
             last_two = group.tokens[group.parents[node]], group.tokens[node]
-            for token in self.continuations[number].get(last_two, ()):
-                if not self._is_open(group, node):
-                    break
-                node = group.child(node, token)
-                if self._is_open(group, node):
-                    nodes.append((number, node))
-        return nodes
+            is_turn_start = isinstance(group.tokens[node], GivenToken)
+            guesses = self.sayable[number] if is_turn_start else [self.continuations[number].get(last_two, ())]
+            found = dict[int, None]()
+            for guess in guesses:
+                place = node
+                for token in guess:
+                    if not self._is_open(group, place):
+                        break
+                    place = group.child(place, token)
+                    if self._is_open(group, place):
+                        found[place] = None
+            nodes += [(number, place) for place in found]
+            open_nodes += [(number, place) for place in found]
+        return nodes, open_nodes
 
 
 def _continuations(drafts: Sequence[Sequence[int]]) -> dict[tuple[PathToken, PathToken], Sequence[int]]:
