@@ -160,7 +160,7 @@ def _sound_episode(given: Any) -> Episode:
             f"episode() returned {shown(given)}, but wanted an Episode; return environment.Episode(images=..., "
             "answer=...)"
         )
-    images = tuple(_image(image, place) for place, image in enumerate(_items(given.images, "images")))
+    images = images_from(given.images)
     if not images:
         raise BrokenEpisode("images is empty, but an episode shows at least one; give it images")
     correct_index = None if given.correct_index is None else _integer(given.correct_index, "correct_index")
@@ -184,6 +184,11 @@ def _sound_episode(given: Any) -> Episode:
     for name, value in settled.items():
         object.__setattr__(given, name, value)
     return given
+
+
+def images_from(given: Any) -> tuple[ImageSource, ...]:
+    """The images of an episode or an observation, converted. Raises BrokenEpisode for one that is none."""
+    return tuple(_image(image, place) for place, image in enumerate(_items(given, "images")))
 
 
 def _items(value: Any, field: str) -> Iterable[Any]:

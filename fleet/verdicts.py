@@ -6,7 +6,7 @@ the parse status, else judged by `respond`. Imports no torch.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import EnumType, StrEnum
@@ -21,16 +21,20 @@ from fleet.episodes import (
     ImageSource,
     asked,
     checked_episode,
+    images_from,
     require_plain,
     shown,
 )
-from utils.images import BadImage
-from utils.plain_text import printable
+from utils.images import BadImage, open_image
+from utils.plain_text import QWEN_ADDED_TOKENS, NotPlainText, printable, require_plain_text
 from utils.tool_calls import ParseStatus, ToolCall, make_call_str, parse_call_str
 from utils.tool_schemas import BadTool, Tool, checked_tools, refusal_of
 
 MAX_COMPONENT = 1e6  # a component beyond it turns its siblings' rewards into rounding errors in float32
 UNPARSABLE = "unparsable"  # the outcome of a refused call, in every environment
+# the outcomes of a rollout that ended although a tool had answered, where it may have several turns: it had used them
+# up; the answer, or the turn's own end, did not fit into its room; what the tool answered cannot be shown
+OUT_OF_TURNS, OUT_OF_CONTEXT, BAD_OBSERVATION = "out_of_turns", "out_of_context", "bad_observation"
 # the components of a verdict that names none; --reward_correct and --reward_valid_call weigh these two
 CORRECT, VALID_CALL = "correct", "valid_call"
 
@@ -63,34 +67,56 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a tool answers before the model goes on: text, and images as an Episode has them.
-
-    Training has one turn, and refuses it until there are several.
-    """
+    """What a tool answers before the model goes on: text, and images as an Episode has them. Needs --max_turns."""
 
     text: str = ""
     images: tuple[ImageSource, ...] = ()
 
 
-def verdict_on(env: EpisodeSource, episode: Episode, completion: str, *, allow_reasoning: bool = False) -> Verdict:
-    """The verdict on a completion (text without its end-of-turn token). A wrong answer is a verdict, never an error.
+def verdict_on(
+    env: EpisodeSource,
+    episode: Episode,
+    said: str | Sequence[str],
+    *,
+    allow_reasoning: bool = False,
+    max_turns: int = 1,
+) -> Verdict:
+    """The verdict on a rollout. A wrong answer is a verdict, never an error.
 
-    Raises BrokenEpisode if the environment fails on a call that fits its schema, or gives anything but a verdict.
+    said: its turns' texts without their end-of-turn tokens, or the text of its only turn. Raises BrokenEpisode if the
+    environment fails on a call that fits its schema, gives anything but a verdict or an observation, or an observation
+    where there is but one turn.
     """
-    parsed = parse_call_str(completion, env.tools, allow_reasoning=allow_reasoning)
-    if parsed.call is None:
-        return Verdict(UNPARSABLE, is_right=False, parse_status=parsed.status)
-    return verdict_on_call(env, episode, parsed.call)
+    texts, calls = [said] if isinstance(said, str) else said, list[ToolCall]()
+    for text in texts:
+        parsed = parse_call_str(text, env.tools, allow_reasoning=allow_reasoning)
+        if parsed.call is None:
+            return Verdict(UNPARSABLE, is_right=False, parse_status=parsed.status)
+        calls.append(parsed.call)
+        answer = answer_to(env, episode, calls, max_turns=max_turns)
+        if isinstance(answer, Verdict):
+            return answer
+    assert calls and isinstance(answer, Observation), "a rollout has a turn at least"
+    if len(calls) >= max_turns:
+        outcome = OUT_OF_TURNS
+    else:
+        outcome = OUT_OF_CONTEXT if problem_of_observation(answer) is None else BAD_OBSERVATION
+    return Verdict(outcome, is_right=False, call=calls[-1])
 
 
 def verdicts_on(
-    env: EpisodeSource, episodes: Sequence[Episode], completions: Sequence[str], *, allow_reasoning: bool = False
+    env: EpisodeSource,
+    episodes: Sequence[Episode],
+    said: Sequence[str | Sequence[str]],
+    *,
+    allow_reasoning: bool = False,
+    max_turns: int = 1,
 ) -> tuple[list[Verdict], str | None]:
-    """(the verdict on each completion, None); with the reason why the environment is broken, the verdicts before it."""
+    """(the verdict on each rollout, None); with the reason why the environment is broken, the verdicts before it."""
     verdicts: list[Verdict] = []
     try:
-        for episode, completion in zip(episodes, completions, strict=True):
-            verdicts.append(verdict_on(env, episode, completion, allow_reasoning=allow_reasoning))
+        for episode, texts in zip(episodes, said, strict=True):
+            verdicts.append(verdict_on(env, episode, texts, allow_reasoning=allow_reasoning, max_turns=max_turns))
     except BrokenEpisode as error:
         return verdicts, str(error)
     return verdicts, None
@@ -98,28 +124,58 @@ def verdicts_on(
 
 def verdict_on_call(env: EpisodeSource, episode: Episode, call: ToolCall) -> Verdict:
     """The verdict on a call that fits the tools' schemas. Raises BrokenEpisode as `verdict_on` does."""
-    check = partial(_sound_verdict, outcomes=env.outcomes)
-    name = f"the verdict on the call {printable(_shortened(str(call)))}"
+    verdict = answer_to(env, episode, (call,))
+    assert isinstance(verdict, Verdict), "there is one turn"
+    return verdict
+
+
+def answer_to(
+    env: EpisodeSource, episode: Episode, calls: Sequence[ToolCall], *, max_turns: int = 1
+) -> Observation | Verdict:
+    """What the environment answers to the last of these calls, which fit its tools. Raises as `verdict_on` does."""
+    check = partial(_sound_answer, outcomes=env.outcomes, has_turns=max_turns > 1)
+    name = f"the verdict on the call {printable(_shortened(str(calls[-1])))}"
     try:
-        verdict = asked(lambda: env.respond(episode, (call,)), check, name, "respond")
+        answer = asked(lambda: env.respond(episode, tuple(calls)), check, name, "respond")
     # the picture is not at fault: it was opened before it was shown
     except (BadImage, OSError) as error:
         raise BrokenEpisode(
             f"{name} failed with {type(error).__name__}: {printable(error)} (in respond()); correct it"
         ) from error
-    return replace(verdict, call=call)
+    return replace(answer, call=calls[-1]) if isinstance(answer, Verdict) else answer
 
 
-def outcome_names(env: EpisodeSource) -> list[str]:
-    """The names of every outcome of the environment, `unparsable` last if it is not among its own."""
-    return list(dict.fromkeys([*(outcome.value for outcome in env.outcomes), UNPARSABLE]))
+def problem_of_observation(
+    observation: Observation, max_pixels: int | None = None, literals: Collection[str] = QWEN_ADDED_TOKENS
+) -> str | None:
+    """The reason why an observation cannot be shown to the model; None if it can. literals: that are tokens to it."""
+    try:
+        require_plain_text(observation.text, "an observation's text", literals)
+        for image in observation.images:
+            open_image(image, max_pixels)
+    except (NotPlainText, BadImage, OSError) as error:
+        return str(error)
+    return None
 
 
-def solution_of(env: EpisodeSource, episode: Episode) -> ToolCall:
-    """The gold answer to an episode. Raises BrokenEpisode unless it is a call that the tools' schemas take."""
-    return asked(
-        lambda: env.solution(episode, ()), partial(_sound_call, tools=env.tools), "the gold answer", "solution"
-    )
+def outcome_names(env: EpisodeSource, max_turns: int = 1) -> list[str]:
+    """The names of every outcome of the environment, and behind them those of Fleet that are not among its own."""
+    of_turns = [OUT_OF_TURNS, OUT_OF_CONTEXT, BAD_OBSERVATION] if max_turns > 1 else []
+    return list(dict.fromkeys([*(outcome.value for outcome in env.outcomes), UNPARSABLE, *of_turns]))
+
+
+def solution_of(env: EpisodeSource, episode: Episode, turns: Sequence[ToolCall] = ()) -> ToolCall:
+    """The gold answer to an episode, behind these calls. Raises BrokenEpisode unless the tools' schemas take it."""
+    check = partial(_sound_call, tools=env.tools)
+    return asked(lambda: env.solution(episode, tuple(turns)), check, "the gold answer", "solution")
+
+
+def solutions_of(env: EpisodeSource, episode: Episode, *, max_turns: int = 1) -> list[ToolCall]:
+    """The gold answers of an episode's turns, up to the one that has a verdict. Raises BrokenEpisode as solution_of."""
+    calls = [solution_of(env, episode)]
+    while len(calls) < max_turns and isinstance(answer_to(env, episode, calls, max_turns=max_turns), Observation):
+        calls.append(solution_of(env, episode, calls))
+    return calls
 
 
 def answerable_episode(env: EpisodeSource, index: int) -> Episode:
@@ -199,12 +255,27 @@ def require_sound_task(env: EpisodeSource) -> None:
         )
 
 
+def _sound_answer(given: Any, outcomes: type[StrEnum], has_turns: bool) -> Observation | Verdict:
+    """The same verdict or observation, its values converted to their types. Raises BrokenEpisode."""
+    if isinstance(given, Observation):
+        if not has_turns:
+            raise BrokenEpisode(
+                "respond() returned an Observation, but there is one turn; pass --max_turns 2 or more, or return a "
+                "Verdict on the first call"
+            )
+        return sound_observation(given)
+    return _sound_verdict(given, outcomes)
+
+
+def sound_observation(given: Observation) -> Observation:
+    """The same observation, its images converted as an Episode's are. Raises BrokenEpisode for another type."""
+    if not isinstance(given.text, str):
+        raise BrokenEpisode(f"the text of its observation is {shown(given.text)}, but wanted a text; give a str")
+    return Observation(given.text, images_from(given.images))
+
+
 def _sound_verdict(given: Any, outcomes: type[StrEnum]) -> Verdict:
     """The same verdict, its values converted to their types. Raises BrokenEpisode."""
-    if isinstance(given, Observation):
-        raise BrokenEpisode(
-            "respond() returned an Observation, but training has one turn; return a Verdict on the first call"
-        )
     if not isinstance(given, Verdict):
         raise BrokenEpisode(f"respond() returned {shown(given)}, but wanted a Verdict; return environment.Verdict(...)")
     if given.outcome not in list(outcomes):

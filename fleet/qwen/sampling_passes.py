@@ -3,7 +3,7 @@
 Knows which slot of a cache holds which node, and which slots a node sees; not what is drawn, nor why.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from fleet.qwen.group_passes import as_encoded, as_model_mask, encode_pictures, tree_logits
-from fleet.qwen.observations import Picture
-from fleet.qwen.token_tree import ROOT, Branches, GivenToken, Prompts, TokenTree, lay_out
+from fleet.qwen.group_passes import as_model_mask, tree_logits
+from fleet.qwen.token_tree import ROOT, Branches, Prompts, TokenTree, lay_out
 
 # Axes: P prompts, S slots of a cache, Q nodes of a pass in one group, K slots with logits, R rows, V vocabulary.
 
@@ -74,8 +73,8 @@ class TreePasses:
     ) -> Tensor:
         """Logits (N, V) of these new nodes, each a child of one that was in the pass before, or is earlier in this.
 
-        wanted: those among them whose logits are returned; all by default. images: of `images_of`, where the nodes
-        show any.
+        wanted: those among them whose logits are returned; all by default. images: the arguments for pictures
+        that the nodes show, in the order of their slots.
         """
         by_group: list[list[int]] = [[] for _ in groups]
         for number, node in nodes:
@@ -115,30 +114,6 @@ class TreePasses:
             **images,
         ).logits
         return logits_PKV[rows, columns]
-
-    def images_of(
-        self,
-        groups: Sequence[Branches],
-        nodes: Sequence[WaitingNode],
-        pictures: Mapping[bytes, Picture],
-        most_of_ranks: Callable[[int], int],
-    ) -> dict[str, Any]:
-        """The arguments of a pass over these nodes for the pictures that begin at them, in the order of their slots.
-
-        Where any rank has a picture to encode, every rank calls the encoder once.
-        """
-        shown = []
-        for number, node in sorted(nodes, key=lambda pair: pair[0]):
-            token = groups[number].tokens[node]
-            if isinstance(token, GivenToken) and token.picture is not None and token.begins_picture:
-                shown.append(pictures[token.picture])
-        unknown = [picture for picture in shown if picture.features is None]
-        encoded = iter(encode_pictures(self.model, unknown) if most_of_ranks(len(unknown)) else ())
-        if not shown:
-            return {}
-        features = [next(encoded) if picture.features is None else picture.features for picture in shown]
-        grids_N3 = torch.stack([picture.grid_3 for picture in shown]).to(self.device)
-        return {"image_grid_thw": grids_N3, **as_encoded([values.to(self.device) for values in features])}
 
     def is_wasteful_for(self, nodes: Sequence[WaitingNode], groups: Sequence[Branches]) -> bool:
         """True if the next pass over these nodes would mostly score slots that a node does not see."""

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from dataset import EpisodeBatch
 from fleet.qwen.draws import draw_tokens
-from fleet.qwen.group_passes import MAX_MASK_PAIRS, base_qwen, image_inputs, tree_prompts
-from fleet.qwen.observations import Picture
+from fleet.qwen.group_passes import MAX_MASK_PAIRS, as_encoded, base_qwen, image_inputs, tree_prompts
 from fleet.qwen.sampling_passes import FirstPass, RowPasses, TreePasses, WaitingNode
 from fleet.qwen.sampling_rules import SamplingRules
 from fleet.qwen.token_tree import ROOT, Branches, GivenToken, PathToken, Prompts
@@ -34,10 +33,13 @@ MAX_CONTINUATION = 32
 class Answers(Protocol):
     """What tools answer. A pure function of the group and of what was said."""
 
-    pictures: dict[bytes, Picture]  # all that answers have shown so far
-
     def __call__(self, group: int, turns: Sequence[Sequence[int]]) -> Sequence[GivenToken]:
         """The tokens that are given behind these turns of a rollout of this group; none if it ends there."""
+
+    def shown(
+        self, model: nn.Module, digests: Sequence[bytes], most_of_ranks: Callable[[int], int]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Features of these pictures, (image tokens, width) each, and their grids (N, 3). Every rank takes part."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,8 @@ def sample_on_trees(
                 passes = passes.into_rows(waiting, sampler.groups)
             if isinstance(passes, TreePasses):
                 nodes, open_nodes = sampler.with_continuations(waiting)
-                shown = passes.images_of(sampler.groups, nodes, sampler.pictures, most_of_ranks) if has_turns else {}
-                sampler.draw(passes.extend(sampler.groups, nodes, open_nodes, shown), open_nodes)
+                images = sampler.images_of(model, nodes, most_of_ranks)
+                sampler.draw(passes.extend(sampler.groups, nodes, open_nodes, images), open_nodes)
             else:
                 sampler.draw(passes.extend(sampler.groups, waiting), waiting)
             waiting, num_passes = sampler.walk(), num_passes + 1
@@ -201,7 +203,6 @@ class _Sampler:
         self.sayable = [[self._sayable(ids) for ids in guesses] for guesses in drafts]
         self.groups = [Branches(guesses) for guesses in self.sayable]
         self.continuations = [_continuations(guesses) for guesses in self.sayable]
-        self.pictures = {} if request.answers is None else request.answers.pictures
         # by the last node of an answer, all of them, behind the end of the turn that it answers
         self.given: dict[WaitingNode, list[int]] = {}
         self.answered: dict[WaitingNode, int | None] = {}  # by the end of a turn, the last node of its answer
@@ -280,6 +281,18 @@ class _Sampler:
                 if not rollout.is_done:
                     waiting[number, rollout.node] = None
         return list(waiting)
+
+    def images_of(
+        self, model: nn.Module, nodes: Sequence[WaitingNode], most_of_ranks: Callable[[int], int]
+    ) -> dict[str, Any]:
+        """A pass's arguments for the pictures that begin at these nodes of it, in the order of their slots."""
+        if self.request.answers is None:
+            return {}
+        tokens = [self.groups[number].tokens[node] for number, node in sorted(nodes, key=lambda pair: pair[0])]
+        begun = [token for token in tokens if isinstance(token, GivenToken) and token.begins_picture]
+        digests = [token.picture for token in begun if token.picture is not None]
+        features, grids_N3 = self.request.answers.shown(model, digests, most_of_ranks)
+        return {"image_grid_thw": grids_N3, **as_encoded(features)} if digests else {}
 
     def with_continuations(self, waiting: Sequence[WaitingNode]) -> tuple[list[WaitingNode], list[WaitingNode]]:
         """What the next pass is over, parents first, and those of it that rollouts may go on from.

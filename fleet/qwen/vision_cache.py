@@ -29,17 +29,23 @@ class VisionCache:
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def features_of(
-        self, digests: Sequence[bytes], encode: Callable[[int], Tensor], *, num_calls: int = 0
+        self,
+        digests: Sequence[bytes],
+        encode: Callable[[int], Tensor],
+        *,
+        num_calls: int = 0,
+        encode_nothing: Callable[[], object] | None = None,
     ) -> list[Tensor]:
         """The features of these images in order, each (image tokens, width), in host memory.
 
         encode: the features of the image at one place; called for the first place of each unknown image.
-        num_calls: `encode` is called at least as often, because another rank does; the rest encode the first image.
+        num_calls: the encoder is called at least as often, because another rank does; the rest encode the first image,
+        or call encode_nothing, where there may be no image.
         """
         unknown = self.unknown_places(digests)
         encoded = [encode(place) for place in unknown]
         for _ in range(num_calls - len(unknown)):
-            encode(0)
+            encode(0) if encode_nothing is None else encode_nothing()
         fresh = {digests[place]: features.to("cpu") for place, features in zip(unknown, encoded, strict=True)}
         found = [fresh[digest] if digest in fresh else self._features[digest] for digest in digests]
         for digest, features in zip(digests, found, strict=True):

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from fleet.qwen.draws import named_uniforms
-from fleet.qwen.group_passes import image_inputs, score_tree, tree_prompts
+from fleet.qwen.group_passes import encode_pictures, image_inputs, score_tree, tree_prompts
 from fleet.qwen.observations import Picture, encode_observation
 from fleet.qwen.sampling_rules import SamplingRules
 from fleet.qwen.token_tree import GivenToken, PathToken, by_rollout, tree_of_rollouts
@@ -30,6 +30,14 @@ class Showing:
         self.num_pictures, self.max_turns = num_pictures, max_turns
         self.pictures: dict[bytes, Picture] = {}
         self.num_asked = 0
+
+    def shown(
+        self, model: Any, digests: Sequence[bytes], most_of_ranks: Any
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        pictures = [self.pictures[digest] for digest in digests]
+        if not pictures:
+            return [], torch.empty(0, 3)
+        return encode_pictures(model, pictures), torch.stack([picture.grid_3 for picture in pictures])
 
     def __call__(self, group: int, turns: Sequence[Sequence[int]]) -> Sequence[GivenToken]:
         self.num_asked += 1
