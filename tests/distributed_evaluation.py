@@ -23,5 +23,5 @@ class GatheringAccelerator(Accelerator):
 
 
 def main(argv: Sequence[str]) -> None:
-    evaluation.Accelerator = GatheringAccelerator  # type: ignore[misc]
+    evaluation.Accelerator = GatheringAccelerator
     evaluate.main(list(argv))
