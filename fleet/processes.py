@@ -44,6 +44,13 @@ def gather_by_rank(value: Any) -> list[Any]:
     return gather_object([value])
 
 
+def most_of_ranks(accelerator: Any, count: int) -> int:
+    """The maximum of every process's number. Every process takes part; its tensor is on the accelerator's device."""
+    import torch
+
+    return int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
+
+
 def raise_first(
     problem_by_rank: Sequence[str | None], error_class: type[Exception] = AgreedUsageError, who: str | None = None
 ) -> None:

@@ -240,10 +240,11 @@ def test_zero3_evaluates_as_one_process_does(tmp_path: Path) -> None:
     run_ranks(tmp_path, training_flags, 2, zero3=True)
     while_training = read_jsonl(run / "evaluations.jsonl")
     assert [document["step"] for document in while_training] == [0, 1]
+    # one episode at a time, so that the two go on for unequally long
     flags = ["--model_id", str(run / "final"), "--eval_episodes", "13", "--eval_seed", "1000000000", "--num_samples",
-             "2"]  # fmt: skip
+             "2", "--temperature", "1.4", "--per_device_batch_size", "1"]  # fmt: skip
     two = [*flags, "--baseline", "toy", "--output", str(tmp_path / "two.json")]
-    run_ranks(tmp_path, two, 2, zero3=True, target="evaluate")
+    run_ranks(tmp_path, two, 2, zero3=True, target="tests.distributed_evaluation")
     evaluate.main([*flags, "--output", str(tmp_path / "one.json")])
     alone, together = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     for name in ("confusion", "controls", "greedy_accuracy", "passed_over"):

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from trl import RLOOConfig
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 
 from dataset import EpisodeBatch, prompts_of_rollouts, repeat_episodes
+from fleet.processes import most_of_ranks
 from fleet.qwen.drafts import DraftMemory, Drafts, within_budget
 from fleet.qwen.draws import named_uniforms
 from fleet.qwen.group_passes import base_qwen, encode_image
@@ -177,7 +177,7 @@ class Drawing(ResumableTrainer):
         """The maximum over the processes, where these must do the same passes together."""
         if not is_deepspeed_zero3_enabled() or self.args.ds3_gather_for_generation:
             return count
-        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
+        return most_of_ranks(self.accelerator, count)
 
     @property
     def draft_memory(self) -> DraftMemory:

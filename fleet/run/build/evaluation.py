@@ -5,12 +5,14 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from rich.table import Table
 from rich.text import Text
-from trl.models import prepare_deepspeed, unwrap_model_for_generation
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.models import unwrap_model_for_generation
 
 from fleet.command.command_line import COLOURED
 from fleet.command.evaluate_options import EvaluateOptions, resolve_evaluate_options
@@ -20,7 +22,14 @@ from fleet.controls import CONTROL_MEANINGS, NO_SUCH_CONTROL
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
 from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate, offered_controls, percent_at, with_baseline
 from fleet.evaluation.held_out import make_plan, runs_behind
-from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
+from fleet.processes import (
+    first_problem,
+    gather_by_rank,
+    most_of_ranks,
+    raise_first,
+    require_same_flags,
+    together,
+)
 from fleet.progress import count_progress
 from fleet.run import model_setup
 from fleet.run.data import agree_on_data, require_encodable_prompts
@@ -51,7 +60,9 @@ def prepare(options: EvaluateOptions, findings: Findings | None, problem: str | 
         lambda: require_encodable_prompts(options, findings, options.model_id),
     )
     model_setup.use_every_core()
-    accelerator = Accelerator(cpu=not model_setup.has_gpu())
+    # as TrainingArguments does it: an Accelerator that is told to use the CPU would pass over DeepSpeed
+    PartialState(cpu=not model_setup.has_gpu())
+    accelerator = Accelerator()
     raise_first(gather_by_rank(problem))
     require_same_flags(asdict(options))
     data = agree_on_data(options, findings)
@@ -103,7 +114,7 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
     model, processor = model_setup.load_model(options, model_setup.local_model_path(model_id, options))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-        wrapped = prepare_deepspeed(model, accelerator)
+        wrapped = accelerator.prepare(model)
     else:
         # 4-bit weights are where they belong since they were loaded
         wrapped = model if options.load_in_4bit else model.to(accelerator.device)
@@ -127,11 +138,22 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
         ) as policy_model,
         count_progress(f"scoring {model_id}", num_rows, "answer", is_shown=accelerator.is_main_process) as note_answers,
     ):
-        policy = ModelPolicy(policy_model, processor, settings, **place, on_progress=note_answers)
+        # ranks that gather each other's weights layer by layer must make the same passes
+        is_sharded = is_deepspeed_zero3_enabled() and not options.ds3_gather_for_generation
+        policy = ModelPolicy(
+            policy_model,
+            processor,
+            settings,
+            **place,
+            on_progress=note_answers,
+            most_of_ranks=partial(most_of_ranks, accelerator) if is_sharded else lambda count: count,
+        )
         start_s = time.perf_counter()
         evaluation = evaluate(policy, plan, model_id)
     logger.info(f"{model_id}: scored in {time.perf_counter() - start_s:.0f} s")
     del model, wrapped, policy, policy_model
+    # it holds what it prepared
+    accelerator.free_memory()
     gc.collect()
     return evaluation
 
