@@ -184,8 +184,8 @@ class PickImageTask(Environment):
     outcomes = Outcome
     numbers_one_image = True
 
-    def respond(self, episode: Episode, turns: Sequence[ToolCall]) -> Verdict:
-        """The verdict on the picked index."""
+    def respond(self, episode: Episode, turns: Sequence[ToolCall]) -> Observation | Verdict:
+        """The verdict on the picked index; a task of several turns may answer before that."""
         judged = _judged(turns[-1].arguments["index"], _correct_index(episode), episode.num_candidates)
         return Verdict(judged.outcome, judged.is_right, judged.components)
 

@@ -27,7 +27,7 @@ SCRIPT = [
 class Scripted(FleetRLOOTrainer):
     is_sparing = True
 
-    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
+    def _draw(self, batch: Any, features: Any, guesses: Any = (), answers: Any = None) -> Drawn:
         answers = SCRIPT[self.state.global_step][self.accelerator.process_index]
         texts = [make_tool_call_str(index) + "<|im_end|>" for group in answers for index in group]
         return Drawn([toy_processor().tokenizer(text)["input_ids"] for text in texts])

@@ -40,7 +40,7 @@ class FixedFleetTrainer(FleetRLOOTrainer):
             self.unknown_images = [*self.unknown_images, len(self.vision_cache.unknown_places(batch["image_digests"]))]
         return super()._image_features(batch)
 
-    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
+    def _draw(self, batch: Any, features: Any, guesses: Any = (), answers: Any = None) -> Drawn:
         tokenizer = toy_processor().tokenizer
         numbers = [sum(map(len, episode.labels)) for episode in batch["episodes"]]
         completions = [

@@ -86,7 +86,7 @@ class ScriptedFleetTrainer(FleetRLOOTrainer):
 
     num_generations_done = 0
 
-    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
+    def _draw(self, batch: Any, features: Any, guesses: Any = (), answers: Any = None) -> Drawn:
         self.num_generations_done += 1
         num_rows = len(batch["episodes"]) * self.num_generations
         return Drawn(scripted_completions(self.num_generations, num_rows, self.num_generations_done))

@@ -70,7 +70,7 @@ class OddFleetTrainer(FleetRLOOTrainer):
 
     num_generations_done = 0
 
-    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
+    def _draw(self, batch: Any, features: Any, guesses: Any = (), answers: Any = None) -> Drawn:
         self.num_generations_done += 1
         rows, _ = list(BATCHES.values())[self.num_generations_done - 1]
         return Drawn([list(row) for row in rows])
@@ -147,7 +147,8 @@ def test_a_whole_command_goes_through_and_leaves_files_that_can_be_read(
         def sample_batch(model: Any, batch: Any, *_: Any, **__: Any) -> list[Samples]:
             chosen = list(itertools.islice(source, len(batch["episodes"]) * batch["group_size"]))
             chosen = [row if row[-1:] == END else row + END for row in chosen]
-            return [Samples(chosen, [[0.0] * len(row) for row in chosen], [], [], 1, 0, None)]
+            lengths, logps = [[len(row)] for row in chosen], [[0.0] * len(row) for row in chosen]
+            return [Samples(chosen, lengths, logps, [], [], [list(row) for row in chosen], 1, 0, None)]
 
         return sample_batch
 

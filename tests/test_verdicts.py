@@ -174,7 +174,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "a class": (lambda *turns: Verdict, "but wanted a Verdict"),
     "an observation": (
         Observation("It opened."),
-        "respond() returned an Observation, but training has one turn; return a Verdict on the first call",
+        "respond() returned an Observation, but there is one turn; pass --max_turns 2 or more",
     ),
     "an outcome that is none": (given("near", False), "its outcome is 'near' (str), but wanted one of hit, miss"),
     "no outcome": (given(None, False), "its outcome is None (NoneType), but wanted one of hit, miss"),

@@ -201,6 +201,11 @@ def _shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
     return image.resize((long, short) if image.width >= image.height else (short, long), Image.Resampling.BICUBIC)
 
 
+def name_of_picture(digest: bytes) -> str:
+    """The file in a run's folder that keeps a picture. digest: of image_digest."""
+    return f"{digest.hex()[:16]}.webp"
+
+
 def image_digest(image: Image.Image) -> bytes:
     """Sixteen bytes that stand for a picture: equal for equal mode, size and pixels."""
     header = f"{image.mode} {image.width}x{image.height} ".encode()

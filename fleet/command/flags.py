@@ -77,6 +77,10 @@ class TaskFlags:
     fixed_correct_index: int | None = flag(0, "the index that is always right, or none: drawn per episode and named "
         "in the instruction", metavar="INDEX|none", parse=index_or_none)
     allow_reasoning: bool = flag(False, "accept text before the call, and ask for it")
+    max_turns: int = flag(1, "turns a rollout may have; from 2 on a tool may answer before the verdict",
+        bounds=(AT_LEAST_1,))
+    max_context_length: int | None = flag(None, "tokens a conversation may have, its prompt and the tools' answers "
+        "with them", "as many as the model has positions", bounds=(AT_LEAST_1,))
     image_max_pixels: int | None = flag(None, "width times height an image is shrunk to, in pixels",
         "3136 = 56x56 for the toy, else 200704 = 448x448",
         bounds=(Bound("at least 784 (28x28 pixels)", lambda value: value >= 784),),

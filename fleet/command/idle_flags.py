@@ -57,6 +57,12 @@ def _is_from_hub(model_id: str) -> bool:
 NOT_FROM_HUB = "only a hub model has revisions", "pass a hub id as the model"
 NOT_SHARDED = "weights are sharded under DeepSpeed ZeRO-3 alone", "launch with --config_file accelerate_config.yaml"
 
+ONE_TURN = IdleFlags(
+    ("max_context_length",),
+    lambda options, launch: options.max_turns == 1,
+    "a conversation of one turn ends with it",
+    "add --max_turns 2",
+)
 NO_ENV_ARGS = IdleFlags(
     ("env_args",),
     lambda options, launch: options.env is None,
@@ -68,6 +74,7 @@ NO_ENV_ARGS = IdleFlags(
 IDLE_IN_TRAINING = (
     IdleFlags(("revision",), lambda options, launch: not _is_from_hub(options.model_id), *NOT_FROM_HUB),
     NO_ENV_ARGS,
+    ONE_TURN,
     IdleFlags(LORA, lambda options, launch: not options.use_lora, "no adapter is trained", "add --use_lora true"),
     IdleFlags(LORA, lambda options, launch: options.use_lora and is_adapter(options.model_id),
         "the adapter in --model_id keeps its own", "pass its base model as --model_id"),
@@ -109,6 +116,7 @@ IDLE_IN_TRAINING = (
 IDLE_IN_EVALUATION = (
     IdleFlags(("revision",), lambda options, launch: not any(map(_is_from_hub, options.models)), *NOT_FROM_HUB),
     NO_ENV_ARGS,
+    ONE_TURN,
     IdleFlags(("temperature", "top_p", "top_k", "min_p", "seed"), lambda options, launch: options.num_samples == 0,
         "no sample is drawn", "pass --num_samples 4"),
     IdleFlags(("allow_reasoning",), lambda options, launch: options.prompt_style is not None,

@@ -167,6 +167,12 @@ def refuse_contradictions(options: Options) -> None:
         (options.use_vllm and reshaped,
          f"use_vllm=true with {reshaped}: vLLM's log-probabilities are compared with the trainer's, and the comparison "
          "knows temperature and top_p alone; drop one of the two"),
+        (options.max_turns > 1 and (options.use_vllm or not options.shared_prefix),
+         f"max_turns={options.max_turns}, but tools answer in Fleet's own sampling alone, behind a shared prompt; drop "
+         "--use_vllm and --shared_prefix false"),
+        (options.max_turns > 1 and options.attn_implementation == "flash_attention_2",
+         f"max_turns={options.max_turns}, but flash_attention_2 takes no mask that keeps branches apart; pass "
+         "--attn_implementation sdpa"),
         (options.keep_best and options.save_total_limit == 1,
          "keep_best=true with save_total_limit=1 would leave no place for the newest checkpoint; pass "
          "--save_total_limit 2"),

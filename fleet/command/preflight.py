@@ -223,7 +223,8 @@ def try_own_environment(task: TaskFlags, env: EpisodeSource, seed: int, model_id
     try:
         with refused(BrokenEpisode, NotPlainText, *stopping, before=f"env={task.env}: "):
             trial.require_pure(env, _construct_environment(task, seed))
-            trial.require_usable(env, task.image_max_pixels, added_token_literals(base_of(model_id)))
+            literals = added_token_literals(base_of(model_id))
+            trial.require_usable(env, task.image_max_pixels, literals, task.max_turns)
             # one process a machine is enough
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 trial.require_same_in_another_process(env, task.env, _offered(task, seed), arguments_of(task.env_args))

@@ -15,13 +15,16 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from PIL import Image
 
-from dataset import VLMDataCollator, episode_row
-from environment import Episode
+from dataset import EpisodeBatch, VLMDataCollator, episode_row
+from environment import Episode, EpisodeSource
 from fleet.errors import RunStopped
-from fleet.evaluation.figures import Answers, EvaluationPlan
+from fleet.evaluation.figures import Answers, EvaluationPlan, Said
 from fleet.qwen.drafts import DraftMemory, within_budget
 from fleet.qwen.draws import named_uniforms
+from fleet.qwen.group_passes import base_qwen
+from fleet.qwen.observations import TURN_END
 from fleet.qwen.sampling_rules import SamplingRules
+from fleet.qwen.tool_answers import ToolAnswers, TurnSettings
 from fleet.qwen.tree_sampling import SamplingRequest, sample_batch
 from model_utils import answer_config, decode_completion, end_token_ids
 from utils.images import BadImage, image_digest, open_image
@@ -42,6 +45,9 @@ class AnswerSettings:
     repetition_penalty: float = 1.0
     min_completion_length: int = 0
     max_pixels: int | None = None  # budget of one image
+    allow_reasoning: bool = False
+    max_turns: int = 1
+    max_context: int | None = None  # tokens of a conversation; None for as many as the model has positions
     seed: int = 0  # of samples
 
 
@@ -54,16 +60,18 @@ class ModelPolicy:
         processor: Any,
         settings: AnswerSettings,
         *,
+        env: EpisodeSource | None = None,
         rank: int = 0,
         num_ranks: int = 1,
         on_progress: Callable[[int], object] = lambda num_rows: None,
         most_of_ranks: Callable[[int], int] = lambda count: count,
     ):
-        """model: unwrapped, on its device, in eval mode. on_progress: called with each number of rows newly done.
+        """model: unwrapped, on its device, in eval mode. env: whose tools answer, where rollouts have several turns.
 
-        most_of_ranks: of tree_sampling.sample_on_trees, where weights are sharded.
+        on_progress: called with each number of rows newly done. most_of_ranks: of tree_sampling.sample_on_trees, where
+        weights are sharded.
         """
-        self.model, self.processor, self.settings = model, processor, settings
+        self.model, self.processor, self.settings, self.env = model, processor, settings, env
         self.rank, self.num_ranks, self.on_progress = rank, num_ranks, on_progress
         self.most_of_ranks, self._memory = most_of_ranks, DraftMemory()
         self._greedy_answers: dict[tuple[str, ...], Answers] = {}
@@ -71,7 +79,8 @@ class ModelPolicy:
 
     def __call__(self, episodes: Sequence[Episode], num_samples: int) -> list[Answers]:
         """One greedy answer and `num_samples` samples of each episode, in order."""
-        if num_samples:
+        # what tools answer depends on more of an episode than its prompt
+        if num_samples or self.settings.max_turns > 1:
             return self._answer(episodes, num_samples)
         # greedy answers to one prompt are one answer: with blank pictures, prompts differ in their instruction alone
         keys = [self._prompt_key(episode) for episode in episodes]
@@ -113,21 +122,50 @@ class ModelPolicy:
             min_completion_length=settings.min_completion_length,
         )
         rules = SamplingRules(config)
+        answers = self._tool_answers(list(episodes.values()), batch)
         request = SamplingRequest(
             rules,
-            named_uniforms(settings.seed, 0, batch["numbers"], group_size, rules.max_tokens),
+            named_uniforms(settings.seed, 0, batch["numbers"], group_size, settings.max_turns * rules.max_tokens),
             # what this model said before is what it may say again
             [within_budget(self._memory.drafts()) for _ in episodes],
             padding_id=config.pad_token_id,
             num_greedy=1,
+            answers=answers,
+            turn_end_id=self.processor.tokenizer.convert_tokens_to_ids(TURN_END),
         )
         with torch.no_grad():
             found = sample_batch(self.model, batch, None, request, most_of_ranks=self.most_of_ranks)
-        completions = [ids for samples in found for ids in samples.completion_ids]
-        self._memory.add([ids for ids in completions if ids[-1] in ends], len(completions), 0.0)
-        texts = [decode_completion(self.processor, ids, ends) for ids in completions]
-        starts = range(0, len(texts), group_size)
-        return [Answers(texts[start], tuple(texts[start + 1 : start + group_size])) for start in starts]
+        rollouts = [turns for samples in found for turns in samples.turns]
+        turns = [ids for of_rollout in rollouts for ids in of_rollout]
+        self._memory.add([ids for ids in turns if ids[-1] in ends], len(turns), 0.0)
+        texts = [tuple(map(self._text_of, of_rollout)) for of_rollout in rollouts]
+        said: list[Said] = list(texts) if answers else [text for (text,) in texts]
+        starts = range(0, len(said), group_size)
+        return [Answers(said[start], tuple(said[start + 1 : start + group_size])) for start in starts]
+
+    def _tool_answers(self, episodes: Sequence[Episode], batch: EpisodeBatch) -> ToolAnswers | None:
+        settings = self.settings
+        if settings.max_turns == 1:
+            return None
+        assert self.env is not None, "several turns need an environment whose tools answer"
+        config = base_qwen(self.model).config.get_text_config()
+        return ToolAnswers(
+            self.env,
+            episodes,
+            batch["attention_mask"].sum(dim=1).tolist(),
+            self.processor,
+            self._text_of,
+            TurnSettings(
+                settings.max_turns,
+                settings.max_completion_length,
+                settings.max_context or config.max_position_embeddings,
+                settings.max_pixels,
+                settings.allow_reasoning,
+            ),
+        )
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        return decode_completion(self.processor, ids, end_token_ids(self.model))
 
     def _prompt_key(self, episode: Episode) -> tuple[str, ...]:
         """Equal for episodes whose messages are the same and whose pictures have the same pixels or files."""

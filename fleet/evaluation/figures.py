@@ -17,18 +17,22 @@ from fleet.episodes import BrokenEpisode
 from fleet.errors import RunStopped
 from fleet.evaluation.intervals import Estimate, exactly, paired_difference, pass_at_k, share
 from fleet.run_folder import EVALUATION_SCHEMA_VERSION, finite
-from fleet.verdicts import Verdict, chance_of, choices_of, outcome_names, solution_of, verdict_on
-from utils.tool_calls import ParseStatus
+from fleet.verdicts import Verdict, chance_of, choices_of, outcome_names, solutions_of, verdict_on
+from utils.tool_calls import ParseStatus, ToolCall
 
 CHANGED_AT_A_TIME = 64  # episodes; their changed pictures, eight or so each, are held in memory
+
+
+# the text of a rollout's only turn, or those of its turns
+Said = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Answers:
     """A policy's answers to one episode: the greedy one, and samples."""
 
-    greedy: str
-    samples: tuple[str, ...] = ()
+    greedy: Said
+    samples: tuple[Said, ...] = ()
 
 
 # (episodes, number of samples) -> an Answers for each episode, in order
@@ -48,6 +52,7 @@ class EvaluationPlan:
     allow_reasoning: bool = False
     prompt_style: str = "direct"
     max_pixels: int | None = None  # budget of one image, which changed pictures keep to as well
+    max_turns: int = 1
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def with_baseline(evaluation: Evaluation, baseline: Evaluation) -> Evaluation:
 def offered_controls(plan: EvaluationPlan) -> list[Control]:
     """The controls that the environment has, as its first episode with its gold answer shows."""
     first = controls.with_pictures_opened(plan.episodes[0], plan.max_pixels)
-    call = solution_of(plan.env, first)
+    call = _gold(plan, first)
     rng = random.Random(f"controls/{plan.seed}")
     return [control for control in Control if controls.checked_edit(plan.env, first, control, call, rng) is not None]
 
@@ -158,8 +163,13 @@ def confusion(judged: Iterable[tuple[str, str | None]], choices: Sequence[str]) 
     return counts
 
 
-def _judge(text: str, episode: Episode, plan: EvaluationPlan) -> Verdict:
-    return verdict_on(plan.env, episode, text, allow_reasoning=plan.allow_reasoning)
+def _judge(said: Said, episode: Episode, plan: EvaluationPlan) -> Verdict:
+    return verdict_on(plan.env, episode, said, allow_reasoning=plan.allow_reasoning, max_turns=plan.max_turns)
+
+
+def _gold(plan: EvaluationPlan, episode: Episode) -> ToolCall:
+    """The gold answer that has a verdict: of the last turn."""
+    return solutions_of(plan.env, episode, max_turns=plan.max_turns)[-1]
 
 
 def _changes(
@@ -172,7 +182,7 @@ def _changes(
     call = verdict.call if verdict.call is not None and verdict.is_valid_call else None
     for control in controls.OF_EVERY_ANSWER + (() if call is None else controls.OF_A_VALID_CALL):
         if control in offered:
-            given = call or solution_of(plan.env, episode)
+            given = call or _gold(plan, episode)
             if (change := controls.checked_edit(plan.env, episode, control, given, rng)) is not None:
                 yield control, change
 
@@ -186,7 +196,7 @@ def _figures_of_answers(plan: EvaluationPlan, verdicts: Sequence[Verdict]) -> di
     return {
         "greedy_accuracy": share(sum(verdict.is_right for verdict in verdicts), n).as_json(),
         "chance": exactly(sum(known) / n, n).as_json() if len(known) == n else None,
-        "outcome": {name: share(outcomes[name], n).as_json() for name in outcome_names(plan.env)},
+        "outcome": {name: share(outcomes[name], n).as_json() for name in outcome_names(plan.env, plan.max_turns)},
         "parse_status": {status.value: share(statuses[status], n).as_json() for status in ParseStatus},
         **_figures_of_choices(plan, verdicts),
     }
@@ -197,7 +207,7 @@ def _figures_of_choices(plan: EvaluationPlan, verdicts: Sequence[Verdict]) -> di
     offered = [choices_of(plan.env, episode) for episode in plan.episodes]
     choices = list(dict.fromkeys(choice for of_episode in offered for choice in of_episode))
     names = ("choices", "best_constant_choice", "accuracy_by_choice", "confusion")
-    rights = [str(solution_of(plan.env, episode)) for episode in plan.episodes]
+    rights = [str(_gold(plan, episode)) for episode in plan.episodes]
     if not choices or not set(rights) <= set(choices):
         return dict.fromkeys(names)
     said = [str(verdict.call) for verdict in verdicts]

@@ -73,6 +73,7 @@ def make_plan(
         allow_reasoning=held_out.allow_reasoning or prompt_style is not None,
         prompt_style="reasoning" if reasons else "direct",
         max_pixels=held_out.image_max_pixels,
+        max_turns=held_out.max_turns,
     )
 
 

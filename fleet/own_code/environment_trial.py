@@ -22,10 +22,20 @@ from environment import load_environment_class
 from fleet.controls import Control, checked_edit
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode
 from fleet.own_code.constructor import constructor_arguments
-from fleet.verdicts import chance_of, choices_of, drafts_of, solution_of, verdict_on_call
+from fleet.verdicts import (
+    Observation,
+    Verdict,
+    answer_to,
+    chance_of,
+    choices_of,
+    drafts_of,
+    problem_of_observation,
+    solutions_of,
+)
 from utils.child_process import command_of
 from utils.images import image_digest, open_image
 from utils.plain_text import require_plain_messages
+from utils.tool_calls import ToolCall
 
 # The episodes that are tried, and the order in which they are asked for again.
 TRIED, ASKED_AGAIN = (0, 1), (1, 0, 0, 1)
@@ -135,7 +145,7 @@ def _comparable(value: Any) -> Sequence[Any]:
     return [image_digest(entry).hex() if isinstance(entry, Image.Image) else deepcopy(entry) for entry in entries]
 
 
-def require_usable(env: EpisodeSource, max_pixels: int | None, literals: Collection[str]) -> None:
+def require_usable(env: EpisodeSource, max_pixels: int | None, literals: Collection[str], max_turns: int = 1) -> None:
     """Raises BrokenEpisode unless the first episodes can be shown, answered, judged, recorded and changed.
 
     max_pixels: budget of an image. Raises BadImage or OSError for one that does not open and is not in `env.images`.
@@ -149,30 +159,47 @@ def require_usable(env: EpisodeSource, max_pixels: int | None, literals: Collect
             if isinstance(image, Image.Image) or image not in listed:
                 open_image(image, max_pixels)
         require_plain_messages(episode.messages, f"episode {index}", literals)
-        _require_gold(env, episode, index)
+        golds = _require_golds(env, episode, index, max_turns)
         # as rollouts.jsonl records it
         json.dumps([episode.labels, episode.target, episode.messages])
         rng = random.Random(index)
         for control in Control:
-            checked_edit(env, episode, control, solution_of(env, episode), rng)
+            checked_edit(env, episode, control, golds[-1], rng)
     if json.dumps(list(env.tools)) != tools:
         raise BrokenEpisode("tools is not the same after two episodes; it is shown to the model once: keep it as it is")
 
 
-def _require_gold(env: EpisodeSource, episode: Episode, index: int) -> None:
-    """Raises BrokenEpisode unless the gold answer is right, not every choice is, and chance and drafts are sound."""
-    gold = solution_of(env, episode)
-    verdict = verdict_on_call(env, episode, gold)
+def _require_golds(env: EpisodeSource, episode: Episode, index: int, max_turns: int) -> list[ToolCall]:
+    """The gold answers of the episode's turns.
+
+    Raises BrokenEpisode unless the last is right, not every choice in its place is, and chance and drafts are sound.
+    """
+    golds = solutions_of(env, episode, max_turns=max_turns)
+    verdict = answer_to(env, episode, golds, max_turns=max_turns)
+    if not isinstance(verdict, Verdict):
+        raise BrokenEpisode(
+            f"episode {index}: there is no verdict after {len(golds)} gold answers, the last of them {golds[-1]}; pass "
+            "a greater --max_turns, or correct solution() or respond()"
+        )
     if not verdict.is_right:
         raise BrokenEpisode(
-            f"episode {index}: its solution, {gold}, is judged {verdict.outcome}, which is not right; correct "
+            f"episode {index}: its solution, {golds[-1]}, is judged {verdict.outcome}, which is not right; correct "
             "solution() or respond()"
         )
+    for end in range(1, len(golds)):
+        observation = answer_to(env, episode, golds[:end], max_turns=max_turns)
+        if isinstance(observation, Observation) and (problem := problem_of_observation(observation)) is not None:
+            raise BrokenEpisode(f"episode {index}: the answer to {golds[end - 1]} cannot be shown: {problem}")
     chance_of(env, episode), drafts_of(env, episode)
     choices = [*env.choices(episode)] if choices_of(env, episode) else []
-    others = [verdict_on_call(env, episode, call) for call in choices if str(call) != str(gold)]
-    if others and all(other.is_right for other in others):
+    others = [
+        answer_to(env, episode, [*golds[:-1], call], max_turns=max_turns)
+        for call in choices
+        if str(call) != str(golds[-1])
+    ]
+    if others and all(isinstance(other, Verdict) and other.is_right for other in others):
         raise BrokenEpisode(f"episode {index}: every choice is right, so nothing can be learnt; correct respond()")
+    return golds
 
 
 def main() -> None:

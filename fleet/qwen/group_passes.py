@@ -39,12 +39,17 @@ def why_not_to_pack(attention: str, work: WorkComparison) -> str | None:
     if work.packed_flops >= work.unpacked_flops:
         ratio = work.packed_flops / work.unpacked_flops
         return f"completions this long beside their prompts make packed rows {ratio:.1f} times the work"
-    if work.largest_mask_pairs > MAX_MASK_PAIRS[attention]:
-        return (
-            f"a packed step would have a mask of {work.largest_mask_pairs:,} pairs, wanted at most "
-            f"{MAX_MASK_PAIRS[attention]:,}; lower --per_device_batch_size or --max_completion_length"
-        )
-    return None
+    return problem_of_mask(attention, work)
+
+
+def problem_of_mask(attention: str, work: WorkComparison) -> str | None:
+    """The reason why a packed step's mask is too large, with the remedy; None if it is not. The arguments as above."""
+    if work.largest_mask_pairs <= MAX_MASK_PAIRS[attention]:
+        return None
+    return (
+        f"a packed step would have a mask of {work.largest_mask_pairs:,} pairs, wanted at most "
+        f"{MAX_MASK_PAIRS[attention]:,}; lower --per_device_batch_size or --max_completion_length"
+    )
 
 
 def tree_prompts(model: nn.Module, batch: Mapping[str, Any]) -> Prompts:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fleet.qwen.token_tree import GivenToken
 from utils.images import image_digest
 
-# behind the <|im_end|> that ends a turn of the model's
+TURN_END = "<|im_end|>"  # of the model's own turn, behind which a tool may answer
 OPENING = "\n<|im_start|>user\n<tool_response>\n"
 CLOSING = "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"

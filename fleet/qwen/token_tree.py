@@ -90,6 +90,10 @@ class Branches:
             nodes.append(node)
         return nodes
 
+    def add_sampled(self, path: Sequence[PathToken]) -> list[int]:
+        """`add`, but returns the nodes of the tokens that were sampled alone."""
+        return [node for node, token in zip(self.add(path), path, strict=True) if not isinstance(token, GivenToken)]
+
     def path_to(self, node: int) -> list[PathToken]:
         """The tokens from the prompt's end to a node, with its own."""
         path = []
@@ -182,13 +186,7 @@ def tree_of_rollouts(
     """P x G completions of any lengths behind their prompts. Only nodes with children have slots: the rest predict
     nothing. Raises ValueError if there are not as many groups as prompts."""
     groups = [Branches() for _ in completions]
-    nodes = [
-        [
-            [node for node, token in zip(group.add(path), path, strict=True) if not isinstance(token, GivenToken)]
-            for path in paths
-        ]
-        for group, paths in zip(groups, completions, strict=True)
-    ]
+    nodes = [[group.add_sampled(path) for path in paths] for group, paths in zip(groups, completions, strict=True)]
     return lay_out(prompts, groups, nodes, padding_id=padding_id)
 
 

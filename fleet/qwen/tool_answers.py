@@ -19,7 +19,7 @@ from fleet.qwen.observations import Picture, encode_observation
 from fleet.qwen.token_tree import GivenToken
 from fleet.qwen.vision_cache import VisionCache
 from fleet.verdicts import Observation, answer_to, problem_of_observation
-from utils.images import open_image
+from utils.images import image_digest, name_of_picture, open_image
 from utils.tool_calls import ToolCall, parse_call_str
 
 
@@ -44,6 +44,11 @@ class ShownObservation:
     text: str
     images: list[Image.Image]
     tokens: list[GivenToken] = field(repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The files in a run's folder that keep its pictures."""
+        return tuple(name_of_picture(image_digest(image)) for image in self.images)
 
 
 class ToolAnswers:

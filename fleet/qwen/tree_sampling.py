@@ -82,6 +82,12 @@ class Samples:
     num_ended_in_first: int  # of the B
     first: FirstPass | None
 
+    @property
+    def turns(self) -> list[list[list[int]]]:
+        """B; the sampled tokens of each turn."""
+        rows = zip(map(iter, self.completion_ids), self.turn_lengths, strict=True)
+        return [[list(itertools.islice(ids, length)) for length in lengths] for ids, lengths in rows]
+
 
 def sample_batch(
     model: nn.Module,

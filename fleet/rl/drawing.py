@@ -20,8 +20,11 @@ from dataset import EpisodeBatch, prompts_of_rollouts, repeat_episodes
 from fleet.processes import most_of_ranks
 from fleet.qwen.drafts import DraftMemory, Drafts, within_budget
 from fleet.qwen.draws import named_uniforms
-from fleet.qwen.group_passes import base_qwen, encode_image
+from fleet.qwen.group_passes import MAX_MASK_PAIRS, base_qwen, encode_image
+from fleet.qwen.observations import TURN_END
 from fleet.qwen.sampling_rules import SamplingRules
+from fleet.qwen.token_tree import PathToken
+from fleet.qwen.tool_answers import ToolAnswers
 from fleet.qwen.tree_sampling import Samples, SamplingRequest, sample_batch
 from fleet.qwen.vision_cache import VisionCache
 from fleet.rl.first_pass import why_not_one_pass
@@ -45,6 +48,8 @@ class Drawn:
     completion_ids: list[list[int]]  # B
     logps: list[list[float]] | None = None  # B; of each token under the distribution that it was drawn from
     samples: Samples | None = None  # where they were drawn on trees, in one piece
+    turn_lengths: list[list[int]] | None = None  # B; of each turn, where there may be several
+    paths: list[list[PathToken]] | None = None  # B; with what was given between turns
 
 
 class Drawing(ResumableTrainer):
@@ -85,6 +90,11 @@ class Drawing(ResumableTrainer):
             self.accelerator.unwrap_model(self.ref_model).set_attn_implementation({"vision_config": vision})
         self._media_ids = set(media_ids)
         self._attention = base_qwen(policy).config.get_text_config()._attn_implementation
+        if settings.max_turns > 1 and not (self.draws_on_trees and self._attention in MAX_MASK_PAIRS):
+            raise ValueError(
+                f"max_turns={settings.max_turns} needs sampling behind a shared prompt, in Fleet's own loop; drop "
+                "use_vllm, shared_prefix false and flash attention"
+            )
         self._told: set[str] = set()
         self._share_ended_in_first = 0.0  # of the latest generation's rollouts, over all devices
 
@@ -118,15 +128,21 @@ class Drawing(ResumableTrainer):
         self._add_metrics({"vision_cache/hit_rate": 1 - sum(num_unknown_by_rank) / num_images})
         return features
 
-    def _draw(self, batch: EpisodeBatch, features: list[Tensor] | None, guesses: Sequence[Sequence[str]] = ()) -> Drawn:
-        """B completions as token ids, each up to and with its first end token."""
+    def _draw(
+        self,
+        batch: EpisodeBatch,
+        features: list[Tensor] | None,
+        guesses: Sequence[Sequence[str]] = (),
+        answers: ToolAnswers | None = None,
+    ) -> Drawn:
+        """B completions as token ids, each turn up to and with its first end token. answers: None for one turn."""
         if self.vllm is not None:
             return Drawn(*self.vllm.sample(batch, self.state.global_step))
         if not self.draws_on_trees:
             rows = repeat_episodes(batch, 0, len(batch["episodes"]))
             fields = {key: rows[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
             return Drawn(self._generate_single_turn(*prompts_of_rollouts(batch), fields))
-        return self._draw_on_trees(batch, features, self._drafts(batch, guesses))
+        return self._draw_on_trees(batch, features, self._drafts(batch, guesses), answers)
 
     def _drafts(self, batch: EpisodeBatch, guesses: Sequence[Sequence[str]]) -> Drafts:
         """What may be said behind each prompt: the environment's guesses, then what the run's policy says most."""
@@ -137,17 +153,21 @@ class Drawing(ResumableTrainer):
         ended = [[[*ids, self.eos_token_ids[0]] for ids in group] for group in encoded]
         return [within_budget([*group, *remembered]) for group in ended]
 
-    def _draw_on_trees(self, batch: EpisodeBatch, features: list[Tensor] | None, drafts: Drafts) -> Drawn:
+    def _draw_on_trees(
+        self, batch: EpisodeBatch, features: list[Tensor] | None, drafts: Drafts, answers: ToolAnswers | None
+    ) -> Drawn:
         rules = SamplingRules(self.generation_config)
-        size = self.num_generations
+        size, num_places = self.num_generations, self.settings.max_turns * rules.max_tokens
         names = self.args.seed, self.state.global_step, batch["numbers"]
-        uniforms_PGT = named_uniforms(*names, num_rollouts=size, num_places=rules.max_tokens)
+        uniforms_PGT = named_uniforms(*names, num_rollouts=size, num_places=num_places)
         request = SamplingRequest(
             rules,
             uniforms_PGT,
             drafts,
             padding_id=self._tokenizer.pad_token_id,
             num_greedy=0 if rules.config.do_sample else size,
+            answers=answers,
+            turn_end_id=self._tokenizer.convert_tokens_to_ids(TURN_END),
         )
         with (
             unwrap_model_for_generation(
@@ -171,6 +191,8 @@ class Drawing(ResumableTrainer):
             [ids for samples in found for ids in samples.completion_ids],
             [logps for samples in found for logps in samples.logps],
             found[0] if len(found) == 1 else None,
+            turn_lengths=[lengths for samples in found for lengths in samples.turn_lengths],
+            paths=[path for samples in found for path in samples.paths],
         )
 
     def _most_of_ranks(self, count: int) -> int:
@@ -208,6 +230,8 @@ class Drawing(ResumableTrainer):
 
     def _why_not_one_pass(self) -> str | None:
         """The reason why sampling's first pass cannot be the one that is trained on; None if it can."""
+        if self.settings.max_turns > 1:
+            return "rollouts have several turns"
         return why_not_one_pass(self.args, self.accelerator.unwrap_model(self.model), self._attention)
 
     def _tries_one_pass(self) -> bool:

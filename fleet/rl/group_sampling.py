@@ -5,8 +5,9 @@ Knows nothing of how they are drawn, no reward and no loss.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from accelerate.utils import gather_object
@@ -14,9 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dataset import EpisodeBatch
+from fleet.errors import RunStopped
 from fleet.qwen.flops import add_up, compare_work
-from fleet.qwen.group_passes import tree_prompts, why_not_to_pack
-from fleet.qwen.token_tree import Branches, Prompts, lay_out
+from fleet.qwen.group_passes import problem_of_mask, tree_prompts, why_not_to_pack
+from fleet.qwen.observations import Picture
+from fleet.qwen.token_tree import Branches, PathToken, Prompts, lay_out
+from fleet.qwen.tool_answers import ToolAnswers
 from fleet.qwen.tree_sampling import Samples
 from fleet.rl.drawing import Drawing
 from fleet.rl.first_pass import as_wide_as, scores_of_first_pass
@@ -39,9 +43,16 @@ class SampledGroups:
     prompts: Prompts
     branches: list[Branches]  # P; of the completions that are not masked
     nodes: list[list[list[int]]]  # P x G; of each of their tokens
+    turn_lengths: list[list[int]]  # B; sampled tokens of each turn
+    pictures: Mapping[bytes, Picture]  # that tools have shown, by digest
     image_features: list[Tensor] | None  # one an image from the vision cache, or None for the encoder to run
     is_packed: bool  # a forward pass has each group as one row
     first_scores: tuple[Tensor, Tensor] | None  # (B, T) log-probabilities, with gradient, and entropies of round 1
+
+    def turns_of(self, rollout: int) -> list[list[int]]:
+        """The sampled tokens of each of a rollout's turns."""
+        ids = iter(self.completion_ids[rollout])
+        return [list(islice(ids, length)) for length in self.turn_lengths[rollout]]
 
     def rows_of(self, groups: slice) -> slice:
         """The rollouts of these groups among the B."""
@@ -55,13 +66,16 @@ class GroupSampling(Drawing):
     def _groups_per_step(self) -> int:
         return self.args.per_device_train_batch_size // self.num_generations
 
-    def _sample(self, batch: EpisodeBatch, guesses: Sequence[Sequence[str]]) -> SampledGroups:
+    def _sample(
+        self, batch: EpisodeBatch, guesses: Sequence[Sequence[str]], answers: ToolAnswers | None = None
+    ) -> SampledGroups:
         """G completions of each episode, with the inputs of their scoring passes. Every rank takes part.
 
-        guesses: of each episode, completions that its environment thinks likely.
+        guesses: of each episode, completions that its environment thinks likely. answers: of its tools, where a
+        rollout may have several turns.
         """
         features = self._image_features(batch)
-        drawn = self._draw(batch, features, guesses)
+        drawn = self._draw(batch, features, guesses, answers)
         completion_ids = self._usable(drawn.completion_ids)
         logps = None if drawn.logps is None else _as_long_as(completion_ids, drawn.logps)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
@@ -74,7 +88,8 @@ class GroupSampling(Drawing):
         if self.mask_truncated_completions:
             mask_BT = mask_BT * torch.tensor(is_ended, device=device).unsqueeze(1)
         prompts = tree_prompts(self.accelerator.unwrap_model(self.model), batch)
-        branches, nodes = self._trees(completion_ids, mask_BT)
+        paths, turn_lengths = (None, None) if answers is None else (drawn.paths, drawn.turn_lengths)
+        branches, nodes = self._trees(paths or completion_ids, mask_BT)
         is_packed = self._chooses_packing(batch, mask_BT, branches)
         first_scores = None
         if drawn.samples is not None and is_packed:
@@ -90,6 +105,8 @@ class GroupSampling(Drawing):
             prompts=prompts,
             branches=branches,
             nodes=nodes,
+            turn_lengths=turn_lengths or [[len(ids)] for ids in completion_ids],
+            pictures={} if answers is None else answers.pictures,
             image_features=features,
             is_packed=is_packed,
             first_scores=first_scores,
@@ -112,12 +129,12 @@ class GroupSampling(Drawing):
         return scores_of_first_pass(samples, branches, tree, self.temperature)
 
     def _trees(
-        self, completion_ids: Sequence[Sequence[int]], mask_BT: Tensor
+        self, paths: Sequence[Sequence[PathToken]], mask_BT: Tensor
     ) -> tuple[list[Branches], list[list[list[int]]]]:
-        """The P trees of the completions that are not masked, and the nodes of each rollout's tokens."""
-        paths = [ids if is_kept else [] for ids, is_kept in zip(completion_ids, mask_BT[:, 0].tolist(), strict=True)]
-        branches = [Branches() for _ in range(len(paths) // self.num_generations)]
-        nodes = [branches[place // self.num_generations].add(path) for place, path in enumerate(paths)]
+        """The P trees of the completions that are not masked, and the nodes of each rollout's sampled tokens."""
+        kept = [path if is_kept else [] for path, is_kept in zip(paths, mask_BT[:, 0].tolist(), strict=True)]
+        branches = [Branches() for _ in range(len(kept) // self.num_generations)]
+        nodes = [branches[place // self.num_generations].add_sampled(path) for place, path in enumerate(kept)]
         size = self.num_generations
         return branches, [nodes[first : first + size] for first in range(0, len(nodes), size)]
 
@@ -146,7 +163,7 @@ class GroupSampling(Drawing):
         own = compare_work(
             self.model.config,
             batch["attention_mask"].sum(dim=1).tolist(),
-            [(sum(map(bool, group.children[1:])), len(group) - 1) for group in branches],
+            [(sum(map(bool, group.children[1:])), len(group.sampled_nodes())) for group in branches],
             group_size=self.num_generations,
             padded_lengths=(batch["input_ids"].shape[1], mask_BT.shape[1]),
             grids_thw=batch["image_grid_thw"].tolist(),
@@ -154,6 +171,11 @@ class GroupSampling(Drawing):
             groups_per_step=self._groups_per_step,
         )
         work = add_up(gather_object([own]))
+        if self.settings.max_turns > 1:
+            # rows of TRL's own hold no tool's answer
+            if (problem := problem_of_mask(self._attention, work)) is not None:
+                raise RunStopped(problem)
+            return True
         reason = why_not_to_pack(self._attention, work)
         if reason is not None:
             self._tell_once("unpacked", f"shared prefix: this generation is trained on as TRL does it: {reason}")

@@ -3,20 +3,24 @@
 Unlike TRL, completions are judged with special tokens visible (TRL strips them), and once each.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 from trl.trainer.utils import nanstd
 
 from dataset import EpisodeBatch, count_faults, require_episodes
 from environment import Episode, EpisodeSource
 from fleet.own_code.reward_process import RewardProcess
+from fleet.qwen.group_passes import base_qwen
+from fleet.qwen.tool_answers import ToolAnswers, TurnSettings
 from fleet.rl.group_sampling import SampledGroups
 from fleet.rl.guards import RewardGuard, StepGuard
-from fleet.rl.rollouts import RolloutRecord, episode_records, make_records
+from fleet.rl.rollouts import RolloutRecord, TurnRecord, episode_records, make_records
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.spared_passes import SparedPasses
 from fleet.verdicts import Verdict, drafts_on, verdicts_on
@@ -37,6 +41,7 @@ class Rollouts:
     ref_logps_BT: Tensor | None = None  # float32, with beta > 0
     old_logps_BT: Tensor | None = None  # float32, where needs_old_logps
     kl_and_tokens_2: Tensor | None = None  # float32 sums so far, with beta > 0
+    pictures_of_tools: dict[str, Image.Image] = field(default_factory=dict)  # that answers held, by the records' names
     teaches_P: list[bool] | None = None  # False where the advantages are 0 on every device; known from the start alone
 
 
@@ -73,26 +78,80 @@ class Judging(SparedPasses):
             self._add_metrics({"images/episodes_replaced": float(num_replaced)})
         return guesses
 
-    def _judge_and_reward(self, sampled: SampledGroups) -> Rollouts:
+    def _tool_answers(self, batch: EpisodeBatch) -> ToolAnswers | None:
+        """What tools answer to this device's groups; None where a rollout has one turn."""
+        settings = self.settings
+        if settings.max_turns == 1:
+            return None
+        config = base_qwen(self.accelerator.unwrap_model(self.model)).config.get_text_config()
+        return ToolAnswers(
+            self.env,
+            batch["episodes"],
+            batch["attention_mask"].sum(dim=1).tolist(),
+            self.processing_class,
+            self._text_of,
+            TurnSettings(
+                settings.max_turns,
+                self.args.max_completion_length,
+                settings.max_context or config.max_position_embeddings,
+                settings.image_max_pixels,
+                settings.allow_reasoning,
+            ),
+            self.vision_cache,
+        )
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        return decode_completion(self.processing_class, ids, self.eos_token_ids)
+
+    def _judge_and_reward(self, sampled: SampledGroups, answers: ToolAnswers | None) -> Rollouts:
         """This device's completions, each judged once and rewarded; logs the rewards of all devices.
 
         Raises RunStopped on all processes if the environment or the user's reward function is broken on any.
         """
-        batch, processor = sampled.batch, self.processing_class
+        batch, max_turns = sampled.batch, self.settings.max_turns
         episodes_B = [episode for episode in batch["episodes"] for _ in range(batch["group_size"])]
-        completions = [decode_completion(processor, ids, self.eos_token_ids) for ids in sampled.completion_ids]
+        texts_B = [list(map(self._text_of, sampled.turns_of(place))) for place in range(len(episodes_B))]
+        completions = ["\n".join(texts) for texts in texts_B]
         reasons = self.settings.allow_reasoning
-        verdicts, broken = verdicts_on(self.env, episodes_B, completions, allow_reasoning=reasons)
-        seen, unseen = episode_records(self.env, batch["episodes"], batch["image_digests"], batch["numbers"])
-        require_episodes(gather_object([[broken, unseen]]))
+        said = completions if max_turns == 1 else texts_B
+        verdicts, broken = verdicts_on(self.env, episodes_B, said, allow_reasoning=reasons, max_turns=max_turns)
+        seen, unseen = episode_records(self.env, batch["episodes"], batch["image_digests"], batch["numbers"], max_turns)
+        unanswered = None if answers is None else answers.broken
+        require_episodes(gather_object([[unanswered, broken, unseen]]))
         rewards, first_dropped = self._rewards(sampled, episodes_B, completions, verdicts)
         self.step_guard.begin_generation(first_dropped)
         rewards_B = torch.tensor(rewards, device=self.accelerator.device) * self.reward_weights[0].item()
         self._log_rewards(self.accelerator.gather(rewards_B))
+        turns, pictures = (None, {}) if answers is None else self._turn_records(sampled, answers)
         records = make_records(
-            seen, completions, verdicts, rewards_B.tolist(), sampled.completion_ids, sampled.sampler_logps
+            seen, completions, verdicts, rewards_B.tolist(), sampled.completion_ids, sampled.sampler_logps, turns
         )
-        return Rollouts(sampled, records, rewards_B, advantages_B=torch.zeros_like(rewards_B))
+        return Rollouts(
+            sampled, records, rewards_B, advantages_B=torch.zeros_like(rewards_B), pictures_of_tools=pictures
+        )
+
+    def _turn_records(
+        self, sampled: SampledGroups, answers: ToolAnswers
+    ) -> tuple[list[list[TurnRecord]], dict[str, Image.Image]]:
+        """The turns of this device's rollouts with what tools answered, and the pictures in the answers, by name.
+
+        Says once if an answer could not be shown. Every rank takes part.
+        """
+        problem = next((first for (first, *_) in filter(None, gather_object([answers.problems[:1]]))), None)
+        if problem is not None:
+            self._tell_once("bad observation", f"a tool's answer cannot be shown, which ends a rollout: {problem}")
+        records, pictures = list[list[TurnRecord]](), dict[str, Image.Image]()
+        for place in range(len(sampled.completion_ids)):
+            turns = sampled.turns_of(place)
+            observations = answers.observations(place // self.num_generations, turns[:-1])
+            of_rollout = [
+                TurnRecord(self._text_of(ids), len(ids), observation.text, observation.names)
+                for ids, observation in zip(turns, observations, strict=False)
+            ]
+            records.append([*of_rollout, TurnRecord(self._text_of(turns[-1]), len(turns[-1]))])
+            for observation in observations:
+                pictures |= zip(observation.names, observation.images, strict=True)
+        return records, pictures
 
     def _rewards(
         self, sampled: SampledGroups, episodes_B: list[Episode], completions: list[str], verdicts: list[Verdict]

@@ -63,7 +63,8 @@ class PolicyPasses(GroupSampling):
             sampled.nodes[groups],
             padding_id=self._tokenizer.pad_token_id,
         )
-        images = image_inputs(sampled.batch, groups, sampled.image_features)
+        behind = [[sampled.pictures[digest] for digest in row] for row in tree.pictures]
+        images = image_inputs(sampled.batch, groups, sampled.image_features, behind)
         with self.accelerator.autocast():
             scores = score_tree(model, tree, images, self._attention, self.temperature)
         logps_BT, entropies_BT = (by_rollout(values, tree).flatten(0, 1) for values in scores)
@@ -111,6 +112,7 @@ class PolicyPasses(GroupSampling):
                 model,
                 self.processing_class,
                 settings,
+                env=plan.env,
                 **place,
                 on_progress=lambda num_rows: self.on_activity("evaluation"),
                 most_of_ranks=self._most_of_ranks,

@@ -13,7 +13,8 @@ from typing import Any, Self
 from environment import Episode, EpisodeSource, Message
 from fleet.episodes import BrokenEpisode
 from fleet.run_folder import finite
-from fleet.verdicts import CORRECT, VALID_CALL, Verdict, choices_of, solution_of
+from fleet.verdicts import CORRECT, VALID_CALL, Verdict, choices_of, solutions_of
+from utils.images import name_of_picture
 from utils.tool_calls import ParseStatus, ToolCall
 
 
@@ -37,9 +38,20 @@ class EpisodeRecord:
 
 
 @dataclass(frozen=True)
+class TurnRecord:
+    """One turn of a rollout, and what a tool answered behind it: text and file names, or None where none did."""
+
+    completion: str
+    num_tokens: int  # sampled
+    observation: str | None = None
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RolloutRecord:
     """One completion with its verdict, made when it is rewarded; every consumer reads this record.
 
+    completion: what was sampled, turn by turn, each in a line of its own. turns: where there may be several, else ().
     reward: NaN where it was dropped. advantage: over the siblings' mean, after any KL term; NaN until that is known.
     token_ids: as sampled. logps: of each token under the distribution that it was drawn from; () where unknown.
     """
@@ -51,6 +63,25 @@ class RolloutRecord:
     advantage: float = math.nan
     token_ids: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()
+    turns: tuple[TurnRecord, ...] = ()
+
+    @property
+    def turn_ids(self) -> list[tuple[int, ...]]:
+        """The token ids of each turn."""
+        ids = iter(self.token_ids)
+        return [tuple(islice(ids, turn.num_tokens)) for turn in self.turns] if self.turns else [self.token_ids]
+
+    @property
+    def conversation(self) -> str:
+        """The turns in one text, and between them in brackets what a tool answered; the completion, if there is one."""
+        pieces = []
+        for turn in self.turns:
+            pieces.append(turn.completion)
+            if turn.observation is not None:
+                count = len(turn.images)
+                shown = f", {count} picture{'s' * (count > 1)}" if count else ""
+                pieces.append(f"[tool: {turn.observation}{shown}]")
+        return " ".join(pieces) if self.turns else self.completion
 
     @property
     def chosen(self) -> str | None:
@@ -88,6 +119,7 @@ class GroupRecord:
                     "advantage": finite(rollout.advantage),
                     "token_ids": list(rollout.token_ids),
                     "logps": [finite(round(logp, 6)) for logp in rollout.logps],
+                    **({"turns": [asdict(turn) for turn in rollout.turns]} if rollout.turns else {}),
                 }
                 for rollout in self.rollouts
             ],
@@ -131,7 +163,8 @@ def _rollout_from_json(episode: EpisodeRecord, line: dict[str, Any]) -> RolloutR
     logps = tuple(math.nan if logp is None else float(logp) for logp in line.get("logps", ()))
     if logps and len(logps) != len(token_ids):
         raise ValueError(f"a rollout has {len(token_ids)} tokens and {len(logps)} log-probabilities")
-    return RolloutRecord(episode, str(line["completion"]), verdict, reward, advantage, token_ids, logps)
+    turns = tuple(TurnRecord(**turn | {"images": tuple(turn["images"])}) for turn in line.get("turns", ()))
+    return RolloutRecord(episode, str(line["completion"]), verdict, reward, advantage, token_ids, logps, turns)
 
 
 def episode_records(
@@ -139,14 +172,15 @@ def episode_records(
     episodes: Sequence[Episode],
     image_digests: Sequence[bytes],
     numbers: Sequence[int] | None = None,
+    max_turns: int = 1,
 ) -> tuple[list[EpisodeRecord], str | None]:
     """(the record of each of P episodes, None); with the reason why the environment is broken, the records before it.
 
     image_digests: of all the episodes' pictures, in order. numbers: of the episodes in the data set. An
-    environment is broken that has no sound choices or
-    solution for an episode.
+    environment is broken that has no sound choices or solution for an episode; the solution of several turns is the
+    last one's.
     """
-    names = (f"{digest.hex()[:16]}.webp" for digest in image_digests)
+    names = map(name_of_picture, image_digests)
     seen: list[EpisodeRecord] = []
     try:
         known: Sequence[int | None] = [None] * len(episodes) if numbers is None else numbers
@@ -159,7 +193,7 @@ def episode_records(
                     episode.labels,
                     tuple(islice(names, episode.num_candidates)),
                     choices_of(env, episode),
-                    str(solution_of(env, episode)),
+                    str(solutions_of(env, episode, max_turns=max_turns)[-1]),
                     number,
                 )
             )
@@ -175,14 +209,18 @@ def make_records(
     rewards: Sequence[float],
     token_ids: Sequence[Sequence[int]] | None = None,
     logps: Sequence[Sequence[float]] | None = None,
+    turns: Sequence[Sequence[TurnRecord]] | None = None,
 ) -> list[RolloutRecord]:
     """The records of P groups of completions, group after group; all but `seen` are B, one a rollout."""
     seen_B = [record for record in seen for _ in range(len(completions) // len(seen))]
     unknown: list[tuple[()]] = [()] * len(completions)
-    rows = zip(seen_B, completions, verdicts, rewards, token_ids or unknown, logps or unknown, strict=True)
+    of_tokens = token_ids or unknown, logps or unknown, turns or unknown
+    rows = zip(seen_B, completions, verdicts, rewards, *of_tokens, strict=True)
     return [
-        RolloutRecord(episode, text, verdict, reward, token_ids=tuple(ids), logps=tuple(logps_of_ids))
-        for episode, text, verdict, reward, ids, logps_of_ids in rows
+        RolloutRecord(
+            episode, text, verdict, reward, token_ids=tuple(ids), logps=tuple(logps_of_ids), turns=tuple(of_rollout)
+        )
+        for episode, text, verdict, reward, ids, logps_of_ids, of_rollout in rows
     ]
 
 
@@ -217,7 +255,7 @@ def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int, outcomes
     `accuracy`; `valid_call`; `outcome/<outcome>` and `parse/<status>`, each family summing to 1; `groups/all_right`,
     `groups/all_wrong`, `groups/mixed`, also summing to 1, from the verdicts alone: only mixed groups teach
     what is right; where the task has choices, `chosen/<c>`, the share of all rollouts that chose c, and `correct/<c>`,
-    the share for which c was right. outcomes: the names of all that there are.
+    the share for which c was right; `turns/mean`, where there may be several. outcomes: the names of all there are.
     Raises ValueError unless the rollouts fill one or more whole groups.
     """
     if not rollouts or len(rollouts) % group_size:
@@ -232,8 +270,10 @@ def rollout_metrics(rollouts: Sequence[RolloutRecord], group_size: int, outcomes
     rights_per_group = [sum(rights[start : start + group_size]) for start in range(0, len(rights), group_size)]
     num_groups, total = len(rights_per_group), len(rollouts)
     all_right, all_wrong = rights_per_group.count(group_size), rights_per_group.count(0)
+    num_turns = [len(rollout.turns) for rollout in rollouts]
     return {
         "accuracy": sum(rights) / total,
+        **({"turns/mean": sum(num_turns) / total} if any(num_turns) else {}),
         "valid_call": sum(verdict.is_valid_call for verdict in verdicts) / total,
         **{f"outcome/{outcome}": counts[outcome] / total for outcome in outcomes},
         **{f"parse/{status}": statuses[status] / total for status in ParseStatus},

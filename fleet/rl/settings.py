@@ -15,6 +15,9 @@ class TrainerSettings:
     max_skipped_steps: int = 5  # in a row that taught nothing, after which training ends
     shared_prefix: bool = True  # each prompt is computed once a group, where that is less work; else TRL's own passes
     vision_cache_bytes: int = 0  # host memory for the features of images, where the vision tower is frozen
+    max_turns: int = 1  # of a rollout; from 2 on, tools may answer before the verdict
+    max_context: int | None = None  # tokens of a conversation; None for as many as the model has positions
+    image_max_pixels: int | None = None  # budget of one picture that a tool shows
     vllm_max_logprob_gap: float = 0.1  # see VLLMSampler
 
 

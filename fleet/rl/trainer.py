@@ -121,9 +121,11 @@ class FleetRLOOTrainer(Judging):
         Every rank takes part.
         """
         self.on_activity("generation")
-        sampled = self._sample(batch, self._require_shown(batch))
+        guesses = self._require_shown(batch)
+        answers = self._tool_answers(batch)
+        sampled = self._sample(batch, guesses, answers)
         self.on_activity("rewards")
-        rollouts = self._judge_and_reward(sampled)
+        rollouts = self._judge_and_reward(sampled, answers)
         self.on_activity("scoring")
         every_group = slice(0, len(batch["episodes"]))
         if self.beta != 0.0:
@@ -173,15 +175,16 @@ class FleetRLOOTrainer(Judging):
             for record, advantage in zip(rollouts.records, rollouts.advantages_B.tolist(), strict=True)
         ]
         images = rollouts.sampled.batch["images"]
-        self.latest_pictures = {
+        self.latest_pictures = rollouts.pictures_of_tools | {
             name: picture
             for record, pictures in zip(records[:: self.num_generations], images, strict=True)
             for name, picture in zip(record.episode.images, pictures, strict=True)
         }
         self.latest_rollouts = tuple(gather_object(records))
-        self.remember([record.token_ids for record in self.latest_rollouts])
+        self.remember([ids for record in self.latest_rollouts for ids in record.turn_ids])
         self._num_rollouts_since_log += len(self.latest_rollouts)
-        self._add_metrics(rollout_metrics(self.latest_rollouts, self.num_generations, outcome_names(self.env)))
+        names = outcome_names(self.env, self.settings.max_turns)
+        self._add_metrics(rollout_metrics(self.latest_rollouts, self.num_generations, names))
         if rollouts.kl_and_tokens_2 is not None:
             kl, num_tokens = self.accelerator.reduce(rollouts.kl_and_tokens_2, reduction="sum").tolist()
             self._add_metrics({"kl": kl / max(num_tokens, 1)})

@@ -21,7 +21,7 @@ from utils.plain_text import printable
 
 def distinct_rollouts(rollouts: Sequence[RolloutRecord], max_rows: int = 4) -> list[RolloutRecord]:
     """A few different completions, one of each outcome first."""
-    distinct = {(rollout.episode, rollout.completion): rollout for rollout in reversed(rollouts)}
+    distinct = {(rollout.episode, rollout.conversation): rollout for rollout in reversed(rollouts)}
     first_of_outcome = {rollout.verdict.outcome: rollout for rollout in distinct.values()}
     others = [rollout for rollout in distinct.values() if rollout not in first_of_outcome.values()]
     return [*first_of_outcome.values(), *others][:max_rows]
@@ -42,7 +42,7 @@ def sample_table(rollouts: Sequence[RolloutRecord], step: int) -> str:
         style = "green" if verdict.is_right else "yellow" if verdict.is_valid_call else "red"
         table.add_row(
             Text(_cut(f"{episode.solution} ({episode.target})" if episode.target else episode.solution)),
-            Text(_cut(rollout.completion)),
+            Text(_cut(rollout.conversation, 160 * max(1, len(rollout.turns)))),
             Text(outcome, style=style),
             f"{rollout.reward:.2f}",
             f"{rollout.advantage:+.2f}",

@@ -30,6 +30,7 @@ TRAINING = [
         "takes its arguments from flags of their names; add --env",
         "--env my_env.py:MyEnv",
     ),
+    ("max_context_length", "900", "", "a conversation of one turn ends with it; add --max_turns 2", "--max_turns 2"),
     ("revision", "v1", "", "only a hub model has revisions; pass a hub id", HUB),
     ("env_args", "{}", "", "PickImageEnv takes its arguments from flags of their names; add --env", "--env a.py:A"),
     ("lora_rank", "64", "", "no adapter is trained; add --use_lora true", "--use_lora"),
@@ -72,6 +73,7 @@ EVALUATION = [
         "takes its arguments from flags of their names; add --env",
         "--env my_env.py:MyEnv",
     ),
+    ("max_context_length", "900", "", "a conversation of one turn ends with it", "--max_turns 2"),
     ("revision", "v1", "--baseline toy", "only a hub model has revisions", "--baseline Qwen/Qwen2.5-VL-3B-Instruct"),
     ("env_args", "{}", "", "PickImageEnv takes its arguments from flags of their names", "--env a.py:A"),
     ("temperature", "1", "--num_samples 0", "no sample is drawn; pass --num_samples 4", ""),
@@ -84,7 +86,8 @@ EVALUATION = [
 # each does something in every run, or is refused beside others by a rule of its own
 ALWAYS_IN_TRAINING = {
     "model_id", "dtype", "attn_implementation", "load_in_4bit", "data_root", "bad_images", "env",
-    "candidates_per_episode", "fixed_correct_index", "allow_reasoning", "image_max_pixels", "temperature", "top_p",
+    "candidates_per_episode", "fixed_correct_index", "allow_reasoning", "max_turns", "image_max_pixels",
+    "temperature", "top_p",
     "top_k", "min_p", "repetition_penalty", "min_completion_length",
     "max_completion_length", "seed", "use_lora", "reward", "train_steps", "num_rollouts",
     "per_device_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations", "learning_rate",
@@ -95,7 +98,8 @@ ALWAYS_IN_TRAINING = {
 }  # fmt: skip
 ALWAYS_IN_EVALUATION = {
     "model_id", "dtype", "attn_implementation", "load_in_4bit", "data_root", "bad_images", "env",
-    "candidates_per_episode", "fixed_correct_index", "image_max_pixels", "max_completion_length", "eval_episodes",
+    "candidates_per_episode", "fixed_correct_index", "max_turns", "image_max_pixels", "max_completion_length",
+    "eval_episodes",
     "repetition_penalty", "min_completion_length",
     "eval_seed", "baseline", "prompt_style", "num_samples", "pass_k", "per_device_batch_size", "output",
     "overwrite",

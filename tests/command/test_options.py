@@ -38,6 +38,8 @@ FLAGS = {
     "candidates_per_episode": (4, "3", 3, []),
     "fixed_correct_index": (0, "none", None, []),
     "allow_reasoning": (False, "true", True, []),
+    "max_turns": (1, "3", 3, []),
+    "max_context_length": (None, "4096", 4096, ["--max_turns", "2"]),
     "image_max_pixels": (None, "100352", 100_352, []),
     "reward": (None, "my_reward.py:score", "my_reward.py:score", []),
     "reward_timeout_s": (60.0, "5.5", 5.5, ["--reward", "my_reward.py:score"]),
@@ -135,7 +137,10 @@ def test_help_states_the_default_that_holds(flag):
     assert ACTIONS[flag].option_strings == [f"--{flag}"]
     stated = re.search(r"\(default: (\S*[^\s,;)])", str(ACTIONS[flag].help))
     assert stated, ACTIONS[flag].help
-    have_no_value = {"revision", "env", "env_args", "reward", "output_dir", "steps_per_generation", "epsilon_high"}
+    have_no_value = {
+        "revision", "env", "env_args", "reward", "output_dir", "steps_per_generation", "epsilon_high",
+        "max_context_length",
+    }  # fmt: skip
     if flag not in have_no_value:
         also = FLAGS[flag][3]
         given, by_default = parse_all([*also, f"--{flag}", stated[1]]), parse_all(also)
@@ -281,6 +286,10 @@ IMPOSSIBLE = {
     "--gradient_accumulation_steps 2 --steps_per_generation 1": "steps_per_generation=1 is not a multiple",
     "--use_vllm --top_k 5": "use_vllm=true with top_k: vLLM's log-probabilities are compared with the trainer's",
     "--use_vllm --min_completion_length 5": "use_vllm=true with min_completion_length",
+    "--max_turns 0": "max_turns=0, but it must be at least 1",
+    "--max_turns 2 --use_vllm": "max_turns=2, but tools answer in Fleet's own sampling alone",
+    "--max_turns 2 --shared_prefix false": "drop --use_vllm and --shared_prefix false",
+    "--max_turns 2 --attn_implementation flash_attention_2": "flash_attention_2 takes no mask that keeps branches",
     "--vision_cache_mib -1": "vision_cache_mib=-1, but it must be at least 0",
     "--load_in_4bit": "load_in_4bit=true, .* add --use_lora true",
     "--resume --overwrite --output_dir runs/one": "resume and overwrite are both given",

@@ -151,7 +151,7 @@ BROKEN = [
         if turns[-1].arguments["x"] else 1 / 0}),
     Broken(Kind.NO_VERDICT, "returned True (bool), but wanted a Verdict", {"respond": lambda self, e, turns: True}),
     Broken(Kind.NO_VERDICT, "respond() is async", {"respond": waits}),
-    Broken(Kind.OBSERVATION, "training has one turn", {"respond": lambda self, e, turns: Observation("go on")}),
+    Broken(Kind.OBSERVATION, "there is one turn", {"respond": lambda self, e, turns: Observation("go on")}),
     Broken(Kind.UNKNOWN_OUTCOME, "'near' (str), but wanted one of hit, miss", {
         "respond": lambda self, e, turns: Verdict("near", is_right=False)}),
     Broken(Kind.VERDICT_VALUE, "component correct is nan", {

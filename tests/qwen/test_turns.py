@@ -9,22 +9,34 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
+from dataset import RepeatableEpisodeDataset, VLMDataCollator
+from environment import PickImageEnv
 from fleet.qwen.draws import named_uniforms
 from fleet.qwen.group_passes import encode_pictures, image_inputs, score_tree, tree_prompts
 from fleet.qwen.observations import Picture, encode_observation
 from fleet.qwen.sampling_rules import SamplingRules
 from fleet.qwen.token_tree import GivenToken, PathToken, by_rollout, tree_of_rollouts
 from fleet.qwen.tree_sampling import Samples, SamplingRequest, sample_batch
+from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 from tests.helpers import toy_model, toy_processor
-from tests.qwen.test_token_tree import PAD, gradients_of, random_batch
+from tests.qwen.test_token_tree import PAD, gradients_of
 from tests.qwen.test_tree_sampling import adapted_model, generation_config
 
 GROUP_SIZE = 4
 NUM_TOKENS = 24  # of a turn
 
 
+def two_prompts() -> Any:
+    """Prompts of 2 and 3 pictures, one of them padded."""
+    lines = []
+    for number, candidates in enumerate((2, 3)):
+        dataset = RepeatableEpisodeDataset(PickImageEnv(TOY_DATA_ROOT, candidates, None, seed=3), TOY_IMAGE_PIXELS)
+        lines += [dataset[number]] * GROUP_SIZE
+    return VLMDataCollator(toy_processor(), GROUP_SIZE)(lines)
+
+
 class Showing:
-    """Answers a turn by its last words' number: in one of three ways, or by the end of the rollout."""
+    """Answers a turn by its last words' number: in one of three ways."""
 
     def __init__(self, num_pictures: int, max_turns: int):
         self.num_pictures, self.max_turns = num_pictures, max_turns
@@ -41,15 +53,30 @@ class Showing:
 
     def __call__(self, group: int, turns: Sequence[Sequence[int]]) -> Sequence[GivenToken]:
         self.num_asked += 1
-        kind = sum(turns[-1]) % 4
-        if len(turns) >= self.max_turns or kind == 3:
+        if len(turns) >= self.max_turns:
             return ()
+        kind = sum(turns[-1]) % 3
         rng = random.Random(f"{group} {kind} {len(turns)}")
         sides = [(28 * rng.randrange(1, 4), 28 * rng.randrange(1, 4)) for _ in range(self.num_pictures)]
         images = [Image.new("RGB", side, (rng.randrange(256), 90, kind * 90)) for side in sides]
         tokens, pictures = encode_observation(toy_processor(), f"answer {kind}", images)
         self.pictures |= pictures
         return tokens
+
+
+def scripted_path(row: int, answers: Showing) -> list[PathToken]:
+    """A rollout of as many turns as its place says, up to `max_turns`; siblings begin alike, as far as both go."""
+    group, rollout = divmod(row, GROUP_SIZE)
+    rng, end = random.Random(group), toy_processor().tokenizer.eos_token_id
+    path, turns = list[PathToken](), list[list[int]]()
+    for number in range(1 + rollout % answers.max_turns):
+        # the last two rollouts say something else in their second turn
+        start = 100 if number == 1 and rollout > 1 else 8
+        turns.append([rng.randrange(start, 300) for _ in range(1 + number)] + [end])
+        path += turns[-1]
+        if number < rollout % answers.max_turns:
+            path += answers(group, turns)
+    return path
 
 
 def sampled(
@@ -106,23 +133,17 @@ def row_logps(model: Any, batch: Any, number: int, path: Sequence[PathToken], an
 @pytest.mark.parametrize("num_pictures", [0, 1, 2])
 @pytest.mark.parametrize("max_turns", [2, 4])
 def test_turns_on_the_tree_score_as_rows_of_their_own(num_pictures: int, max_turns: int) -> None:
-    model, batch = toy_model(), random_batch(random.Random(1), GROUP_SIZE, (2, 1))
+    model, batch = toy_model(), two_prompts()
     answers = Showing(num_pictures, max_turns)
-    # ends a turn now and then, which the toy does behind a whole call alone
-    often_ends = {"sequence_bias": [[[toy_processor().tokenizer.eos_token_id], 6.0]]}
-    config = generation_config(do_sample=True, top_k=0, max_new_tokens=NUM_TOKENS, temperature=1.3, **often_ends)
-    samples = sampled(model, batch, config, answers)
-    num_turns = [len(lengths) for lengths in samples.turn_lengths]
-    assert max(num_turns) == max_turns and min(num_turns) < max_turns, "a group's rollouts end after other turns"
-
-    paths = [samples.paths[start : start + GROUP_SIZE] for start in range(0, len(samples.paths), GROUP_SIZE)]
+    rows = [scripted_path(row, answers) for row in range(2 * GROUP_SIZE)]
+    paths = [rows[:GROUP_SIZE], rows[GROUP_SIZE:]]
     tree = tree_of_rollouts(tree_prompts(model, batch), paths, PAD)
     behind = [[answers.pictures[digest] for digest in row] for row in tree.pictures]
     images = image_inputs(batch, slice(0, len(paths)), None, behind)
     logps, _ = score_tree(model, tree, images, "sdpa", 1.0)
     found = by_rollout(logps, tree).flatten(0, 1)
     expected = torch.zeros_like(found)
-    for row, path in enumerate(samples.paths):
+    for row, path in enumerate(rows):
         own = row_logps(model, batch, row // GROUP_SIZE, path, answers)
         expected[row, : len(own)] = own
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-5)
@@ -139,7 +160,7 @@ def test_turns_on_the_tree_score_as_rows_of_their_own(num_pictures: int, max_tur
 @pytest.mark.parametrize("make_model", [toy_model, adapted_model])
 @pytest.mark.parametrize("num_pictures", [0, 2])
 def test_turns_are_sampled_as_a_row_of_their_own_is(num_pictures: int, make_model: Any) -> None:
-    model, batch = make_model(), random_batch(random.Random(1), GROUP_SIZE, (2, 1))
+    model, batch = make_model(), two_prompts()
     config = generation_config(do_sample=True, top_k=0, max_new_tokens=NUM_TOKENS, temperature=1.3)
     answers, end = Showing(num_pictures, 3), toy_processor().tokenizer.eos_token_id
     expected = [oracle(model, batch, row, answers, end) for row in range(2 * GROUP_SIZE)]

@@ -81,7 +81,7 @@ class SayingTrainer(FleetRLOOTrainer):
     script: Sequence[Sequence[str]] = SCRIPT
     num_generations_done = 0
 
-    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
+    def _draw(self, batch: Any, features: Any, guesses: Any = (), answers: Any = None) -> Drawn:
         texts = self.script[self.num_generations_done]
         self.num_generations_done += 1
         return Drawn([toy_processor().tokenizer(f"{text}<|im_end|>")["input_ids"] for text in texts])

@@ -249,7 +249,7 @@ def test_every_gradient_equals_stock_trls(kind: str, beta: float, checkpointing:
 class LongFleetTrainer(FleetRLOOTrainer):
     """Answers at a length that makes packed rows more work than rows of their own."""
 
-    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
+    def _draw(self, batch: Any, features: Any, guesses: Any = (), answers: Any = None) -> Drawn:
         # the second step's are longer still, so that their reason is another
         length = 600 + 100 * self.state.global_step
         return Drawn([[40 + row % 7] * length for row in range(len(batch["episodes"]) * self.num_generations)])

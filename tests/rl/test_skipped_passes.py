@@ -22,7 +22,7 @@ SCRIPT = [
 
 
 class Scripted(FleetRLOOTrainer):
-    def _draw(self, batch: Any, features: Any, guesses: Any = ()) -> Drawn:
+    def _draw(self, batch: Any, features: Any, guesses: Any = (), answers: Any = None) -> Drawn:
         answers = [group for micro_batch in SCRIPT[self.state.global_step] for group in micro_batch]
         ids_of = toy_processor().tokenizer
         return Drawn(

@@ -129,6 +129,9 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
         repetition_penalty=options.repetition_penalty,
         min_completion_length=options.min_completion_length,
         max_pixels=options.image_max_pixels,
+        allow_reasoning=plan.allow_reasoning,
+        max_turns=options.max_turns,
+        max_context=options.max_context_length,
         seed=options.seed,
     )
     num_rows = len(plan.episodes) * (1 + plan.num_samples + len(offered_controls(plan)))
@@ -144,6 +147,7 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
             policy_model,
             processor,
             settings,
+            env=plan.env,
             **place,
             on_progress=note_answers,
             most_of_ranks=partial(most_of_ranks, accelerator) if is_sharded else lambda count: count,

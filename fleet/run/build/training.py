@@ -274,6 +274,9 @@ def trainer_settings(run: PreparedRun, vision_cache_bytes: int) -> TrainerSettin
         max_skipped_steps=options.max_skipped_steps,
         shared_prefix=options.shared_prefix,
         vision_cache_bytes=vision_cache_bytes,
+        max_turns=options.max_turns,
+        max_context=options.max_context_length,
+        image_max_pixels=options.image_max_pixels,
         vllm_max_logprob_gap=options.vllm_max_logprob_gap,
     )
 
@@ -303,6 +306,9 @@ def _answer_settings(options: Options) -> AnswerSettings:
         max_pixels=options.image_max_pixels,
         repetition_penalty=options.repetition_penalty,
         min_completion_length=options.min_completion_length,
+        allow_reasoning=options.allow_reasoning,
+        max_turns=options.max_turns,
+        max_context=options.max_context_length,
     )
 
 
