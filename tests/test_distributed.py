@@ -85,6 +85,21 @@ def test_ranks_generate_behind_one_prefill_what_plain_generate_gives(weights: st
             assert found["gathers"] == [max(STOPS_AFTER), 1]
 
 
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.exhaustive)])
+def test_two_ranks_talk_and_learn_as_one_process_does(kind: str, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_ranks(tmp_path, [str(one), "4", kind], target="tests.distributed_turns")
+    run_ranks(tmp_path, [str(two), "2", kind], 2, zero3=True, target="tests.distributed_turns")
+    alone, together = (json.loads((run / "said.json").read_text()) for run in (one, two))
+    assert alone == together
+    has_pictures = ["picture" in text for text, _, _ in alone]
+    assert any(has_pictures[:8]) and not any(has_pictures[8:])
+    name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    first, second = (load_file(run / "final" / name) for run in (one, two))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.exhaustive  # two processes without a launcher build it in test_toy_model.py
 def test_two_ranks_with_an_empty_cache_build_one_whole_toy_model(tmp_path: Path) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"

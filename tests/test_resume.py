@@ -21,11 +21,15 @@ pytestmark = pytest.mark.slow
 
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--save_steps", "1",
          "--save_total_limit", "9"]  # fmt: skip
+TURNS = ["--env", str(REPOSITORY / "tests" / "turning_env.py") + ":LookAgainEnv", "--max_turns", "2", "--reward",
+         str(REPOSITORY / "tests" / "length_reward.py") + ":score"]  # fmt: skip
 KINDS = {
     "full": (1, False, []),
     "lora": (1, False, ["--use_lora"]),
     "two-full": (2, False, []),
     "frozen": (1, False, ["--freeze_vision"]),
+    "turns": (1, False, TURNS),
+    "zero3-turns": (2, True, [*TURNS, "--use_lora"]),
     "4-bit": (1, False, ["--use_lora", "--load_in_4bit"]),
     "zero3-full": (2, True, []),
     "zero3-shards": (2, True, ["--ds3_gather_for_generation", "false"]),
@@ -73,9 +77,10 @@ def seal(checkpoint: Path) -> None:
         ("lora", "1.4"),
         ("zero3-full", "1"),
         ("zero3-shards", "1.4"),
+        ("turns", "1.4"),
         *(
             pytest.param(kind, "1.4", marks=FURTHER)
-            for kind in ("full", "frozen", "4-bit", "two-full", "zero3-full", "zero3-lora")
+            for kind in ("zero3-turns", "full", "frozen", "4-bit", "two-full", "zero3-full", "zero3-lora")
         ),
     ],
 )
