@@ -21,10 +21,9 @@ from fleet.errors import RunStopped
 from fleet.evaluation.figures import Answers, EvaluationPlan, Said
 from fleet.qwen.drafts import DraftMemory, within_budget
 from fleet.qwen.draws import named_uniforms
-from fleet.qwen.group_passes import base_qwen
 from fleet.qwen.observations import TURN_END
 from fleet.qwen.sampling_rules import SamplingRules
-from fleet.qwen.tool_answers import ToolAnswers, TurnSettings
+from fleet.qwen.tool_answers import ToolAnswers, TurnSettings, tool_answers
 from fleet.qwen.tree_sampling import SamplingRequest, sample_batch
 from model_utils import answer_config, decode_completion, end_token_ids
 from utils.images import BadImage, image_digest, open_image
@@ -122,7 +121,7 @@ class ModelPolicy:
             min_completion_length=settings.min_completion_length,
         )
         rules = SamplingRules(config)
-        answers = self._tool_answers(list(episodes.values()), batch)
+        answers = self._tool_answers(batch)
         request = SamplingRequest(
             rules,
             named_uniforms(settings.seed, 0, batch["numbers"], group_size, settings.max_turns * rules.max_tokens),
@@ -143,26 +142,19 @@ class ModelPolicy:
         starts = range(0, len(said), group_size)
         return [Answers(said[start], tuple(said[start + 1 : start + group_size])) for start in starts]
 
-    def _tool_answers(self, episodes: Sequence[Episode], batch: EpisodeBatch) -> ToolAnswers | None:
+    def _tool_answers(self, batch: EpisodeBatch) -> ToolAnswers | None:
         settings = self.settings
-        if settings.max_turns == 1:
+        if self.env is None:
+            assert settings.max_turns == 1, "several turns need an environment whose tools answer"
             return None
-        assert self.env is not None, "several turns need an environment whose tools answer"
-        config = base_qwen(self.model).config.get_text_config()
-        return ToolAnswers(
-            self.env,
-            episodes,
-            batch["attention_mask"].sum(dim=1).tolist(),
-            self.processor,
-            self._text_of,
-            TurnSettings(
-                settings.max_turns,
-                settings.max_completion_length,
-                settings.max_context or config.max_position_embeddings,
-                settings.max_pixels,
-                settings.allow_reasoning,
-            ),
+        turns = TurnSettings(
+            settings.max_turns,
+            settings.max_completion_length,
+            settings.max_context,
+            settings.max_pixels,
+            settings.allow_reasoning,
         )
+        return tool_answers(self.env, batch, self.model, self.processor, self._text_of, turns)
 
     def _text_of(self, ids: Sequence[int]) -> str:
         return decode_completion(self.processor, ids, end_token_ids(self.model))

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dataset import EpisodeBatch
 from environment import Episode, EpisodeSource
 from fleet.episodes import BrokenEpisode
-from fleet.qwen.group_passes import encode_pictures
+from fleet.qwen.group_passes import base_qwen, encode_pictures
 from fleet.qwen.observations import Picture, encode_observation
 from fleet.qwen.token_tree import GivenToken
 from fleet.qwen.vision_cache import VisionCache
@@ -27,14 +28,37 @@ from utils.tool_calls import ToolCall, parse_call_str
 class TurnSettings:
     """How many turns a rollout may have, and how much room.
 
-    max_turn_length: sampled tokens of one turn. max_context: tokens of a whole conversation, its prompt with them.
+    max_turn_length: sampled tokens of one turn. max_context: tokens of a whole conversation, its prompt with them; None
+    for as many as the model has positions.
     """
 
     max_turns: int
     max_turn_length: int
-    max_context: int
+    max_context: int | None = None
     max_pixels: int | None = None  # budget of one picture
     allow_reasoning: bool = False
+
+
+def tool_answers(
+    env: EpisodeSource,
+    batch: EpisodeBatch,
+    model: nn.Module,
+    processor: Any,
+    decode: Callable[[Sequence[int]], str],
+    settings: TurnSettings,
+    cache: VisionCache | None = None,
+) -> "ToolAnswers | None":
+    """What an environment's tools answer to a batch's groups; None where a rollout has one turn.
+
+    model: may be wrapped by PEFT. The others are ToolAnswers'.
+    """
+    if settings.max_turns == 1:
+        return None
+    if settings.max_context is None:
+        config = base_qwen(model).config.get_text_config()
+        settings = replace(settings, max_context=config.max_position_embeddings)
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    return ToolAnswers(env, batch["episodes"], lengths, processor, decode, settings, cache)
 
 
 @dataclass
@@ -82,7 +106,8 @@ class ToolAnswers:
             return ()
         num_tokens = self.prompt_lengths[group] + sum(map(len, turns)) + self.settings.max_turn_length
         num_tokens += sum(len(shown.tokens) for shown in self.observations(group, turns[:-1])) + len(observation.tokens)
-        return observation.tokens if num_tokens <= self.settings.max_context else ()
+        most = self.settings.max_context
+        return observation.tokens if most is None or num_tokens <= most else ()
 
     def observations(self, group: int, turns: Sequence[Sequence[int]]) -> list[ShownObservation]:
         """What was shown behind each of these turns of a rollout of this group, which were all answered."""

@@ -4,7 +4,7 @@ Owns the caps that keep a report small enough to open on a phone. Shows nothing:
 """
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ def embed(groups: Sequence[GroupRecord], thumbnails_dir: Path) -> EmbeddedRollou
         num_groups=len(chosen),
         num_groups_recorded=len(groups),
         num_thumbnails=len(uris),
-        num_thumbnails_recorded=len({name for group in groups for name in group.episode.images}),
+        num_thumbnails_recorded=len(set(_names(groups))),
     )
 
 
@@ -71,19 +71,31 @@ def _compact(group: GroupRecord, position_by_name: dict[str, int]) -> dict[str, 
     """The group as the page's script reads it: each picture is a position, each rollout a list of its values."""
     line = group.as_json()
     line["images"] = [position_by_name[name] for name in line["images"]]
-    line["rollouts"] = [_shown(rollout) for rollout in group.rollouts]
+    line["rollouts"] = [_shown(rollout, position_by_name) for rollout in group.rollouts]
     return line
 
 
-def _shown(rollout: RolloutRecord) -> list[Any]:
-    """A rollout's values in the order in which the script names them."""
+def _shown(rollout: RolloutRecord, position_by_name: dict[str, int]) -> list[Any]:
+    """A rollout's values in the order in which the script names them. Of several turns, each with its tool's answer."""
+    turns = [
+        [turn.completion, turn.observation, [position_by_name[name] for name in turn.images]] for turn in rollout.turns
+    ]
     verdict = rollout.verdict
     own = {name: value for name, value in verdict.components.items() if name not in (CORRECT, VALID_CALL)}
     kind = "right" if verdict.is_right else "valid" if verdict.is_valid_call else "refused"
     call = None if verdict.call is None else str(verdict.call)
     picture = picture_chosen(rollout)
     figures = [finite(rollout.reward), finite(rollout.advantage)]
-    return [rollout.completion, str(verdict.outcome), str(verdict.parse_status), kind, call, picture, own, *figures]
+    return [
+        turns or rollout.completion,
+        str(verdict.outcome),
+        str(verdict.parse_status),
+        kind,
+        call,
+        picture,
+        own,
+        *figures,
+    ]
 
 
 def _thumbnails(groups: Sequence[GroupRecord], folder: Path) -> tuple[list[str], dict[str, int]]:
@@ -91,7 +103,7 @@ def _thumbnails(groups: Sequence[GroupRecord], folder: Path) -> tuple[list[str],
     uris: list[str] = []
     position_by_name: dict[str, int] = {}
     num_bytes = 0
-    for name in dict.fromkeys(name for group in _widely_spread_first(groups) for name in group.episode.images):
+    for name in dict.fromkeys(_names(_widely_spread_first(groups))):
         uri = _data_uri(folder, name)
         if uri is None:
             position_by_name[name] = MISSING
@@ -102,6 +114,13 @@ def _thumbnails(groups: Sequence[GroupRecord], folder: Path) -> tuple[list[str],
             uris.append(uri)
             num_bytes += len(uri)
     return uris, position_by_name
+
+
+def _names(groups: Iterable[GroupRecord]) -> Iterator[str]:
+    for group in groups:
+        yield from group.episode.images
+        for rollout in group.rollouts:
+            yield from rollout.images
 
 
 def _widely_spread_first(groups: Sequence[GroupRecord]) -> Iterator[GroupRecord]:

@@ -16,8 +16,7 @@ from trl.trainer.utils import nanstd
 from dataset import EpisodeBatch, count_faults, require_episodes
 from environment import Episode, EpisodeSource
 from fleet.own_code.reward_process import RewardProcess
-from fleet.qwen.group_passes import base_qwen
-from fleet.qwen.tool_answers import ToolAnswers, TurnSettings
+from fleet.qwen.tool_answers import ToolAnswers, TurnSettings, tool_answers
 from fleet.rl.group_sampling import SampledGroups
 from fleet.rl.guards import RewardGuard, StepGuard
 from fleet.rl.rollouts import RolloutRecord, TurnRecord, episode_records, make_records
@@ -80,25 +79,15 @@ class Judging(SparedPasses):
 
     def _tool_answers(self, batch: EpisodeBatch) -> ToolAnswers | None:
         """What tools answer to this device's groups; None where a rollout has one turn."""
-        settings = self.settings
-        if settings.max_turns == 1:
-            return None
-        config = base_qwen(self.accelerator.unwrap_model(self.model)).config.get_text_config()
-        return ToolAnswers(
-            self.env,
-            batch["episodes"],
-            batch["attention_mask"].sum(dim=1).tolist(),
-            self.processing_class,
-            self._text_of,
-            TurnSettings(
-                settings.max_turns,
-                self.args.max_completion_length,
-                settings.max_context or config.max_position_embeddings,
-                settings.image_max_pixels,
-                settings.allow_reasoning,
-            ),
-            self.vision_cache,
+        settings, model = self.settings, self.accelerator.unwrap_model(self.model)
+        turns = TurnSettings(
+            settings.max_turns,
+            self.args.max_completion_length,
+            settings.max_context,
+            settings.image_max_pixels,
+            settings.allow_reasoning,
         )
+        return tool_answers(self.env, batch, model, self.processing_class, self._text_of, turns, self.vision_cache)
 
     def _text_of(self, ids: Sequence[int]) -> str:
         return decode_completion(self.processing_class, ids, self.eos_token_ids)

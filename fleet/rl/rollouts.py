@@ -46,6 +46,15 @@ class TurnRecord:
     observation: str | None = None
     images: tuple[str, ...] = ()
 
+    @property
+    def answer(self) -> str | None:
+        """What a tool answered, in brackets for a reader; None where none did."""
+        if self.observation is None:
+            return None
+        count = len(self.images)
+        shown = f", {count} picture{'s' * (count > 1)}" if count else ""
+        return f"[tool: {self.observation}{shown}]"
+
 
 @dataclass(frozen=True)
 class RolloutRecord:
@@ -72,15 +81,14 @@ class RolloutRecord:
         return [tuple(islice(ids, turn.num_tokens)) for turn in self.turns] if self.turns else [self.token_ids]
 
     @property
+    def images(self) -> tuple[str, ...]:
+        """The names of all pictures that the model was shown: the episode's, then those of tools."""
+        return (*self.episode.images, *(name for turn in self.turns for name in turn.images))
+
+    @property
     def conversation(self) -> str:
         """The turns in one text, and between them in brackets what a tool answered; the completion, if there is one."""
-        pieces = []
-        for turn in self.turns:
-            pieces.append(turn.completion)
-            if turn.observation is not None:
-                count = len(turn.images)
-                shown = f", {count} picture{'s' * (count > 1)}" if count else ""
-                pieces.append(f"[tool: {turn.observation}{shown}]")
+        pieces = [piece for turn in self.turns for piece in (turn.completion, turn.answer) if piece is not None]
         return " ".join(pieces) if self.turns else self.completion
 
     @property

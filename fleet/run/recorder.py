@@ -141,7 +141,7 @@ class RunRecorder(TrainerCallback):
     def _keep_thumbnails(self) -> None:
         """Saves small copies of this process's pictures that rollouts.jsonl names, each once a run."""
         kept = self.trainer.latest_rollouts[: MAX_GROUPS_PER_STEP * self.trainer.num_generations]
-        wanted = {name for rollout in kept for name in rollout.episode.images}
+        wanted = {name for rollout in kept for name in rollout.images}
         folder = self.output_dir / THUMBNAILS_NAME
         for name, picture in self.trainer.latest_pictures.items():
             if name not in wanted or name in self._thumbnails or len(self._thumbnails) >= MAX_THUMBNAILS:

@@ -12,6 +12,8 @@ from fleet.evaluation.answering import AnswerSettings, ModelPolicy
 from fleet.evaluation.figures import Answers
 from fleet.toy.model import SIGHTED, TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
 from model_utils import generate_tool_call, load_qwen25_vl
+from tests.helpers import toy_model, toy_processor
+from tests.turning_env import LookAgainEnv
 
 SETTINGS = AnswerSettings(episodes_per_batch=5, max_completion_length=32, max_pixels=TOY_IMAGE_PIXELS)
 ENV = PickImageEnv(TOY_DATA_ROOT, 4, None, seed=123)
@@ -80,3 +82,15 @@ def test_processes_split_the_episodes_between_them(sighted: tuple[Any, Any], mon
         assert ModelPolicy(model, processor, SETTINGS, rank=rank, num_ranks=3)(EPISODES[:7], 0) == whole
     assert [sorted(share) for share in shares] == [[0, 3, 6], [0, 1, 4], [1, 2, 5]]
     assert all(said == whole[number] for share in shares for number, said in share.items())
+
+
+def test_turns_are_answered_by_the_environments_tools() -> None:
+    env = LookAgainEnv(TOY_DATA_ROOT, 4, 0)
+    episodes = [env.with_messages(env.episode(number)) for number in range(5)]
+    model = toy_model().eval()
+    one = ModelPolicy(model, toy_processor(), SETTINGS)(episodes, 1)
+    two = ModelPolicy(model, toy_processor(), replace(SETTINGS, max_turns=2), env=env)(episodes, 1)
+    for alone, talked in zip(one, two, strict=True):
+        # the first turn is what the only one would be, and its call is answered
+        assert isinstance(talked.greedy, tuple) and talked.greedy[0] == alone.greedy
+        assert len(talked.greedy) == 2

@@ -11,7 +11,15 @@ import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from environment import Environment, Episode, PickImageEnv, ToolCall, Verdict, load_environment_class
+from environment import (
+    Environment,
+    Episode,
+    Observation,
+    PickImageEnv,
+    ToolCall,
+    Verdict,
+    load_environment_class,
+)
 from fleet.errors import RunStopped
 from fleet.evaluation.figures import Answers, Evaluation, EvaluationPlan, evaluate, headline_figures, with_baseline
 from fleet.evaluation.held_out import draw_held_out, fingerprint
@@ -40,6 +48,39 @@ def policy_of(answer: Callable[[Episode, int], str]) -> Callable[[Sequence[Episo
         Answers(answer(episode, 0), tuple(answer(episode, 1 + number) for number in range(num_samples)))
         for episode in episodes
     ]
+
+
+class LookAgain(PickImageEnv):
+    """Answers the first pick in range with words, and judges the second."""
+
+    def respond(self, episode: Episode, turns: Sequence[ToolCall]) -> Observation | Verdict:
+        in_range = turns[-1].arguments["index"] < episode.num_candidates
+        return Observation("sure?") if len(turns) == 1 and in_range else super().respond(episode, turns[-1:])
+
+
+def test_rollouts_of_several_turns_are_judged_by_their_last(picture_folder: Path) -> None:
+    env = LookAgain(picture_folder, 4, None, seed=77)
+    episodes = tuple(draw_held_out(env, 40)[0])
+    plan = EvaluationPlan(env, episodes, seed=77, max_turns=2)
+
+    def kind_of(episode: Episode) -> int:
+        return random.Random(f"{episode.labels} {episode.target}").randrange(5)
+
+    def said(episode: Episode) -> tuple[str, ...]:
+        right, wrong = call_text(episode.correct_index), call_text(((episode.correct_index or 0) + 1) % 4)
+        kinds = [(wrong, right), (right, wrong), (right,), (right, "no call"), (call_text(9),)]
+        return kinds[kind_of(episode)]
+
+    document = evaluate(lambda asked, _: [Answers(said(episode)) for episode in asked], plan, "talker").document
+    outcomes = {name: round(figure["value"] * 40) for name, figure in document["outcome"].items()}
+    number = [kind_of(episode) for episode in episodes]
+    assert outcomes == {
+        "correct": number.count(0), "wrong_index": number.count(1), "index_out_of_range": number.count(4),
+        "unparsable": number.count(3), "out_of_turns": 0, "out_of_context": number.count(2), "bad_observation": 0,
+    }  # fmt: skip
+    assert all(number.count(kind) for kind in range(5))
+    assert document["chance"]["value"] == 0.25
+    assert not list(Draft202012Validator(json.loads(SCHEMA.read_text())).iter_errors(document))
 
 
 COLOURS = {

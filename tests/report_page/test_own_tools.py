@@ -133,3 +133,22 @@ def test_a_count_has_a_table_by_choice(visit, counting_run):
     assert (table["Greedy accuracy"], table["Chance"]) == ("100.0%", "25.0%")
     assert table["Control: swapped images"] == DASH
     assert shown.complaints == []
+
+
+def test_turns_are_shown_with_what_a_tool_answered_between_them(visit, click_run):
+    path = click_run / "rollouts.jsonl"
+    groups = [json.loads(line) for line in path.read_text().splitlines()]
+    picture = groups[0]["images"][0]
+    groups[0]["rollouts"][0]["turns"] = [
+        {"completion": "<first>", "num_tokens": 3, "observation": "closer & <b>", "images": [picture, "gone.webp"]},
+        {"completion": "second", "num_tokens": 2, "observation": None, "images": []},
+    ]
+    path.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    shown = visit(write_report(click_run))
+    talked = shown.page.locator("#groups .group").first.locator(".rollout").first
+    assert talked.locator("pre").all_inner_texts() == ["<first>", "second"]
+    assert talked.locator(".answer span").first.inner_text() == "tool: closer & <b>"
+    assert talked.locator(".answer img").evaluate("image => image.naturalWidth") == 56
+    assert talked.locator(".answer .placeholder").inner_text() == "picture missing"
+    assert shown.page.locator("#groups .answer").count() == 1
+    assert shown.complaints == []

@@ -12,6 +12,7 @@ import training
 from fleet.errors import UsageError
 from fleet.run.build import replay
 from fleet.run_folder import read_jsonl
+from tests.helpers import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,22 @@ def test_a_group_is_drawn_again_token_for_token(step: int, group: int, run: Path
     assert shown.count("<tool_call>") >= 3 and "100.00%" in shown
     assert "drawn again: 4 of 4 rollouts token for token" in shown
     assert float(shown.rsplit("at most ", 1)[1].split()[0]) < 1e-4
+
+
+def test_several_turns_are_shown_with_their_answers_and_drawn_again(tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    training.main([
+        "--env", str(REPOSITORY / "tests" / "turning_env.py") + ":LookAgainEnv", "--max_turns", "2", "--train_steps",
+        "2", "--per_device_batch_size", "2", "--save_steps", "1", "--report_to", "none", "--temperature", "1.2",
+        "--output_dir", str(run), "--reward", str(REPOSITORY / "tests" / "length_reward.py") + ":score",
+    ])  # fmt: skip
+    capsys.readouterr()
+    evaluate.main(["--replay", str(run), "--step", "2"])
+    shown = capsys.readouterr().out
+    (line,) = [line for line in read_jsonl(run / "rollouts.jsonl") if (line["step"], line["group"]) == (2, 0)]
+    answers = [turn["observation"] for rollout in line["rollouts"] for turn in rollout["turns"] if turn["observation"]]
+    assert len(answers) > 1 and all(f"[tool: {answer}" in shown for answer in answers)
+    assert "drawn again: 4 of 4 rollouts token for token" in shown
 
 
 def test_the_last_step_is_the_default_and_weights_that_are_gone_are_said(run: Path, capsys: Any) -> None:

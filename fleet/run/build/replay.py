@@ -7,6 +7,7 @@ view alone; evaluate.py calls it in place of an evaluation.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,14 +30,16 @@ from fleet.command.parser import flag, make_parser, parse_flags, user_path
 from fleet.errors import UsageError
 from fleet.evaluation.held_out import runs_behind
 from fleet.qwen.draws import named_uniforms
+from fleet.qwen.observations import TURN_END
 from fleet.qwen.sampling_rules import SamplingRules
+from fleet.qwen.tool_answers import TurnSettings, tool_answers
 from fleet.qwen.tree_sampling import SamplingRequest, sample_batch
 from fleet.rl.rollouts import GroupRecord, RolloutRecord
 from fleet.run import model_setup
 from fleet.run.records import rendered
 from fleet.run_folder import CONFIG_NAME, ROLLOUTS_NAME, read_jsonl
 from fleet.schedule import optimizer_steps_per_generation
-from model_utils import answer_config, load_processor
+from model_utils import answer_config, decode_completion, load_processor
 from utils.plain_text import printable
 
 
@@ -168,12 +171,23 @@ def draw_again(
             min_completion_length=options["min_completion_length"],
         )
     )
-    start = first_step_of_generation(options, logged.step)
+    start, max_turns = first_step_of_generation(options, logged.step), int(options.get("max_turns", 1))
+    turns = TurnSettings(
+        max_turns,
+        rules.max_tokens,
+        options.get("max_context_length"),
+        options["image_max_pixels"],
+        options["allow_reasoning"],
+    )
     request = SamplingRequest(
         rules,
-        named_uniforms(options["seed"], start, batch["numbers"], size, rules.max_tokens),
-        [[list(rollout.token_ids) for rollout in logged.rollouts]],
+        named_uniforms(options["seed"], start, batch["numbers"], size, max_turns * rules.max_tokens),
+        [[list(ids) for rollout in logged.rollouts for ids in rollout.turn_ids]],
         padding_id=rules.config.pad_token_id,
+        answers=tool_answers(
+            runs[0][0], batch, model, processor, lambda ids: decode_completion(processor, ids, rules.end_ids), turns
+        ),
+        turn_end_id=processor.tokenizer.convert_tokens_to_ids(TURN_END),
     )
     on_device: Any = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
@@ -223,6 +237,8 @@ def _token_table(rollout: RolloutRecord, tokenizer: Any, again: tuple[list[int],
     if again is not None:
         table.add_column("drawn again", justify="right")
     logps = rollout.logps or (math.nan,) * len(rollout.token_ids)
+    ends = itertools.accumulate(turn.num_tokens for turn in rollout.turns)
+    answers = {end - 1: turn.answer for end, turn in zip(ends, rollout.turns, strict=True)}
     for place, (token, logp) in enumerate(zip(rollout.token_ids, logps, strict=True)):
         cells: list[str | Text] = [
             str(place),
@@ -236,6 +252,8 @@ def _token_table(rollout: RolloutRecord, tokenizer: Any, again: tuple[list[int],
             shown = _share(others[place]) if is_there else ""
             cells.append(f"{tokenizer.decode([ids[place]])!r} {shown}" if has_parted else shown)
         table.add_row(*cells)
+        if (answer := answers.get(place)) is not None:
+            table.add_row("", Text(printable(answer), style="italic"))
     return table
 
 
