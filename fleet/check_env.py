@@ -54,6 +54,7 @@ class CheckFlags:
     fixed_correct_index: int | None = replace_default(TaskFlags, "fixed_correct_index", DEFAULTS.fixed_correct_index)
     seed: int = flag(0, "of episodes", bounds=(AT_LEAST_0, A_SEED))
     allow_reasoning: bool = replace_default(TaskFlags, "allow_reasoning", DEFAULTS.allow_reasoning)
+    max_turns: int = replace_default(TaskFlags, "max_turns", DEFAULTS.max_turns)
     image_max_pixels: int | None = flag(None, "width times height an image is shrunk to, in pixels", "none",
         bounds=flag_of(next(one for one in fields(TaskFlags) if one.name == "image_max_pixels")).bounds)
     episodes: int = flag(NUM_EPISODES, "episodes that are looked at in full, from 0 on", bounds=(AT_LEAST_1,))
@@ -62,16 +63,19 @@ class CheckFlags:
     # fmt: on
 
 
-def check_env(env: Any, arguments: Mapping[str, Any] | None = None, *, episodes: int = NUM_EPISODES) -> list[Finding]:
+def check_env(
+    env: Any, arguments: Mapping[str, Any] | None = None, *, episodes: int = NUM_EPISODES, max_turns: int = 1
+) -> list[Finding]:
     """The mistakes in an environment, and then the notes on it; none for a sound one.
 
-    env: an environment; or its class, which is built twice, from `arguments`, so that instances are compared
-    too. episodes: that are looked at in full. Raises UsageError, a ValueError, for arguments not taken.
+    env: an environment; or its class, which is built twice, from `arguments`, so that instances are compared too.
+    episodes: that are looked at in full. max_turns: that a rollout may have. Raises UsageError, a ValueError, for
+    arguments not taken.
     """
     if isinstance(env, type):
         with refused(BrokenEpisode):
             require_known(env, {}, arguments or {}, "arguments")
-    return examine(env, arguments, num_episodes=episodes).findings
+    return examine(env, arguments, num_episodes=episodes, max_turns=max_turns).findings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         spec=spec,
         num_episodes=options.episodes,
         max_pixels=options.image_max_pixels,
+        max_turns=options.max_turns,
         max_tokens=default_of(case)[0] if default_of is not None else 64,
     )
     print("\n\n".join(_shown(finding) for finding in done.findings), end="\n\n" if done.findings else "")
@@ -131,6 +136,10 @@ def parse_check(argv: Sequence[str]) -> CheckFlags:
     refuse_numbers(options)
     if options.env is None:
         raise UsageError("env is missing; pass the environment as path/to/file.py:ClassName")
+    if options.train and options.max_turns > 1:
+        raise UsageError(
+            f"train=true with max_turns={options.max_turns}, but the throw-away toy is taught one turn; drop --train"
+        )
     return options
 
 

@@ -18,6 +18,7 @@ from fleet.own_code.answer_checks import AnswerChecks
 from fleet.own_code.chance_checks import NUM_PAIRS, Sample, draw_sample
 from fleet.own_code.constructor import constructor_arguments
 from fleet.own_code.findings import Finding, Kind, Ledger
+from fleet.own_code.last_turn import LastTurn
 from fleet.verdicts import outcome_names, require_sound_task
 from utils.images import BadImage, open_image
 from utils.plain_text import QWEN_ADDED_TOKENS, first_literal, require_plain_messages, require_plain_text
@@ -63,6 +64,7 @@ def examine(
     num_pairs: int = NUM_PAIRS,
     max_pixels: int | None = None,
     max_tokens: int = 64,
+    max_turns: int = 1,
     literals: Collection[str] = QWEN_ADDED_TOKENS,
 ) -> Examination:
     """Everything that was found in an environment.
@@ -70,7 +72,8 @@ def examine(
     env: an environment, or its class, which is built twice from those of `arguments` that it takes, so that two
     instances are compared. spec: path/to/file.py:ClassName of that class, whose episodes another process draws too.
     num_episodes: from 0 on, beside a few far ones. num_pairs: of episodes on which chance is measured. max_pixels,
-    max_tokens: budgets of an image and of a completion.
+    max_tokens: budgets of an image and of a completion. max_turns: of a rollout; from 2 on, what ends it is checked,
+    behind the gold answers of the turns before.
     """
     given, ledger = dict(arguments or {}), Ledger()
     first = another = env
@@ -79,8 +82,10 @@ def examine(
         another = None if first is None else _constructed(env, given, ledger)
         if first is None or another is None:
             return Examination(env, ledger)
-    checks = _Checks(first, another, ledger, given, spec, num_pairs, max_pixels, max_tokens, frozenset(literals))
-    return checks.run((*range(num_episodes), *FAR))
+    asked_env = first if max_turns == 1 else LastTurn(first, max_turns)
+    asked_too = asked_env if another is first else another if max_turns == 1 else LastTurn(another, max_turns)
+    checks = _Checks(asked_env, asked_too, ledger, given, spec, num_pairs, max_pixels, max_tokens, frozenset(literals))
+    return replace(checks.run((*range(num_episodes), *FAR)), env=first)
 
 
 @dataclass
@@ -254,7 +259,7 @@ class _Checks:
 
     def _compare_seeds(self) -> None:
         """Notes about a seed that is not taken, or changes nothing."""
-        env_class = type(self.env)
+        env_class = type(self.env.env if isinstance(self.env, LastTurn) else self.env)
         parameters = inspect.signature(env_class).parameters
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         if "seed" not in parameters and not takes_any:
