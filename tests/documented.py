@@ -149,6 +149,18 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         stage=2,
     ),
     Runs("python -m fleet.check_env examples/counting.py:CountingEnv --train", says="it learns"),
+    Runs("python -m fleet.check_env examples/zoom.py:ZoomEnv --max_turns 2", says="examples/zoom.py:ZoomEnv is sound"),
+    Runs(
+        "accelerate launch training.py --env examples/zoom.py:ZoomEnv --max_turns 2 --output_dir runs/zoom",
+        added="--train_steps 2",
+        leaves=TRAINED,
+    ),
+    Runs(
+        "python evaluate.py --model_id runs/zoom/final",
+        added="--eval_episodes 16",
+        says="out of turns",
+        stage=2,
+    ),
     Runs(
         "accelerate launch training.py --env examples/counting.py:CountingEnv --config examples/counting.yaml "
         "--output_dir runs/counting",

@@ -1,13 +1,16 @@
 """A check of an environment finds each kind of mistake, and none in a sound one."""
 
+import random
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from environment import PickImageEnv, load_environment_class
+from environment import Episode, Observation, PickImageEnv, ToolCall, Verdict, load_environment_class
 from fleet.check_env import check_env, main, parse_check
 from fleet.errors import UsageError
 from fleet.own_code.chance_checks import exceeds
@@ -15,6 +18,7 @@ from fleet.own_code.environment_checks import examine
 from fleet.own_code.findings import Kind
 from tests.own_code.broken_environments import BROKEN, Broken
 from tests.own_code.sound_environments import Box, Click, Count, Read, Several, Tags
+from tests.turning_env import LookAgainEnv
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TOY = {"data_root": REPOSITORY / "toy_images", "seed": 0}
@@ -226,3 +230,46 @@ def test_text_before_the_call_is_no_trick_where_it_is_allowed() -> None:
 def test_a_file_that_is_not_there_is_refused() -> None:
     with pytest.raises(UsageError, match=r"gone\.py is not a file"):
         main(["gone.py:Mine"])
+
+
+class Endless(LookAgainEnv):
+    """Answers every call."""
+
+    num_looks = 99
+
+
+class Spelling(LookAgainEnv):
+    """Its answers hold a token of the model's."""
+
+    def respond(self, episode: Episode, turns: Sequence[ToolCall]) -> Observation | Verdict:
+        return Observation("<|image_pad|>") if len(turns) == 1 else super().respond(episode, turns)
+
+
+def test_turns_are_followed_to_the_last_one() -> None:
+    arguments = TOY | {"candidates_per_episode": 4, "fixed_correct_index": None}
+    assert not [finding for finding in check_env(LookAgainEnv, arguments, max_turns=2) if finding.kind.is_mistake]
+    (one,) = [finding for finding in check_env(LookAgainEnv, arguments) if finding.kind.is_mistake]
+    assert one.kind is Kind.OBSERVATION and "pass --max_turns 2 or more" in str(one)
+    endless = [str(finding) for finding in check_env(Endless, arguments, max_turns=3) if finding.kind.is_mistake]
+    assert len(endless) == 1 and "there is no verdict after 3 gold answers" in endless[0]
+    spelling = [str(finding) for finding in check_env(Spelling, arguments, max_turns=2) if finding.kind.is_mistake]
+    assert len(spelling) == 1 and "cannot be shown: an observation's text holds <|image_pad|>" in spelling[0]
+
+
+def test_the_zoom_example_is_sound_and_tells_nothing_without_the_look() -> None:
+    zoom = load_environment_class(f"{REPOSITORY}/examples/zoom.py:ZoomEnv")
+    assert check_env(zoom, TOY, max_turns=2) == []
+    env = zoom(**TOY)
+    rng, right = random.Random(0), Counter[str]()
+    for episode in map(env.episode, range(2_000)):
+        asked, options = episode.answer["asked"], episode.answer["options"]
+        near = {index: env.respond(episode, [ToolCall("zoom", {"index": index})]).images[0].stem for index in (0, 1)}
+        names = {index: stem.replace("_", " ") for index, stem in near.items()}
+        # one that never looks, one that looks at the other picture and takes its label if it is there, one that looks
+        guess = rng.randrange(4)
+        other = options.index(names[1 - asked]) if names[1 - asked] in options else guess
+        for policy, option in (("blind", guess), ("other", other), ("looking", options.index(names[asked]))):
+            right[policy] += env.respond(episode, [ToolCall("answer", {"option": option})]).is_right
+    assert right["looking"] == 2_000
+    # four deviations around a quarter
+    assert all(abs(right[policy] - 500) < 4 * (2_000 * 0.25 * 0.75) ** 0.5 for policy in ("blind", "other"))
