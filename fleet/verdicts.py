@@ -14,6 +14,8 @@ from functools import lru_cache, partial
 from numbers import Real
 from typing import Any
 
+from PIL import Image
+
 from fleet.episodes import (
     BrokenEpisode,
     Episode,
@@ -145,14 +147,21 @@ def answer_to(
     return replace(answer, call=calls[-1]) if isinstance(answer, Verdict) else answer
 
 
-def problem_of_observation(
+def shown_images(
     observation: Observation, max_pixels: int | None = None, literals: Collection[str] = QWEN_ADDED_TOKENS
-) -> str | None:
-    """The reason why an observation cannot be shown to the model; None if it can. literals: that are tokens to it."""
+) -> list[Image.Image]:
+    """An observation's images as the model is shown them. literals: the texts of its tokens.
+
+    Raises NotPlainText for a text that holds one, BadImage or OSError for an image that cannot be shown.
+    """
+    require_plain_text(observation.text, "an observation's text", literals)
+    return [open_image(image, max_pixels) for image in observation.images]
+
+
+def problem_of_observation(observation: Observation) -> str | None:
+    """The reason why an observation cannot be shown to a model; None if it can."""
     try:
-        require_plain_text(observation.text, "an observation's text", literals)
-        for image in observation.images:
-            open_image(image, max_pixels)
+        shown_images(observation)
     except (NotPlainText, BadImage, OSError) as error:
         return str(error)
     return None

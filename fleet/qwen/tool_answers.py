@@ -19,8 +19,9 @@ from fleet.qwen.group_passes import base_qwen, encode_pictures
 from fleet.qwen.observations import Picture, encode_observation
 from fleet.qwen.token_tree import GivenToken
 from fleet.qwen.vision_cache import VisionCache
-from fleet.verdicts import Observation, answer_to, problem_of_observation
-from utils.images import image_digest, name_of_picture, open_image
+from fleet.verdicts import Observation, answer_to, shown_images
+from utils.images import BadImage, image_digest, name_of_picture
+from utils.plain_text import NotPlainText
 from utils.tool_calls import ToolCall, parse_call_str
 
 
@@ -166,11 +167,11 @@ class ToolAnswers:
             return None
         if not isinstance(answer, Observation):
             return None
-        problem = problem_of_observation(answer, self.settings.max_pixels, self._literals)
-        if problem is not None:
-            self.problems.append(problem)
+        try:
+            images = shown_images(answer, self.settings.max_pixels, self._literals)
+        except (NotPlainText, BadImage, OSError) as error:
+            self.problems.append(str(error))
             return None
-        images = [open_image(image, self.settings.max_pixels) for image in answer.images]
         tokens, pictures = encode_observation(self.processor, answer.text, images)
         # a picture that was shown before has its features
         self.pictures = pictures | self.pictures
