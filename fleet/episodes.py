@@ -169,7 +169,7 @@ def _sound_episode(given: Any) -> Episode:
             f"correct_index={correct_index}, but the episode has {len(images)} images, numbered from 0; "
             "correct the environment's episode()"
         )
-    labels = tuple(_text(label, f"labels[{place}]") for place, label in enumerate(_items(given.labels, "labels")))
+    labels = tuple(text_from(label, f"labels[{place}]") for place, label in enumerate(_items(given.labels, "labels")))
     if labels and len(labels) != len(images):
         raise BrokenEpisode(f"{len(labels)} labels for {len(images)} images; give each image one, in the same order")
     settled = {
@@ -177,7 +177,7 @@ def _sound_episode(given: Any) -> Episode:
         "messages": tuple(_items(given.messages, "messages")),
         "correct_index": correct_index,
         "labels": labels,
-        "target": None if given.target is None else _text(given.target, "target"),
+        "target": None if given.target is None else text_from(given.target, "target"),
         "seed": _integer(given.seed, "seed"),
         "answer": _plain(given.answer, "answer"),
     }
@@ -208,7 +208,7 @@ def _integer(value: Any, field: str) -> int:
     raise BrokenEpisode(f"{field} is {shown(value)}, but wanted a whole number; give an int")
 
 
-def _text(value: Any, what: str) -> str:
+def text_from(value: Any, what: str) -> str:
     """A label, a target or a message's text as a plain str that UTF-8 can hold. what: its name, for errors."""
     if not isinstance(value, str):
         raise BrokenEpisode(f"{what} is {shown(value)}, but wanted text; give a str")
@@ -269,7 +269,7 @@ def _message(message: Any, what: str) -> Message:
     if set(message) != {"role", "content"}:
         keys = ", ".join(sorted(map(str, message))) or "none"
         raise BrokenEpisode(f"{what} has the keys {keys}, but wanted role and content; correct it")
-    role = _text(message["role"], f"{what}: role")
+    role = text_from(message["role"], f"{what}: role")
     if role not in ROLES:
         raise BrokenEpisode(f"{what} has role {role!r}, but wanted one of {', '.join(ROLES)}; correct it")
     content = message["content"]
@@ -279,11 +279,11 @@ def _message(message: Any, what: str) -> Message:
 
 def _part(part: Any, what: str) -> dict[str, str]:
     if isinstance(part, str):
-        return {"type": "text", "text": _text(part, what)}
+        return {"type": "text", "text": text_from(part, what)}
     # a data set's rows have every key, with None where a part has no such thing
     given = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
     if given.keys() == {"type", "text"} and given["type"] == "text":
-        return {"type": "text", "text": _text(given["text"], f"{what}: text")}
+        return {"type": "text", "text": text_from(given["text"], f"{what}: text")}
     if given.keys() == {"type"} and given["type"] == "image":
         return {"type": "image"}
     raise BrokenEpisode(

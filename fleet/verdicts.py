@@ -26,6 +26,7 @@ from fleet.episodes import (
     images_from,
     require_plain,
     shown,
+    text_from,
 )
 from utils.images import BadImage, open_image
 from utils.plain_text import QWEN_ADDED_TOKENS, NotPlainText, printable, require_plain_text
@@ -103,7 +104,8 @@ def verdict_on(
         outcome = OUT_OF_TURNS
     else:
         outcome = OUT_OF_CONTEXT if problem_of_observation(answer) is None else BAD_OBSERVATION
-    return Verdict(outcome, is_right=False, call=calls[-1])
+    # it made no choice, and earns nothing
+    return Verdict(outcome, is_right=False, components={CORRECT: 0.0, VALID_CALL: 0.0})
 
 
 def verdicts_on(
@@ -273,14 +275,14 @@ def _sound_answer(given: Any, outcomes: type[StrEnum], has_turns: bool) -> Obser
                 "Verdict on the first call"
             )
         return sound_observation(given)
+    if has_turns and not isinstance(given, Verdict):
+        raise BrokenEpisode(f"respond() returned {shown(given)}, but wanted a Verdict or an Observation; return one")
     return _sound_verdict(given, outcomes)
 
 
 def sound_observation(given: Observation) -> Observation:
     """The same observation, its images converted as an Episode's are. Raises BrokenEpisode for another type."""
-    if not isinstance(given.text, str):
-        raise BrokenEpisode(f"the text of its observation is {shown(given.text)}, but wanted a text; give a str")
-    return Observation(given.text, images_from(given.images))
+    return Observation(text_from(given.text, "the text of its observation"), images_from(given.images))
 
 
 def _sound_verdict(given: Any, outcomes: type[StrEnum]) -> Verdict:

@@ -158,7 +158,7 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     Runs(
         "python evaluate.py --model_id runs/zoom/final",
         added="--eval_episodes 16",
-        says="out of turns",
+        says="no such control for this environment",
         stage=2,
     ),
     Runs(

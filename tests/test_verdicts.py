@@ -17,6 +17,7 @@ from fleet.episodes import BrokenEpisode, Episode
 from fleet.verdicts import (
     Observation,
     Verdict,
+    answer_to,
     answerable_episode,
     chance_of,
     choices_of,
@@ -509,3 +510,18 @@ def test_a_pick_without_a_right_one_is_told_as_the_episodes_fault() -> None:
         BrokenEpisode, match="episode 2: the gold answer failed with ValueError: the episode has no corr"
     ):
         answerable_episode(Forgetting(), 2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Observation("\ud800"), "the text of its observation is '\\ud800', which is no UTF-8 text"),
+        (Observation(7), "the text of its observation is 7 (int), but wanted text"),  # type: ignore[arg-type]
+        (Observation("", 5), "images is 5 (int), but wanted a list or a tuple"),  # type: ignore[arg-type]
+        ("hit", "respond() returned 'hit' (str), but wanted a Verdict or an Observation; return one"),
+    ],
+)
+def test_an_observation_that_is_none_is_told(answer: Any, words: str) -> None:
+    with pytest.raises(BrokenEpisode) as error:
+        answer_to(Click(answer), EPISODE, [ToolCall("click", {"x": 1, "y": 2})], max_turns=2)
+    assert words in str(error.value)

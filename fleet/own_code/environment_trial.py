@@ -29,12 +29,12 @@ from fleet.verdicts import (
     chance_of,
     choices_of,
     drafts_of,
-    problem_of_observation,
+    shown_images,
     solutions_of,
 )
 from utils.child_process import command_of
-from utils.images import image_digest, open_image
-from utils.plain_text import require_plain_messages
+from utils.images import BadImage, image_digest, open_image
+from utils.plain_text import NotPlainText, require_plain_messages
 from utils.tool_calls import ToolCall
 
 # The episodes that are tried, and the order in which they are asked for again.
@@ -160,6 +160,8 @@ def require_usable(env: EpisodeSource, max_pixels: int | None, literals: Collect
                 open_image(image, max_pixels)
         require_plain_messages(episode.messages, f"episode {index}", literals)
         golds = _require_golds(env, episode, index, max_turns)
+        for end in range(1, len(golds)):
+            _require_showable(env, episode, golds[:end], max_pixels, literals, max_turns)
         # as rollouts.jsonl records it
         json.dumps([episode.labels, episode.target, episode.messages])
         rng = random.Random(index)
@@ -186,10 +188,6 @@ def _require_golds(env: EpisodeSource, episode: Episode, index: int, max_turns: 
             f"episode {index}: its solution, {golds[-1]}, is judged {verdict.outcome}, which is not right; correct "
             "solution() or respond()"
         )
-    for end in range(1, len(golds)):
-        observation = answer_to(env, episode, golds[:end], max_turns=max_turns)
-        if isinstance(observation, Observation) and (problem := problem_of_observation(observation)) is not None:
-            raise BrokenEpisode(f"episode {index}: the answer to {golds[end - 1]} cannot be shown: {problem}")
     chance_of(env, episode), drafts_of(env, episode)
     choices = [*env.choices(episode)] if choices_of(env, episode) else []
     others = [
@@ -200,6 +198,23 @@ def _require_golds(env: EpisodeSource, episode: Episode, index: int, max_turns: 
     if others and all(isinstance(other, Verdict) and other.is_right for other in others):
         raise BrokenEpisode(f"episode {index}: every choice is right, so nothing can be learnt; correct respond()")
     return golds
+
+
+def _require_showable(
+    env: EpisodeSource,
+    episode: Episode,
+    calls: Sequence[ToolCall],
+    max_pixels: int | None,
+    literals: Collection[str],
+    max_turns: int,
+) -> None:
+    """Raises BrokenEpisode if what a tool answers to the last of these calls cannot be shown."""
+    answer = answer_to(env, episode, calls, max_turns=max_turns)
+    try:
+        if isinstance(answer, Observation):
+            shown_images(answer, max_pixels, literals)
+    except (NotPlainText, BadImage, OSError) as error:
+        raise BrokenEpisode(f"the answer to {calls[-1]} cannot be shown: {error}") from error
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from enum import EnumType, StrEnum
 from functools import cached_property
 from typing import Any
 
+from PIL import Image
+
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource
 from fleet.verdicts import (
     OUT_OF_TURNS,
@@ -19,6 +21,7 @@ from fleet.verdicts import (
     solutions_of,
     sound_observation,
 )
+from utils.images import image_digest
 from utils.tool_calls import ToolCall
 
 
@@ -56,6 +59,12 @@ class LastTurn:
                 )
             if (problem := problem_of_observation(answer)) is not None:
                 raise BrokenEpisode(f"the answer to {golds[end - 1]} cannot be shown: {problem}")
+            again = answer_to(self.env, episode, golds[:end], max_turns=self._max_turns)
+            if not isinstance(again, Observation) or _comparable(again) != _comparable(answer):
+                raise BrokenEpisode(
+                    f"the answer to {golds[end - 1]} was another one when asked again; derive it from the episode and "
+                    "the calls alone"
+                )
         return golds[-1]
 
     def respond(self, episode: Episode, turns: Sequence[ToolCall]) -> Any:
@@ -66,3 +75,9 @@ class LastTurn:
             sound_observation(answer)
             return Verdict(OUT_OF_TURNS, is_right=False)
         return answer
+
+
+def _comparable(observation: Observation) -> tuple[Any, ...]:
+    """Equal for equal texts, paths and pictures."""
+    images = (image_digest(image) if isinstance(image, Image.Image) else image for image in observation.images)
+    return (observation.text, *images)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dataset import EpisodeBatch
 from environment import Episode, EpisodeSource
 from fleet.episodes import BrokenEpisode
+from fleet.errors import one_line
 from fleet.qwen.group_passes import base_qwen, encode_pictures
 from fleet.qwen.observations import Picture, encode_observation
 from fleet.qwen.token_tree import GivenToken
@@ -108,7 +109,13 @@ class ToolAnswers:
         num_tokens = self.prompt_lengths[group] + sum(map(len, turns)) + self.settings.max_turn_length
         num_tokens += sum(len(shown.tokens) for shown in self.observations(group, turns[:-1])) + len(observation.tokens)
         most = self.settings.max_context
-        return observation.tokens if most is None or num_tokens <= most else ()
+        if most is None or num_tokens <= most:
+            return observation.tokens
+        self.problems.append(
+            f"with it and one more turn a conversation would have up to {num_tokens:,} tokens, wanted at most {most:,} "
+            "(--max_context_length)"
+        )
+        return ()
 
     def observations(self, group: int, turns: Sequence[Sequence[int]]) -> list[ShownObservation]:
         """What was shown behind each of these turns of a rollout of this group, which were all answered."""
@@ -172,7 +179,12 @@ class ToolAnswers:
         except (NotPlainText, BadImage, OSError) as error:
             self.problems.append(str(error))
             return None
-        tokens, pictures = encode_observation(self.processor, answer.text, images)
+        try:
+            tokens, pictures = encode_observation(self.processor, answer.text, images)
+        # of the processor's own; a process that raises alone would leave the others waiting
+        except Exception as error:
+            self.broken = f"the answer to {calls[-1]} cannot be encoded ({type(error).__name__}: {one_line(error)})"
+            return None
         # a picture that was shown before has its features
         self.pictures = pictures | self.pictures
         return ShownObservation(answer.text, images, tokens)

@@ -174,7 +174,7 @@ class GroupSampling(Drawing):
         if self.settings.max_turns > 1:
             # rows of TRL's own hold no tool's answer
             if (problem := problem_of_mask(self._attention, work)) is not None:
-                raise RunStopped(problem)
+                raise RunStopped(f"{problem}, or --max_context_length")
             return True
         reason = why_not_to_pack(self._attention, work)
         if reason is not None:

@@ -17,6 +17,7 @@ from fleet.command.options import ResolvedDefault
 from fleet.rl.rollouts import GroupRecord, RolloutRecord
 from fleet.run_folder import write_atomically
 from utils.plain_text import printable
+from utils.tool_calls import ParseStatus
 
 
 def distinct_rollouts(rollouts: Sequence[RolloutRecord], max_rows: int = 4) -> list[RolloutRecord]:
@@ -37,7 +38,7 @@ def sample_table(rollouts: Sequence[RolloutRecord], step: int) -> str:
     for rollout in rollouts:
         verdict, episode = rollout.verdict, rollout.episode
         outcome = str(verdict.outcome)
-        if verdict.call is None:
+        if verdict.parse_status is not ParseStatus.OK:
             outcome = f"{outcome}: {verdict.parse_status.value}"
         style = "green" if verdict.is_right else "yellow" if verdict.is_valid_call else "red"
         table.add_row(

@@ -245,6 +245,13 @@ class Spelling(LookAgainEnv):
         return Observation("<|image_pad|>") if len(turns) == 1 else super().respond(episode, turns)
 
 
+class Fickle(LookAgainEnv):
+    """Its answers change."""
+
+    def respond(self, episode: Episode, turns: Sequence[ToolCall]) -> Observation | Verdict:
+        return Observation(str(random.random())) if len(turns) == 1 else super().respond(episode, turns)
+
+
 def test_turns_are_followed_to_the_last_one() -> None:
     arguments = TOY | {"candidates_per_episode": 4, "fixed_correct_index": None}
     assert not [finding for finding in check_env(LookAgainEnv, arguments, max_turns=2) if finding.kind.is_mistake]
@@ -252,6 +259,8 @@ def test_turns_are_followed_to_the_last_one() -> None:
     assert one.kind is Kind.OBSERVATION and "pass --max_turns 2 or more" in str(one)
     endless = [str(finding) for finding in check_env(Endless, arguments, max_turns=3) if finding.kind.is_mistake]
     assert len(endless) == 1 and "there is no verdict after 3 gold answers" in endless[0]
+    fickle = [str(finding) for finding in check_env(Fickle, arguments, max_turns=2) if finding.kind.is_mistake]
+    assert any("was another one when asked again" in finding for finding in fickle)
     spelling = [str(finding) for finding in check_env(Spelling, arguments, max_turns=2) if finding.kind.is_mistake]
     assert len(spelling) == 1 and "cannot be shown: an observation's text holds <|image_pad|>" in spelling[0]
 

@@ -141,13 +141,18 @@ def test_a_rollout_that_ends_without_a_verdict_says_why(tmp_path: Path, caplog: 
     )
     (line,) = [line for line in trainer.state.log_history if "reward" in line]
     assert (line[f"outcome/{BAD_OBSERVATION}"], line[f"outcome/{OUT_OF_TURNS}"]) == (0.5, 0.25)
+    # only the last, of two turns, chose something
+    assert [line[f"chosen/{choice}"] for choice in range(4)] == [0, 0, 0, 0.25] and line["valid_call"] == 0.25
+    assert [record.reward for record in trainer.latest_rollouts[:4]] == [0, 0, 0, 1]
     assert line["turns/mean"] == pytest.approx(6 / 4)
     assert math.isfinite(line["grad_norm"])
 
 
-def test_a_conversation_keeps_within_its_context(tmp_path: Path) -> None:
+def test_a_conversation_keeps_within_its_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = talking_trainer(tmp_path, LookAgainEnv(TOY_DATA_ROOT, 4, 0), max_context=150)
+    caplog.set_level("INFO")
     trainer.train()
+    assert "wanted at most 150 (--max_context_length) (said once)" in caplog.text
     assert {record.verdict.outcome for record in trainer.latest_rollouts} == {OUT_OF_CONTEXT, "index_out_of_range"}
     assert all(len(record.turns) == 1 for record in trainer.latest_rollouts)
 
