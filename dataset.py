@@ -14,7 +14,7 @@ from PIL import Image
 
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, Message
 from fleet.errors import ProcessStopped, RunStopped
-from fleet.verdicts import answerable_episode
+from fleet.known_answers import answerable_episode
 from utils.images import BadImage, image_digest, open_image
 from utils.plain_text import NotPlainText, require_plain_messages
 

@@ -7,8 +7,6 @@ Each run is a process of its own, started as a user would. Run it with nothing e
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from fleet.run.config import installed_versions  # noqa: E402
+from benchmarks.seed_record import write_record  # noqa: E402
 from fleet.run_folder import read_jsonl  # noqa: E402
 
 EXAMPLES = {"click": "ClickEnv", "counting": "CountingEnv", "odd_one_out": "OddOneOutEnv"}
@@ -54,16 +52,8 @@ def main() -> None:
         for name in arguments.only
     }
     print(markdown_table(found))
-    record = {
-        "command": " ".join(
-            ["python benchmarks/example_seeds.py --num_seeds", str(arguments.num_seeds), *of_run, *of_scoring]
-        ),
-        "device": f"{os.cpu_count()} cores of {platform.machine()}, no GPU",
-        "versions": installed_versions(),
-        "runs": found,
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    command = ["benchmarks/example_seeds.py", "--num_seeds", str(arguments.num_seeds), *of_run, *of_scoring]
+    write_record(arguments.json, command, found)
     draw(found, arguments.plot)
 
 

@@ -8,8 +8,6 @@ with nothing else running: it reports seconds.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,7 +17,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from fleet.run.config import installed_versions  # noqa: E402
+from benchmarks.seed_record import write_record  # noqa: E402
 from fleet.run_folder import read_jsonl  # noqa: E402
 
 COLUMNS = {
@@ -47,16 +45,8 @@ def main() -> None:
         for seed in range(arguments.num_seeds)
     ]
     print(markdown_table(runs))
-    record = {
-        "command": " ".join(
-            ["python benchmarks/look_seeds.py --num_seeds", str(arguments.num_seeds), *of_run, *of_both]
-        ),
-        "device": f"{os.cpu_count()} cores of {platform.machine()}, no GPU",
-        "versions": installed_versions(),
-        "runs": runs,
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    command = ["benchmarks/look_seeds.py", "--num_seeds", str(arguments.num_seeds), *of_run, *of_both]
+    write_record(arguments.json, command, runs)
     draw(runs, arguments.plot)
 
 

@@ -33,7 +33,7 @@ STEP = {
     "fleet/rl/first_pass.py": "scores_of_first_pass as_wide_as",
     "fleet/rl/policy_passes.py": "PolicyPasses(_completion_logps)",
     "fleet/rl/spared_passes.py": "SparedPasses",
-    "fleet/rl/judging.py": "Rollouts Judging(_judge_and_reward _rewards)",
+    "fleet/rl/judging.py": "Rollouts Judging(_judge_and_reward _text_of _rewards)",
     "fleet/rl/trainer.py": "FleetRLOOTrainer(_prepare_inputs _roll_out _take_advantages _teaches _compute_loss)",
 }
 ASIDE = {
@@ -56,10 +56,11 @@ ASIDE = {
     "fleet/rl/group_sampling.py": "GroupSampling(_log_lengths)",
     "fleet/rl/first_pass.py": "why_not_one_pass",
     "fleet/rl/policy_passes.py": "PolicyPasses(_compare_with_vllm)",
-    "fleet/rl/judging.py": "Judging(_require_shown _log_rewards)",
+    "fleet/rl/judging.py": "Judging(_require_shown _tool_answers _log_rewards)",
     "fleet/rl/trainer.py": "FleetRLOOTrainer(_record _log_loss _get_grad_norm)",
-    "fleet/verdicts.py": "Verdict verdicts_on verdict_on verdict_on_call outcome_names solution_of choices_of "
-    "drafts_on drafts_of _sound_verdict _sound_name _sound_component _sound_call",
+    "fleet/known_answers.py": "solution_of solutions_of choices_of drafts_on drafts_of _sound_call",
+    "fleet/verdicts.py": "Verdict verdicts_on verdict_on answer_to outcome_names _sound_answer _sound_verdict "
+    "_sound_name _sound_component",
     "fleet/run/watchdog.py": "Watchdog(beat) StillTime(beat tick)",
     "utils/images.py": "image_digest",
     "utils/plain_text.py": "require_plain_messages require_plain_text first_literal printable",

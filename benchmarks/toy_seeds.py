@@ -6,9 +6,6 @@ Each run is a process of its own, started as a user would. Run it with nothing e
 """
 
 import argparse
-import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -18,7 +15,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from fleet.run.config import installed_versions  # noqa: E402
+from benchmarks.seed_record import write_record  # noqa: E402
 from fleet.run_folder import read_jsonl  # noqa: E402
 
 WINDOW = 5  # steps that a figure is a mean of
@@ -38,11 +35,8 @@ def main() -> None:
     flags = [] if arguments.train_steps is None else ["--train_steps", str(arguments.train_steps)]
     runs = [run_seed(seed, flags, arguments.output_dir / f"seed-{seed}") for seed in range(arguments.num_seeds)]
     print(markdown_table(runs))
-    command = " ".join(["python benchmarks/toy_seeds.py --num_seeds", str(arguments.num_seeds), *flags])
-    device = f"{os.cpu_count()} cores of {platform.machine()}, no GPU"
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    record = {"command": command, "device": device, "versions": installed_versions(), "runs": runs}
-    arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    command = ["benchmarks/toy_seeds.py", "--num_seeds", str(arguments.num_seeds), *flags]
+    write_record(arguments.json, command, runs)
     draw(runs, arguments.plot)
 
 

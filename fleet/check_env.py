@@ -24,13 +24,13 @@ from fleet.command.parser import flag, flag_of, make_parser, parse_flags, replac
 from fleet.controls import Control, checked_edit
 from fleet.episodes import BrokenEpisode, Episode
 from fleet.errors import UsageError, refused
+from fleet.known_answers import choices_of
 from fleet.own_code.chance_checks import NUM_DISTINCT
 from fleet.own_code.constructor import arguments_of, require_known
 from fleet.own_code.environment_checks import NUM_EPISODES, Examination, examine
 from fleet.own_code.findings import Finding as Finding
 from fleet.own_code.findings import Kind as Kind
 from fleet.toy.trial_run import NUM_STEPS, train_briefly
-from fleet.verdicts import choices_of
 from utils.plain_text import printable, printable_lines
 from utils.tool_calls import ToolCall, make_call_str
 from utils.user_files import folder_kept

@@ -4,13 +4,12 @@ Owns the way from a completion to a verdict, which every consumer takes: parsed 
 the parse status, else judged by `respond`. Imports no torch.
 """
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import EnumType, StrEnum
-from functools import lru_cache, partial
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -22,16 +21,14 @@ from fleet.episodes import (
     EpisodeSource,
     ImageSource,
     asked,
-    checked_episode,
     images_from,
-    require_plain,
     shown,
     text_from,
 )
 from utils.images import BadImage, open_image
 from utils.plain_text import QWEN_ADDED_TOKENS, NotPlainText, printable, require_plain_text
-from utils.tool_calls import ParseStatus, ToolCall, make_call_str, parse_call_str
-from utils.tool_schemas import BadTool, Tool, checked_tools, refusal_of
+from utils.tool_calls import ParseStatus, ToolCall, parse_call_str
+from utils.tool_schemas import BadTool, checked_tools
 
 MAX_COMPONENT = 1e6  # a component beyond it turns its siblings' rewards into rounding errors in float32
 UNPARSABLE = "unparsable"  # the outcome of a refused call, in every environment
@@ -175,83 +172,6 @@ def outcome_names(env: EpisodeSource, max_turns: int = 1) -> list[str]:
     return list(dict.fromkeys([*(outcome.value for outcome in env.outcomes), UNPARSABLE, *of_turns]))
 
 
-def solution_of(env: EpisodeSource, episode: Episode, turns: Sequence[ToolCall] = ()) -> ToolCall:
-    """The gold answer to an episode, behind these calls. Raises BrokenEpisode unless the tools' schemas take it."""
-    check = partial(_sound_call, tools=env.tools)
-    return asked(lambda: env.solution(episode, tuple(turns)), check, "the gold answer", "solution")
-
-
-def solutions_of(env: EpisodeSource, episode: Episode, *, max_turns: int = 1) -> list[ToolCall]:
-    """The gold answers of an episode's turns, up to the one that has a verdict. Raises BrokenEpisode as solution_of."""
-    calls = [solution_of(env, episode)]
-    while len(calls) < max_turns and isinstance(answer_to(env, episode, calls, max_turns=max_turns), Observation):
-        calls.append(solution_of(env, episode, calls))
-    return calls
-
-
-def answerable_episode(env: EpisodeSource, index: int) -> Episode:
-    """Episode `index` as `checked_episode` gives it, with a sound gold answer and sound choices.
-
-    Raises BrokenEpisode, which names the episode.
-    """
-    episode = checked_episode(env, index)
-    try:
-        solution_of(env, episode), choices_of(env, episode)
-    except BrokenEpisode as error:
-        raise BrokenEpisode(f"episode {index}: {error}") from error
-    return episode
-
-
-def choices_of(env: EpisodeSource, episode: Episode) -> tuple[str, ...]:
-    """The names of the calls that may be chosen from, in order; none where an answer is not one of a few."""
-
-    def check(given: Any) -> tuple[str, ...]:
-        return tuple(str(_sound_call(call, env.tools)) for call in given)
-
-    return asked(lambda: env.choices(episode), check, "the choices", "choices")
-
-
-def drafts_of(env: EpisodeSource, episode: Episode) -> list[str]:
-    """The completions that the environment thinks the model may say. Raises BrokenEpisode unless they are texts."""
-
-    def check(given: Any) -> list[str]:
-        for draft in [given] if isinstance(given, str) else given:
-            if isinstance(given, str) or not isinstance(draft, str):
-                raise BrokenEpisode(f"drafts() returned {shown(given)}, but wanted a list of completions' texts")
-        return list(given)
-
-    try:
-        return asked(lambda: env.drafts(episode), check, "the drafts", "drafts")
-    except (BadImage, OSError) as error:
-        raise BrokenEpisode(
-            f"the drafts failed with {type(error).__name__}: {printable(error)}; correct drafts()"
-        ) from error
-
-
-def drafts_on(env: EpisodeSource, episodes: Sequence[Episode]) -> tuple[list[list[str]], str | None]:
-    """(the drafts for each episode, None); with the reason why the environment is broken, the drafts before it."""
-    drafts: list[list[str]] = []
-    try:
-        for episode in episodes:
-            drafts.append(drafts_of(env, episode))
-    except BrokenEpisode as error:
-        return drafts, str(error)
-    return drafts, None
-
-
-def chance_of(env: EpisodeSource, episode: Episode) -> float | None:
-    """The share of right answers of a policy that does not look; None if the environment does not say."""
-
-    def check(given: Any) -> float | None:
-        if given is None:
-            return None
-        if isinstance(given, Real) and not isinstance(given, bool) and 0 <= float(given) <= 1:
-            return float(given)
-        raise BrokenEpisode(f"chance() returned {shown(given)}, but wanted a share from 0 to 1, or None")
-
-    return asked(lambda: env.chance(episode), check, "chance", "chance")
-
-
 def require_sound_task(env: EpisodeSource) -> None:
     """Raises BrokenEpisode unless the environment's tools and outcomes can be used."""
     try:
@@ -323,31 +243,3 @@ def _sound_component(name: str, value: Any) -> float:
     raise BrokenEpisode(
         f"its component {name} is {shown(value)}, but wanted a finite number within a million of 0; correct it"
     )
-
-
-def _sound_call(given: Any, tools: Sequence[Tool]) -> ToolCall:
-    """The same call, its arguments plain JSON. Raises BrokenEpisode if the tools' schemas refuse it."""
-    if not isinstance(given, ToolCall):
-        raise BrokenEpisode(f"it is {shown(given)}, but wanted a call; return environment.ToolCall(name, arguments)")
-    names = [tool["name"] for tool in tools]
-    if given.name not in names:
-        raise BrokenEpisode(f"it calls {given.name!r}, but the tools are {', '.join(names)}; call one of these")
-    try:
-        text = make_call_str(given)
-        text.encode()
-        arguments = json.loads(json.dumps(dict(given.arguments)))
-    except (TypeError, ValueError, RecursionError) as error:
-        words = printable(error)
-        raise BrokenEpisode(f"its arguments are not plain JSON ({words}); give ints, floats, texts, lists") from error
-    require_plain(json.dumps(arguments, ensure_ascii=False), f"the call of {given.name}")
-    if (refusal := refusal_of(tools, given.name, arguments)) is not None:
-        raise BrokenEpisode(f"its arguments do not fit the schema of {given.name}: {refusal}; correct one of the two")
-    parsed = _parsed(text, json.dumps([dict(tool) for tool in tools]))
-    if parsed.call != ToolCall(given.name, arguments):
-        raise BrokenEpisode(f"its text is refused as {parsed.status}; a call has at most 4,096 characters, none odd")
-    return ToolCall(given.name, arguments)
-
-
-@lru_cache(maxsize=4096)
-def _parsed(text: str, tools_json: str) -> Any:
-    return parse_call_str(text, json.loads(tools_json))

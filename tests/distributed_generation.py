@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from fleet.known_answers import drafts_on
 from fleet.qwen.group_passes import base_qwen
-from fleet.verdicts import drafts_on
 from model_utils import make_lora_config
 from tests.helpers import fleet_trainer, rloo_config, toy_model
 

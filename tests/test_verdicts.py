@@ -14,16 +14,13 @@ from PIL import Image
 from environment import Environment, PickImageTask, pick_image_messages
 from fleet.controls import Control, Edited, checked_edit
 from fleet.episodes import BrokenEpisode, Episode
+from fleet.known_answers import answerable_episode, chance_of, choices_of, solution_of
 from fleet.verdicts import (
     Observation,
     Verdict,
     answer_to,
-    answerable_episode,
-    chance_of,
-    choices_of,
     outcome_names,
     require_sound_task,
-    solution_of,
     verdict_on,
     verdict_on_call,
     verdicts_on,

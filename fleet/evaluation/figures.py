@@ -16,8 +16,9 @@ from fleet.controls import Control, Edited
 from fleet.episodes import BrokenEpisode
 from fleet.errors import RunStopped
 from fleet.evaluation.intervals import Estimate, exactly, paired_difference, pass_at_k, share
+from fleet.known_answers import chance_of, choices_of, solutions_of
 from fleet.run_folder import EVALUATION_SCHEMA_VERSION, finite
-from fleet.verdicts import Verdict, chance_of, choices_of, outcome_names, solutions_of, verdict_on
+from fleet.verdicts import Verdict, outcome_names, verdict_on
 from utils.tool_calls import ParseStatus, ToolCall
 
 CHANGED_AT_A_TIME = 64  # episodes; their changed pictures, eight or so each, are held in memory

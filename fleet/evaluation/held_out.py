@@ -17,7 +17,7 @@ from fleet.command.preflight import make_environment
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_fields
 from fleet.errors import UsageError, refused
 from fleet.evaluation.figures import EvaluationPlan
-from fleet.verdicts import answerable_episode
+from fleet.known_answers import answerable_episode
 from utils.images import BadImage, image_digest
 
 logger = logging.getLogger("fleet")

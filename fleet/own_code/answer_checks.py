@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, asked, shown
+from fleet.known_answers import chance_of, choices_of, solution_of
 from fleet.own_code.control_checks import check_controls
 from fleet.own_code.environment_trial import comparable_fields, require_same
 from fleet.own_code.findings import Kind, Ledger, is_raised, root_of
 from fleet.own_code.probes import edge_calls, exploits, is_taken
-from fleet.verdicts import Observation, Verdict, chance_of, choices_of, solution_of, verdict_on, verdict_on_call
+from fleet.verdicts import Observation, Verdict, verdict_on, verdict_on_call
 from reward import reward_of
 from utils.images import BadImage
 from utils.plain_text import NotPlainText, require_plain_text

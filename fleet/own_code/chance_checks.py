@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from fleet.episodes import Episode
+from fleet.known_answers import chance_of
 from fleet.own_code.answer_checks import AnswerChecks
 from fleet.own_code.environment_trial import comparable_fields
 from fleet.own_code.findings import Kind, Ledger
 from fleet.own_code.probes import is_taken
-from fleet.verdicts import chance_of
 from utils.tool_calls import make_call_str
 
 NUM_DISTINCT, LEAST_DISTINCT = 64, 48  # fewer are learnt by heart

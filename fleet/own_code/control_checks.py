@@ -11,10 +11,11 @@ from PIL import Image
 
 from fleet.controls import Control, Edited, checked_edit
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, shown
+from fleet.known_answers import solution_of
 from fleet.own_code.environment_trial import comparable_fields, require_same
 from fleet.own_code.findings import Kind, Ledger
 from fleet.own_code.probes import is_taken
-from fleet.verdicts import solution_of, verdict_on_call
+from fleet.verdicts import verdict_on_call
 from utils.images import open_image
 from utils.tool_calls import ToolCall
 

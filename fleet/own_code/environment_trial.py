@@ -21,17 +21,9 @@ from PIL import Image
 from environment import load_environment_class
 from fleet.controls import Control, checked_edit
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_episode
+from fleet.known_answers import chance_of, choices_of, drafts_of, solutions_of
 from fleet.own_code.constructor import constructor_arguments
-from fleet.verdicts import (
-    Observation,
-    Verdict,
-    answer_to,
-    chance_of,
-    choices_of,
-    drafts_of,
-    shown_images,
-    solutions_of,
-)
+from fleet.verdicts import Observation, Verdict, answer_to, shown_images
 from utils.child_process import command_of
 from utils.images import BadImage, image_digest, open_image
 from utils.plain_text import NotPlainText, require_plain_messages

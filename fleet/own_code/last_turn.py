@@ -12,15 +12,8 @@ from typing import Any
 from PIL import Image
 
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource
-from fleet.verdicts import (
-    OUT_OF_TURNS,
-    Observation,
-    Verdict,
-    answer_to,
-    problem_of_observation,
-    solutions_of,
-    sound_observation,
-)
+from fleet.known_answers import solutions_of
+from fleet.verdicts import OUT_OF_TURNS, Observation, Verdict, answer_to, problem_of_observation, sound_observation
 from utils.images import image_digest
 from utils.tool_calls import ToolCall
 

@@ -15,6 +15,7 @@ from trl.trainer.utils import nanstd
 
 from dataset import EpisodeBatch, count_faults, require_episodes
 from environment import Episode, EpisodeSource
+from fleet.known_answers import drafts_on
 from fleet.own_code.reward_process import RewardProcess
 from fleet.qwen.tool_answers import ToolAnswers, TurnSettings, tool_answers
 from fleet.rl.group_sampling import SampledGroups
@@ -22,7 +23,7 @@ from fleet.rl.guards import RewardGuard, StepGuard
 from fleet.rl.rollouts import RolloutRecord, TurnRecord, episode_records, make_records
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.spared_passes import SparedPasses
-from fleet.verdicts import Verdict, drafts_on, verdicts_on
+from fleet.verdicts import Verdict, verdicts_on
 from model_utils import decode_completion
 from reward import make_trl_reward_function, reward_of
 

@@ -12,8 +12,9 @@ from typing import Any, Self
 
 from environment import Episode, EpisodeSource, Message
 from fleet.episodes import BrokenEpisode
+from fleet.known_answers import choices_of, solutions_of
 from fleet.run_folder import finite
-from fleet.verdicts import CORRECT, VALID_CALL, Verdict, choices_of, solutions_of
+from fleet.verdicts import CORRECT, VALID_CALL, Verdict
 from utils.images import name_of_picture
 from utils.tool_calls import ParseStatus, ToolCall
 

@@ -22,10 +22,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, Row, VLMDataCollator
 from environment import EpisodeSource
 from fleet.episodes import BrokenEpisode
+from fleet.known_answers import solution_of
 from fleet.qwen.token_tree import Prompts, TokenTree, ancestry_mask, by_rollout, tree_of_rollouts
 from fleet.toy.lessons import END, train_stages
 from fleet.toy.sight_heads import SightHeads
-from fleet.verdicts import solution_of
 from utils.tool_calls import make_call_str
 
 # Axes: P episodes, B branches behind the pictures of each, S slots of a packed row, K edges, T tokens of the longest.

@@ -35,9 +35,9 @@ from transformers.utils import logging as transformers_logging
 from environment import EpisodeSource, PickImageEnv
 from fleet.episodes import BrokenEpisode, checked_episode
 from fleet.errors import UsageError, reason_of
+from fleet.known_answers import solution_of
 from fleet.toy.form_school import teach_form
 from fleet.toy.lessons import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, teach_calls, teach_sight
-from fleet.verdicts import solution_of
 from utils.tool_calls import make_call_str, make_tool_call_str
 
 SHIPPED_WEIGHTS = Path(__file__).resolve().with_name("sighted.safetensors")
