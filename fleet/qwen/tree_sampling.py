@@ -23,6 +23,7 @@ from fleet.qwen.group_passes import MAX_MASK_PAIRS, as_encoded, base_qwen, image
 from fleet.qwen.sampling_passes import FirstPass, RowPasses, TreePasses, WaitingNode
 from fleet.qwen.sampling_rules import SamplingRules
 from fleet.qwen.token_tree import ROOT, Branches, GivenToken, PathToken, Prompts
+from utils.pieces import in_pieces
 
 # Axes: P prompts, G rollouts of each, B = P * G of them group after group, T places of a rollout.
 
@@ -85,8 +86,7 @@ class Samples:
     @property
     def turns(self) -> list[list[list[int]]]:
         """B; the sampled tokens of each turn."""
-        rows = zip(map(iter, self.completion_ids), self.turn_lengths, strict=True)
-        return [[list(itertools.islice(ids, length)) for length in lengths] for ids, lengths in rows]
+        return list(map(in_pieces, self.completion_ids, self.turn_lengths))
 
 
 def sample_batch(

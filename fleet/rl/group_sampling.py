@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from accelerate.utils import gather_object
@@ -25,6 +24,7 @@ from fleet.qwen.tree_sampling import Samples
 from fleet.rl.drawing import Drawing
 from fleet.rl.first_pass import as_wide_as, scores_of_first_pass
 from fleet.rl.rollouts import length_metrics
+from utils.pieces import in_pieces
 
 logger = logging.getLogger("fleet")
 
@@ -51,8 +51,7 @@ class SampledGroups:
 
     def turns_of(self, rollout: int) -> list[list[int]]:
         """The sampled tokens of each of a rollout's turns."""
-        ids = iter(self.completion_ids[rollout])
-        return [list(islice(ids, length)) for length in self.turn_lengths[rollout]]
+        return in_pieces(self.completion_ids[rollout], self.turn_lengths[rollout])
 
     def rows_of(self, groups: slice) -> slice:
         """The rollouts of these groups among the B."""

@@ -16,6 +16,7 @@ from fleet.known_answers import choices_of, solutions_of
 from fleet.run_folder import finite
 from fleet.verdicts import CORRECT, VALID_CALL, Verdict
 from utils.images import name_of_picture
+from utils.pieces import in_pieces
 from utils.tool_calls import ParseStatus, ToolCall
 
 
@@ -76,10 +77,10 @@ class RolloutRecord:
     turns: tuple[TurnRecord, ...] = ()
 
     @property
-    def turn_ids(self) -> list[tuple[int, ...]]:
+    def turn_ids(self) -> list[list[int]]:
         """The token ids of each turn."""
-        ids = iter(self.token_ids)
-        return [tuple(islice(ids, turn.num_tokens)) for turn in self.turns] if self.turns else [self.token_ids]
+        lengths = [turn.num_tokens for turn in self.turns] or [len(self.token_ids)]
+        return in_pieces(self.token_ids, lengths)
 
     @property
     def images(self) -> tuple[str, ...]:
