@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import PickImageEnv
+from fleet.qwen import group_passes
 from fleet.qwen.draws import named_uniforms
 from fleet.qwen.group_passes import encode_pictures, image_inputs, score_tree, tree_prompts
 from fleet.qwen.observations import Picture, encode_observation
@@ -172,6 +173,22 @@ def test_turns_are_sampled_as_a_row_of_their_own_is(num_pictures: int, make_mode
         assert [list(map(len, turns)) for turns in expected] == samples.turn_lengths
         seen[name] = samples.num_passes
     assert seen["first turns"] < seen["none"]
+
+
+def test_groups_in_pieces_are_answered_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = toy_model(), two_prompts()
+    config = generation_config(do_sample=True, top_k=0, max_new_tokens=NUM_TOKENS, temperature=1.3)
+    whole = sampled(model, batch, config, Showing(1, 2))
+    monkeypatch.setitem(group_passes.MAX_MASK_PAIRS, "sdpa", 1)
+    uniforms = named_uniforms(5, 0, batch["numbers"], GROUP_SIZE, 2 * NUM_TOKENS)
+    end = toy_processor().tokenizer.eos_token_id
+    request = SamplingRequest(
+        SamplingRules(config), uniforms, [[], []], config.pad_token_id, answers=Showing(1, 2), turn_end_id=end
+    )
+    pieces = sample_batch(model, batch, None, request)
+    assert len(pieces) == 2
+    # what Showing shows depends on the group's number
+    assert [path for piece in pieces for path in piece.paths] == whole.paths
 
 
 def path_ids(turns: Sequence[Sequence[int]]) -> list[int]:
