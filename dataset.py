@@ -12,6 +12,7 @@ import datasets
 import torch
 from PIL import Image
 
+from fleet.episode_numbers import MAX_REPLACEMENTS, REPLACEMENT_STRIDE
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, Message
 from fleet.errors import ProcessStopped, RunStopped
 from fleet.known_answers import answerable_episode
@@ -20,9 +21,6 @@ from utils.plain_text import NotPlainText, require_plain_messages
 
 Row = dict[str, Any]
 
-# Replacements are drawn this far on: no run gets there, and a prime step leaves the period of a repeating environment.
-REPLACEMENT_STRIDE = 1_000_000_007
-MAX_REPLACEMENTS = 100
 STAND_IN_SIDE_PX = 56
 
 
@@ -205,6 +203,57 @@ class VLMDataCollator:
             prompts=prompts,
             group_size=self.num_rollouts,
         )
+
+
+def images_of(num_images: Sequence[int], place: int) -> range:
+    """The places of an episode's images among those of all episodes.
+
+    >>> images_of([2, 3], 1)
+    range(2, 5)
+    """
+    first = sum(num_images[:place])
+    return range(first, first + num_images[place])
+
+
+def pick_episodes(batches: Sequence[EpisodeBatch], chosen: Sequence[tuple[int, int]], padding_id: int) -> EpisodeBatch:
+    """A batch of these batches' episodes, as (number of the batch, place of the episode in it), in order."""
+    lengths = [batch["attention_mask"].sum(dim=1).tolist() for batch in batches]
+    longest = max(lengths[number][place] for number, place in chosen)
+    grids = [batch["image_grid_thw"].split(batch["num_images"]) for batch in batches]
+    patches = [
+        batch["pixel_values"].split([int(grid.prod(dim=1).sum()) for grid in of_batch])
+        for batch, of_batch in zip(batches, grids, strict=True)
+    ]
+
+    def rows(name: str, fill: int) -> torch.Tensor:
+        """The prompts' rows without their padding, and then with as much as the longest of them needs."""
+        found = [
+            torch.nn.functional.pad(ids[-length:], (longest - length, 0), value=fill)
+            for number, place in chosen
+            for ids, length in [(batches[number][name][place], lengths[number][place])]  # type: ignore[literal-required]
+        ]
+        return torch.stack(found)
+
+    def entries(name: str) -> list[Any]:
+        return [batches[number][name][place] for number, place in chosen]  # type: ignore[literal-required]
+
+    images = [(number, image) for number, place in chosen for image in images_of(batches[number]["num_images"], place)]
+    return EpisodeBatch(
+        input_ids=rows("input_ids", padding_id),
+        attention_mask=rows("attention_mask", 0),
+        mm_token_type_ids=rows("mm_token_type_ids", 0),
+        pixel_values=torch.cat([patches[number][place] for number, place in chosen]),
+        image_grid_thw=torch.cat([grids[number][place] for number, place in chosen]),
+        num_images=entries("num_images"),
+        image_digests=[batches[number]["image_digests"][image] for number, image in images],
+        episodes=entries("episodes"),
+        numbers=entries("numbers"),
+        faults=entries("faults"),
+        broken=entries("broken"),
+        images=entries("images"),
+        prompts=entries("prompts"),
+        group_size=batches[0]["group_size"],
+    )
 
 
 def prompts_of_rollouts(batch: EpisodeBatch) -> tuple[list[list[int]], list[list[Image.Image]]]:

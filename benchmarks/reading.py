@@ -28,12 +28,13 @@ STEP = {
     "fleet/qwen/edge_scores.py": "edge_scores _chunk_scores",
     "fleet/rl/algorithm.py": "needs_old_logps shaped_rewards leave_one_out_advantages sequence_logps clipped_loss",
     "fleet/rl/drawing.py": "Drawn Drawing(_image_features _draw _drafts _draw_on_trees _tries_one_pass)",
-    "fleet/rl/group_sampling.py": "SampledGroups GroupSampling(_sample _first_scores _trees _usable _chooses_packing "
-    "_groups_per_step) _as_long_as",
+    "fleet/rl/group_sampling.py": "DrawnGroups SampledGroups GroupSampling(_draw_groups _are_ended _sampled "
+    "_first_scores _trees _usable _chooses_packing _groups_per_step) _as_long_as",
     "fleet/rl/first_pass.py": "scores_of_first_pass as_wide_as",
     "fleet/rl/policy_passes.py": "PolicyPasses(_completion_logps)",
     "fleet/rl/spared_passes.py": "SparedPasses",
-    "fleet/rl/judging.py": "Rollouts Judging(_judge_and_reward _text_of _rewards)",
+    "fleet/rl/judging.py": "JudgedGroups Rollouts Judging(_judge _reward _text_of _rewards) _by_rollout",
+    "fleet/rl/dynamic_sampling.py": "DynamicSampling(_judged_groups _draw_and_judge)",
     "fleet/rl/trainer.py": "FleetRLOOTrainer(_prepare_inputs _roll_out _take_advantages _teaches _compute_loss)",
 }
 ASIDE = {

@@ -20,7 +20,7 @@ from fleet.command.options import parse_options
 from fleet.command.preflight import make_environment
 from fleet.controls import Control, checked_edit
 from fleet.errors import RunStopped
-from fleet.evaluation.held_out import make_plan
+from fleet.evaluation.held_out import RunEpisodes, make_plan
 from fleet.toy.model import TOY_DATA_ROOT
 from tests.conftest import save_picture
 from tests.helpers import toy_dataset, toy_processor
@@ -334,7 +334,7 @@ def test_an_environment_that_changes_the_working_directory_does_not_move_the_run
     env = make_environment(options, options.seed)
     row = RepeatableEpisodeDataset(env)[0]
     assert len(row["images"]) == 4
-    assert len(make_plan(options, [(env, 3)]).episodes) == 2
+    assert len(make_plan(options, [RunEpisodes(env, 3)]).episodes) == 2
     pick, rng = ToolCall("pick_image", {"index": 0}), random.Random(0)
     assert checked_edit(env, row["episode"], Control.PERMUTED_ORDER, pick, rng) is not None
     assert Path.cwd() == tmp_path / "work"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import evaluate
 from dataset import VLMDataCollator
+from fleet.episode_numbers import FURTHER_STRIDE
 from fleet.run_folder import read_jsonl
 from fleet.toy.model import SIGHTED, toy_model_path
 from model_utils import generate_tool_call, load_qwen25_vl
@@ -147,11 +148,13 @@ def test_what_is_wrong_on_one_rank_skips_a_step_or_stops_on_both(launcher: str, 
         assert seen["reason"].startswith("process 1: reward function reward raised ConnectionError: no judge (")
 
 
-def test_what_is_sampled_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    said = []
+@pytest.mark.parametrize("dynamic_sampling", ["0", "2"])
+def test_what_is_sampled_does_not_depend_on_the_number_of_processes(tmp_path: Path, dynamic_sampling: str) -> None:
+    said, replaced = [], []
     for num_processes in (1, 2):
         run = tmp_path / str(num_processes)
         flags = ["--per_device_batch_size", str(8 // num_processes), "--train_steps", "1", "--temperature", "1.5"]
+        flags += ["--dynamic_sampling", dynamic_sampling]
         done = subprocess.run(
             ["torchrun", "--nproc_per_node", str(num_processes), "--master_port", free_port(), "training.py",
              "--report_to", "none", "--output_dir", str(run), *flags],
@@ -160,8 +163,13 @@ def test_what_is_sampled_does_not_depend_on_the_number_of_processes(tmp_path: Pa
         assert done.returncode == 0, done.stderr[-3000:]
         groups = read_jsonl(run / "rollouts.jsonl")
         said.append({line["episode_index"]: [rollout["token_ids"] for rollout in line["rollouts"]] for line in groups})
-    assert said[0].keys() == set(range(8))
-    equal = [said[0][episode] == said[1][episode] for episode in range(8)]
+        (figures,) = read_jsonl(run / "metrics.jsonl")
+        replaced.append(figures.get("dynamic_sampling/replaced", 0))
+    assert {number % FURTHER_STRIDE for number in said[0]} == set(range(8))
+    # which of the processes needs how many differs, so that each draws for the other
+    assert replaced[0] == replaced[1] == sum(number >= FURTHER_STRIDE for number in said[0]) / 8
+    assert (replaced[0] > 0) == (dynamic_sampling != "0")
+    equal = [said[0][episode] == said[1].get(episode) for episode in said[0]]
     # a uniform may fall on an edge that rounding moves, in one rollout of a thousand
     assert said[0].keys() == said[1].keys() and equal.count(True) >= 7, (said, equal)
     assert len({str(group) for group in said[0].values()}) == 8

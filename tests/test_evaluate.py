@@ -191,11 +191,12 @@ def test_groups_of_any_size_are_evaluated_beside(tmp_path: Path) -> None:
 
 def test_episodes_of_every_run_behind_a_model_are_passed_over(run: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
-    flags = ["--model_id", str(run / "final"), "--seed", "1", "--report_to", "none"]
+    flags = ["--model_id", str(run / "final"), "--seed", "1", "--report_to", "none", "--dynamic_sampling", "2"]
     training.main([*UNWATCHED_RUN, *flags, "--output_dir", str(second)])
     options = parse_evaluate_options(["--model_id", str(second / "final")])
     found = evaluate.runs_behind(options, str(second / "final"))
-    assert [(getattr(env, "seed", None), number) for env, number in found] == [(1, 6), (0, 6)]
+    assert [(getattr(run.env, "seed", None), run.num_episodes) for run in found] == [(1, 6), (0, 6)]
+    assert [run.num_attempts for run in found] == [2, 0]
     assert evaluate.runs_behind(options, "toy") == []
 
 

@@ -29,6 +29,8 @@ KINDS = {
     "two-full": (2, False, []),
     "frozen": (1, False, ["--freeze_vision"]),
     "turns": (1, False, TURNS),
+    "dynamic": (1, False, ["--dynamic_sampling", "3", "--num_rollouts", "2"]),
+    "two-dynamic": (2, False, ["--dynamic_sampling", "2", "--num_rollouts", "2"]),
     "zero3-turns": (2, True, [*TURNS, "--use_lora"]),
     "4-bit": (1, False, ["--use_lora", "--load_in_4bit"]),
     "zero3-full": (2, True, []),
@@ -78,9 +80,19 @@ def seal(checkpoint: Path) -> None:
         ("zero3-full", "1"),
         ("zero3-shards", "1.4"),
         ("turns", "1.4"),
+        ("dynamic", "1.4"),
         *(
             pytest.param(kind, "1.4", marks=FURTHER)
-            for kind in ("zero3-turns", "full", "frozen", "4-bit", "two-full", "zero3-full", "zero3-lora")
+            for kind in (
+                "zero3-turns",
+                "two-dynamic",
+                "full",
+                "frozen",
+                "4-bit",
+                "two-full",
+                "zero3-full",
+                "zero3-lora",
+            )
         ),
     ],
 )
@@ -104,6 +116,9 @@ def test_a_resumed_run_ends_in_the_same_bits(kind: str, temperature: str, tmp_pa
     else:
         # much of what is said stands in no draft
         assert all(line["sampling/passes"] > 5 and line["sampling/ended_in_first_pass"] < 1 for line in lines)
+
+    if "dynamic" in kind:
+        assert all(line["dynamic_sampling/replaced"] > 0 for line in lines)
 
     # in the middle of its one epoch, early and late
     for step in (1, 3):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.file_kinds import kind_of
+from utils.heif import HEIF_REMEDY, HEIF_SUFFIXES, is_heif_read
 from utils.metadata import METADATA_NAMES, read_metadata
 from utils.plain_text import normalized, printable
 from utils.split_folders import MAX_NAMED, count_of, is_drawn, place_of_splits, split_of, without_splits
@@ -21,7 +22,8 @@ METADATA_ENDINGS = frozenset({".csv", ".jsonl", ".json", ".ndjson", ".tsv", ".tx
 # A literal such as <|image_pad|> stays, for the check of labels to find.
 WORD_BREAKS = re.compile(r"(<\|?/?\w+\|?>)|[_\-\s]+")
 REMEDIES = {
-    "convert": frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".dng", ".cr2", ".nef"}),
+    HEIF_REMEDY: HEIF_SUFFIXES,
+    "convert": frozenset({".avif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".dng", ".cr2", ".nef"}),
     "unpack": frozenset({".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}),
     "write the images out as files": frozenset({".parquet", ".arrow", ".feather", ".tfrecord", ".h5", ".npy", ".npz"}),
 }
@@ -135,6 +137,7 @@ def _files_by_kind(root: Path) -> tuple[list[str], list[str], Counter[str]]:
     Raises ValueError for metadata under another name.
     """
     images, metadata, others = [], [], Counter[str]()
+    reads_heif = is_heif_read()
     for path in _files(root):
         name = path.rpartition("/")[2]
         suffix = os.path.splitext(name)[1].lower()
@@ -146,7 +149,7 @@ def _files_by_kind(root: Path) -> tuple[list[str], list[str], Counter[str]]:
                 f"{root / path} is not read, as metadata is {' or '.join(METADATA_NAMES)}; save it as one of them, or "
                 "remove it"
             )
-        elif suffix in IMAGE_SUFFIXES:
+        elif suffix in IMAGE_SUFFIXES or (reads_heif and suffix in HEIF_SUFFIXES):
             images.append(path)
         else:
             others[suffix or "without an ending"] += 1

@@ -16,12 +16,13 @@ from typing import cast
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from utils.file_kinds import kind_of
+from utils.heif import heif_formats
 from utils.image_folders import LabelledImage as LabelledImage
 from utils.image_folders import list_labelled_images as list_labelled_images
 from utils.plain_text import printable
 
 # Pillow knows 40 more, some of which start other programs (EPS) or read from elsewhere
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # and HEIF, where pillow-heif is installed
 MAX_FILE_PIXELS = 89_478_485  # Pillow's own decompression-bomb threshold
 MAX_FILE_BYTES = 2**28  # what a decoder may hold besides the pixels
 MAX_ASPECT_RATIO = 200  # Qwen2.5-VL's image processor refuses this and beyond
@@ -63,6 +64,11 @@ def open_image(source: str | Path | Image.Image, max_pixels: int | None = None) 
         return _decoded(file, printable(source), max_pixels)
 
 
+def known_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    return IMAGE_FORMATS + heif_formats()
+
+
 def checked_sha256(path: str | Path) -> bytes:
     """The 32 bytes of the SHA-256 of a file that opens as an image. Raises BadImage as open_image does."""
     with _regular_file(path) as file:
@@ -95,7 +101,7 @@ def _decoded(source: BufferedReader | Image.Image, name: str, max_pixels: int | 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else Image.open(source, formats=IMAGE_FORMATS)
+            image = source if isinstance(source, Image.Image) else Image.open(source, formats=known_formats())
             _require_size(image, name)
             image.load()
         # the orientation alone is read: rewriting all of a file's EXIF, as Pillow's own helper does, fails on odd tags
@@ -107,7 +113,7 @@ def _decoded(source: BufferedReader | Image.Image, name: str, max_pixels: int | 
         reason = f"has more than the {MAX_FILE_PIXELS:,} pixels allowed (a decompression bomb?)"
         raise BadImage(name, reason, "shrink it or remove it") from error
     except UnidentifiedImageError as error:
-        known = ", ".join(IMAGE_FORMATS)
+        known = ", ".join(known_formats())
         raise BadImage(name, f"is not in a format that is read ({known})", "convert it or remove it") from error
     except Exception as error:
         # what Pillow raises for a broken file depends on its format and on where it is broken

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fleet.command.data_sets import is_data_set
 from fleet.command.flags import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -157,7 +158,8 @@ def run_options(model_id: str) -> dict[str, Any]:
     options = dict(config.get("options", {}))
     for name in PATH_FLAGS if "directory" in config else ():
         value = options.get(name)
-        if isinstance(value, str) and not Path(value if name == "data_root" else value.rpartition(":")[0]).exists():
+        is_there = isinstance(value, str) and Path(value if name == "data_root" else value.rpartition(":")[0]).exists()
+        if isinstance(value, str) and not is_there and not (name == "data_root" and is_data_set(value)):
             options[name] = as_seen_from(config["directory"], value)
     return options
 

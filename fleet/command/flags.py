@@ -64,8 +64,14 @@ class TaskFlags:
     """The task: what is shown and asked, and what counts as an answer."""
 
     data_root: str = flag("./toy_images", "folder of candidate images: named files, a folder per class, or "
-        "metadata.csv/.jsonl; of folders train/, val/, test/ above those, train/ is drawn from", metavar="DIR",
+        "metadata.csv/.jsonl; of folders train/, val/, test/ above those, train/ is drawn from; or a data set: what "
+        "save_to_disk wrote, parquet, or a name on the hub", metavar="DIR",
         parse=user_path, is_file=True)
+    image_column: str | None = flag(None, "of a data set: the column of images", "the only one that holds images",
+        metavar="NAME")
+    label_column: str | None = flag(None, "of a data set: the column of labels, as text or as classes with names",
+        "the only one of classes, else label, name, text or caption", metavar="NAME")
+    split: str | None = flag(None, "of a data set: the split to draw from", "train, or the only one", metavar="NAME")
     bad_images: str = flag("stop", "what an image that cannot be used does: stop the run, or be left out, and where "
         "it goes bad during the run, have its episode replaced", "as nothing is left out unasked",
         choices=("stop", "skip"), may_change=True)

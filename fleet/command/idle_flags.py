@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fleet.command.data_sets import COLUMN_FLAGS, is_data_set
 from fleet.command.flags import TOY_MODEL_ID
 from fleet.command.parser import as_flag_value
 from fleet.errors import UsageError
@@ -70,10 +71,18 @@ NO_ENV_ARGS = IdleFlags(
     "add --env FILE:CLASS",
 )
 
+NO_COLUMNS = IdleFlags(
+    COLUMN_FLAGS,
+    lambda options, launch: not is_data_set(options.data_root),
+    "a folder of images has no columns, and its splits are folders",
+    "pass a data set, or the split's own folder, as --data_root",
+)
+
 # fmt: off
 IDLE_IN_TRAINING = (
     IdleFlags(("revision",), lambda options, launch: not _is_from_hub(options.model_id), *NOT_FROM_HUB),
     NO_ENV_ARGS,
+    NO_COLUMNS,
     ONE_TURN,
     IdleFlags(LORA, lambda options, launch: not options.use_lora, "no adapter is trained", "add --use_lora true"),
     IdleFlags(LORA, lambda options, launch: options.use_lora and is_adapter(options.model_id),
@@ -116,6 +125,7 @@ IDLE_IN_TRAINING = (
 IDLE_IN_EVALUATION = (
     IdleFlags(("revision",), lambda options, launch: not any(map(_is_from_hub, options.models)), *NOT_FROM_HUB),
     NO_ENV_ARGS,
+    NO_COLUMNS,
     ONE_TURN,
     IdleFlags(("temperature", "top_p", "top_k", "min_p", "seed"), lambda options, launch: options.num_samples == 0,
         "no sample is drawn", "pass --num_samples 4"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import EpisodeSource
+from fleet.command.data_sets import image_root
 from fleet.command.flags import TaskFlags
 from fleet.errors import UsageError, refused
 from fleet.model_folder.files import base_of
@@ -90,7 +91,7 @@ def find_bad_images(
         first = 0 if is_alone else int(launch_variables.get("LOCAL_RANK", "0"))
         stride = 1 if is_alone else int(launch_variables.get("LOCAL_WORLD_SIZE", "1"))
         literals = added_token_literals(model_id) | added_token_literals(base_of(model_id))
-        share = check_share(images, task.data_root, first, stride, literals)
+        share = check_share(images, image_root(task), first, stride, literals)
     return Findings(env, share, settle(task, env, [share], beginning) if is_alone else None, beginning=beginning or {})
 
 
@@ -144,7 +145,7 @@ def settle(
     shares = [share for share in found if share is not None]
     if not shares:
         return RunData(env)
-    listing = listing_of(env, task.data_root)
+    listing = listing_of(env, image_root(task))
     names = [name for name, _ in listing]
     problems = {place: problem for share in shares for place, problem in share.problems.items()}
     sha256s = _sha256s(names, shares, problems)
@@ -169,7 +170,7 @@ def settle(
 def without_images(env: EpisodeSource, names: Collection[str], task: TaskFlags) -> EpisodeSource:
     """The environment without the images of these names. Raises UsageError if it needs them."""
     left_out = set(names)
-    paths = [image.path for image in images_of(env) or () if image_name(image.path, task.data_root) in left_out]
+    paths = [image.path for image in images_of(env) or () if image_name(image.path, image_root(task)) in left_out]
     if not paths:
         return env
     narrow: Any = getattr(env, "without_images", None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import EpisodeSource, PickImageEnv, load_environment_class
+from fleet.command.data_sets import image_root
 from fleet.command.evaluate_options import EvaluateOptions, require_output
 from fleet.command.flags import TOY_MODEL_ID, TaskFlags
 from fleet.command.image_check import Findings, find_bad_images, listing_of, without_images
@@ -181,7 +182,7 @@ def make_environment(
             failed = f"episode 0 failed with {type(error).__name__}: {error}"
             raise UsageError(f"env={task.env}: {failed}; correct it") from error
     elif isinstance(env, PickImageEnv) and drawn_images:
-        lost = set(drawn_images) - {name for name, _ in listing_of(env, task.data_root)}
+        lost = set(drawn_images) - {name for name, _ in listing_of(env, image_root(task))}
         env = env.with_images(lost) if lost else env
     return without_images(env, skipped_images, task)
 
@@ -189,7 +190,7 @@ def make_environment(
 def _offered(task: TaskFlags, seed: int) -> dict[str, Any]:
     """What a constructor may take by name."""
     return {
-        "data_root": task.data_root,
+        "data_root": image_root(task),
         "candidates_per_episode": task.candidates_per_episode,
         "fixed_correct_index": task.fixed_correct_index,
         "seed": seed,

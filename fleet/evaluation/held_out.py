@@ -4,16 +4,18 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 from PIL import Image
 
+from fleet.command.data_sets import COLUMN_FLAGS
 from fleet.command.evaluate_options import run_config, run_options
 from fleet.command.flags import HeldOutFlags, TaskFlags
 from fleet.command.preflight import make_environment
+from fleet.episode_numbers import numbers_drawn
 from fleet.episodes import BrokenEpisode, Episode, EpisodeSource, checked_fields
 from fleet.errors import UsageError, refused
 from fleet.evaluation.figures import EvaluationPlan
@@ -26,7 +28,21 @@ MAX_DRAWS_PER_EPISODE = 20  # held-out, before a folder counts as too small
 MAX_COMPARED_EPISODES = 200_000  # of a run, from the first on
 
 # the flags that say which episodes a run has
-TASK = ("data_root", "env", "env_args", "candidates_per_episode", "fixed_correct_index")
+TASK = ("data_root", *COLUMN_FLAGS, "env", "env_args", "candidates_per_episode", "fixed_correct_index")
+
+
+@dataclass(frozen=True)
+class RunEpisodes:
+    """The episodes that a run draws, or may draw."""
+
+    env: EpisodeSource
+    num_episodes: int
+    num_attempts: int = 0  # to replace a group, each with a further episode
+
+    def __iter__(self) -> Iterator[Episode]:
+        """The first of them, without the messages that prompt_messages makes."""
+        numbers = numbers_drawn(self.num_episodes, self.num_attempts)
+        return (checked_fields(self.env, number) for number in islice(numbers, MAX_COMPARED_EPISODES))
 
 
 class TooFewEpisodes(ValueError):
@@ -35,7 +51,7 @@ class TooFewEpisodes(ValueError):
 
 def make_plan(
     held_out: HeldOutFlags,
-    runs: Iterable[tuple[EpisodeSource, int]],
+    runs: Iterable[RunEpisodes],
     *,
     skipped_images: Collection[str] = (),
     drawn_images: Collection[str] = (),
@@ -45,24 +61,20 @@ def make_plan(
 ) -> EvaluationPlan:
     """The evaluation that the flags ask for, on episodes that none of these runs draws.
 
-    runs: the environment of each run, and the number of episodes that it draws. skipped_images, drawn_images: as for
+    skipped_images, drawn_images: as for
     make_environment. prompt_style: the prompt, with the parser that accepts text before the call; None takes prompt
     and parser from the flags. Raises UsageError if the folder holds too few unseen episodes, or an environment fails.
     """
     reasons = held_out.allow_reasoning if prompt_style is None else prompt_style == "reasoning"
     images = {"skipped_images": skipped_images, "drawn_images": drawn_images}
     env = make_environment(replace(held_out, allow_reasoning=reasons), held_out.eval_seed, **images)
-    drawn = chain.from_iterable(
-        (checked_fields(run_env, index) for index in range(min(num_episodes, MAX_COMPARED_EPISODES)))
-        for run_env, num_episodes in runs
-    )
     named = f"env={held_out.env}: "
     with (
         refused(TooFewEpisodes, before=f"eval_episodes={held_out.eval_episodes}: "),
         refused(BrokenEpisode, before=named),
         refused(BadImage, OSError, before=f"{named}a held-out episode cannot be drawn (", after=")"),
     ):
-        episodes, num_passed_over = draw_held_out(env, held_out.eval_episodes, drawn)
+        episodes, num_passed_over = draw_held_out(env, held_out.eval_episodes, chain.from_iterable(runs))
     return EvaluationPlan(
         env=env,
         episodes=tuple(episodes),
@@ -77,9 +89,9 @@ def make_plan(
     )
 
 
-def runs_behind(task: TaskFlags, model_id: str) -> list[tuple[EpisodeSource, int]]:
-    """(environment, number of episodes drawn) of the run that left this model, and of those before it."""
-    runs, folders = [], set()
+def runs_behind(task: TaskFlags, model_id: str) -> list[RunEpisodes]:
+    """The episodes of the run that left this model, and of those before it."""
+    runs, folders = list[RunEpisodes](), set()
     while (config := run_config(model_id)) and Path(model_id).resolve() not in folders:
         folders.add(Path(model_id).resolve())
         run = run_options(model_id)
@@ -96,7 +108,8 @@ def runs_behind(task: TaskFlags, model_id: str) -> list[tuple[EpisodeSource, int
                 f"the training episodes of {model_id} are unknown, so held-out episodes may repeat them: {error}"
             )
         else:
-            runs.append((env, num_episodes))
+            # a run of an older Fleet replaced no group
+            runs.append(RunEpisodes(env, num_episodes, int(run.get("dynamic_sampling", 0))))
         model_id = str(run.get("model_id"))
     return runs
 

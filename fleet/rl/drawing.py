@@ -232,6 +232,8 @@ class Drawing(ResumableTrainer):
         """The reason why sampling's first pass cannot be the one that is trained on; None if it can."""
         if self.settings.max_turns > 1:
             return "rollouts have several turns"
+        if self.settings.dynamic_sampling:
+            return "groups may be replaced"
         return why_not_one_pass(self.args, self.accelerator.unwrap_model(self.model), self._attention)
 
     def _tries_one_pass(self) -> bool:

@@ -32,22 +32,17 @@ logger = logging.getLogger("fleet")
 
 
 @dataclass(frozen=True)
-class SampledGroups:
-    """This device's completions of one generation, P whole groups of G, ready to be scored."""
+class DrawnGroups:
+    """This device's completions of some episodes, P whole groups of G."""
 
     batch: EpisodeBatch
     completion_ids: list[list[int]]  # B, never empty
-    completion_ids_BT: Tensor  # int64, right-padded
-    completion_mask_BT: Tensor  # int64, 0 on padding and on masked truncated completions
     sampler_logps: list[list[float]] | None  # B; of each token under the distribution drawn from; NaN where unknown
-    prompts: Prompts
-    branches: list[Branches]  # P; of the completions that are not masked
-    nodes: list[list[list[int]]]  # P x G; of each of their tokens
     turn_lengths: list[list[int]]  # B; sampled tokens of each turn
+    paths: list[list[PathToken]] | None  # B; with what was given between turns, where there may be several
     pictures: Mapping[bytes, Picture]  # that tools have shown, by digest
     image_features: list[Tensor] | None  # one an image from the vision cache, or None for the encoder to run
-    is_packed: bool  # a forward pass has each group as one row
-    first_scores: tuple[Tensor, Tensor] | None  # (B, T) log-probabilities, with gradient, and entropies of round 1
+    samples: Samples | None  # where they were drawn on trees, in one piece
 
     def turns_of(self, rollout: int) -> list[list[int]]:
         """The sampled tokens of each of a rollout's turns."""
@@ -58,6 +53,19 @@ class SampledGroups:
         return slice(groups.start * self.batch["group_size"], groups.stop * self.batch["group_size"])
 
 
+@dataclass(frozen=True)
+class SampledGroups(DrawnGroups):
+    """This device's completions of one generation, ready to be scored."""
+
+    completion_ids_BT: Tensor  # int64, right-padded
+    completion_mask_BT: Tensor  # int64, 0 on padding and on masked truncated completions
+    prompts: Prompts
+    branches: list[Branches]  # P; of the completions that are not masked
+    nodes: list[list[list[int]]]  # P x G; of each of their tokens
+    is_packed: bool  # a forward pass has each group as one row
+    first_scores: tuple[Tensor, Tensor] | None  # (B, T) log-probabilities, with gradient, and entropies of round 1
+
+
 class GroupSampling(Drawing):
     """A trainer that draws as Drawing does, and knows its completions as trees."""
 
@@ -65,10 +73,10 @@ class GroupSampling(Drawing):
     def _groups_per_step(self) -> int:
         return self.args.per_device_train_batch_size // self.num_generations
 
-    def _sample(
+    def _draw_groups(
         self, batch: EpisodeBatch, guesses: Sequence[Sequence[str]], answers: ToolAnswers | None = None
-    ) -> SampledGroups:
-        """G completions of each episode, with the inputs of their scoring passes. Every rank takes part.
+    ) -> DrawnGroups:
+        """G completions of each episode. Every rank takes part.
 
         guesses: of each episode, completions that its environment thinks likely. answers: of its tools, where a
         rollout may have several turns.
@@ -77,18 +85,32 @@ class GroupSampling(Drawing):
         drawn = self._draw(batch, features, guesses, answers)
         completion_ids = self._usable(drawn.completion_ids)
         logps = None if drawn.logps is None else _as_long_as(completion_ids, drawn.logps)
+        self._log_lengths(batch, completion_ids, self._are_ended(completion_ids))
+        return DrawnGroups(
+            batch,
+            completion_ids,
+            logps,
+            turn_lengths=(None if answers is None else drawn.turn_lengths) or [[len(ids)] for ids in completion_ids],
+            paths=None if answers is None else drawn.paths,
+            pictures={} if answers is None else answers.pictures,
+            image_features=features,
+            samples=drawn.samples,
+        )
+
+    def _are_ended(self, completion_ids: Sequence[Sequence[int]]) -> list[bool]:
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        is_ended = [ids[-1] in ends for ids in completion_ids]
-        self._log_lengths(batch, completion_ids, is_ended)
-        device = self.accelerator.device
+        return [ids[-1] in ends for ids in completion_ids]
+
+    def _sampled(self, drawn: DrawnGroups) -> SampledGroups:
+        """These completions with the inputs of their scoring passes. Every rank takes part."""
+        batch, completion_ids, device = drawn.batch, drawn.completion_ids, self.accelerator.device
         rows = [torch.tensor(ids) for ids in completion_ids]
         ids_BT = pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id).to(device)
         mask_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
         if self.mask_truncated_completions:
-            mask_BT = mask_BT * torch.tensor(is_ended, device=device).unsqueeze(1)
+            mask_BT = mask_BT * torch.tensor(self._are_ended(completion_ids), device=device).unsqueeze(1)
         prompts = tree_prompts(self.accelerator.unwrap_model(self.model), batch)
-        paths, turn_lengths = (None, None) if answers is None else (drawn.paths, drawn.turn_lengths)
-        branches, nodes = self._trees(paths or completion_ids, mask_BT)
+        branches, nodes = self._trees(drawn.paths or completion_ids, mask_BT)
         is_packed = self._chooses_packing(batch, mask_BT, branches)
         first_scores = None
         if drawn.samples is not None and is_packed:
@@ -96,17 +118,12 @@ class GroupSampling(Drawing):
             with torch.enable_grad():
                 first_scores = None if first_scores is None else as_wide_as(ids_BT, *first_scores)
         return SampledGroups(
-            batch,
-            completion_ids,
+            **vars(drawn),
             completion_ids_BT=ids_BT,
             completion_mask_BT=mask_BT,
-            sampler_logps=logps,
             prompts=prompts,
             branches=branches,
             nodes=nodes,
-            turn_lengths=turn_lengths or [[len(ids)] for ids in completion_ids],
-            pictures={} if answers is None else answers.pictures,
-            image_features=features,
             is_packed=is_packed,
             first_scores=first_scores,
         )

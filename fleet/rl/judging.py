@@ -3,9 +3,10 @@
 Unlike TRL, completions are judged with special tokens visible (TRL strips them), and once each.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -14,20 +15,44 @@ from torch import Tensor
 from trl.trainer.utils import nanstd
 
 from dataset import EpisodeBatch, count_faults, require_episodes
-from environment import Episode, EpisodeSource
+from environment import EpisodeSource
 from fleet.known_answers import drafts_on
 from fleet.own_code.reward_process import RewardProcess
 from fleet.qwen.tool_answers import ToolAnswers, TurnSettings, tool_answers
-from fleet.rl.group_sampling import SampledGroups
+from fleet.rl.group_sampling import DrawnGroups, SampledGroups
 from fleet.rl.guards import RewardGuard, StepGuard
 from fleet.rl.rollouts import RolloutRecord, TurnRecord, episode_records, make_records
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.spared_passes import SparedPasses
-from fleet.verdicts import Verdict, verdicts_on
+from fleet.verdicts import verdicts_on
 from model_utils import decode_completion
 from reward import make_trl_reward_function, reward_of
 
+Value = TypeVar("Value")
+
 # Axes: P episodes (groups), G rollouts of each, B = P * G of them group after group, T completion tokens.
+
+
+@dataclass(frozen=True)
+class JudgedGroups:
+    """This device's completions of some episodes, P groups of G, and the verdicts on them."""
+
+    drawn: DrawnGroups
+    records: list[RolloutRecord]  # B; without reward and advantage
+    pictures_of_tools: dict[str, Image.Image]  # that tools' answers held, by the records' names
+
+    def records_of(self, place: int) -> list[RolloutRecord]:
+        """The records of the group at this place."""
+        size = self.drawn.batch["group_size"]
+        return self.records[place * size : (place + 1) * size]
+
+    def settled_places(self) -> list[int]:
+        """The places of groups whose verdicts are all right or all wrong, in order."""
+        return [
+            place
+            for place in range(len(self.drawn.batch["episodes"]))
+            if len({record.verdict.is_right for record in self.records_of(place)}) == 1
+        ]
 
 
 @dataclass
@@ -41,7 +66,8 @@ class Rollouts:
     ref_logps_BT: Tensor | None = None  # float32, with beta > 0
     old_logps_BT: Tensor | None = None  # float32, where needs_old_logps
     kl_and_tokens_2: Tensor | None = None  # float32 sums so far, with beta > 0
-    pictures_of_tools: dict[str, Image.Image] = field(default_factory=dict)  # that answers held, by the records' names
+    passed_over: list[RolloutRecord] = field(default_factory=list)  # of whole groups that were replaced
+    pictures_of_tools: dict[str, Image.Image] = field(default_factory=dict)  # of JudgedGroups
     teaches_P: list[bool] | None = None  # False where the advantages are 0 on every device; known from the start alone
 
 
@@ -93,14 +119,14 @@ class Judging(SparedPasses):
     def _text_of(self, ids: Sequence[int]) -> str:
         return decode_completion(self.processing_class, ids, self.eos_token_ids)
 
-    def _judge_and_reward(self, sampled: SampledGroups, answers: ToolAnswers | None) -> Rollouts:
-        """This device's completions, each judged once and rewarded; logs the rewards of all devices.
+    def _judge(self, drawn: DrawnGroups, answers: ToolAnswers | None) -> JudgedGroups:
+        """This device's completions, each judged once.
 
-        Raises RunStopped on all processes if the environment or the user's reward function is broken on any.
+        Raises RunStopped on all processes if the environment is broken on any.
         """
-        batch, max_turns = sampled.batch, self.settings.max_turns
-        episodes_B = [episode for episode in batch["episodes"] for _ in range(batch["group_size"])]
-        texts_B = [list(map(self._text_of, sampled.turns_of(place))) for place in range(len(episodes_B))]
+        batch, max_turns = drawn.batch, self.settings.max_turns
+        episodes_B = _by_rollout(batch, batch["episodes"])
+        texts_B = [list(map(self._text_of, drawn.turns_of(place))) for place in range(len(episodes_B))]
         completions = ["\n".join(texts) for texts in texts_B]
         reasons = self.settings.allow_reasoning
         said = completions if max_turns == 1 else texts_B
@@ -108,20 +134,33 @@ class Judging(SparedPasses):
         seen, unseen = episode_records(self.env, batch["episodes"], batch["image_digests"], batch["numbers"], max_turns)
         unanswered = None if answers is None else answers.broken
         require_episodes(gather_object([[unanswered, broken, unseen]]))
-        rewards, first_dropped = self._rewards(sampled, episodes_B, completions, verdicts)
+        turns, pictures = (None, {}) if answers is None else self._turn_records(drawn, answers)
+        unknown = [math.nan] * len(completions)
+        of_tokens = drawn.completion_ids, drawn.sampler_logps, turns
+        return JudgedGroups(drawn, make_records(seen, completions, verdicts, unknown, *of_tokens), pictures)
+
+    def _reward(self, judged: JudgedGroups, passed_over: list[RolloutRecord]) -> Rollouts:
+        """These groups as they are trained on, rewarded; logs the rewards of all devices.
+
+        passed_over: the records of groups that they replaced. Raises RunStopped on all processes if the user's reward
+        function is broken on any.
+        """
+        sampled, records = self._sampled(judged.drawn), judged.records
+        rewards, first_dropped = self._rewards(sampled, records)
         self.step_guard.begin_generation(first_dropped)
         rewards_B = torch.tensor(rewards, device=self.accelerator.device) * self.reward_weights[0].item()
         self._log_rewards(self.accelerator.gather(rewards_B))
-        turns, pictures = (None, {}) if answers is None else self._turn_records(sampled, answers)
-        records = make_records(
-            seen, completions, verdicts, rewards_B.tolist(), sampled.completion_ids, sampled.sampler_logps, turns
-        )
         return Rollouts(
-            sampled, records, rewards_B, advantages_B=torch.zeros_like(rewards_B), pictures_of_tools=pictures
+            sampled,
+            [replace(record, reward=reward) for record, reward in zip(records, rewards_B.tolist(), strict=True)],
+            rewards_B,
+            advantages_B=torch.zeros_like(rewards_B),
+            passed_over=passed_over,
+            pictures_of_tools=judged.pictures_of_tools,
         )
 
     def _turn_records(
-        self, sampled: SampledGroups, answers: ToolAnswers
+        self, drawn: DrawnGroups, answers: ToolAnswers
     ) -> tuple[list[list[TurnRecord]], dict[str, Image.Image]]:
         """The turns of this device's rollouts with what tools answered, and the pictures in the answers, by name.
 
@@ -131,8 +170,8 @@ class Judging(SparedPasses):
         if problem is not None:
             self._tell_once("bad observation", f"a tool's answer cannot be shown, which ends a rollout: {problem}")
         records, pictures = list[list[TurnRecord]](), dict[str, Image.Image]()
-        for place in range(len(sampled.completion_ids)):
-            turns = sampled.turns_of(place)
+        for place in range(len(drawn.completion_ids)):
+            turns = drawn.turns_of(place)
             observations = answers.observations(place // self.num_generations, turns[:-1])
             of_rollout = [
                 TurnRecord(self._text_of(ids), len(ids), observation.text, observation.names)
@@ -143,25 +182,23 @@ class Judging(SparedPasses):
                 pictures |= zip(observation.names, observation.images, strict=True)
         return records, pictures
 
-    def _rewards(
-        self, sampled: SampledGroups, episodes_B: list[Episode], completions: list[str], verdicts: list[Verdict]
-    ) -> tuple[list[float], str | None]:
+    def _rewards(self, sampled: SampledGroups, records: list[RolloutRecord]) -> tuple[list[float], str | None]:
         """The B rewards, from the verdicts or the user's reward function, and the first dropped value, in words.
 
         A dropped value is NaN among the rewards; a verdict's reward is never dropped.
         """
         if self.reward_guard is None:
-            return [reward_of(verdict, self.settings.reward_weights) for verdict in verdicts], None
-        batch = sampled.batch
+            return [reward_of(record.verdict, self.settings.reward_weights) for record in records], None
+        episodes_B = _by_rollout(sampled.batch, sampled.batch["episodes"])
         return self.reward_guard(
-            completions,
+            [record.completion for record in records],
             self.state.global_step + 1,
-            prompts=[prompt for prompt in batch["prompts"] for _ in range(batch["group_size"])],
+            prompts=_by_rollout(sampled.batch, sampled.batch["prompts"]),
             completion_ids=[list(ids) for ids in sampled.completion_ids],
             correct_index=[episode.correct_index for episode in episodes_B],
             num_candidates=[episode.num_candidates for episode in episodes_B],
             episode=episodes_B,
-            verdict=verdicts,
+            verdict=[record.verdict for record in records],
             trainer_state=self.state,
         )
 
@@ -170,3 +207,8 @@ class Judging(SparedPasses):
         mean, deviation = rewards_B.nanmean().item(), nanstd(rewards_B).item()
         name = f"rewards/{self.reward_func_names[0]}"
         self._add_metrics({"reward": mean, "reward_std": deviation, f"{name}/mean": mean, f"{name}/std": deviation})
+
+
+def _by_rollout(batch: EpisodeBatch, of_episodes: Sequence[Value]) -> list[Value]:
+    """The P values as B, each once for every rollout."""
+    return [value for value in of_episodes for _ in range(batch["group_size"])]

@@ -18,6 +18,7 @@ class TrainerSettings:
     max_turns: int = 1  # of a rollout; from 2 on, tools may answer before the verdict
     max_context: int | None = None  # tokens of a conversation; None for as many as the model has positions
     image_max_pixels: int | None = None  # budget of one picture that a tool shows
+    dynamic_sampling: int = 0  # attempts to replace a group that is all right or all wrong by a further episode's
     vllm_max_logprob_gap: float = 0.1  # see VLLMSampler
 
 

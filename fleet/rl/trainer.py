@@ -31,8 +31,9 @@ from fleet.rl.algorithm import (
     shaped_rewards,
     token_kl,
 )
+from fleet.rl.dynamic_sampling import DynamicSampling
 from fleet.rl.guards import without_gradient_if_not_finite
-from fleet.rl.judging import Judging, Rollouts
+from fleet.rl.judging import Rollouts
 from fleet.rl.rollouts import RolloutRecord, rollout_metrics
 from fleet.rl.settings import DEFAULT_SETTINGS, TrainerSettings
 from fleet.schedule import require_whole_groups
@@ -41,7 +42,7 @@ from fleet.verdicts import outcome_names
 # Axes: P episodes (groups), G rollouts of each, B = P * G of them group after group, T completion tokens.
 
 
-class FleetRLOOTrainer(Judging):
+class FleetRLOOTrainer(DynamicSampling):
     """TRL's RLOOTrainer, fed by RepeatableEpisodeDataset through VLMDataCollator.
 
     `latest_rollouts` holds the records of the last generation over all devices, the same on every one, and
@@ -77,7 +78,7 @@ class FleetRLOOTrainer(Judging):
             args=args,
             processing_class=processing_class,
             settings=settings,
-            env=dataset.env,
+            dataset=dataset,
             reward_function=reward_function,
             train_dataset=dataset.as_hf_dataset(num_episodes_of_run(args)),
             # Trainer wants one before it evaluates; `evaluate` has its own
@@ -120,12 +121,8 @@ class FleetRLOOTrainer(Judging):
 
         Every rank takes part.
         """
-        self.on_activity("generation")
-        guesses = self._require_shown(batch)
-        answers = self._tool_answers(batch)
-        sampled = self._sample(batch, guesses, answers)
-        self.on_activity("rewards")
-        rollouts = self._judge_and_reward(sampled, answers)
+        rollouts = self._reward(*self._judged_groups(batch))
+        sampled = rollouts.sampled
         self.on_activity("scoring")
         every_group = slice(0, len(batch["episodes"]))
         if self.beta != 0.0:
@@ -181,10 +178,11 @@ class FleetRLOOTrainer(Judging):
             for name, picture in zip(record.episode.images, pictures, strict=True)
         }
         self.latest_rollouts = tuple(gather_object(records))
-        self.remember([ids for record in self.latest_rollouts for ids in record.turn_ids])
-        self._num_rollouts_since_log += len(self.latest_rollouts)
+        all_drawn = (*self.latest_rollouts, *gather_object(rollouts.passed_over))
+        self.remember([ids for record in all_drawn for ids in record.turn_ids])
+        self._num_rollouts_since_log += len(all_drawn)
         names = outcome_names(self.env, self.settings.max_turns)
-        self._add_metrics(rollout_metrics(self.latest_rollouts, self.num_generations, names))
+        self._add_metrics(rollout_metrics(all_drawn, self.num_generations, names))
         if rollouts.kl_and_tokens_2 is not None:
             kl, num_tokens = self.accelerator.reduce(rollouts.kl_and_tokens_2, reduction="sum").tolist()
             self._add_metrics({"kl": kl / max(num_tokens, 1)})

@@ -4,8 +4,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
+from fleet.command.data_sets import image_root
 from fleet.command.flags import TOY_MODEL_ID, TaskFlags
 from fleet.command.image_check import Findings, RunData, first_difference, listing_of, settle
+from fleet.episode_numbers import further_number
 from fleet.episodes import BrokenEpisode, EpisodeSource, checked_episode
 from fleet.errors import AgreedUsageError, UsageError, one_line, refused
 from fleet.model_folder.files import base_of
@@ -34,21 +36,26 @@ def agree_on_data(task: TaskFlags, findings: Findings | None) -> RunData:
         raise AgreedUsageError(f"env={task.env}: {error}") from error
     shares = gather_by_rank(findings.share)
     if len({None if share is None else share.names_digest for share in shares}) > 1:
-        listings = gather_by_rank(listing_of(findings.env, task.data_root))
+        listings = gather_by_rank(listing_of(findings.env, image_root(task)))
         raise AgreedUsageError(
             f"the machines hold different images: {first_difference(listings)}; give every machine the same data folder"
         )
     return settle(task, findings.env, shares, findings.beginning)
 
 
-def require_last_episode(env: EpisodeSource, spec: str, num_episodes: int) -> None:
-    """Raises UsageError on every process if the environment of --env has fewer episodes than the run draws."""
+def require_last_episode(env: EpisodeSource, spec: str, num_episodes: int, num_attempts: int = 0) -> None:
+    """Raises UsageError on every process if the environment of --env has fewer episodes than the run may draw.
+
+    num_attempts: to replace a group.
+    """
     words = f"env={spec}, of which the run draws {num_episodes} episodes: "
+    if num_attempts:
+        words = f"env={spec}, of which dynamic_sampling={num_attempts} draws episodes beyond the run's {num_episodes}: "
 
     def draw_last() -> None:
         # with a bad picture the episode is there, and --bad_images decides
         with suppress(BadImage, OSError), refused(BrokenEpisode, before=words):
-            checked_episode(env, num_episodes - 1)
+            checked_episode(env, further_number(num_episodes - 1, num_attempts))
 
     together(draw_last)
 

@@ -1,17 +1,13 @@
 """The built-in model: a real Qwen2.5-VL, tiny, made on this machine, in kinds with different lessons.
 
 Owns the recipes (tokenizer, sizes, numbers of the lessons), the cache, and the weights that are shipped. The lessons
-themselves are in lessons.py. `python -m fleet.toy.model ship` makes the shipped weights again.
+themselves are in lessons.py, form_school.py and reading_school.py. `python -m fleet.toy.model ship` makes the shipped
+weights again.
 """
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -32,15 +28,17 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from environment import EpisodeSource, PickImageEnv
+from environment import EpisodeSource, PickImageEnv, load_environment_class
+from fleet.cache import cache_folder, keeping, made_once
 from fleet.episodes import BrokenEpisode, checked_episode
-from fleet.errors import UsageError, reason_of
+from fleet.errors import UsageError
 from fleet.known_answers import solution_of
-from fleet.toy.form_school import teach_form
+from fleet.toy.form_school import teach_at, teach_form
 from fleet.toy.lessons import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, teach_calls, teach_sight
+from fleet.toy.reading_school import ReadingSchool
 from utils.tool_calls import make_call_str, make_tool_call_str
 
-SHIPPED_WEIGHTS = Path(__file__).resolve().with_name("sighted.safetensors")
+THE_TOY = "the toy model"
 
 # Qwen2.5's special tokens. The tool-call wrapper is not special there either: decoding keeps it.
 SPECIAL_TOKENS = (
@@ -60,8 +58,11 @@ CHAT_TEMPLATE = (
 # Runs with a fixed index start from the plain toy: it knows the form of a call, and every index is as likely. Runs that
 # pick by name start from the sighted toy: it knows the pictures and their names too, and favours an index.
 # Runs of an environment of one's own that has other tools, or no fixed index, start from a toy that was taught the form
-# of its calls, and to see its pictures.
-PLAIN, SIGHTED, TAUGHT, RELUCTANT = "plain", "sighted", "taught", "reluctant"
+# of its calls, and to see its pictures. Runs of examples/zoom.py start from the reading toy, which can name what a tool
+# shows it, and does not know when to call which.
+PLAIN, SIGHTED, TAUGHT, READING, RELUCTANT = "plain", "sighted", "taught", "reading", "reluctant"
+SHIPPED = {kind: Path(__file__).resolve().with_name(f"{kind}.safetensors") for kind in (SIGHTED, READING)}
+READING_ENV = TOY_DATA_ROOT.parent / "examples" / "zoom.py"  # whose ZoomEnv the shipped reading toy is for
 SCHOOL_SEED = 2_147_483_646  # of an environment's episodes in school
 NUM_TEXTS = 32  # episodes whose texts the tokenizer learns from
 SIZES: dict[str, Any] = {
@@ -79,9 +80,19 @@ SIZES: dict[str, Any] = {
 FORM_RECIPE = {
     "seed": 20, "vocab_size": 440, "steps": 500, "episodes_per_step": 8, "questions_per_episode": 2,
     "learning_rate": 2.5e-3, "max_pixels": TOY_IMAGE_PIXELS, "call_share": 1.0, "sees": True,
+    # turns of gold calls that are followed; how often a call of an earlier turn than the last is shown
+    "max_turns": 8, "look_share": 1 / 3,
+    "text_share": 1.0,  # weight of the prompts' own text
+    "question_weight": 1,  # how often the tokenizer reads a question: often enough, and its words are whole
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     TAUGHT: FORM_RECIPE,
+    READING: FORM_RECIPE
+    | {
+        "vocab_size": 600, "question_weight": 20, "sees": False, "text_share": 0.1, "learning_rate": 2e-3,
+        "reading_steps": 560, "reading_episodes_per_step": 64,
+        "steps": 240, "episodes_per_step": 16, "questions_per_episode": 4,
+    },
     # for a check: what to stop saying is learnt in a few steps of RLOO, whatever the task
     RELUCTANT: FORM_RECIPE
     | {"steps": 250, "questions_per_episode": 1, "learning_rate": 6e-3, "call_share": 1 / 3, "sees": False},
@@ -115,22 +126,14 @@ def toy_model_path(kind: str = PLAIN, env: EpisodeSource | None = None) -> Path:
     environment fails. In a process that a launcher started, use process.py, because transformers saves on the first
     rank alone.
     """
-    path = cached_path(kind, env)
-    with contextlib.ExitStack() as stack:
-        with _blaming(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((path.parent / "toy.lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if not is_whole(path):
-            model, processor = build_toy_model(kind, env)
-            unfinished = path.with_name(f"{path.name}.unfinished")
-            with _blaming(path.parent):
-                for folder in (path, unfinished):
-                    shutil.rmtree(folder, ignore_errors=True)
-                model.save_pretrained(unfinished)
-                processor.save_pretrained(unfinished)
-                os.replace(unfinished, path)
-    return path
+
+    def make(folder: Path) -> None:
+        model, processor = build_toy_model(kind, env)
+        with keeping(folder.parent, THE_TOY, SafetensorError):
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+
+    return made_once(cached_path(kind, env), is_whole, make, THE_TOY)
 
 
 def is_whole(path: Path) -> bool:
@@ -142,23 +145,21 @@ def cached_path(kind: str, env: EpisodeSource | None = None) -> Path:
     """The cache's folder of a toy: its digest changes with the recipe, its code and the libraries that build it.
 
     For an environment it changes with what its first prompts say too: the schemas of the tools, the words around them,
-    and the questions, whose tokens the toy learns. It does not change with answers and pictures. The cache is
-    `$FLEET_CACHE`, else `$XDG_CACHE_HOME/fleet`, else `~/.cache/fleet`. Raises UsageError if the environment fails.
+    and the questions, whose tokens the toy learns. It does not change with answers and pictures. Raises UsageError if
+    the environment fails.
     """
     sources = [
-        Path(__file__).with_name(name) for name in ("model.py", "lessons.py", "form_school.py", "sight_heads.py")
+        Path(__file__).with_name(name)
+        for name in ("model.py", "lessons.py", "form_school.py", "reading_school.py", "sight_heads.py")
     ]
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    recipe = recipe_digest(kind) if env is None else _digest([SIZES, RECIPES[kind], _prompts_of(env)])
-    name = f"toy-{kind}-{_digest([recipe, versions, *(path.read_text() for path in sources)])}"
-    if "FLEET_CACHE" in os.environ:
-        return Path(os.environ["FLEET_CACHE"]) / name
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fleet" / name
+    recipe = recipe_digest(kind, env)
+    return cache_folder() / f"toy-{kind}-{_digest([recipe, versions, *(path.read_text() for path in sources)])}"
 
 
-def recipe_digest(kind: str) -> str:
+def recipe_digest(kind: str, env: EpisodeSource | None = None) -> str:
     """Twelve hex digits that change with a toy's sizes, lessons and texts, but not with the code that uses them."""
-    return _digest([SIZES, RECIPES[kind], _training_texts(kind)])
+    return _digest([SIZES, RECIPES[kind], _training_texts(kind) if env is None else _prompts_of(env)])
 
 
 def build_toy_model(
@@ -175,34 +176,36 @@ def build_toy_model(
         torch.manual_seed(recipe["seed"])
         processor = make_toy_processor(kind, env)
         model = make_toy_model(processor)
-        if env is not None:
+        if may_be_shipped and is_shipped(kind, env):
+            model.load_state_dict(load_file(SHIPPED[kind]), strict=True)
+        elif kind == READING:
+            teach_at(ReadingSchool(model, processor, env, recipe))
+        elif env is not None:
             teach_form(model, processor, env, recipe)
         elif kind == PLAIN:
             teach_calls(model, processor, recipe)
-        elif may_be_shipped and shipped_recipe() == recipe_digest(SIGHTED):
-            model.load_state_dict(load_file(SHIPPED_WEIGHTS), strict=True)
         else:
             teach_sight(model, processor, recipe)
     return model, processor
 
 
-@contextlib.contextmanager
-def _blaming(root: Path) -> Iterator[None]:
-    """Turns a failure to write into a UsageError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = f"{getattr(error, 'filename', None) or root}: {reason_of(error)}"
-        remedy = "set FLEET_CACHE to a folder to write to"
-        raise UsageError(f"the toy model cannot be kept ({reason}); {remedy}") from error
+def is_shipped(kind: str, env: EpisodeSource | None = None) -> bool:
+    """True if the weights of a toy lie beside this file, made by the recipe as it is, for these prompts.
+
+    Raises UsageError if the environment fails.
+    """
+    if kind not in SHIPPED or not SHIPPED[kind].is_file():
+        return False
+    with safe_open(SHIPPED[kind], framework="pt") as file:
+        return bool((file.metadata() or {}).get("recipe") == recipe_digest(kind, env))
 
 
-def shipped_recipe() -> str | None:
-    """The digest of the recipe that made the weights beside this file; None if there are none."""
-    if not SHIPPED_WEIGHTS.is_file():
+def shipped_for(kind: str) -> EpisodeSource | None:
+    """The environment that a shipped toy is for; None for the one of pictures by name."""
+    if kind != READING:
         return None
-    with safe_open(SHIPPED_WEIGHTS, framework="pt") as file:
-        return (file.metadata() or {}).get("recipe")
+    env: EpisodeSource = load_environment_class(f"{READING_ENV}:ZoomEnv")(str(TOY_DATA_ROOT), SCHOOL_SEED)
+    return env
 
 
 def make_toy_processor(kind: str = PLAIN, env: EpisodeSource | None = None) -> Qwen2_5_VLProcessor:
@@ -216,7 +219,7 @@ def make_toy_processor(kind: str = PLAIN, env: EpisodeSource | None = None) -> Q
         padding_side="left",
         extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],
     )
-    texts = _training_texts(kind) if env is None else _texts_of(env)
+    texts = _training_texts(kind) if env is None else _texts_of(env, kind)
     vocab_size = RECIPES[kind]["vocab_size"]
     tokenizer = untrained.train_new_from_iterator(texts, vocab_size, show_progress=False)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in WRAPPER_TOKENS])
@@ -260,7 +263,7 @@ def _training_texts(kind: str) -> list[str]:
     return [*texts, *names] if kind == SIGHTED else texts
 
 
-def _texts_of(env: EpisodeSource) -> list[str]:
+def _texts_of(env: EpisodeSource, kind: str) -> list[str]:
     """The prompts of an environment's first episodes, and their gold answers. Raises BrokenEpisode."""
     texts = []
     for number in range(NUM_TEXTS):
@@ -268,6 +271,7 @@ def _texts_of(env: EpisodeSource) -> list[str]:
         texts.append(make_call_str(solution_of(env, episode)))
         for message in episode.messages:
             texts += [part["text"] for part in message["content"] if part["type"] == "text"]
+        texts += [texts[-1]] * (RECIPES[kind]["question_weight"] - 1)
     return texts
 
 
@@ -289,6 +293,7 @@ def main() -> None:
     """Prints the folder of a toy, built if need be; or makes the shipped weights again."""
     parser = argparse.ArgumentParser(description="Build a toy and print its folder, or make the shipped weights again.")
     parser.add_argument("what", nargs="?", default=PLAIN, choices=(PLAIN, SIGHTED, "ship"), help="(default: plain)")
+    parser.add_argument("--kind", default=SIGHTED, choices=SHIPPED, help="with ship: of which toy (default: sighted)")
     parser.add_argument(
         "--lesson_steps",
         type=int,
@@ -300,12 +305,14 @@ def main() -> None:
         print(toy_model_path(arguments.what))
         return
     if arguments.lesson_steps is not None:
+        RECIPES[READING] |= {"reading_steps": arguments.lesson_steps, "steps": arguments.lesson_steps}
         for lesson in ("naming", "picking", "habit"):
             RECIPES[SIGHTED][lesson]["steps"] = arguments.lesson_steps
+    kind, env = arguments.kind, shipped_for(arguments.kind)
     # from the recipe, whatever weights lie there
-    weights = build_toy_model(SIGHTED, may_be_shipped=False)[0].state_dict()
-    save_file(weights, SHIPPED_WEIGHTS, metadata={"format": "pt", "recipe": recipe_digest(SIGHTED)})
-    print(f"wrote {SHIPPED_WEIGHTS} ({SHIPPED_WEIGHTS.stat().st_size / 1e6:.1f} MB)")
+    weights = build_toy_model(kind, env, may_be_shipped=False)[0].state_dict()
+    save_file(weights, SHIPPED[kind], metadata={"format": "pt", "recipe": recipe_digest(kind, env)})
+    print(f"wrote {SHIPPED[kind]} ({SHIPPED[kind].stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

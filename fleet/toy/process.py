@@ -26,14 +26,16 @@ WORDS_MARK, MAX_REASON_LENGTH = "\x1e", 2000  # libraries may write to the same 
 
 def kind_for(task: TaskFlags) -> tuple[str, EpisodeSource | None]:
     """(kind of toy that a task starts from, the environment that it is taught for, if it is)."""
-    from fleet.toy.model import PLAIN, SCHOOL_SEED, SIGHTED, TAUGHT
+    from fleet.toy.model import PLAIN, READING, SCHOOL_SEED, SIGHTED, TAUGHT, is_shipped
 
     if task.env is None:
         return (SIGHTED if starts_sighted(TOY_MODEL_ID, task) else PLAIN), None
     env = make_environment(task, SCHOOL_SEED)
     # a fixed index is learnt without looking
     is_plain = list(env.tools) == list(PickImageTask.tools) and task.fixed_correct_index is not None
-    return (PLAIN, None) if is_plain else (TAUGHT, env)
+    if is_plain:
+        return PLAIN, None
+    return (READING if is_shipped(READING, env) else TAUGHT), env
 
 
 def build_for(task: TaskFlags) -> Path:

@@ -23,6 +23,10 @@ HUB = "--model_id Qwen/Qwen2.5-VL-3B-Instruct"
 Row = tuple[str, str, str, str, str]
 # flag, value, flags beside which it does nothing, why, flags beside which it does something
 TRAINING = [
+    *(
+        (flag, "kind", "", "a folder of images has no columns, .*; pass a data set", "--data_root owner/name")
+        for flag in ("image_column", "label_column", "split")
+    ),
     (
         "env_args",
         '{"side": 3}',
@@ -66,6 +70,10 @@ TRAINING = [
     ("trust_checkpoint", "true", "--resume false", "no checkpoint is read", "--resume auto --output_dir runs/one"),
 ]
 EVALUATION = [
+    *(
+        (flag, "kind", "", "a folder of images has no columns, .*; pass a data set", "--data_root owner/name")
+        for flag in ("image_column", "label_column", "split")
+    ),
     (
         "env_args",
         '{"side": 3}',
@@ -89,7 +97,7 @@ ALWAYS_IN_TRAINING = {
     "candidates_per_episode", "fixed_correct_index", "allow_reasoning", "max_turns", "image_max_pixels",
     "temperature", "top_p",
     "top_k", "min_p", "repetition_penalty", "min_completion_length",
-    "max_completion_length", "seed", "use_lora", "reward", "train_steps", "num_rollouts",
+    "max_completion_length", "seed", "use_lora", "reward", "train_steps", "num_rollouts", "dynamic_sampling",
     "per_device_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations", "learning_rate",
     "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_skipped_steps", "beta", "normalize_advantages",
     "mask_truncated_completions", "gradient_checkpointing", "shared_prefix", "use_vllm", "eval_steps", "output_dir",

@@ -32,6 +32,9 @@ FLAGS = {
     "freeze_vision": (False, "true", True, []),
     "vision_cache_mib": (None, "64", 64, ["--freeze_vision"]),
     "data_root": ("./toy_images", "my images", "my images", []),
+    "image_column": (None, "photo", "photo", ["--data_root", "owner/name"]),
+    "label_column": (None, "kind", "kind", ["--data_root", "owner/name"]),
+    "split": (None, "test", "test", ["--data_root", "owner/name"]),
     "bad_images": ("stop", "skip", "skip", []),
     "env": (None, "my_env.py:MyEnv", "my_env.py:MyEnv", []),
     "env_args": (None, '{"side":3}', '{"side": 3}', ["--env", "my_env.py:MyEnv"]),
@@ -47,6 +50,7 @@ FLAGS = {
     "reward_valid_call": (0.05, "0", 0.0, []),
     "train_steps": (None, "8", 8, []),
     "num_rollouts": (4, "8", 8, []),
+    "dynamic_sampling": (0, "3", 3, []),
     "per_device_batch_size": (None, "2", 2, []),
     "gradient_accumulation_steps": (1, "2", 2, []),
     "steps_per_generation": (None, "4", 4, []),
@@ -139,7 +143,7 @@ def test_help_states_the_default_that_holds(flag):
     assert stated, ACTIONS[flag].help
     have_no_value = {
         "revision", "env", "env_args", "reward", "output_dir", "steps_per_generation", "epsilon_high",
-        "max_context_length",
+        "max_context_length", "image_column", "label_column", "split",
     }  # fmt: skip
     if flag not in have_no_value:
         also = FLAGS[flag][3]

@@ -20,9 +20,10 @@ from environment import (
     Verdict,
     load_environment_class,
 )
+from fleet.episode_numbers import FURTHER_STRIDE
 from fleet.errors import RunStopped
 from fleet.evaluation.figures import Answers, Evaluation, EvaluationPlan, evaluate, headline_figures, with_baseline
-from fleet.evaluation.held_out import draw_held_out, fingerprint
+from fleet.evaluation.held_out import RunEpisodes, draw_held_out, fingerprint
 from tests.conftest import call_text
 from utils.images import open_image
 from utils.tool_calls import make_call_str
@@ -277,6 +278,13 @@ def test_no_episode_that_was_drawn_is_held_out(picture_folder: Path) -> None:
     assert not any(episode in seen for episode in asked)
     everything = draw_held_out(env, 60)[0]
     assert len({(episode.images, episode.target) for episode in everything}) == 60, "each once"
+
+
+def test_further_episodes_of_a_run_are_its_own_too(picture_folder: Path) -> None:
+    env = PickImageEnv(picture_folder, 2, None, seed=0)
+    numbers = [0, 1, FURTHER_STRIDE, FURTHER_STRIDE + 1, 2 * FURTHER_STRIDE, 2 * FURTHER_STRIDE + 1]
+    drawn = [fingerprint(episode) for episode in RunEpisodes(env, 2, num_attempts=2)]
+    assert drawn == [fingerprint(env.episode(number)) for number in numbers]
 
 
 def test_pictures_in_memory_are_alike_by_their_pixels() -> None:

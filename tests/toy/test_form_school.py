@@ -57,7 +57,7 @@ def test_the_loss_of_packed_rows_is_that_of_each_text_by_itself() -> None:
                 is_text = (ids[:start] != model.config.image_token_id).tolist()
                 before += [loss for loss, wanted in zip(losses, is_text, strict=False) if wanted]
     wanted = fmean(answers) + fmean(questions) + 0.3 * fmean(before)
-    assert school._loss(rows, branches).item() == pytest.approx(wanted, rel=1e-4)
+    assert school.loss(rows, branches).item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_toy_is_not_taken_for_questions_whose_tokens_it_has_not_learnt() -> None:

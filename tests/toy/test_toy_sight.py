@@ -11,7 +11,7 @@ from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import PickImageEnv
 from fleet.toy import model as toy_model
 from fleet.toy.lessons import END, Lessons
-from fleet.toy.model import RECIPES, SHIPPED_WEIGHTS, SIGHTED, TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
+from fleet.toy.model import RECIPES, SHIPPED, SIGHTED, TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
 from model_utils import load_qwen25_vl
 from tests.conftest import call_text
 
@@ -83,11 +83,13 @@ def test_shares_of_the_favourite_and_the_true_index_add_up(lessons: Lessons) -> 
     assert lessons._pick("blue square", labels, true_share=0.4).index_shares == pytest.approx((0, 1, 0, 0))
 
 
-def test_shipped_weights_are_small_and_of_the_recipe_as_it_is() -> None:
-    assert SHIPPED_WEIGHTS.stat().st_size < 4 * 2**20
-    with safe_open(SHIPPED_WEIGHTS, framework="pt") as file:
+@pytest.mark.parametrize("kind", SHIPPED)
+def test_shipped_weights_are_small_and_of_the_recipe_as_it_is(kind: str) -> None:
+    assert SHIPPED[kind].stat().st_size < 4 * 2**20
+    with safe_open(SHIPPED[kind], framework="pt") as file:
         made_by = file.metadata()["recipe"]
-    assert made_by == toy_model.recipe_digest(SIGHTED), "the recipe changed: run python -m fleet.toy.model ship"
+    wanted = toy_model.recipe_digest(kind, toy_model.shipped_for(kind))
+    assert made_by == wanted, f"the recipe changed: run python -m fleet.toy.model ship --kind {kind}"
 
 
 def test_a_changed_recipe_does_not_take_the_shipped_weights(monkeypatch: pytest.MonkeyPatch) -> None:

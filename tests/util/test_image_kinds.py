@@ -21,7 +21,7 @@ from utils.images import BadImage, checked_sha256, list_labelled_images, open_im
 pytestmark = pytest.mark.fast
 
 UNDECODED = "cannot be decoded (image file is truncated"
-UNKNOWN = "is not in a format that is read (PNG, JPEG, WEBP, BMP, GIF, TIFF)"
+UNKNOWN = "is not in a format that is read (PNG, JPEG, WEBP, BMP, GIF, TIFF, HEIF)"
 BOMB = "has more than the 89,478,485 pixels allowed (a decompression bomb?)"
 
 
@@ -183,7 +183,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "error page": ("a.jpg", of_bytes(b"<!DOCTYPE html><html><h1>404 Not Found</h1></html>"), UNKNOWN),
     "Git LFS pointer": ("a.jpg", of_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), UNKNOWN),
     "SVG": ("a.png", of_bytes(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), UNKNOWN),
-    "HEIC": ("a.jpg", of_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), UNKNOWN),
+    "HEIC without a picture": ("a.jpg", of_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), UNKNOWN),
     "PDF": ("a.png", of_bytes(b"%PDF-1.7\n1 0 obj\nendobj\n"), UNKNOWN),
     "PostScript, which would be run": (
         "a.png",

@@ -164,8 +164,8 @@ def test_refusal_names_file_reason_and_remedy_on_one_line(tmp_path):
     with pytest.raises(BadImage) as refusal:
         open_image(path)
     assert str(refusal.value) == (
-        f"image {tmp_path}/a\\nb.png is not in a format that is read (PNG, JPEG, WEBP, BMP, GIF, TIFF); convert it "
-        "or remove it"
+        f"image {tmp_path}/a\\nb.png is not in a format that is read (PNG, JPEG, WEBP, BMP, GIF, TIFF, HEIF); convert "
+        "it or remove it"
     )
     again = pickle.loads(pickle.dumps(refusal.value))
     assert (str(again), again.reason) == (str(refusal.value), refusal.value.reason)

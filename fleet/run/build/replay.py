@@ -157,7 +157,7 @@ def draw_again(
     if not runs:
         return None, "the run's environment cannot be made any more"
     model, processor = model_setup.load_policy(model_flags, task)
-    row = RepeatableEpisodeDataset(runs[0][0], options["image_max_pixels"])[logged.episode.episode_index]
+    row = RepeatableEpisodeDataset(runs[0].env, options["image_max_pixels"])[logged.episode.episode_index]
     if row["broken"] is not None:
         return None, str(row["broken"])
     size = len(logged.rollouts)
@@ -185,7 +185,7 @@ def draw_again(
         [[list(ids) for rollout in logged.rollouts for ids in rollout.turn_ids]],
         padding_id=rules.config.pad_token_id,
         answers=tool_answers(
-            runs[0][0], batch, model, processor, lambda ids: decode_completion(processor, ids, rules.end_ids), turns
+            runs[0].env, batch, model, processor, lambda ids: decode_completion(processor, ids, rules.end_ids), turns
         ),
         turn_end_id=processor.tokenizer.convert_tokens_to_ids(TURN_END),
     )

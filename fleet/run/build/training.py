@@ -32,7 +32,7 @@ from fleet.command.training_flags import GenerationFlags, RLOOFlags, TrainedPart
 from fleet.errors import Preempted, RunEnded, UsageError, one_line
 from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan
-from fleet.evaluation.held_out import make_plan
+from fleet.evaluation.held_out import RunEpisodes, make_plan
 from fleet.model_folder.files import read_json
 from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.qwen.vision_cache import vision_is_frozen
@@ -104,10 +104,10 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     model_setup.say_what_the_toy_has_not_seen(options.model_id, options, paths)
     num_episodes = num_episodes_of_run(args)
     if options.env is not None:
-        require_last_episode(data.env, options.env, num_episodes)
+        require_last_episode(data.env, options.env, num_episodes, options.dynamic_sampling)
     plan = None
     if options.eval_steps:
-        runs = [(data.env, num_episodes)]
+        runs = [RunEpisodes(data.env, num_episodes, options.dynamic_sampling)]
         plan = together(lambda: make_plan(options, runs, skipped_images=data.skipped_images, drawn_images=data.sha256s))
     return PreparedRun(options, args, data, plan)
 
@@ -277,6 +277,7 @@ def trainer_settings(run: PreparedRun, vision_cache_bytes: int) -> TrainerSettin
         max_turns=options.max_turns,
         max_context=options.max_context_length,
         image_max_pixels=options.image_max_pixels,
+        dynamic_sampling=options.dynamic_sampling,
         vllm_max_logprob_gap=options.vllm_max_logprob_gap,
     )
 
