@@ -19,6 +19,7 @@ from benchmarks.seed_record import write_record  # noqa: E402
 from fleet.run_folder import read_jsonl  # noqa: E402
 
 EXAMPLES = {"click": "ClickEnv", "counting": "CountingEnv", "odd_one_out": "OddOneOutEnv"}
+CLASSES = EXAMPLES | {"zoom": "ZoomEnv"}  # zoom_seeds.py runs the example of two turns
 # row: where the figure stands in an evaluation, and what is good
 ROWS = {
     "right": (("greedy_accuracy",), ""),
@@ -62,7 +63,7 @@ def run_seed(name: str, seed: int, output_dir: Path, of_run: list[str], of_scori
 
     of_run, of_scoring: further flags of training and of scoring.
     """
-    env = ["--env", f"examples/{name}.py:{EXAMPLES[name]}", "--config", f"examples/{name}.yaml"]
+    env = ["--env", f"examples/{name}.py:{CLASSES[name]}", "--config", f"examples/{name}.yaml"]
     launch = ["accelerate", "launch", "training.py", *env, "--seed", str(seed), *of_run]
     subprocess.run([*launch, "--output_dir", str(output_dir), "--overwrite"], cwd=REPOSITORY, check=True)
     figures = output_dir / "evaluation.json"

@@ -1,6 +1,6 @@
 """An environment of two turns: pictures too far away to be read, a tool that shows one of them near, and an answer.
 
-    accelerate launch training.py --env examples/zoom.py:ZoomEnv --max_turns 2
+    accelerate launch training.py --env examples/zoom.py:ZoomEnv --config examples/zoom.yaml
 
 The instruction names the picture to look at and four labels, of which one is its own. Without a look at that picture
 chance is 1 in 4: none of the other three labels belongs to a picture of the episode, so that no other look tells more.

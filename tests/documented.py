@@ -122,6 +122,12 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         leaves=TRAINED,
         stage=2,
     ),
+    Runs(
+        "accelerate launch training.py --data_root photos.parquet --image_column photo --label_column kind",
+        added="--train_steps 2",
+        leaves=TRAINED,
+    ),
+    NotRun("pip install pillow-heif", "it is in requirements-dev.txt"),
     Runs("cp examples/click.py my_env.py", leaves=("my_env.py",)),
     Runs("python -m fleet.check_env my_env.py:ClickEnv", says="my_env.py:ClickEnv is sound", stage=2),
     Runs(
@@ -151,8 +157,9 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     Runs("python -m fleet.check_env examples/counting.py:CountingEnv --train", says="it learns"),
     Runs("python -m fleet.check_env examples/zoom.py:ZoomEnv --max_turns 2", says="examples/zoom.py:ZoomEnv is sound"),
     Runs(
-        "accelerate launch training.py --env examples/zoom.py:ZoomEnv --max_turns 2 --output_dir runs/zoom",
-        added="--train_steps 2",
+        "accelerate launch training.py --env examples/zoom.py:ZoomEnv --config examples/zoom.yaml "
+        "--output_dir runs/zoom",
+        added="--train_steps 2 --warmup_steps 1",
         leaves=TRAINED,
     ),
     Runs(
@@ -202,6 +209,20 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         added="--only counting --train_steps 2 --eval_episodes 16",
         leaves=("benchmarks/results/example_seeds.json", "docs/examples_curves.png"),
     ),
+    Runs(
+        "python benchmarks/zoom_seeds.py --num_seeds 3",
+        changed={"--num_seeds": "1"},
+        added="--train_steps 2 --eval_episodes 16",
+        leaves=("benchmarks/results/zoom_seeds.json", "docs/zoom_curve.png"),
+    ),
+    Runs(
+        "python benchmarks/dynamic_sampling_seeds.py --num_seeds 3",
+        changed={"--num_seeds": "1"},
+        added="--train_steps 5",
+        leaves=("benchmarks/results/dynamic_sampling.json",),
+    ),
+    Runs("python benchmarks/turns_parity.py", added="--max_turns 2 --num_pictures 1", says="| 2 | 1 |"),
+    Runs("accelerate launch training.py --dynamic_sampling 4", added="--train_steps 2", leaves=TRAINED),
     Runs(
         "python benchmarks/step_time_table.py",
         added=f"--only calls_g16 {ONE_STEP}",

@@ -76,7 +76,19 @@ def copy_of_tree(folder: Path) -> Path:
         text = (REPOSITORY / "docs" / f"{page}.md").read_text(encoding="utf-8")
         (example,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
         (folder / name).write_text(example, encoding="utf-8")
+    write_parquet(folder)
     return folder
+
+
+def write_parquet(folder: Path) -> None:
+    """The reader's own data set: the toy's pictures in a file."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    paths = sorted((folder / "toy_images").glob("*.png"))
+    names = [path.stem.replace("_", " ") for path in paths]
+    columns = {"photo": [str(path) for path in paths], "kind": list(range(len(paths)))}
+    features = Features({"photo": Image(), "kind": ClassLabel(names=names)})
+    Dataset.from_dict(columns, features=features).to_parquet(folder / "photos.parquet")
 
 
 def run_all(runs: Sequence[Runs], tree: Path) -> list[Result]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.turns_parity import row_logps
 from dataset import RepeatableEpisodeDataset
 from environment import Episode, ToolCall, Verdict
 from fleet.qwen.token_tree import PathToken
@@ -18,7 +19,6 @@ from fleet.verdicts import BAD_OBSERVATION, OUT_OF_CONTEXT, OUT_OF_TURNS, Observ
 from model_utils import make_lora_config
 from tests.conftest import call_text
 from tests.helpers import fleet_trainer, rloo_config, toy_model, toy_processor, weights_of
-from tests.qwen.test_turns import row_logps
 from tests.turning_env import LookAgainEnv
 
 # the picks of each rollout of a group, turn by turn; None is no call

@@ -1,0 +1,132 @@
+"""Trains the toy on the example of two turns once per seed and scores it, beside policies that follow a script.
+
+    python benchmarks/zoom_seeds.py --num_seeds 3
+
+Each run is a process of its own, started as a user would. Run it with nothing else running: it reports seconds.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.example_seeds import cell, run_seed  # noqa: E402
+from benchmarks.seed_record import write_record  # noqa: E402
+from environment import Episode, ToolCall, Verdict  # noqa: E402
+from examples.zoom import NUM_OPTIONS, NUM_PICTURES, ZoomEnv  # noqa: E402
+from fleet.evaluation.intervals import share  # noqa: E402
+
+NUM_EPISODES = 2000  # of a scripted policy
+ROWS = {
+    "right, held out": ("greedy_accuracy",),
+    "right with grey pictures": ("controls", "blank_images"),
+}
+
+
+def never_looks(episode: Episode, rng: random.Random) -> list[ToolCall]:
+    """Guesses at once."""
+    return [ToolCall("answer", {"option": rng.randrange(NUM_OPTIONS)})]
+
+
+def looks_at_another(episode: Episode, rng: random.Random) -> list[ToolCall]:
+    """Looks at a picture that is not asked for, and guesses: none of the options names it."""
+    others = [index for index in range(NUM_PICTURES) if index != episode.answer["asked"]]
+    return [ToolCall("zoom", {"index": rng.choice(others)}), *never_looks(episode, rng)]
+
+
+def looks_and_reads(episode: Episode, rng: random.Random) -> list[ToolCall]:
+    """Looks at the picture that is asked for, and finds its label among the options."""
+    asked = episode.answer["asked"]
+    option = episode.answer["options"].index(episode.labels[asked])
+    return [ToolCall("zoom", {"index": asked}), ToolCall("answer", {"option": option})]
+
+
+POLICIES: dict[str, Callable[[Episode, random.Random], list[ToolCall]]] = {
+    "never looks": never_looks,
+    "looks at another picture": looks_at_another,
+    "looks and reads": looks_and_reads,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--train_steps", type=int, help="of each run (default: the example's own)")
+    parser.add_argument("--eval_episodes", type=int, help="held out (default: the command's own)")
+    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "zoom-seeds", help="(default: runs/)")
+    parser.add_argument("--json", type=Path, default=REPOSITORY / "benchmarks" / "results" / "zoom_seeds.json")
+    parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "zoom_curve.png")
+    arguments = parser.parse_args()
+    steps = arguments.train_steps
+    of_run = [] if steps is None else ["--train_steps", str(steps), "--warmup_steps", str(min(steps, 10) - 1)]
+    of_scoring = [] if arguments.eval_episodes is None else ["--eval_episodes", str(arguments.eval_episodes)]
+    runs = [
+        run_seed("zoom", seed, arguments.output_dir / f"seed-{seed}", of_run, of_scoring)
+        for seed in range(arguments.num_seeds)
+    ]
+    scripted = {name: scripted_share(policy) for name, policy in POLICIES.items()}
+    print(markdown_table(runs, scripted))
+    command = ["benchmarks/zoom_seeds.py", "--num_seeds", str(arguments.num_seeds), *of_run, *of_scoring]
+    write_record(arguments.json, command, {"seeds": runs, "scripted": scripted})
+    draw(runs, scripted, arguments.plot)
+
+
+def scripted_share(policy: Callable[[Episode, random.Random], list[ToolCall]]) -> dict[str, Any]:
+    """The share of right answers of a scripted policy, as an evaluation has shares."""
+    env, rng = ZoomEnv(str(REPOSITORY / "toy_images"), seed=10**9), random.Random(0)
+    num_right = 0
+    for number in range(NUM_EPISODES):
+        episode = env.episode(number)
+        verdict = env.respond(episode, policy(episode, rng))
+        assert isinstance(verdict, Verdict), "a policy ends with an answer"
+        num_right += verdict.is_right
+    return share(num_right, NUM_EPISODES).as_json()
+
+
+def markdown_table(runs: list[dict[str, Any]], scripted: dict[str, dict[str, Any]]) -> str:
+    """The figures of the seeds side by side, and those of the scripted policies, as a Markdown table."""
+    episodes, seeds = runs[0]["evaluation"]["episodes"], ", ".join(str(run["seed"]) for run in runs)
+    documents = [run["evaluation"] for run in runs]
+    first = ", ".join(f"{100 * run['accuracies'][0]:.0f}" for run in runs)
+    rows = [f"| {episodes} held-out episodes, seeds {seeds} | |", "|---|---|"]
+    rows.append(f"| right, of the first step's rollouts | {first} % |")
+    rows += [f"| {title} | {cell(documents, path)} |" for title, path in ROWS.items()]
+    seconds = ", ".join(f"{run['training_s']:.0f}" for run in runs)
+    rows.append(f"| time of the steps | {seconds} s |")
+    for name, figure in scripted.items():
+        low, high = figure["ci95"]
+        interval = f"{100 * low:.1f} to {100 * high:.1f}"
+        rows.append(f"| a script that {name}, {NUM_EPISODES} episodes | {100 * figure['value']:.1f} % ({interval}) |")
+    return "\n".join(rows)
+
+
+def draw(runs: list[dict[str, Any]], scripted: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draws the share of right rollouts by step, a line for each seed, and the scripted policies across."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), dpi=150)
+    for run, color in zip(runs, ("#d1495b", "#2e6f95", "#5c6b73"), strict=False):
+        steps = range(1, len(run["accuracies"]) + 1)
+        axes.plot(steps, run["accuracies"], color=color, linewidth=1.4, label=f"seed {run['seed']}")
+    for (name, shown), style in zip(scripted.items(), (":", "--", "-."), strict=True):
+        label = f"a script that {name}: {100 * shown['value']:.0f} %"
+        axes.axhline(shown["value"], color="#8d99ae", linestyle=style, linewidth=1, label=label)
+    axes.set(xlabel="optimizer step", ylabel="share of right rollouts", ylim=(0, 1.04), title="zoom, then answer")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="center right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
