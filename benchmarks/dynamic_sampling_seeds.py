@@ -35,10 +35,10 @@ def main() -> None:
     arguments = parser.parse_args()
     flags = [] if arguments.train_steps is None else ["--train_steps", str(arguments.train_steps)]
     found: dict[str, list[dict[str, Any]]] = {}
-    for task, of_task in TASKS.items():
+    for number, (task, of_task) in enumerate(TASKS.items()):
         for seed in range(arguments.num_seeds):
             for kind, attempts in KINDS.items():
-                folder = arguments.output_dir / f"{len(found)}-{seed}-{attempts}"
+                folder = arguments.output_dir / f"task-{number}-seed-{seed}-attempts-{attempts}"
                 given = [*of_task, *flags, "--seed", str(seed), "--dynamic_sampling", str(attempts)]
                 found.setdefault(f"{task}, {kind}", []).append(run_seed(given, folder) | {"seed": seed})
     print(markdown_table(found))
@@ -70,12 +70,12 @@ def markdown_table(found: dict[str, list[dict[str, Any]]]) -> str:
     """The runs as a Markdown table, seeds side by side."""
     rows = [
         f"| task, groups of one accord | steps to {GOAL} | seconds to {GOAL} | accuracy, last {WINDOW} steps "
-        "| groups that teach | groups sampled for one kept | all steps |",
+        "| share of groups that teach | groups sampled for one kept | all steps |",
         "|---|---|---|---|---|---|---|",
     ]
     columns = (
         ("steps_to_goal", "{}"), ("seconds_to_goal", "{:.1f}"), ("last_accuracy", "{:.2f}"),
-        ("mixed_when_trained", "{:.0%}"), ("groups_per_kept", "{:.1f}"), ("training_s", "{:.0f} s"),
+        ("mixed_when_trained", "{:.2f}"), ("groups_per_kept", "{:.1f}"), ("training_s", "{:.0f} s"),
     )  # fmt: skip
     for name, runs in found.items():
         cells = [", ".join("–" if run[field] is None else form.format(run[field]) for run in runs)

@@ -6,7 +6,9 @@ Each run is a process of its own, started as a user would. Run it with nothing e
 """
 
 import argparse
+import json
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,11 +71,22 @@ def main() -> None:
         run_seed("zoom", seed, arguments.output_dir / f"seed-{seed}", of_run, of_scoring)
         for seed in range(arguments.num_seeds)
     ]
+    before = scored_before(arguments.output_dir / "before.json", of_scoring)
     scripted = {name: scripted_share(policy) for name, policy in POLICIES.items()}
-    print(markdown_table(runs, scripted))
+    print(markdown_table(runs, before, scripted))
     command = ["benchmarks/zoom_seeds.py", "--num_seeds", str(arguments.num_seeds), *of_run, *of_scoring]
-    write_record(arguments.json, command, {"seeds": runs, "scripted": scripted})
+    write_record(arguments.json, command, {"seeds": runs, "before": before, "scripted": scripted})
     draw(runs, scripted, arguments.plot)
+
+
+def scored_before(output: Path, of_scoring: list[str]) -> dict[str, Any]:
+    """The evaluation of the toy that training starts from. of_scoring: further flags."""
+    task = ["--env", "examples/zoom.py:ZoomEnv", "--max_turns", "2"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    command = ["evaluate.py", "--model_id", "toy", *task, "--output", str(output), "--overwrite", *of_scoring]
+    subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=True)
+    document: dict[str, Any] = json.loads(output.read_text())
+    return document
 
 
 def scripted_share(policy: Callable[[Episode, random.Random], list[ToolCall]]) -> dict[str, Any]:
@@ -88,13 +101,13 @@ def scripted_share(policy: Callable[[Episode, random.Random], list[ToolCall]]) -
     return share(num_right, NUM_EPISODES).as_json()
 
 
-def markdown_table(runs: list[dict[str, Any]], scripted: dict[str, dict[str, Any]]) -> str:
-    """The figures of the seeds side by side, and those of the scripted policies, as a Markdown table."""
+def markdown_table(runs: list[dict[str, Any]], before: dict[str, Any], scripted: dict[str, dict[str, Any]]) -> str:
+    """The figures of the seeds side by side, of the toy before, and of the scripted policies, as a Markdown table."""
     episodes, seeds = runs[0]["evaluation"]["episodes"], ", ".join(str(run["seed"]) for run in runs)
     documents = [run["evaluation"] for run in runs]
-    first = ", ".join(f"{100 * run['accuracies'][0]:.0f}" for run in runs)
     rows = [f"| {episodes} held-out episodes, seeds {seeds} | |", "|---|---|"]
-    rows.append(f"| right, of the first step's rollouts | {first} % |")
+    for name, path in {"greedy": ("greedy_accuracy",), "sampled": ("sampled_accuracy",)}.items():
+        rows.append(f"| the toy before training, {name} | {cell([before], path)} |")
     rows += [f"| {title} | {cell(documents, path)} |" for title, path in ROWS.items()]
     seconds = ", ".join(f"{run['training_s']:.0f}" for run in runs)
     rows.append(f"| time of the steps | {seconds} s |")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import example_seeds, look_seeds, toy_seeds
+from benchmarks import dynamic_sampling_seeds, example_seeds, look_seeds, toy_seeds, zoom_seeds
 from benchmarks.reading import sentences
 from benchmarks.step_time_table import ROWS, markdown_table
 from fleet.ask import build_ask_parser
@@ -152,6 +152,28 @@ def test_the_table_of_the_examples_is_of_the_committed_results() -> None:
         for run in runs:
             right, chance = (run["evaluation"][name]["value"] for name in ("greedy_accuracy", "chance"))
             assert right > chance + 0.4
+
+
+def test_the_table_of_two_turns_is_of_the_committed_results() -> None:
+    found = json.loads((REPOSITORY / "benchmarks" / "results" / "zoom_seeds.json").read_text())["runs"]
+    for line in zoom_seeds.markdown_table(found["seeds"], found["before"], found["scripted"]).splitlines():
+        assert line in TEXTS["docs/several_turns.md"]
+    assert len(found["seeds"]) == 3
+    assert found["before"]["greedy_accuracy"]["value"] < 0.4
+    for run in found["seeds"]:
+        assert run["evaluation"]["greedy_accuracy"]["value"] >= 0.8 and run["training_s"] < 600
+        low, high = run["evaluation"]["controls"]["blank_images"]["ci95"]
+        assert low <= 0.25 <= high
+    for name in ("never looks", "looks at another picture"):
+        low, high = found["scripted"][name]["ci95"]
+        assert low <= 0.25 <= high
+
+
+def test_the_table_of_replaced_groups_is_of_the_committed_results() -> None:
+    found = json.loads((REPOSITORY / "benchmarks" / "results" / "dynamic_sampling.json").read_text())["runs"]
+    for line in dynamic_sampling_seeds.markdown_table(found).splitlines():
+        assert line in TEXTS["docs/dynamic_sampling.md"]
+    assert [len(runs) for runs in found.values()] == [3] * 4
 
 
 def test_the_table_of_the_first_demo_is_of_the_committed_results() -> None:

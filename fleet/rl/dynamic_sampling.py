@@ -42,30 +42,30 @@ class DynamicSampling(Judging):
             others = [place for place in range(len(numbers)) if place not in settled]
             places = [*settled, *others][:most]
             further = self._draw_and_judge(self._further_batch([further_number(numbers[p], attempt) for p in places]))
-            unsettled = {place: new for new, place in enumerate(places[: len(settled)])}
-            for new in further.settled_places():
-                unsettled.pop(places[new], None)
-            chosen = [(1, unsettled[place]) if place in unsettled else (0, place) for place in range(len(numbers))]
+            chosen = choose(judged, further, places)
             passed_over += [
                 record
                 for number, groups in enumerate((judged, further))
-                for place in range(len(groups.drawn.batch["episodes"]))
+                for place in range(groups.num_groups)
                 if (number, place) not in chosen
                 for record in groups.records_of(place)
             ]
-            num_replaced += len(unsettled)
+            num_replaced += sum(number for number, _ in chosen)
             judged = joined((judged, further), chosen, self._tokenizer.pad_token_id)
         if self.settings.dynamic_sampling:
-            counts = gather_object([(num_replaced, len(passed_over) // self.num_generations)])
-            replaced, passed = (sum(values) for values in zip(*counts, strict=True))
-            num_kept = len(numbers) * self.accelerator.num_processes
-            self._add_metrics(
-                {
-                    "dynamic_sampling/replaced": replaced / num_kept,
-                    "dynamic_sampling/groups_per_kept": (num_kept + passed) / num_kept,
-                }
-            )
+            self._log_attempts(len(numbers), num_replaced, len(passed_over) // self.num_generations)
         return judged, passed_over
+
+    def _log_attempts(self, num_kept: int, num_replaced: int, num_passed: int) -> None:
+        """Logs, over all devices, how many of the groups stand in for others, and how many were drawn for one."""
+        by_rank = gather_object([(num_kept, num_replaced, num_passed)])
+        kept, replaced, passed = (sum(counts) for counts in zip(*by_rank, strict=True))
+        self._add_metrics(
+            {
+                "dynamic_sampling/replaced": replaced / kept,
+                "dynamic_sampling/groups_per_kept": (kept + passed) / kept,
+            }
+        )
 
     def _draw_and_judge(self, batch: EpisodeBatch) -> JudgedGroups:
         self.on_activity("generation")
@@ -81,6 +81,16 @@ class DynamicSampling(Judging):
         collator = VLMDataCollator(self.processing_class, self.num_generations)
         batch: EpisodeBatch = send_to_device(collator(rows), self.accelerator.device)
         return batch
+
+
+def choose(groups: JudgedGroups, further: JudgedGroups, places: Sequence[int]) -> list[tuple[int, int]]:
+    """For each of `groups`, (0, its place), or (1, the place of one of `further` that stands in for it).
+
+    places: of the group that each of `further` was drawn for. One that is settled too stands in for none.
+    """
+    settled, settled_too = set(groups.settled_places()), set(further.settled_places())
+    stands_in = {place: new for new, place in enumerate(places) if place in settled and new not in settled_too}
+    return [(1, stands_in[place]) if place in stands_in else (0, place) for place in range(groups.num_groups)]
 
 
 def joined(parts: Sequence[JudgedGroups], chosen: Sequence[tuple[int, int]], padding_id: int) -> JudgedGroups:

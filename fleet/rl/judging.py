@@ -41,6 +41,11 @@ class JudgedGroups:
     records: list[RolloutRecord]  # B; without reward and advantage
     pictures_of_tools: dict[str, Image.Image]  # that tools' answers held, by the records' names
 
+    @property
+    def num_groups(self) -> int:
+        """P."""
+        return len(self.drawn.batch["episodes"])
+
     def records_of(self, place: int) -> list[RolloutRecord]:
         """The records of the group at this place."""
         size = self.drawn.batch["group_size"]
@@ -50,7 +55,7 @@ class JudgedGroups:
         """The places of groups whose verdicts are all right or all wrong, in order."""
         return [
             place
-            for place in range(len(self.drawn.batch["episodes"]))
+            for place in range(self.num_groups)
             if len({record.verdict.is_right for record in self.records_of(place)}) == 1
         ]
 

@@ -1,10 +1,10 @@
 """The school of an environment's own toy: the form of its calls, and to see what its pictures show where.
 
 Teaches nothing of the task. The calls that it shows are right answers to other episodes; where tools answer, behind
-each of the gold calls, and of any turn. What a picture shows is learnt
-from the pixels alone, by linear heads on hidden states that are thrown away afterwards: at an image token, the colours
-of its four patches and its place; at the text behind the pictures, a thumbnail of all of them. Without them a model of
-this size does not know where its image tokens are, and RLOO finds nothing to reward.
+each of the gold calls, and of any turn. What a picture shows is learnt from the pixels alone, by linear heads on hidden
+states that are thrown away afterwards: at an image token, the colours of its four patches and its place; at the text
+behind the pictures, a thumbnail of all of them. Without them a model of this size does not know where its image tokens
+are, and RLOO finds nothing to reward.
 """
 
 import random
