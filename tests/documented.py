@@ -127,7 +127,6 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         added="--train_steps 2",
         leaves=TRAINED,
     ),
-    NotRun("pip install pillow-heif", "it is in requirements-dev.txt"),
     Runs("cp examples/click.py my_env.py", leaves=("my_env.py",)),
     Runs("python -m fleet.check_env my_env.py:ClickEnv", says="my_env.py:ClickEnv is sound", stage=2),
     Runs(
@@ -272,6 +271,12 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         added="--train_steps 2",
         leaves=TRAINED,
         stage=2,
+    ),
+    Runs(
+        "python -m fleet.toy.model ship --kind reading",
+        added="--lesson_steps 2",
+        leaves=("fleet/toy/reading.safetensors",),
+        stage=LAST_STAGE,
     ),
     Runs(
         "python -m fleet.toy.model ship",

@@ -81,7 +81,7 @@ def test_the_yaml_example_is_a_config_file(tmp_path: Path) -> None:
 def test_every_flag_in_the_text_exists() -> None:
     of_launcher = {"--config_file", "--num_machines", "--num_processes", "--machine_rank", "--main_process_ip",
                    "--main_process_port", "--mixed_precision", "--dynamo_backend"}  # fmt: skip
-    of_others = {"--num_seeds", "--no-build-isolation", "--help"}
+    of_others = {"--num_seeds", "--no-build-isolation", "--help", "--kind"}
     of_vllm = {"--enable-scale-out", "--logprobs-mode", "--weight-transfer-config"}
     of_benchmarks = {"--model_size", "--image_side_px"}
     parsers = (build_parser(), build_evaluate_parser(), build_ask_parser(), build_check_parser(), build_replay_parser())

@@ -39,7 +39,7 @@ def is_data_set(data_root: str) -> bool:
     if path.is_dir():
         is_saved = (path / SAVED_SPLITS).is_file() or (path / SAVED_STATE).is_file()
         return is_saved or any(any(path.glob(pattern)) for pattern in ("*.parquet", "data/*.parquet"))
-    if path.exists():
+    if path.exists() or path.suffix == ".parquet":
         return path.suffix == ".parquet"
     return HUB_NAME.fullmatch(data_root) is not None and not path.parent.is_dir()
 
@@ -78,6 +78,8 @@ def _load(data_root: str) -> Any:
     import datasets
 
     path = Path(data_root)
+    if path.suffix == ".parquet" and not path.exists():
+        raise UsageError(f"data_root={data_root} does not exist; pass a file of Parquet, or a folder of images")
     shows_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -152,6 +152,11 @@ def test_numbers_without_names_are_no_labels(tmp_path: Path) -> None:
         make_environment(parse_options(["--data_root", str(tmp_path / "saved")]), seed=0)
 
 
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="photos.parquet does not exist; pass a file of Parquet"):
+        make_environment(parse_options(["--data_root", str(tmp_path / "photos.parquet")]), seed=0)
+
+
 @pytest.mark.parametrize("content", ["nothing", "cut"])
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path, content: str) -> None:
     path = one_parquet(tmp_path)
