@@ -23,6 +23,8 @@ def made_once(path: Path, is_whole: Callable[[Path], bool], make: Callable[[Path
     One process makes it, others wait, and it appears whole or not at all. make: fills the empty folder that it is
     given. what: its name, for errors. Raises UsageError if the cache cannot be written.
     """
+    if is_whole(path):
+        return path
     with contextlib.ExitStack() as stack:
         with keeping(path.parent, what):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from environment import load_environment_class
 from fleet.command import command_line
+from fleet.command.data_sets import image_root
 from fleet.command.flags import A_SEED, AT_LEAST_0, AT_LEAST_1, Case, SamplingFlags, TaskFlags
 from fleet.command.options import refuse_numbers
 from fleet.command.parser import flag, flag_of, make_parser, parse_flags, replace_default, user_path
@@ -50,6 +51,9 @@ class CheckFlags:
         metavar="FILE:CLASS", parse=user_path, is_file=True)
     env_args: str | None = replace_default(TaskFlags, "env_args", None)
     data_root: str = replace_default(TaskFlags, "data_root", DEFAULTS.data_root)
+    image_column: str | None = replace_default(TaskFlags, "image_column", None)
+    label_column: str | None = replace_default(TaskFlags, "label_column", None)
+    split: str | None = replace_default(TaskFlags, "split", None)
     candidates_per_episode: int = replace_default(TaskFlags, "candidates_per_episode", DEFAULTS.candidates_per_episode)
     fixed_correct_index: int | None = replace_default(TaskFlags, "fixed_correct_index", DEFAULTS.fixed_correct_index)
     seed: int = flag(0, "of episodes", bounds=(AT_LEAST_0, A_SEED))
@@ -85,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     spec = str(options.env)
     with refused(ValueError), folder_kept():
         env_class = load_environment_class(spec)
-    offered, own = {name: getattr(options, name) for name in OFFERED}, arguments_of(options.env_args)
+    offered = {name: getattr(options, name) for name in OFFERED} | {"data_root": image_root(options)}
+    own = arguments_of(options.env_args)
     with refused(BrokenEpisode):
         require_known(env_class, offered, own)
     case = Case(options, has_bf16_gpu=False, models=("reasoning", "real") if options.allow_reasoning else ("real",))

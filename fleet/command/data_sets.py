@@ -4,47 +4,79 @@ The rest of Fleet sees a folder with a metadata.jsonl: the checks of images, res
 Imports `datasets` where a data set is named, and then alone.
 """
 
+import glob
 import hashlib
 import io
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from fleet.cache import cache_folder, made_once
-from fleet.command.flags import TaskFlags
+from fleet.cache import cache_folder, keeping, made_once
 from fleet.errors import UsageError, one_line
 from fleet.progress import count_progress
+from utils.heif import HEIF_SUFFIXES
+from utils.image_folders import IMAGE_SUFFIXES
 from utils.metadata import LABEL_COLUMNS
 from utils.plain_text import printable
+from utils.split_folders import split_of
 
 logger = logging.getLogger("fleet")
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB = "hub:"  # before the name of a data set there, so that no folder is taken for one
 METADATA_NAME = "metadata.jsonl"
 SAVED_SPLITS, SAVED_STATE = "dataset_dict.json", "state.json"  # that save_to_disk writes
 MIN_SHOWN = 5000  # images whose unpacking is shown as it goes
 COLUMN_FLAGS = ("image_column", "label_column", "split")
+UNPACKING = 1  # the number of the way in which data sets are written out: another one does it anew
+
+
+class ImageFlags(Protocol):
+    """The flags that say where images come from."""
+
+    @property
+    def data_root(self) -> str: ...
+    @property
+    def image_column(self) -> str | None: ...
+    @property
+    def label_column(self) -> str | None: ...
+    @property
+    def split(self) -> str | None: ...
 
 
 def is_data_set(data_root: str) -> bool:
     """True if --data_root names a saved data set, parquet, or a data set of the hub, and no folder of images."""
     path = Path(data_root)
-    if path.is_dir():
-        is_saved = (path / SAVED_SPLITS).is_file() or (path / SAVED_STATE).is_file()
-        return is_saved or any(any(path.glob(pattern)) for pattern in ("*.parquet", "data/*.parquet"))
-    if path.exists() or path.suffix == ".parquet":
-        return path.suffix == ".parquet"
-    return HUB_NAME.fullmatch(data_root) is not None and not path.parent.is_dir()
+    if data_root.startswith(HUB) or path.suffix == ".parquet":
+        return True
+    return path.is_dir() and (_is_saved(path) or bool(_parquet_files(path)))
 
 
-def image_root(task: TaskFlags) -> str:
+def _is_saved(folder: Path) -> bool:
+    return (folder / SAVED_SPLITS).is_file() or (folder / SAVED_STATE).is_file()
+
+
+def _parquet_files(folder: Path) -> dict[str, list[str]]:
+    """The Parquet files in a folder and below, as patterns, by split; none where an image lies beside them."""
+    found: dict[str, list[str]] = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in IMAGE_SUFFIXES | HEIF_SUFFIXES:
+                return {}
+            if suffix == ".parquet" and not name.startswith("."):
+                split = split_of(stem) or split_of(Path(place).name) or "train"
+                found.setdefault(split, []).append(glob.escape(os.path.join(place, name)))
+    return found
+
+
+def image_root(task: ImageFlags) -> str:
     """The folder of the task's images: --data_root, or where the data set that it names is unpacked.
 
     Raises UsageError for a data set that cannot be read, and for columns that it lacks.
@@ -59,6 +91,8 @@ def image_root(task: TaskFlags) -> str:
 def _unpacked(data_root: str, image_column: str | None, label_column: str | None, split: str | None) -> str:
     rows, split_name = _chosen_split(data_root, _load(data_root), split)
     named = f"data_root={data_root}"
+    if len(rows) == 0:
+        raise UsageError(f"{named} has no rows; pass one that has images")
     image = _image_column(named, rows.features, image_column)
     label = _label_column(named, rows.features, label_column)
     folder = cache_folder() / f"data-{_digest(rows, [split_name, image, label])}"
@@ -77,24 +111,26 @@ def _load(data_root: str) -> Any:
     """The data set, or its splits by name. Raises UsageError if it cannot be had."""
     import datasets
 
-    path = Path(data_root)
-    if path.suffix == ".parquet" and not path.exists():
+    path, is_on_hub = Path(data_root), data_root.startswith(HUB)
+    if not is_on_hub and not path.exists():
         raise UsageError(f"data_root={data_root} does not exist; pass a file of Parquet, or a folder of images")
     shows_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
+        if is_on_hub:
+            return datasets.load_dataset(data_root.removeprefix(HUB))
         if path.is_file():
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
-        if (path / SAVED_SPLITS).is_file() or (path / SAVED_STATE).is_file():
+            return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+        if _is_saved(path):
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(data_root)
+        return datasets.load_dataset("parquet", data_files=_parquet_files(path))
     # of the library and of all that it reads with
     except Exception as error:
-        what = "cannot be read" if path.exists() else "is no folder, and cannot be had from the hub"
+        what = "cannot be had from the hub" if is_on_hub else "cannot be read"
         reason = f"{type(error).__name__}: {one_line(error)[:300]}"
         raise UsageError(
             f"data_root={data_root} {what} ({reason}); pass a folder of images, a data set that save_to_disk wrote, "
-            "parquet, or with a connection the hub's name of a data set"
+            "parquet, or with a connection hub:owner/name"
         ) from error
     finally:
         if shows_bars:
@@ -124,14 +160,19 @@ def _image_column(named: str, features: Mapping[str, Any], given: str | None) ->
             raise UsageError(f"image_column={given}, but {named} has images in {_listed(found)}; pass one of these")
         return given
     if len(found) != 1:
-        raise UsageError(f"{named} has images in {_listed(found)} of {_listed(features)}; name one by --image_column")
+        raise UsageError(
+            f"{named} has images in {_listed(found)} of {_listed(features)}; "
+            + ("name one by --image_column" if found else "lists of images and nested ones are not read: flatten them")
+        )
     return found[0]
 
 
 def _holds_images(feature: Any) -> bool:
     """True for the library's images, and for what parquet makes of them."""
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
-    return type(feature).__name__ == "Image" or is_struct or getattr(feature, "dtype", None) == "binary"
+    return (
+        type(feature).__name__ == "Image" or is_struct or getattr(feature, "dtype", None) in ("binary", "large_binary")
+    )
 
 
 def _label_column(named: str, features: Mapping[str, Any], given: str | None) -> str:
@@ -170,7 +211,7 @@ def _digest(rows: Any, choices: list[str | None]) -> str:
     """Sixteen hex digits of what is unpacked: the files that the rows lie in, as they are now, and the choices."""
     files = [Path(entry["filename"]) for entry in rows.cache_files]
     kept = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
-    return hashlib.sha256(json.dumps([kept, len(rows), *choices]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([UNPACKING, kept, len(rows), *choices]).encode()).hexdigest()[:16]
 
 
 def _write_out(named: str, rows: Any, image: str, label: str, folder: Path) -> None:
@@ -181,10 +222,13 @@ def _write_out(named: str, rows: Any, image: str, label: str, folder: Path) -> N
     lines = []
     plain = rows.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
     is_long = len(rows) >= MIN_SHOWN
-    with count_progress(f"unpacking {named}", len(rows), "image", is_shown=is_long) as note_done:
+    with (
+        keeping(folder.parent, f"the images of {named}"),
+        count_progress(f"unpacking {named}", len(rows), "image", is_shown=is_long) as note_done,
+    ):
         for number, row in enumerate(plain):
-            value = row[label]
-            if value is None or not (words := names[value] if names else str(value)).strip():
+            words = _words_of(row[label], names)
+            if not words.strip():
                 raise UsageError(f"{named}, row {number}: {label} is empty; give it a label or remove the row")
             content = _bytes_of(row[image], f"{named}, row {number}: {image}")
             name = f"{number:08d}{_ending(content)}"
@@ -192,17 +236,27 @@ def _write_out(named: str, rows: Any, image: str, label: str, folder: Path) -> N
             lines.append(json.dumps({"file_name": name, "label": words}, ensure_ascii=False))
             note_done(1)
     # last, as it marks the folder as whole
-    (folder / METADATA_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with keeping(folder.parent, f"the images of {named}"):
+        (folder / METADATA_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _words_of(value: Any, names: list[str]) -> str:
+    """A label in words; none where a row has none, which is -1 for classes."""
+    if names and value is not None:
+        return names[value] if 0 <= value < len(names) else ""
+    return "" if value is None else str(value)
 
 
 def _bytes_of(stored: Mapping[str, Any] | None, what: str) -> bytes:
-    """The bytes of an image as a row holds it: within, or in a file. Raises UsageError if it holds none."""
-    if stored and stored["bytes"]:
-        return bytes(stored["bytes"])
-    path = stored and stored["path"]
-    if not path or not os.path.isfile(path):
-        raise UsageError(f"{what} is {printable(path) if path else 'empty'}, which is no image; mend or remove the row")
-    return Path(path).read_bytes()
+    """The bytes of an image as a row holds it: within, or in a file; none for an empty one, which is a bad image.
+
+    Raises UsageError for a file that is not there.
+    """
+    if not stored or stored["bytes"] or not stored["path"]:
+        return bytes((stored and stored["bytes"]) or b"")
+    if not os.path.isfile(stored["path"]):
+        raise UsageError(f"{what} is {printable(stored['path'])}, which is not there; restore it or remove the row")
+    return Path(stored["path"]).read_bytes()
 
 
 def _ending(content: bytes) -> str:
@@ -211,5 +265,6 @@ def _ending(content: bytes) -> str:
         with Image.open(io.BytesIO(content)) as image:
             known = {"JPEG": ".jpg", "TIFF": ".tif", "MPO": ".jpg"}
             return known.get(str(image.format), f".{str(image.format).lower()}")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    # Pillow raises whatever comes up, a decompression bomb's error too
+    except Exception:
         return ".png"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fleet.command.data_sets import is_data_set
+from fleet.command.data_sets import HUB
 from fleet.command.flags import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -158,8 +158,9 @@ def run_options(model_id: str) -> dict[str, Any]:
     options = dict(config.get("options", {}))
     for name in PATH_FLAGS if "directory" in config else ():
         value = options.get(name)
-        is_there = isinstance(value, str) and Path(value if name == "data_root" else value.rpartition(":")[0]).exists()
-        if isinstance(value, str) and not is_there and not (name == "data_root" and is_data_set(value)):
+        if not isinstance(value, str) or (name == "data_root" and value.startswith(HUB)):
+            continue
+        if not Path(value if name == "data_root" else value.rpartition(":")[0]).exists():
             options[name] = as_seen_from(config["directory"], value)
     return options
 

@@ -65,7 +65,7 @@ class TaskFlags:
 
     data_root: str = flag("./toy_images", "folder of candidate images: named files, a folder per class, or "
         "metadata.csv/.jsonl; of folders train/, val/, test/ above those, train/ is drawn from; or a data set: what "
-        "save_to_disk wrote, parquet, or a name on the hub", metavar="DIR",
+        "save_to_disk wrote, parquet, or hub:owner/name", metavar="DIR",
         parse=user_path, is_file=True)
     image_column: str | None = flag(None, "of a data set: the column of images", "the only one that holds images",
         metavar="NAME")

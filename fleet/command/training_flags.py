@@ -72,7 +72,7 @@ class RLOOFlags:
                             real=(1, "one group of a real model at a time")))
     dynamic_sampling: int = flag(0, "times that a group which is all right or all wrong is replaced by a further "
         "episode's, at most; groups of one accord teach nothing of what is right", "each episode counts once",
-        metavar="N", bounds=(AT_LEAST_0, Bound("at most 1,000", lambda value: value <= 1000)))
+        metavar="N", bounds=(AT_LEAST_0, Bound("at most 100", lambda value: value <= 100)))
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", bounds=(AT_LEAST_1,), trl=True)
     steps_per_generation: int | None = flag(None, "micro-batches per generation", "gradient_accumulation_steps, which "
         "is on-policy", bounds=(AT_LEAST_1,), trl=True, default_of=lambda case:

@@ -134,7 +134,8 @@ def draw_held_out(env: EpisodeSource, num_episodes: int, drawn: Iterable[Episode
             return held_out, number + 1 - num_episodes
     raise TooFewEpisodes(
         f"{num_draws} draws gave {len(held_out)} different episodes that training does not draw ({num_drawn} "
-        f"that it does), and {num_episodes} are wanted; add images, or evaluate on fewer episodes"
+        f"that it draws or may draw), and {num_episodes} are wanted; add images, evaluate on fewer episodes, or lower "
+        "dynamic_sampling"
     )
 
 

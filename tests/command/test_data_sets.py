@@ -1,6 +1,7 @@
 """Data sets that the `datasets` library wrote are drawn from as folders of images are, and refused by name."""
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image as Pictures
 import evaluate
 import training
 from environment import PickImageEnv
+from fleet import check_env
 from fleet.command.data_sets import image_root, is_data_set
 from fleet.command.options import parse_options
 from fleet.command.preflight import check_before_loading, make_environment
@@ -19,11 +21,16 @@ from fleet.errors import UsageError
 from fleet.run_folder import read_jsonl
 from tests.conftest import save_picture
 from tests.helpers import toy_path
+from tests.helpers_images import png
 from utils.images import open_image
 
 COLOURS = ("red", "blue", "green", "black", "white", "gold")
 CLASSES = ["a red one", "a blue one", "a green one", "a black one", "a white one", "a gold one"]
 FEATURES = Features({"photo": Image(), "kind": ClassLabel(names=CLASSES), "note": Value("string")})
+
+
+# 30,000 x 30,000 pixels, none of them there
+BOMB = png((b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b""))
 
 
 @pytest.fixture(autouse=True)
@@ -135,14 +142,50 @@ def test_a_wrong_name_is_refused_with_what_there_is(tmp_path: Path, case: str) -
     assert all(part in str(caught.value) for part in words)
 
 
-def test_rows_without_image_or_label_are_refused(tmp_path: Path) -> None:
-    for number, (column, value) in enumerate({"photo": None, "note": ""}.items()):
-        given = rows(tmp_path)
-        values = list(given.cast_column("photo", Image(decode=False))[column])
-        folder = tmp_path / f"saved-{number}"
-        rows(tmp_path, **{column: [*values[:4], value, values[5]]}).save_to_disk(folder)
-        with pytest.raises(UsageError, match=f"row 4: {column} is empty"):
-            make_environment(parse_options(["--data_root", str(folder), "--label_column", "note"]), seed=0)
+def with_row_4(folder: Path, column: str, value: Any) -> list[str]:
+    """The flags of a data set whose row 4 has this value."""
+    values = list(rows(folder).cast_column("photo", Image(decode=False))[column])
+    rows(folder, **{column: [*values[:4], value, values[5]]}).save_to_disk(folder / "saved")
+    return ["--data_root", str(folder / "saved")]
+
+
+@pytest.mark.parametrize(("column", "value"), [("note", ""), ("note", None), ("kind", -1), ("kind", None)])
+def test_a_row_without_a_label_is_refused(tmp_path: Path, column: str, value: Any) -> None:
+    flags = with_row_4(tmp_path, column, value)
+    with pytest.raises(UsageError, match=f"row 4: {column} is empty"):
+        make_environment(parse_options([*flags, "--label_column", column]), seed=0)
+
+
+@pytest.mark.parametrize("content", [None, BOMB])
+def test_a_row_without_a_picture_is_a_bad_image(tmp_path: Path, content: bytes | None) -> None:
+    flags = with_row_4(tmp_path, "photo", content and {"bytes": content, "path": None})
+    with pytest.raises(UsageError, match="1 of 6 images in .*saved cannot be used: 00000004.png "):
+        check_before_loading(parse_options(flags), {})
+    findings = check_before_loading(parse_options([*flags, "--bad_images", "skip"]), {})
+    assert findings.data is not None and findings.data.skipped_images == ("00000004.png",)
+
+
+def test_images_beside_parquet_are_the_folders(tmp_path: Path) -> None:
+    one_parquet(tmp_path / "mixed")
+    task = parse_options(["--data_root", str(tmp_path / "mixed")])
+    env: Any = make_environment(task, seed=0)
+    assert {image.label for image in env.images} == {"source"}
+
+
+def test_parquet_is_found_where_it_lies_and_by_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "deep/set[1]"
+    folder.mkdir(parents=True)
+    rows(tmp_path).to_parquet(folder / "validation-0[1].parquet")
+    rows(tmp_path).select(range(4)).to_parquet(folder / "train-0[1].parquet")
+    for split, count in (("train", 4), ("validation", 6)):
+        env: Any = make_environment(parse_options(["--data_root", str(tmp_path / "deep"), "--split", split]), seed=0)
+        assert len(env.images) == count
+
+
+def test_an_environment_is_checked_on_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data_root", str(saved_in_splits(tmp_path)), "--split", "train"]
+    check_env.main(["examples/zoom.py:ZoomEnv", "--max_turns", "2", "--episodes", "2", *data])
+    assert "ZoomEnv is sound" in capsys.readouterr().out
 
 
 def test_numbers_without_names_are_no_labels(tmp_path: Path) -> None:
@@ -167,13 +210,14 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path, content: str) -> N
 
 def test_a_name_on_the_hub_without_a_connection_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(UsageError, match="data_root=nobody/nothing is no folder, and cannot be had from the hub"):
-        make_environment(parse_options(["--data_root", "nobody/nothing"]), seed=0)
+    with pytest.raises(UsageError, match="data_root=hub:nobody/nothing cannot be had from the hub"):
+        make_environment(parse_options(["--data_root", "hub:nobody/nothing"]), seed=0)
 
 
 def test_a_folder_of_images_has_no_columns(tmp_path: Path) -> None:
     save_picture(tmp_path / "a.png")
-    assert not is_data_set(str(tmp_path)) and not is_data_set("nowhere") and is_data_set("owner/name")
+    assert not is_data_set(str(tmp_path)) and not is_data_set("nowhere") and is_data_set("hub:owner/name")
+    assert not is_data_set("owner/name")
     with pytest.raises(UsageError, match="label_column=kind, but a folder of images has no columns"):
         parse_options(["--data_root", str(tmp_path), "--label_column", "kind"])
 

@@ -24,7 +24,7 @@ Row = tuple[str, str, str, str, str]
 # flag, value, flags beside which it does nothing, why, flags beside which it does something
 TRAINING = [
     *(
-        (flag, "kind", "", "a folder of images has no columns, .*; pass a data set", "--data_root owner/name")
+        (flag, "kind", "", "a folder of images has no columns, .*; pass a data set", "--data_root hub:owner/name")
         for flag in ("image_column", "label_column", "split")
     ),
     (
@@ -71,7 +71,7 @@ TRAINING = [
 ]
 EVALUATION = [
     *(
-        (flag, "kind", "", "a folder of images has no columns, .*; pass a data set", "--data_root owner/name")
+        (flag, "kind", "", "a folder of images has no columns, .*; pass a data set", "--data_root hub:owner/name")
         for flag in ("image_column", "label_column", "split")
     ),
     (
