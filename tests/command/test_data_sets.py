@@ -15,6 +15,7 @@ import training
 from environment import PickImageEnv
 from fleet import check_env
 from fleet.command.data_sets import image_root, is_data_set
+from fleet.command.evaluate_options import run_options
 from fleet.command.options import parse_options
 from fleet.command.preflight import check_before_loading, make_environment
 from fleet.errors import UsageError
@@ -212,6 +213,17 @@ def test_a_name_on_the_hub_without_a_connection_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="data_root=hub:nobody/nothing cannot be had from the hub"):
         make_environment(parse_options(["--data_root", "hub:nobody/nothing"]), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "wanted"),
+    [("data/pics", "{there}/data/pics"), ("a.parquet", "{there}/a.parquet"), ("hub:owner/name", "hub:owner/name")],
+)
+def test_a_runs_data_is_found_from_another_directory(tmp_path: Path, recorded: str, wanted: str) -> None:
+    (tmp_path / "run/final").mkdir(parents=True)
+    config = {"options": {"data_root": recorded}, "directory": str(tmp_path / "there")}
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    assert run_options(str(tmp_path / "run/final"))["data_root"] == wanted.format(there=tmp_path / "there")
 
 
 def test_a_folder_of_images_has_no_columns(tmp_path: Path) -> None:
