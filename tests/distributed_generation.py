@@ -24,7 +24,7 @@ GATHERED_EACH_TIME = {
     "stage3_prefetch_bucket_size": 0,
     "stage3_param_persistence_threshold": 0,
 }
-STOPS_AFTER = (3, 20)  # tokens that the ranks may sample: their decoding ends at different times
+STOPS_AFTER = (1, 20)  # tokens that the ranks may sample: their decoding ends at different times
 
 
 class Gathers:

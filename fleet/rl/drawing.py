@@ -196,10 +196,11 @@ class Drawing(ResumableTrainer):
         )
 
     def _most_of_ranks(self, count: int) -> int:
-        """The maximum over the processes, where these must do the same passes together."""
-        if not is_deepspeed_zero3_enabled() or self.args.ds3_gather_for_generation:
-            return count
-        return most_of_ranks(self.accelerator, count)
+        """The maximum over the processes, where these must do the same passes together.
+
+        With gathered weights too: a hook that TRL leaves in place compares the processes' traces of modules.
+        """
+        return most_of_ranks(self.accelerator, count) if is_deepspeed_zero3_enabled() else count
 
     @property
     def draft_memory(self) -> DraftMemory:

@@ -141,8 +141,8 @@ def score(run: PreparedEvaluation, model_id: str) -> Evaluation:
         ) as policy_model,
         count_progress(f"scoring {model_id}", num_rows, "answer", is_shown=accelerator.is_main_process) as note_answers,
     ):
-        # ranks that gather each other's weights layer by layer must make the same passes
-        is_sharded = is_deepspeed_zero3_enabled() and not options.ds3_gather_for_generation
+        # ranks that hold shards must make the same passes
+        is_sharded = is_deepspeed_zero3_enabled()
         policy = ModelPolicy(
             policy_model,
             processor,
