@@ -120,7 +120,7 @@ def test_default_values_in_the_flag_table_are_the_real_ones() -> None:
     assert len(plain) >= 6
     for name, text in plain.items():
         assert getattr(defaults, name) == yaml.safe_load(text), name
-    frozen, _ = resolve_options(parse_options(["--freeze_vision"]), has_bf16_gpu=False)
+    frozen, _ = resolve_options(parse_options(["--freeze", "tower,merger"]), has_bf16_gpu=False)
     cache_sizes = (frozen.vision_cache_mib, defaults.vision_cache_mib)
     assert rows["vision_cache_mib"] == "{} where vision is frozen, else {}".format(*cache_sizes)
 

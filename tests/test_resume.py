@@ -27,7 +27,7 @@ KINDS = {
     "full": (1, False, []),
     "lora": (1, False, ["--use_lora"]),
     "two-full": (2, False, []),
-    "frozen": (1, False, ["--freeze_vision"]),
+    "frozen": (1, False, ["--freeze", "tower,merger"]),
     "turns": (1, False, TURNS),
     "dynamic": (1, False, ["--dynamic_sampling", "3", "--num_rollouts", "2"]),
     "two-dynamic": (2, False, ["--dynamic_sampling", "2", "--num_rollouts", "2"]),

@@ -272,8 +272,8 @@ def test_warmup_reaches_trl() -> None:
 
 
 def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--freeze_vision", "--attn_implementation", "eager", "--reward_correct", "0.5", "--reward_valid_call",
-             "0.25", "--allow_reasoning", "--image_max_pixels", "1600",
+    flags = ["--freeze", "tower,merger", "--attn_implementation", "eager", "--reward_correct", "0.5",
+             "--reward_valid_call", "0.25", "--allow_reasoning", "--image_max_pixels", "1600",
              "--max_skipped_steps", "3", "--save_total_limit", "3", "--output_dir", str(tmp_path)]  # fmt: skip
     options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
     env = make_environment(options, options.seed)

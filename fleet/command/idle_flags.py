@@ -15,6 +15,7 @@ from fleet.command.flags import TOY_MODEL_ID
 from fleet.command.parser import as_flag_value
 from fleet.errors import UsageError
 from fleet.model_folder.files import base_of, is_adapter, read_json
+from fleet.model_folder.parts import VISION_PARTS
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class IdleFlags:
     off: Any = None
 
 
-LORA = ("lora_rank", "lora_alpha", "lora_dropout")
+LORA = ("lora_targets", "lora_rank", "lora_alpha", "lora_dropout")
 VLLM = (
     "vllm_mode", "vllm_server_host", "vllm_server_port", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size",
     "vllm_max_logprob_gap",
@@ -53,6 +54,10 @@ def is_zero3(launch_variables: Mapping[str, str]) -> bool:
 def _is_from_hub(model_id: str) -> bool:
     base = base_of(model_id)
     return base != TOY_MODEL_ID and not Path(base).is_dir()
+
+
+def _trains_vision(options: Any) -> bool:
+    return bool(options.trained_parts & VISION_PARTS)
 
 
 NOT_FROM_HUB = "only a hub model has revisions", "pass a hub id as the model"
@@ -89,11 +94,17 @@ IDLE_IN_TRAINING = (
         "the adapter in --model_id keeps its own", "pass its base model as --model_id"),
     IdleFlags(("merge_lora",), lambda options, launch: not options.use_lora, "there is no adapter to merge",
         "add --use_lora true", off=False),
-    IdleFlags(("freeze_vision",), lambda options, launch: options.use_lora and is_adapter(options.model_id),
-        "the adapter in --model_id trains the parts that it was made for", "pass its base model as --model_id",
-        off=False),
-    IdleFlags(("vision_cache_mib",), lambda options, launch: not (options.freeze_vision or options.use_lora),
-        "the vision tower trains, so features change with every step", "add --freeze_vision true", off=0),
+    IdleFlags(("freeze",), lambda options, launch: options.use_lora, "LoRA freezes every weight but its adapters'",
+        "choose their parts by --lora_targets"),
+    IdleFlags(("vision_learning_rate",), lambda options, launch: not _trains_vision(options),
+        "nothing of the vision side trains", "let some of it train (see --freeze and --lora_targets)"),
+    IdleFlags(("vision_learning_rate",), lambda options, launch: options.trained_parts <= VISION_PARTS,
+        "the vision side alone trains, at the rate of --learning_rate", "pass that"),
+    IdleFlags(("vision_cache_mib",), lambda options, launch: not options.use_lora and _trains_vision(options),
+        "the vision side trains, so features change with every step", "add --freeze tower,merger", off=0),
+    IdleFlags(("vision_cache_mib",), lambda options, launch: options.use_lora and _trains_vision(options),
+        "adapters in the vision side train, so features change with every step", "train adapters in the language model "
+        "alone", off=0),
     IdleFlags(("vision_cache_mib",), lambda options, launch: not options.shared_prefix, "TRL's own passes take no "
         "features", "drop --shared_prefix false", off=0),
     IdleFlags(("reward_timeout_s",), lambda options, launch: options.reward is None,

@@ -1,9 +1,13 @@
 """The flags that training alone has, each declared once, as in flags.py."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fleet.command.flags import A_SEED, A_SHARE, ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Case, ModelFlags, by_model
-from fleet.command.parser import Bound, flag, true_false_or_auto, user_path
+from fleet.command.parser import Bound, SomeOf, flag, true_false_or_auto, user_path
+from fleet.errors import UsageError
+from fleet.model_folder.files import ADAPTER_CONFIG_NAME, is_adapter, read_json
+from fleet.model_folder.parts import LANGUAGE_MODEL, LORA_TARGETS, PARTS, VISION_PARTS, parts_of_adapter
 from fleet.schedule import optimizer_steps_per_generation
 
 LORA_RATE = by_model(toy=(5e-4, "LoRA on the toy model"), real=(1e-5, "LoRA: ten times a full fine-tune's"))
@@ -16,7 +20,7 @@ FULL_RATE = by_model(
 
 def default_vision_cache(case: Case) -> tuple[int, str]:
     """(MiB, reason) of --vision_cache_mib."""
-    if not (case.options.freeze_vision or case.options.use_lora):
+    if case.options.trained_parts & VISION_PARTS:
         return 0, "vision trains, so features change"
     if not case.options.shared_prefix:
         return 0, "TRL's own passes take no features"
@@ -28,7 +32,12 @@ def default_vision_cache(case: Case) -> tuple[int, str]:
 class TrainedPartFlags(ModelFlags):
     """The parts of the model that train, and those that are frozen."""
 
-    use_lora: bool = flag(False, "train LoRA adapters on the language model, not all weights")
+    freeze: str | None = flag(None, "parts to keep as they are, of tower, merger (both are the vision side) and "
+        "language_model, with commas between them", "none", metavar="PARTS", parse=SomeOf(PARTS, or_none=True))
+    use_lora: bool = flag(False, "train LoRA adapters alone, not the model's own weights")
+    lora_targets: str = flag("language", "parts whose linear layers get adapters, of language, vision (its tower) and "
+        "merger, with commas between them", "as pictures are then encoded once", metavar="PARTS",
+        parse=SomeOf(tuple(LORA_TARGETS)))
     lora_rank: int = flag(16, "rank of new adapters",
         bounds=(AT_LEAST_1, Bound("at most 8,192", lambda value: value <= 8192)))  # the width of the widest model
     lora_alpha: int = flag(32, "scale of new adapters", "twice the rank", bounds=(AT_LEAST_1,))
@@ -36,11 +45,28 @@ class TrainedPartFlags(ModelFlags):
         metavar="P", bounds=(AT_LEAST_0, BELOW_1))
     merge_lora: bool = flag(False, "also write the base model with the adapters merged in, as final_merged/",
         may_change=True)
-    freeze_vision: bool = flag(False, "keep the vision tower and its merger as they are, as --use_lora does")
     vision_cache_mib: int | None = flag(None, "host memory per process for features of images, each of which is then "
         "encoded once while it is held, in MiB; 0 keeps none",
-        "2048 where vision is frozen, as with LoRA; else 0, as features change", bounds=(AT_LEAST_0,), may_change=True,
-        default_of=default_vision_cache)
+        "2048 where tower and merger are frozen, as with LoRA on the language model; else 0, as features change",
+        bounds=(AT_LEAST_0,), may_change=True, default_of=default_vision_cache)
+
+    @property
+    def frozen_parts(self) -> frozenset[str]:
+        """The parts of the model that --freeze names."""
+        return frozenset() if self.freeze is None else frozenset(self.freeze.split(","))
+
+    @property
+    def trained_parts(self) -> frozenset[str]:
+        """The parts of the model in which a weight trains, an adapter's included."""
+        if not self.use_lora:
+            return frozenset(PARTS) - self.frozen_parts
+        if not is_adapter(self.model_id):
+            return frozenset(LORA_TARGETS[word][0] for word in self.lora_targets.split(","))
+        try:
+            return parts_of_adapter(read_json(Path(self.model_id) / ADAPTER_CONFIG_NAME))
+        except UsageError:
+            # the checks of the model's files refuse it, on all processes
+            return frozenset({LANGUAGE_MODEL})
 
 
 @dataclass(frozen=True)
@@ -81,6 +107,8 @@ class RLOOFlags:
     learning_rate: float | None = flag(None, "AdamW's",
         "1e-4 for the toy, 2e-4 where it must look, 5e-4 with LoRA; else 1e-6, 1e-5 with LoRA", bounds=(ABOVE_0,),
         trl=True, default_of=lambda case: (LORA_RATE if case.options.use_lora else FULL_RATE)(case))
+    vision_learning_rate: float | None = flag(None, "AdamW's for the vision side, its tower and merger; the schedule "
+        "scales both", "learning_rate", bounds=(ABOVE_0,))
     lr_scheduler_type: str = flag("constant", "learning-rate schedule: constant, constant_with_warmup, linear or "
         "cosine", "so that a longer run begins like a shorter one", metavar="NAME",
         choices=("constant", "constant_with_warmup", "linear", "cosine"), trl=True)

@@ -23,7 +23,7 @@ class VisionCache:
         if not vision_is_frozen(model):
             raise ValueError(
                 "image features cannot be kept while the vision tower, its merger or an adapter in them trains; "
-                "pass --freeze_vision true or --vision_cache_mib 0"
+                "pass --freeze tower,merger or --vision_cache_mib 0"
             )
         self.max_bytes, self.num_bytes = max_bytes, 0
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()

@@ -13,6 +13,7 @@ from fleet.command.image_check import RunData
 from fleet.command.options import Options, own_code, parse_options, resolve_options
 from fleet.command.resume_check import require_same_run
 from fleet.errors import UsageError
+from fleet.model_folder.parts import lora_pattern
 from fleet.run.config import config_text
 
 pytestmark = pytest.mark.fast
@@ -44,8 +45,31 @@ TRAINING = [
     ("lora_alpha", "64", "--use_lora --model_id adapter", "keeps its own; pass its base model", "--use_lora"),
     ("lora_dropout", "0.1", "--use_lora --model_id adapter", "keeps its own", "--use_lora"),
     ("merge_lora", "true", "", "there is no adapter to merge; add --use_lora true", "--use_lora"),
-    ("freeze_vision", "true", "--use_lora --model_id adapter", "trains the parts that it was made for", "--use_lora"),
-    ("vision_cache_mib", "64", "", "the vision tower trains, .*; add --freeze_vision true", "--freeze_vision"),
+    ("lora_targets", "language", "", "no adapter is trained; add --use_lora true", "--use_lora"),
+    ("lora_targets", "vision", "--use_lora --model_id adapter", "the adapter in --model_id keeps its", "--use_lora"),
+    ("freeze", "tower", "--use_lora", "LoRA freezes every weight but its adapters'; choose their parts by", ""),
+    ("freeze", "language_model", "--use_lora --model_id adapter", "LoRA freezes every weight", ""),
+    ("vision_learning_rate", "1e-05", "--freeze tower,merger", "nothing of the vision side trains", "--freeze tower"),
+    (
+        "vision_learning_rate",
+        "1e-05",
+        "--use_lora",
+        "trains; let some of it train .see --freeze and --lora_targets.",
+        "--use_lora --lora_targets language,merger",
+    ),
+    ("vision_learning_rate", "1.0", "--use_lora --model_id adapter", "nothing of the vision side trains", ""),
+    ("vision_learning_rate", "1.0", "--use_lora --model_id sighted", "the vision side alone trains", ""),
+    ("vision_learning_rate", "1.0", "--freeze language_model", "the vision side alone trains, .*; pass that", ""),
+    ("vision_cache_mib", "64", "", "the vision side trains, .*; add --freeze tower,merger", "--freeze tower,merger"),
+    ("vision_cache_mib", "64", "--freeze merger", "the vision side trains, .*", "--freeze merger,tower"),
+    (
+        "vision_cache_mib",
+        "64",
+        "--use_lora --lora_targets language,vision",
+        "adapters in the vision side train, .*; train adapters in the language model alone",
+        "--use_lora",
+    ),
+    ("vision_cache_mib", "64", "--use_lora --model_id sighted", "adapters in the vision side train", "--use_lora"),
     ("vision_cache_mib", "64", "--use_lora --shared_prefix false", "TRL's own passes take no features", "--use_lora"),
     ("reward_timeout_s", "60", "", "no reward function of your own is called; add --reward", "--reward my.py:f"),
     ("reward_correct", "0.95", "--reward my.py:f", "the function of --reward has its own values; drop --reward", ""),
@@ -116,10 +140,12 @@ ALWAYS_IN_EVALUATION = {
 
 @pytest.fixture(autouse=True)
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder `adapter` to name; its base is on the hub."""
+    """Folders `adapter`, of the language model, and `sighted`, of the vision side; their base is on the hub."""
     monkeypatch.chdir(tmp_path)
-    Path("adapter").mkdir()
-    Path("adapter/adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}')
+    for name, target in (("adapter", "language"), ("sighted", "vision")):
+        config = {"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct", "target_modules": lora_pattern([target])}
+        Path(name).mkdir()
+        Path(name, "adapter_config.json").write_text(json.dumps(config))
 
 
 def refusal_of(parse: Any, row: Row) -> str:
@@ -207,7 +233,8 @@ def resume(options: Options) -> None:
 
 def test_config_json_has_null_for_what_had_no_part() -> None:
     full, lora = recorded(""), recorded("--use_lora --lora_rank 4 --eval_steps 2")
-    nothing = ["epsilon", "eval_episodes", "eval_seed", "lora_alpha", "lora_dropout", "lora_rank", "reward_timeout_s",
+    nothing = ["epsilon", "eval_episodes", "eval_seed", "lora_alpha", "lora_dropout", "lora_rank", "lora_targets",
+               "reward_timeout_s",
                "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "vllm_mode", "vllm_server_host",
                "vllm_server_port", "vllm_tensor_parallel_size"]  # fmt: skip
     assert full["idle_flags"] == nothing

@@ -394,6 +394,7 @@ MAY_CHANGE = {
 }
 # of a run with no flags but these
 HAD_NO_PART = {
+    "lora_targets",
     "lora_rank",
     "lora_alpha",
     "lora_dropout",

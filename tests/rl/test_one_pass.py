@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hot": {"temperature": 0.7},
     "masked": {"mask_truncated_completions": True, "max_completion_length": 20},
     "lora": {"lora": True},
-    "frozen vision": {"freeze_vision": True},
+    "frozen vision": {"freeze": ("tower", "merger")},
     "eager": {"attention": "eager"},
     "4-bit base": {"lora": True, "load_in_4bit": True},
 }
@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_one_pass_takes_the_steps_that_two_take(name: str, tmp_path: Path) -> None:
     settings = {"max_steps": 6, "optim": "sgd", "learning_rate": 0.01} | SETTINGS[name]
     lora = make_lora_config(rank=4) if settings.pop("lora", False) else None
-    is_frozen, attention = settings.pop("freeze_vision", False), settings.pop("attention", "sdpa")
+    frozen, attention = settings.pop("freeze", ()), settings.pop("attention", "sdpa")
     load_in_4bit = settings.pop("load_in_4bit", False)
     runs = []
     for kind in (Hopeful, TwoPasses):
@@ -61,9 +61,9 @@ def test_one_pass_takes_the_steps_that_two_take(name: str, tmp_path: Path) -> No
             kind,
             lora,
             model=toy_model(
-                freeze_vision=is_frozen, attn_implementation=attention, load_in_4bit=load_in_4bit, dtype=torch.float32
+                freeze=frozen, attn_implementation=attention, load_in_4bit=load_in_4bit, dtype=torch.float32
             ),
-            vision_cache_bytes=2**20 if is_frozen or lora else 0,
+            vision_cache_bytes=2**20 if frozen or lora else 0,
         )
         trainer.train()
         runs.append(trainer)

@@ -238,7 +238,7 @@ def test_the_trainer_gives_trl_the_ban(tmp_path: Path, monkeypatch: pytest.Monke
         given.append(kwargs["args"])
         raise Stop
 
-    monkeypatch.setattr(drawing.ResumableTrainer, "__init__", stop)
+    monkeypatch.setattr(drawing.VisionRate, "__init__", stop)
     args = rloo_config(tmp_path, use_vllm=True)
     with pytest.raises(Stop):
         fleet_trainer(args, model=toy_model())

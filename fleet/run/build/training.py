@@ -34,6 +34,7 @@ from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan
 from fleet.evaluation.held_out import RunEpisodes, make_plan
 from fleet.model_folder.files import read_json
+from fleet.model_folder.parts import LANGUAGE_MODEL, VISION_PARTS
 from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.qwen.vision_cache import vision_is_frozen
 from fleet.rl.checkpoints import ProcessPlace
@@ -47,7 +48,7 @@ from fleet.run.output import begin_folder, find_checkpoint, held, name_output_di
 from fleet.run.peers import connect
 from fleet.run.preemption import Preemption
 from fleet.run.recorder import RunRecorder
-from fleet.run.records import resolved_table
+from fleet.run.records import parameters_table, resolved_table
 from fleet.run.watchdog import Watchdog
 from fleet.run_folder import CONFIG_NAME
 from fleet.run_lock import RunLock
@@ -215,7 +216,9 @@ def build_trainer(
         )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunRecorder(trainer, options, fixed_correct_index=options.fixed_correct_index))
-    logger.info(describe_parameters(trainer.model))
+    rates = dict.fromkeys(VISION_PARTS, trainer.vision_learning_rate or args.learning_rate)
+    table = parameters_table(count_parameters(trainer.model), rates | {LANGUAGE_MODEL: args.learning_rate})
+    logger.info(table, extra=COLOURED)
     paths = paths_read(options.model_id, options.data_root, code)
     begin_folder(folder, options, paths, config, run.data.sha256s, args.process_index)
     return trainer, checkpoint
@@ -237,11 +240,11 @@ def load_for_training(
         dtype=None if can_be_half else torch.float32,
         # TRL wraps the model in a new adapter itself; an adapter that exists is opened here
         trains_adapter=flags.use_lora and is_adapter,
-        freeze_vision=flags.freeze_vision,
+        freeze=flags.frozen_parts,
     )
     lora = None
     if flags.use_lora and not is_adapter:
-        lora = make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
+        lora = make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_targets.split(","))
     cache_mib = int(flags.vision_cache_mib or 0)
     if cache_mib and lora is None and not vision_is_frozen(model):
         logger.info(f"the adapter {flags.model_id} trains the vision side, so no image features are kept\n")
@@ -278,6 +281,7 @@ def trainer_settings(run: PreparedRun, vision_cache_bytes: int) -> TrainerSettin
         max_context=options.max_context_length,
         image_max_pixels=options.image_max_pixels,
         dynamic_sampling=options.dynamic_sampling,
+        vision_learning_rate=options.vision_learning_rate,
         vllm_max_logprob_gap=options.vllm_max_logprob_gap,
     )
 
@@ -323,9 +327,3 @@ def train(trainer: FleetRLOOTrainer, checkpoint: Path | None) -> None:
             f"told to stop: saved step {trainer.state.global_step} of {trainer.args.max_steps} in "
             f"{trainer.args.output_dir}"
         )
-
-
-def describe_parameters(model: torch.nn.Module) -> str:
-    """Trainable and all parameters by part, in a line."""
-    parts = [f"{part} {trainable:,} of {total:,}" for part, (trainable, total) in count_parameters(model).items()]
-    return f"trainable parameters: {'; '.join(parts)}\n"
