@@ -28,7 +28,7 @@ from fleet.run.records import draw_curve, sample_table
 from fleet.run.watchdog import Watchdog
 from fleet.run_folder import read_jsonl
 from fleet.verdicts import Verdict
-from model_utils import generate_tool_call, load_qwen25_vl
+from model_utils import count_parameters, generate_tool_call, load_qwen25_vl
 from reward import reward_of
 from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_dataset, toy_path
@@ -151,6 +151,51 @@ def test_merged_weights_answer_as_the_adapter_does(tmp_path: Path) -> None:
     logits = [model(**text).logits for model in (adapted, merged, base)]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
     assert (logits[0] - logits[2]).abs().max() > 0.01
+
+
+def test_adapters_in_the_vision_side_train_merge_and_train_on_at_their_own_rate(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rates = ["--vision_learning_rate", "2e-3", "--lr_scheduler_type", "linear", "--train_steps", "2", "--use_lora"]
+    first = run(tmp_path / "first", *rates, "--lora_targets", "language,vision,merger", "--merge_lora")
+    assert [(line["learning_rate"], line["vision_learning_rate"]) for line in read_jsonl(first / "metrics.jsonl")] == [
+        (5e-4, 2e-3),
+        (2.5e-4, 1e-3),
+    ]
+    lines = capfd.readouterr().err.splitlines()
+    table = [
+        [cell.strip() for cell in line.split("│")] for line in lines if line.startswith(("tower", "merger", "lang"))
+    ]
+    base, rows = load_qwen25_vl(toy_path())[0], []
+    for part, of_part, rate in (
+        ("tower", "visual.blocks", "0.002"),
+        ("merger", "visual.merger", "0.002"),
+        ("language_model", "language_model.layers", "0.0005"),
+    ):
+        layers = [
+            module for name, module in base.named_modules() if of_part in name and hasattr(module, "out_features")
+        ]
+        # a factor of 16 rows behind a layer's inputs, one of 16 columns before its outputs
+        size = sum(16 * (layer.in_features + layer.out_features) for layer in layers)
+        rows.append([part, f"{size:,}", f"{count_parameters(base)[part].total + size:,}", f"{size:,}", rate])
+    assert table == rows
+    adapted, processor = load_qwen25_vl(str(first / "final"))
+    episode = toy_dataset().env.episode(0)
+    prompt = processor.apply_chat_template(list(episode.messages), tokenize=False, add_generation_prompt=True)
+    inputs = processor(
+        text=[prompt], images=[open_image(image, 56 * 56) for image in episode.images], return_tensors="pt"
+    )
+    logits = [model(**inputs).logits for model in (adapted, load_qwen25_vl(str(first / "final_merged"))[0], base)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    assert (logits[0] - logits[2]).abs().max() > 0.01
+
+    # an adapter's own config says that its vision side trains, so no features are kept
+    second = run(tmp_path / "second", *rates, "--model_id", str(first / "final"))
+    options = json.loads((second / "config.json").read_text())["options"]
+    assert options["vision_cache_mib"] == 0 and options["lora_targets"] is None
+    name = "adapter_model.safetensors"
+    before, after = final_weights(first, name), final_weights(second, name)
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("beta", ["0", "0.05"])

@@ -1,7 +1,9 @@
 """Features of the images that a frozen vision tower has seen, kept in host memory for the whole run.
 
 Owns what is kept and for how long. Knows an image by a digest of its pixels, so nothing goes stale while the vision
-side is frozen. Asks for one image at a time, so that a resumed run, whose cache is empty, gets the same bits.
+side is frozen. Where the merger alone trains nothing is kept: the tower's own output is wider than features, and a
+frozen tower has no backward pass. Asks for one image at a time, so that a resumed run, whose cache is empty, gets the
+same bits.
 """
 
 from collections import OrderedDict
