@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dataset import EpisodeBatch
 from fleet.errors import RunStopped
+from fleet.qwen.edge_scores import Scores
 from fleet.qwen.flops import add_up, compare_work
 from fleet.qwen.group_passes import problem_of_mask, tree_prompts, why_not_to_pack
 from fleet.qwen.observations import Picture
@@ -63,7 +64,7 @@ class SampledGroups(DrawnGroups):
     branches: list[Branches]  # P; of the completions that are not masked
     nodes: list[list[list[int]]]  # P x G; of each of their tokens
     is_packed: bool  # a forward pass has each group as one row
-    first_scores: tuple[Tensor, Tensor] | None  # (B, T) log-probabilities, with gradient, and entropies of round 1
+    first_scores: Scores | None  # (B, T); of round 1
 
 
 class GroupSampling(Drawing):
@@ -116,7 +117,7 @@ class GroupSampling(Drawing):
         if drawn.samples is not None and is_packed:
             first_scores = self._first_scores(prompts, branches, nodes, drawn.samples)
             with torch.enable_grad():
-                first_scores = None if first_scores is None else as_wide_as(ids_BT, *first_scores)
+                first_scores = None if first_scores is None else as_wide_as(ids_BT, first_scores)
         return SampledGroups(
             **vars(drawn),
             completion_ids_BT=ids_BT,
@@ -130,7 +131,7 @@ class GroupSampling(Drawing):
 
     def _first_scores(
         self, prompts: Prompts, branches: list[Branches], nodes: list[list[list[int]]], samples: Samples
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> Scores | None:
         """Log-probabilities, with gradient, and entropies (B, T) from the pass that all completions were drawn in.
 
         None if that pass had no gradients, or a rollout of any process went on after it.

@@ -20,6 +20,7 @@ class TrainerSettings:
     image_max_pixels: int | None = None  # budget of one picture that a tool shows
     dynamic_sampling: int = 0  # attempts to replace a group that is all right or all wrong by a further episode's
     vllm_max_logprob_gap: float = 0.1  # see VLLMSampler
+    correction_cap: float | None = None  # of rollout_weights, where vLLM generates; None for no weights
 
 
 DEFAULT_SETTINGS = TrainerSettings()

@@ -128,8 +128,8 @@ class FleetRLOOTrainer(DynamicSampling):
         if self.beta != 0.0:
             rollouts.ref_logps_BT = self._score_reference(sampled)
         if needs_old_logps(self.args):
-            rollouts.old_logps_BT = self._score(self.model, sampled)
-            self._compare_with_vllm(sampled, every_group, rollouts.old_logps_BT)
+            rollouts.old_logps_BT, _, log_kept_BT = self._score(self.model, sampled)
+            rollouts.weights_B = self._weigh_rollouts(sampled, every_group, rollouts.old_logps_BT, log_kept_BT)
         if self.beta == 0.0 or rollouts.old_logps_BT is not None:
             advantages_PG = self._take_advantages(rollouts, every_group, rollouts.old_logps_BT)
             by_device = advantages_PG.view(-1, len(batch["episodes"]), self.num_generations)
@@ -193,20 +193,22 @@ class FleetRLOOTrainer(DynamicSampling):
         rollouts, groups = inputs["rollouts"], inputs["groups"]
         sampled, rows = rollouts.sampled, rollouts.sampled.rows_of(groups)
         mask_BT = sampled.completion_mask_BT[rows]
-        logps_BT, entropies_BT = self._completion_logps(model, sampled, groups)
+        logps_BT, entropies_BT, log_kept_BT = self._completion_logps(model, sampled, groups)
         if rollouts.old_logps_BT is None:
             old_logps_BT = logps_BT.detach()
-            self._compare_with_vllm(sampled, groups, old_logps_BT)
+            weights_B = self._weigh_rollouts(sampled, groups, old_logps_BT, log_kept_BT)
             if self.beta != 0.0:
                 self._take_advantages(rollouts, groups, old_logps_BT)
         else:
             old_logps_BT = rollouts.old_logps_BT[rows]
+            weights_B = None if rollouts.weights_B is None else rollouts.weights_B[rows]
         loss, is_clipped_below_B, is_clipped_above_B = clipped_loss(
             sequence_logps(logps_BT, mask_BT),
             sequence_logps(old_logps_BT, mask_BT),
             rollouts.advantages_B[rows],
             self.epsilon_low,
             self.epsilon_high,
+            weights_B,
         )
         self._log_loss(entropies_BT, mask_BT, torch.stack([is_clipped_below_B, is_clipped_above_B], dim=1))
         return without_gradient_if_not_finite(loss)

@@ -65,13 +65,16 @@ class VLLMSampler:
         known = [[math.nan if value is None else value for (value, *_) in row] for row in logps]
         return [list(ids) for ids in completion_ids], known
 
-    def compare(self, own_logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, is_last: bool) -> dict[str, float]:
+    def compare(
+        self, own_logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, top_p: float, is_last: bool
+    ) -> dict[str, float]:
         """The metrics of a generation with its last rows (`is_last`); none with earlier ones.
 
-        own_logps, sampler_logps, mask: of the same tokens, one shape. Every process takes part. Raises RunRefused on
-        all of them if the first generation's mean gap is above `max_gap`.
+        own_logps, sampler_logps, mask: of the same tokens, one shape. top_p: 1 where own_logps are of the nucleus.
+        Every process takes part. Raises RunRefused on all of them if the first generation's mean gap is above
+        `max_gap`.
         """
-        gaps = logprob_gaps(own_logps.float(), sampler_logps, self.generation.top_p)
+        gaps = logprob_gaps(own_logps.float(), sampler_logps, top_p)
         self._gaps.append(gaps[mask.bool() & ~sampler_logps.isnan()])
         if not is_last:
             return {}
@@ -163,3 +166,22 @@ def require_small_gap(mean: float, largest: float, max_gap: float) -> None:
         "of them does not see the prompt, the images, the weights or the temperature of the other: on a server, look "
         "at its model, its pixel limits and --logprobs-mode processed_logprobs; else pass --use_vllm false"
     )
+
+
+def weight_metrics(weights_N: Tensor, cap: float) -> dict[str, float]:
+    """The metrics of the weights of all devices' rollouts; none without any.
+
+    `vllm/correction_mean`: 1 where the engines agree. `vllm/correction_truncated`: the share that the cap bounds.
+    `vllm/effective_samples`: (sum w)^2 / (N sum w^2), the share of the rollouts that the weights leave, in (0, 1].
+
+    >>> weight_metrics(torch.tensor([1.0, 2.0]), cap=2.0)
+    {'vllm/correction_mean': 1.5, 'vllm/correction_truncated': 0.5, 'vllm/effective_samples': 0.9}
+    """
+    if len(weights_N) == 0:
+        return {}
+    total, squares = weights_N.sum().item(), weights_N.square().sum().item()
+    return {
+        "vllm/correction_mean": weights_N.mean().item(),
+        "vllm/correction_truncated": (weights_N >= cap).float().mean().item(),
+        "vllm/effective_samples": total**2 / (len(weights_N) * squares) if squares else 0.0,
+    }
