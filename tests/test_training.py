@@ -211,6 +211,8 @@ BESIDE = {
     "vllm_server_port": ["--use_vllm", "--vllm_mode", "server"],
     "vllm_gpu_memory_utilization": ["--use_vllm"],
     "vllm_tensor_parallel_size": ["--use_vllm"],
+    "vllm_max_model_length": ["--use_vllm"],
+    "vllm_enable_sleep_mode": ["--use_vllm"],
 }
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 # flag, value, TRL's argument, its value
@@ -244,6 +246,8 @@ REACHES_TRL = [
     ("vllm_server_port", "9000", "vllm_server_port", 9000),
     ("vllm_gpu_memory_utilization", "0.5", "vllm_gpu_memory_utilization", 0.5),
     ("vllm_tensor_parallel_size", "2", "vllm_tensor_parallel_size", 2),
+    ("vllm_max_model_length", "2048", "vllm_max_model_length", 2048),
+    ("vllm_enable_sleep_mode", "true", "vllm_enable_sleep_mode", True),
     ("use_vllm", "true", "use_vllm", True),
     ("output_dir", "there", "output_dir", "there"),
     ("seed", "11", "seed", 11),

@@ -35,8 +35,9 @@ class IdleFlags:
 LORA = ("lora_rank", "lora_alpha", "lora_dropout")
 VLLM = (
     "vllm_mode", "vllm_server_host", "vllm_server_port", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size",
-    "vllm_max_logprob_gap",
+    "vllm_max_logprob_gap", "vllm_max_model_length", "rollout_correction_cap",
 )  # fmt: skip
+COLOCATED = "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_max_model_length"
 
 
 def is_zero3(launch_variables: Mapping[str, str]) -> bool:
@@ -106,11 +107,18 @@ IDLE_IN_TRAINING = (
         "each generation serves one optimizer step, whose ratio is 1",
         "pass --num_iterations 2 or more --steps_per_generation"),
     IdleFlags(VLLM, lambda options, launch: not options.use_vllm, "vLLM does not generate", "add --use_vllm true"),
+    IdleFlags(("vllm_enable_sleep_mode",), lambda options, launch: not options.use_vllm, "vLLM does not generate",
+        "add --use_vllm true", off=False),
+    IdleFlags(("rollout_correction",), lambda options, launch: not options.use_vllm,
+        "Fleet draws from the trainer's own probabilities, so each weight is 1", "add --use_vllm true", off="none"),
+    IdleFlags(("rollout_correction_cap",), lambda options, launch: options.rollout_correction == "none",
+        "rollouts have no weights", "drop --rollout_correction none"),
     IdleFlags(("vllm_server_host", "vllm_server_port"), lambda options, launch: options.vllm_mode != "server",
         "vLLM runs beside training", "add --vllm_mode server"),
-    IdleFlags(("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"),
-        lambda options, launch: options.vllm_mode == "server", "the server was started with its own",
+    IdleFlags(COLOCATED, lambda options, launch: options.vllm_mode == "server", "the server was started with its own",
         "drop --vllm_mode server"),
+    IdleFlags(("vllm_enable_sleep_mode",), lambda options, launch: options.vllm_mode == "server",
+        "a server keeps its own memory", "drop --vllm_mode server", off=False),
     IdleFlags(("ds3_gather_for_generation",), lambda options, launch: not is_zero3(launch), *NOT_SHARDED, off=False),
     IdleFlags(("ds3_gather_for_generation",), lambda options, launch: options.use_vllm and not options.eval_steps,
         "vLLM generates and nothing is evaluated", "drop --use_vllm", off=False),

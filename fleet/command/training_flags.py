@@ -125,6 +125,16 @@ class GenerationFlags:
     vllm_gpu_memory_utilization: float = flag(0.3, "share of the GPU that colocated vLLM takes, 0 to 1", metavar="P",
         bounds=(A_SHARE,), trl=True, may_change=True)
     vllm_tensor_parallel_size: int = flag(1, "GPUs per colocated vLLM", bounds=(AT_LEAST_1,), trl=True)
+    vllm_max_model_length: int | None = flag(None, "tokens that colocated vLLM has room for, of a prompt and its "
+        "completion together", "max_completion_length and half as much again as the longest of the first 256 prompts",
+        bounds=(AT_LEAST_1,), trl=True, may_change=True)
+    vllm_enable_sleep_mode: bool = flag(False, "give back the GPU memory of colocated vLLM while the trainer computes",
+        "as waking takes time each generation", trl=True, may_change=True)
+    rollout_correction: str = flag("truncate", "weight each rollout by its probability under the trainer over that "
+        "under vLLM, both with the same temperature and top_p, and truncate the weights; or none",
+        "as a gradient from other probabilities than the trainer's is biased", choices=("truncate", "none"))
+    rollout_correction_cap: float = flag(2.0, "the largest weight of a rollout", "it counts for two at most",
+        bounds=(AT_LEAST_1,))
     vllm_max_logprob_gap: float = flag(0.1, "how far the log-probabilities of vLLM and of the trainer may be apart, "
         "on average over the tokens of the first generation, in nats, before the run stops; 16-bit rounding gives "
         "0.01, other prompts 0.3", bounds=(ABOVE_0,), may_change=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ from fleet.qwen.vision_cache import VisionCache
 from fleet.rl.first_pass import why_not_one_pass
 from fleet.rl.resumable_trainer import ResumableTrainer
 from fleet.rl.settings import TrainerSettings
-from fleet.rl.vllm_sampling import VLLMSampler, sampling_kwargs
+from fleet.rl.vllm_sampling import VLLMSampler, require_dtype, sampling_kwargs
 from model_utils import end_token_ids, media_token_ids
 
 logger = logging.getLogger("fleet")
@@ -80,6 +81,7 @@ class Drawing(ResumableTrainer):
             self.vision_cache = VisionCache(policy, settings.vision_cache_bytes)
         self.vllm: VLLMSampler | None = None
         if args.use_vllm:
+            require_dtype(self.vllm_generation, torch.bfloat16 if args.bf16 else torch.float32)
             self.vllm = VLLMSampler(self.vllm_generation, processing_class, settings.vllm_max_logprob_gap)
         self.draws_on_trees = settings.shared_prefix and self.vllm is None
         if self.draws_on_trees:

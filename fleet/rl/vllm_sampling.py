@@ -16,7 +16,7 @@ from torch import Tensor
 from trl.generation.vllm_generation import VLLMGeneration
 
 from dataset import EpisodeBatch, prompts_of_rollouts
-from fleet.errors import RunRefused, RunStopped
+from fleet.errors import RunRefused, RunStopped, UsageError
 from fleet.processes import gather_by_rank, raise_first
 
 # vLLM's lowest bias: the token is never drawn.
@@ -26,6 +26,20 @@ NEVER = -100.0
 def sampling_kwargs(media_ids: Sequence[int], end_ids: Sequence[int]) -> dict[str, Any]:
     """Additions to vLLM's SamplingParams, for TRL's `generation_kwargs`: media tokens are banned, Fleet's ends end."""
     return {"logit_bias": dict.fromkeys(media_ids, NEVER), "stop_token_ids": list(end_ids)}
+
+
+def require_dtype(generation: VLLMGeneration, dtype: torch.dtype) -> None:
+    """Raises UsageError if a colocated vLLM computes in another dtype than the trainer.
+
+    TRL 1.16 names none to vLLM, which then takes the model folder's, and 16 bits for float32. A server has its own.
+    """
+    if generation.mode != "colocate" or generation.llm.model_config.dtype == dtype:
+        return
+    theirs, ours = (str(found).removeprefix("torch.") for found in (generation.llm.model_config.dtype, dtype))
+    raise UsageError(
+        f"vLLM computes in {theirs} beside a trainer in {ours}, and TRL 1.16 cannot tell it otherwise; pass --dtype "
+        f"bfloat16, or --vllm_mode server with a server that was started with --dtype {ours}"
+    )
 
 
 class VLLMSampler:
@@ -55,6 +69,7 @@ class VLLMSampler:
             self._send_weights()
             self._synced_step = step
         prompts, images = prompts_of_rollouts(batch)
+        self._raise_together(self._lack_of_room(max(map(len, prompts))))
         pad = self.processor.image_token_id
         is_colocated = self.generation.mode == "colocate"
         sent = [collapse_runs(ids, pad) for ids in prompts] if is_colocated else prompts
@@ -86,6 +101,17 @@ class VLLMSampler:
             require_small_gap(mean, largest, self.max_gap)
         self._is_sound = True
         return {"vllm/logprob_gap": mean, "vllm/logprob_gap_max": largest}
+
+    def _lack_of_room(self, num_prompt_tokens: int) -> str | None:
+        """The problem of a prompt this long: vLLM would end its completion early without a word. None if it fits."""
+        room, num_more = self.generation.max_model_length, self.generation.max_completion_length
+        if room is None or num_prompt_tokens + num_more <= room:
+            return None
+        return (
+            f"a prompt has {num_prompt_tokens:,} tokens and a completion up to {num_more:,}, but vLLM has room for "
+            f"{room:,} (--vllm_max_model_length); pass --vllm_max_model_length {num_prompt_tokens + num_more}, or "
+            "lower --max_completion_length or --image_max_pixels"
+        )
 
     def _send_weights(self) -> None:
         """Gives vLLM the policy's weights, and empties its caches of prompts and images that earlier weights made."""

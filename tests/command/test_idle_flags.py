@@ -59,10 +59,17 @@ TRAINING = [
     ("vllm_gpu_memory_utilization", "0.3", "", "vLLM does not generate", "--use_vllm"),
     ("vllm_tensor_parallel_size", "1", "", "vLLM does not generate", "--use_vllm"),
     ("vllm_max_logprob_gap", "1", "", "vLLM does not generate", "--use_vllm"),
+    ("vllm_max_model_length", "2048", "", "vLLM does not generate", "--use_vllm"),
+    ("vllm_enable_sleep_mode", "true", "", "vLLM does not generate", "--use_vllm"),
+    ("rollout_correction", "truncate", "", "Fleet draws from the trainer's own probabilities, so each", "--use_vllm"),
+    ("rollout_correction_cap", "2", "", "vLLM does not generate", "--use_vllm"),
+    ("rollout_correction_cap", "3", "--use_vllm --rollout_correction none", "rollouts have no weights", "--use_vllm"),
     ("vllm_server_host", "h", "--use_vllm", "vLLM runs beside training; add", "--use_vllm --vllm_mode server"),
     ("vllm_server_port", "1", "--use_vllm", "vLLM runs beside training", "--use_vllm --vllm_mode server"),
     ("vllm_gpu_memory_utilization", "0.3", "--use_vllm --vllm_mode server", "the server was started", "--use_vllm"),
     ("vllm_tensor_parallel_size", "2", "--use_vllm --vllm_mode server", "the server was started", "--use_vllm"),
+    ("vllm_max_model_length", "2048", "--use_vllm --vllm_mode server", "the server was started", "--use_vllm"),
+    ("vllm_enable_sleep_mode", "true", "--use_vllm --vllm_mode server", "keeps its own memory", "--use_vllm"),
     ("ds3_gather_for_generation", "true", "--use_vllm", "vLLM generates and nothing is evaluated", ""),
     ("eval_episodes", "256", "", "nothing is evaluated; add --eval_steps 50", "--eval_steps 1"),
     ("eval_seed", "7", "--eval_steps 0", "nothing is evaluated", "--eval_steps 1"),
@@ -184,7 +191,11 @@ def test_a_flag_counts_as_given_in_a_file_too_and_whatever_its_value(tmp_path: P
     assert parse_options(["--config", str(tmp_path / "run.yaml"), "--use_lora"]).lora_rank == 16
 
 
-@pytest.mark.parametrize("off", ["--merge_lora false", "--vision_cache_mib 0", "--warmup_steps 0", "--keep_best false"])
+@pytest.mark.parametrize(
+    "off",
+    ["--merge_lora false", "--vision_cache_mib 0", "--warmup_steps 0", "--keep_best false",
+     "--rollout_correction none", "--vllm_enable_sleep_mode false"],
+)  # fmt: skip
 def test_what_asks_for_nothing_may_be_given(off: str) -> None:
     parse_options(off.split())
 
@@ -208,8 +219,8 @@ def resume(options: Options) -> None:
 def test_config_json_has_null_for_what_had_no_part() -> None:
     full, lora = recorded(""), recorded("--use_lora --lora_rank 4 --eval_steps 2")
     nothing = ["epsilon", "eval_episodes", "eval_seed", "lora_alpha", "lora_dropout", "lora_rank", "reward_timeout_s",
-               "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "vllm_mode", "vllm_server_host",
-               "vllm_server_port", "vllm_tensor_parallel_size"]  # fmt: skip
+               "rollout_correction", "rollout_correction_cap", "vllm_gpu_memory_utilization", "vllm_max_logprob_gap",
+               "vllm_mode", "vllm_server_host", "vllm_server_port", "vllm_tensor_parallel_size"]  # fmt: skip
     assert full["idle_flags"] == nothing
     assert [full["options"][name] for name in nothing] == [None] * len(nothing)
     assert [lora["options"][name] for name in ("lora_rank", "lora_alpha", "eval_episodes")] == [4, 32, 256]

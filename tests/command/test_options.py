@@ -82,6 +82,10 @@ FLAGS = {
     "vllm_server_port": (8000, "8001", 8001, ["--use_vllm", "--vllm_mode", "server"]),
     "vllm_gpu_memory_utilization": (0.3, "0.5", 0.5, ["--use_vllm"]),
     "vllm_tensor_parallel_size": (1, "2", 2, ["--use_vllm"]),
+    "vllm_max_model_length": (None, "2048", 2048, ["--use_vllm"]),
+    "vllm_enable_sleep_mode": (False, "true", True, ["--use_vllm"]),
+    "rollout_correction": ("truncate", "none", "none", ["--use_vllm"]),
+    "rollout_correction_cap": (2.0, "3.5", 3.5, ["--use_vllm"]),
     "vllm_max_logprob_gap": (0.1, "0.5", 0.5, ["--use_vllm"]),
     "eval_steps": (0, "20", 20, []),
     "eval_episodes": (256, "64", 64, ["--eval_steps", "20"]),
@@ -143,7 +147,7 @@ def test_help_states_the_default_that_holds(flag):
     assert stated, ACTIONS[flag].help
     have_no_value = {
         "revision", "env", "env_args", "reward", "output_dir", "steps_per_generation", "epsilon_high",
-        "max_context_length", "image_column", "label_column", "split",
+        "max_context_length", "image_column", "label_column", "split", "vllm_max_model_length",
     }  # fmt: skip
     if flag not in have_no_value:
         also = FLAGS[flag][3]
@@ -189,7 +193,7 @@ def test_switch_alone_is_true_and_may_be_spelt_out(flag):
 
 
 def test_there_are_as_many_switches_as_booleans():
-    assert len(SWITCHES) == sum("bool" in str(field.type) for field in dataclasses.fields(Options)) == 16
+    assert len(SWITCHES) == sum("bool" in str(field.type) for field in dataclasses.fields(Options)) == 17
 
 
 def test_resume_may_be_left_to_what_is_found():
@@ -226,6 +230,7 @@ WRONG_TYPE = {
     "--attn_implementation flash": "--attn_implementation: invalid choice",
     "--lr_scheduler_type step": "--lr_scheduler_type: invalid choice",
     "--vllm_mode local": "--vllm_mode: invalid choice",
+    "--rollout_correction mask": "--rollout_correction: invalid choice: 'mask'",
     "--report_to mlflow": "--report_to: invalid choice",
     "--fixed_correct_index -1": "--fixed_correct_index: got '-1', wanted an index from 0 up, or none",
     "--fixed_correct_index 1.0": "--fixed_correct_index: got '1.0'",
@@ -250,6 +255,8 @@ IMPOSSIBLE = {
     "--save_total_limit 0": "save_total_limit=0, but it must be at least 1",
     "--logging_steps 0": "logging_steps=0, but it must be at least 1",
     "--vllm_tensor_parallel_size 0": "vllm_tensor_parallel_size=0, but it must be at least 1",
+    "--vllm_max_model_length 0": "vllm_max_model_length=0, but it must be at least 1",
+    "--rollout_correction_cap 0.5": "rollout_correction_cap=0.5, but it must be at least 1",
     "--vllm_max_logprob_gap 0": "vllm_max_logprob_gap=0.0, but it must be above 0",
     "--learning_rate 0": "learning_rate=0.0, but it must be above 0",
     "--learning_rate -0.5": "learning_rate=-0.5, but it must be above 0",
@@ -306,6 +313,8 @@ BARELY_POSSIBLE = [
     "--top_p 1 --use_vllm --vllm_gpu_memory_utilization 1 --use_lora --lora_dropout 0.99",
     "--warmup_steps 0 --beta 0 --weight_decay 0 --sample_steps 0 --seed 0 --reward_valid_call 0",
     "--image_max_pixels 784",
+    "--rollout_correction none --vllm_enable_sleep_mode false",
+    "--use_vllm --rollout_correction_cap 1",
     "--gradient_accumulation_steps 2 --steps_per_generation 6",
     "--warmup_steps 5 --lr_scheduler_type constant_with_warmup",
     "--load_in_4bit --use_lora --merge_lora",

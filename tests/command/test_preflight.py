@@ -389,6 +389,8 @@ MAY_CHANGE = {
     "vllm_server_port",
     "vllm_gpu_memory_utilization",
     "vllm_max_logprob_gap",
+    "vllm_max_model_length",
+    "vllm_enable_sleep_mode",
     "trust_checkpoint",
     "step_timeout_s",
 }
@@ -405,6 +407,8 @@ HAD_NO_PART = {
     "vllm_server_port",
     "vllm_gpu_memory_utilization",
     "vllm_tensor_parallel_size",
+    "rollout_correction",
+    "rollout_correction_cap",
 }
 
 

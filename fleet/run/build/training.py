@@ -42,7 +42,7 @@ from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from fleet.run import launch_checks, model_setup
 from fleet.run.commands import resume_command
 from fleet.run.config import config_text
-from fleet.run.data import agree_on_data, require_encodable_prompts, require_last_episode
+from fleet.run.data import agree_on_data, longest_prompt, require_encodable_prompts, require_last_episode
 from fleet.run.output import begin_folder, find_checkpoint, held, name_output_dir
 from fleet.run.peers import connect
 from fleet.run.preemption import Preemption
@@ -197,6 +197,8 @@ def build_trainer(
     args.eval_on_start = bool(options.eval_steps) and checkpoint is None
     watchdog.start_with("the loading of the model")
     model, processor, lora, cache_mib = load_for_training(options, args, model_path)
+    if options.use_vllm and options.vllm_mode == "colocate" and args.vllm_max_model_length is None:
+        args.vllm_max_model_length = context_length(run, processor, model.config)
     with server_problems_said(options):
         trainer = FleetRLOOTrainer(
             model,
@@ -249,6 +251,21 @@ def load_for_training(
     return model, processor, lora, cache_mib
 
 
+def context_length(run: PreparedRun, processor: Any, config: Any) -> int:
+    """The tokens of a prompt and its completion that a colocated vLLM needs room for; at most the model's positions.
+
+    Prompts get half as much again as the longest of the first. Room that is not used costs nothing, as vLLM sets its
+    cache by its share of the GPU. The model's own maximum may be more than that cache holds, and vLLM would not start.
+    """
+    options, num_episodes = run.options, num_episodes_of_run(run.args)
+    assert options.image_max_pixels and options.max_completion_length
+    longest = longest_prompt(run.data.env, processor, options.image_max_pixels, num_episodes)
+    wanted = longest + longest // 2 + options.max_completion_length
+    length = min(wanted, config.get_text_config().max_position_embeddings)
+    logger.info(f"vLLM: room for {length:,} tokens of a prompt (the longest seen has {longest:,}) and its completion\n")
+    return length
+
+
 def run_config(run: PreparedRun, folder: Path) -> str:
     """The text of the run's config.json. A resumed run keeps the id in its folder."""
     options = run.options
@@ -279,6 +296,7 @@ def trainer_settings(run: PreparedRun, vision_cache_bytes: int) -> TrainerSettin
         image_max_pixels=options.image_max_pixels,
         dynamic_sampling=options.dynamic_sampling,
         vllm_max_logprob_gap=options.vllm_max_logprob_gap,
+        correction_cap=options.rollout_correction_cap if options.rollout_correction == "truncate" else None,
     )
 
 
