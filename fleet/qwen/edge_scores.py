@@ -92,6 +92,6 @@ def _chunk_log_kept(logits_KV: Tensor, tokens_K: Tensor, temperature: float, nuc
     banned = torch.tensor(nucleus.banned_ids, dtype=torch.int64, device=scaled_KV.device)
     allowed_KV = scaled_KV.index_fill(1, banned, -torch.inf)
     drawn_K1 = tokens_K[:, None]
-    kept_KV = TopPLogitsWarper(nucleus.top_p)(drawn_K1, allowed_KV)
+    kept_KV = allowed_KV if nucleus.top_p == 1.0 else TopPLogitsWarper(nucleus.top_p)(drawn_K1, allowed_KV)
     kept_KV = kept_KV.scatter(1, drawn_K1, scaled_KV.gather(1, drawn_K1))
     return kept_KV.logsumexp(dim=1) - scaled_KV.logsumexp(dim=1)

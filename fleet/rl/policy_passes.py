@@ -86,8 +86,8 @@ class PolicyPasses(GroupSampling):
             "mm_token_type_ids": torch.cat([prompts["mm_token_type_ids"], torch.zeros_like(ids_BT)], dim=1),
         }
         length = ids_BT.shape[1]
-        if self._nucleus is not None:
-            # TRL's head gives no distributions; a slot predicts the token behind it
+        if self._nucleus is not None and self._nucleus.top_p < 1.0:
+            # TRL's head gives no distributions, which are large; a slot predicts the token behind it
             with self.accelerator.autocast():
                 logits_BTV = model(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, :-1]
                 return scores_of(logits_BTV, ids_BT, self.temperature, self._nucleus)
@@ -102,11 +102,11 @@ class PolicyPasses(GroupSampling):
 
     @property
     def _nucleus(self) -> Nucleus | None:
-        """The tokens that vLLM may draw, where its log-probabilities are of them alone and weigh rollouts.
+        """The tokens that vLLM may draw, where its log-probabilities weigh rollouts. None elsewhere.
 
-        None with top_p 1 too: nothing but the ban is left, and a trained policy gives media tokens no mass.
+        In TRL's rows it has no part with top_p 1: it bans media tokens alone, and a trained policy gives those no mass.
         """
-        if self.vllm is None or self.settings.correction_cap is None or self.top_p == 1.0:
+        if self.vllm is None or self.settings.correction_cap is None:
             return None
         return Nucleus(self.top_p, tuple(self._media_ids))
 

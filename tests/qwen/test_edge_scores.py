@@ -16,6 +16,8 @@ PROBABILITIES = [0.5, 0.3, 0.15, 0.05]
         (3, 1.0, Nucleus(0.999), 1.0),
         # a token outside counts with it
         (2, 1.0, Nucleus(0.7), 0.5 + 0.3 + 0.15),
+        (0, 1.0, Nucleus(1.0), 1.0),
+        (0, 1.0, Nucleus(1.0, (1, 3)), 0.5 + 0.15),
         # of what the ban leaves, 0.6, 0.3 and 0.1, two make 0.7
         (1, 1.0, Nucleus(0.7, (0,)), 0.3 + 0.15),
         # squares are 0.25, 0.09, 0.0225 and 0.0025 of 0.365

@@ -92,8 +92,7 @@ def require_weights_of_one(folder: Path, rounding: float) -> None:
 
 
 def test_its_rollouts_have_weights_of_one(colocated: dict[str, Any]) -> None:
-    # 16 tokens, at each of which two of 8192 are banned
-    require_weights_of_one(colocated["folder"], 16 * 2 / 8192 + 1e-3)
+    require_weights_of_one(colocated["folder"], 1e-4)
 
 
 def test_vllm_has_room_for_what_the_run_needs(colocated: dict[str, Any]) -> None:
@@ -109,8 +108,8 @@ def test_weights_are_one_under_a_temperature_and_a_nucleus(
     # no rollout says anything, so every group is drawn anew once
     found = train_colocated(tmp_path, *flags, "--train_steps", "3", "--temperature", "0.7", "--top_p", "0.9",
                             "--dynamic_sampling", "1", "--shared_prefix", shared_prefix)  # fmt: skip
-    require_weights_of_one(found["folder"], 1e-3)
-    assert max(found["gaps"]) < 1e-4
+    require_weights_of_one(found["folder"], 1e-4)
+    assert max(found["gaps"]) < 1e-5
     assert [line["dynamic_sampling/groups_per_kept"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [
         2.0
     ] * 3
