@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from dataset import VLMDataCollator, repeat_episodes
+from dataset import repeat_episodes
 from fleet.command.options import parse_options
 from fleet.command.preflight import require_vllm_version
 from fleet.episode_numbers import FURTHER_STRIDE
@@ -20,15 +20,13 @@ from fleet.rl.vllm_sampling import (
     VLLMSampler,
     collapse_runs,
     logprob_gaps,
-    require_dtype,
     require_small_gap,
     run_lengths,
     sampling_kwargs,
     where_prompts_part,
 )
 from fleet.run.build import training
-from fleet.run.data import longest_prompt
-from tests.helpers import fleet_trainer, rloo_config, toy_dataset, toy_model, toy_processor, weights_of
+from tests.helpers import fleet_trainer, rloo_config, toy_model, toy_processor, weights_of
 from utils.tool_calls import make_tool_call_str
 
 PAD = toy_processor().image_token_id
@@ -207,51 +205,6 @@ def test_groups_of_one_accord_are_replaced_with_the_figures_of_their_own_draws(m
     assert line["vllm/logprob_gap_max"] < 1e-4
     assert line["vllm/correction_mean"] == pytest.approx(1.0, abs=1e-3)
     assert line["vllm/effective_samples"] == pytest.approx(1.0, abs=1e-3)
-
-
-def test_a_prompt_and_completion_without_room_are_refused_before_anything_is_drawn(tmp_path: Path) -> None:
-    trainer = trainer_with(tmp_path)
-    trainer.stand_in.max_model_length = 100
-    words = r"a prompt has 1\d\d tokens and a completion up to 32, but vLLM has room for 100 .*_length 2\d\d, or lower"
-    require_stop(trainer, words)
-    assert "generated" not in trainer.stand_in.calls
-
-
-def test_room_for_the_last_token_is_enough(tmp_path: Path) -> None:
-    trainer = trainer_with(tmp_path, max_steps=1)
-    row = trainer.train_dataset[0]
-    length = trainer.data_collator([row] * 4)["input_ids"].shape[1]
-    trainer.stand_in.max_model_length = length + 31
-    require_stop(trainer, f"pass --vllm_max_model_length {length + 32}")
-    enough = trainer_with(tmp_path, max_steps=1)
-    enough.stand_in.max_model_length = length + 32
-    enough.train()
-
-
-@pytest.mark.parametrize(("mode", "dtype"), [("server", torch.float16), ("colocate", torch.bfloat16)])
-def test_a_vllm_of_the_trainers_dtype_passes(mode: str, dtype: torch.dtype) -> None:
-    vllm: Any = SimpleNamespace(mode=mode, llm=SimpleNamespace(model_config=SimpleNamespace(dtype=dtype)))
-    require_dtype(vllm, torch.bfloat16)
-    if mode == "colocate":
-        with pytest.raises(
-            UsageError, match="vLLM computes in bfloat16 beside a trainer in float32, .*--dtype float32"
-        ):
-            require_dtype(vllm, torch.float32)
-
-
-@pytest.mark.parametrize(("num_candidates", "max_pixels", "num_images_tokens"), [(4, 3136, 16), (3, 6272, 24)])
-def test_the_longest_prompt_has_each_image_at_its_budget(
-    num_candidates: int, max_pixels: int, num_images_tokens: int
-) -> None:
-    dataset = toy_dataset(num_candidates, None)
-    collate = VLMDataCollator(toy_processor(), 1)
-    without_images = [
-        int((batch["attention_mask"] * (batch["mm_token_type_ids"] == 0)).sum())
-        for batch in (collate([dataset[number]]) for number in range(8))
-    ]
-    assert len(set(without_images)) > 1
-    found = longest_prompt(dataset.env, toy_processor(), max_pixels, num_episodes=8)
-    assert found == max(without_images) + num_images_tokens
 
 
 def test_gaps_count_what_top_p_cannot_explain() -> None:
