@@ -79,8 +79,8 @@ def _opening(facts: CardFacts) -> str:
     began = "its built-in toy model" if facts.origin == TOY_MODEL_ID else f"`{printable(facts.origin)}`"
     if not facts.config:
         return (
-            f"# {printable(facts.name)}\n\nA Qwen2.5-VL, exported by Fleet from {facts.kind} that no run of Fleet left, "
-            f"and that began with {began}. How it was trained is not known here."
+            f"# {printable(facts.name)}\n\nA Qwen2.5-VL, exported by Fleet from {facts.kind} that no run of Fleet "
+            f"left, and that began with {began}. How it was trained is not known here."
         )
     step = "" if facts.step is None else f" for {facts.step} optimizer steps"
     return (
@@ -125,8 +125,8 @@ def _training(facts: CardFacts) -> str:
         task = f"picking one of {options.get('candidates_per_episode')} pictures by its index; {asked}"
     counted = [f"{number:,} {what}" for number, what in ((data.num_images, "images"), (data.num_labels, "labels"))
                if number is not None]  # fmt: skip
-    own = f"{options.get('reward_valid_call')} for a call in range, and {options.get('reward_correct')} more if it is right"
-    reward = options.get("reward") or own
+    call, right_call = (options.get(name) for name in ("reward_valid_call", "reward_correct"))
+    reward = options.get("reward") or f"{call} for a call in range, and {right_call} more if it is right"
     rows = [
         ("task", task),
         ("data", f"`{printable(options.get('data_root'))}`: {', '.join(counted) or 'not counted'}"),
@@ -188,8 +188,8 @@ def _one_evaluation(document: Mapping[str, Any]) -> str:
         if figures[0] != "-":
             rows.append((name, *figures, meaning))
     text = (
-        f"By {by}, on {document.get('episodes')} held-out episodes of seed {document.get('seed')}, with 95 % intervals. "
-        f"Episodes like those of training were left out ({document.get('passed_over')}).\n\n"
+        f"By {by}, on {document.get('episodes')} held-out episodes of seed {document.get('seed')}, with 95 % "
+        f"intervals. Episodes like those of training were left out ({document.get('passed_over')}).\n\n"
         + "\n".join(_table(("", *names, ""), rows))
     )
     difference = baseline.get("difference") if baseline else None
