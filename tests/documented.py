@@ -254,6 +254,21 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     Runs("python benchmarks/reading.py", says="lines to follow one RLOO step"),
     Runs("python benchmarks/save_time.py", added="--num_pairs 2", says="longer_by"),
     Runs("python report.py runs/look", leaves=("runs/look/report.html",), stage=2),
+    Runs(
+        "python export.py runs/look", leaves=("runs/look/export/README.md", "runs/look/export/*.safetensors"), stage=2
+    ),
+    Runs(
+        "python export.py runs/look --checkpoint checkpoint-50 --output look-model",
+        leaves=("look-model/README.md", "look-model/*.safetensors"),
+        stage=2,
+    ),
+    Runs(
+        "python evaluate.py --model_id runs/look/export",
+        added="--eval_episodes 16",
+        says="greedy accuracy",
+        stage=LAST_STAGE,
+    ),
+    Runs("python export.py", added="runs/look --output again", leaves=("again/README.md",), stage=2),
     RunBy(
         "python evaluate.py --model_id runs/look/final --baseline toy --output runs/look/evaluation.json",
         "Makefile",

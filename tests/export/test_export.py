@@ -19,7 +19,7 @@ import training
 from fleet.command.evaluate_options import parse_evaluate_options
 from fleet.model_folder.files import read_json
 from model_utils import load_qwen25_vl
-from tests.export.oracle import logprobs_of, logprobs_T, plain_model
+from tests.export.oracle import HUB_NAMES, logprobs_of, logprobs_T, plain_model
 from tests.helpers import toy_path
 
 RUN = ["--fixed_correct_index", "none", "--per_device_batch_size", "2", "--sample_steps", "0", "--train_steps", "3",
@@ -29,12 +29,6 @@ FILES = {
     "preprocessor_config.json", "processor_config.json", "run_config.json", "tokenizer.json", "tokenizer_config.json",
     "video_preprocessor_config.json",
 }  # fmt: skip
-# the names of Qwen/Qwen2.5-VL-3B-Instruct on the hub
-HUB_NAMES = re.compile(
-    r"visual\.(patch_embed\.proj|merger\.(ln_q|mlp\.[02])|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.\w+_proj))"
-    r"\.(weight|bias)|model\.(embed_tokens|norm)\.weight|lm_head\.weight"
-    r"|model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.\w+_proj|\w+_layernorm)\.(weight|bias)"
-)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import evaluate
 import export
 from fleet.errors import UsageError
-from tests.export.oracle import logprobs_T, plain_model
-from tests.export.test_export import HUB_NAMES
+from tests.export.oracle import HUB_NAMES, logprobs_T, plain_model
 from tests.helpers import toy_path, toy_processor
 from tests.processes import ZERO3_CONFIG, run_ranks
 
