@@ -268,7 +268,6 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         says="greedy accuracy",
         stage=LAST_STAGE,
     ),
-    Runs("python export.py", added="runs/look --output again", leaves=("again/README.md",), stage=2),
     RunBy(
         "python evaluate.py --model_id runs/look/final --baseline toy --output runs/look/evaluation.json",
         "Makefile",

@@ -55,6 +55,5 @@ def text_of(processor: Any) -> str:
 
 
 def pictures_shown() -> list[Image.Image]:
-    return [
-        Image.open(REPOSITORY / "toy_images" / f"{name}.png").convert("RGB") for name in ("red_circle", "cyan_ring")
-    ]
+    paths = [REPOSITORY / "toy_images" / f"{name}.png" for name in ("red_circle", "cyan_ring")]
+    return [Image.open(path).convert("RGB") for path in paths]

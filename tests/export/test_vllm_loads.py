@@ -20,7 +20,8 @@ def test_vllm_opens_an_export(tmp_path: Path) -> None:
     training.main(["--model_id", str(base), "--use_lora", "--learning_rate", "1e-2", "--train_steps", "1",
                    "--per_device_batch_size", "2", "--image_max_pixels", "3136", "--max_completion_length", "16",
                    "--gradient_checkpointing", "false", "--sample_steps", "0", "--report_to", "none",
-                   "--reward", "tests/vllm_on_cpu.py:reward_by_length", "--output_dir", str(tmp_path / "run")])  # fmt: skip
+                   "--reward", "tests/vllm_on_cpu.py:reward_by_length",
+                   "--output_dir", str(tmp_path / "run")])  # fmt: skip
     export.main([str(tmp_path / "run")])
     done = run("tests/vllm_export.py", str(tmp_path / "run" / "export"), str(tmp_path / "logprobs.json"))
     assert done.returncode == 0, done.stderr[-3000:]
