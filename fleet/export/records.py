@@ -4,6 +4,7 @@ Reads files alone, and imports no torch. model_card.py writes them down.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from fleet.run_folder import (
     read_jsonl,
 )
 from utils.images import list_labelled_images
+
+logger = logging.getLogger("fleet")
 
 WINDOW_STEPS = 5  # logged steps that a figure of the curve's start or end is the mean of
 # what config.json says of the run itself; its command, folder and model files are this machine's
@@ -118,9 +121,13 @@ def read_evaluations(trained: TrainedModel) -> list[dict[str, Any]]:
     separate = trained.run / SEPARATE_EVALUATION_NAME
     if separate.is_file():
         document = read_json(separate)
-        scored = Path(str(document.get("model"))).parts[-2:]
         # it names the model as the command line did
-        documents += [document] if scored == trained.folder.resolve().parts[-2:] else []
+        if Path(str(document.get("model"))).parts[-2:] == trained.folder.resolve().parts[-2:]:
+            written_s = max((path.stat().st_mtime for path in trained.folder.rglob("*")), default=0.0)
+            if separate.stat().st_mtime < written_s:
+                logger.warning(f"{separate} is older than {trained.folder}, which it scored, so the card leaves it out")
+            else:
+                documents.append(document)
     return [document for document in documents if document.get("schema_version") == EVALUATION_SCHEMA_VERSION]
 
 

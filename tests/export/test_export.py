@@ -210,5 +210,10 @@ def test_an_adapter_from_elsewhere_is_taken_and_exported(settings: dict[str, Any
                    "3136"])  # fmt: skip
     export.main([str(adapter)])
     torch.testing.assert_close(logprobs_T(adapter / "export"), expected, rtol=0, atol=1e-4)
+    if settings == KINDS["attention by name"]:
+        # it trains on as well
+        flags = ["--use_lora", "--model_id", str(adapter), "--train_steps", "1", "--image_max_pixels", "3136"]
+        training.main([*RUN[:6], *flags, "--report_to", "none", "--output_dir", str(tmp_path / "run")])
+        assert read_json(tmp_path / "run" / "final" / "adapter_config.json")["r"] == 4
     _, text = front_matter(adapter / "export")
     assert "no run of Fleet left" in text and "- held-out accuracy of these weights" in text

@@ -146,7 +146,10 @@ def test_the_hub_is_asked_before_anything_is_written(
 
 
 def test_a_second_export_replaces_the_first_and_a_failed_one_does_not(run: Path) -> None:
+    # what a kill has left
+    (run / "export.unfinished" / "export").mkdir(parents=True)
     export.main([str(run)])
+    assert not (run / "export.unfinished").exists()
     (run / "export" / "old").write_text("")
     with pytest.raises(UsageError, match="is not empty; pass --overwrite"):
         export.main([str(run)])
