@@ -168,7 +168,10 @@ def _evaluation(facts: CardFacts) -> str:
         return (
             "## Held-out evaluation\n\nNone. `python evaluate.py --model_id FOLDER --output evaluation.json` makes one."
         )
-    return "## Held-out evaluation\n\n" + "\n\n".join(map(_one_evaluation, facts.evaluations))
+    text = "## Held-out evaluation\n\n" + "\n\n".join(map(_one_evaluation, facts.evaluations))
+    if facts.options.get("keep_best") and any(document.get("step") is not None for document in facts.evaluations):
+        text += "\n\nThe run chose its best checkpoint by its own evaluations, so that one's figure flatters."
+    return text
 
 
 def _one_evaluation(document: Mapping[str, Any]) -> str:
@@ -199,8 +202,6 @@ def _one_evaluation(document: Mapping[str, Any]) -> str:
             f"\n\nOn the same episodes it is right {100 * difference['value']:+.1f} points ({100 * low:+.1f} to "
             f"{100 * high:+.1f}) oftener than {names[1]}."
         )
-    if document.get("step") is not None:
-        text += "\n\nWith `keep_best`, the run chose its best checkpoint by these episodes, whose figure then flatters."
     return text
 
 
