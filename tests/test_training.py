@@ -277,7 +277,7 @@ def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatc
              "--max_skipped_steps", "3", "--save_total_limit", "3", "--output_dir", str(tmp_path)]  # fmt: skip
     options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
     env = make_environment(options, options.seed)
-    run = PreparedRun(options, make_rloo_config(options), RunData(env), plan=None)
+    run = PreparedRun(options, make_rloo_config(options), RunData(env), plan=None, look=None)
     trainer, checkpoint = build_trainer(run, tmp_path, toy_path(), Watchdog(60, 0), None)
     assert checkpoint is None
     assert not any(weight.requires_grad for weight in trainer.model.model.visual.parameters())

@@ -78,6 +78,13 @@ NO_COLUMNS = IdleFlags(
     "pass a data set, or the split's own folder, as --data_root",
 )
 
+
+def _has_no_look_curve(options: Any, launch_variables: Mapping[str, str]) -> bool:
+    return not (options.eval_steps if options.control_steps is None else options.control_steps)
+
+
+NO_LOOK_CURVE = "no look curve is taken", "add --control_steps 50"
+
 # fmt: off
 IDLE_IN_TRAINING = (
     IdleFlags(("revision",), lambda options, launch: not _is_from_hub(options.model_id), *NOT_FROM_HUB),
@@ -112,10 +119,18 @@ IDLE_IN_TRAINING = (
         lambda options, launch: options.vllm_mode == "server", "the server was started with its own",
         "drop --vllm_mode server"),
     IdleFlags(("ds3_gather_for_generation",), lambda options, launch: not is_zero3(launch), *NOT_SHARDED, off=False),
-    IdleFlags(("ds3_gather_for_generation",), lambda options, launch: options.use_vllm and not options.eval_steps,
-        "vLLM generates and nothing is evaluated", "drop --use_vllm", off=False),
-    IdleFlags(("eval_episodes", "eval_seed"), lambda options, launch: not options.eval_steps, "nothing is evaluated",
+    IdleFlags(("ds3_gather_for_generation",), lambda options, launch: options.use_vllm
+        and not options.eval_steps and _has_no_look_curve(options, launch), "vLLM generates and nothing is evaluated",
+        "drop --use_vllm", off=False),
+    IdleFlags(("eval_episodes",), lambda options, launch: not options.eval_steps, "nothing is evaluated",
         "add --eval_steps 50"),
+    IdleFlags(("eval_seed",), lambda options, launch: not options.eval_steps and _has_no_look_curve(options, launch),
+        "nothing is evaluated", "add --eval_steps 50"),
+    IdleFlags(("control_episodes",), _has_no_look_curve, *NO_LOOK_CURVE),
+    IdleFlags(("stop_if_blind",), _has_no_look_curve, *NO_LOOK_CURVE, off="none"),
+    IdleFlags(("stop_if_blind",), lambda options, launch: options.env is None
+        and options.fixed_correct_index is not None, "the right index is always the same, so a policy need not look",
+        "add --fixed_correct_index none", off="none"),
     IdleFlags(("keep_best",), lambda options, launch: not options.eval_steps, "nothing is evaluated",
         "add --eval_steps 50", off=False),
     IdleFlags(("trust_checkpoint",), lambda options, launch: not options.resume, "no checkpoint is read",

@@ -157,7 +157,7 @@ def refuse_contradictions(options: Options) -> None:
          "step would mix two generations; make it one"),
         (options.load_in_4bit and not options.use_lora,
          "load_in_4bit=true, but 4-bit weights do not train themselves; add --use_lora true"),
-        (options.eval_steps and options.eval_seed == options.seed,
+        ((options.eval_steps or options.control_steps) and options.eval_seed == options.seed,
          f"eval_seed={options.eval_seed} is the run's own seed, so it would be evaluated on its training episodes; "
          "pass another --eval_seed"),
         (options.resume and options.overwrite,

@@ -23,6 +23,19 @@ def default_vision_cache(case: Case) -> tuple[int, str]:
     return 2048, "vision is frozen: features keep"
 
 
+def default_control_steps(case: Case) -> tuple[int, str]:
+    """(optimizer steps, reason) of --control_steps."""
+    every = case.options.eval_steps
+    return every, "evaluation has the answers" if every else "nothing is evaluated"
+
+
+def default_control_episodes(case: Case) -> tuple[int, str]:
+    """(episodes, reason) of --control_episodes."""
+    if case.options.control_steps is None:
+        return case.options.eval_episodes, "those of evaluation"
+    return 32, "few, so that a point is cheap"
+
+
 # fmt: off
 @dataclass(frozen=True)
 class TrainedPartFlags(ModelFlags):
@@ -136,6 +149,16 @@ class EvaluationFlags:
 
     eval_steps: int = flag(0, "optimizer steps between evaluations, the first before training, the last at its end; 0 "
         "for none", bounds=(AT_LEAST_0,), may_change=True)
+    control_steps: int | None = flag(None, "optimizer steps between points of the look curve: a few held-out episodes "
+        "with true, grey and swapped pictures show if the model looks; the first before training, the last at its end; "
+        "0 for none", "eval_steps, as evaluation has the answers already", bounds=(AT_LEAST_0,), may_change=True,
+        default_of=default_control_steps)
+    control_episodes: int | None = flag(None, "held-out episodes of the look curve, the same each time",
+        "eval_episodes without control_steps, else 32, which are quickly answered", bounds=(AT_LEAST_1,),
+        default_of=default_control_episodes)
+    stop_if_blind: str = flag("warn", "what the run does when accuracy on the look curve rises and rises as much with "
+        "every picture grey: warn once, save and stop, or none", "as a leak may be known and wanted",
+        choices=("none", "warn", "stop"), may_change=True)
     keep_best: bool = flag(False, "also keep the checkpoint with the best held-out accuracy; needs eval_steps",
         may_change=True)
 

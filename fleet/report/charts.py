@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fleet.evaluation.figures import estimate_at
+from fleet.evaluation.intervals import share
 from fleet.report.rollouts import spread
 from fleet.report.tables import Document, Level, percent
 from fleet.run_folder import finite
@@ -41,6 +42,12 @@ LINE_CHARTS = (
     ("kl", "KL to the reference", "nats per token"),
     (LENGTH_KEY, "Completion length", "tokens"),
     ("step_time_s", "Step time", "seconds"),
+)
+# (figure, words, colour, mark) of the look curve; "control/swapped" counts the episodes of its own figure
+LOOK_LINES = (
+    ("control/true", "right, true pictures", "accent", "line"),
+    ("control/swapped", "follows a swapped picture", "good", "line"),
+    ("control/grey", "right, every picture grey", "held-out", "line"),
 )
 STYLE = {
     "svg.fonttype": "none",
@@ -116,6 +123,7 @@ def draw_charts(
     """
     stepped = [document for document in evaluations if document.get("step") is not None]
     charts = [_line(metrics, "reward", "Reward", "mean per rollout"), _accuracy(metrics, stepped, levels)]
+    charts.append(_look_curve(metrics, levels))
     outcomes = Stack("Outcomes", "outcome/", dict.fromkeys(sorted(rights), "good") | OUTCOME_COLOURS)
     charts += [_stacked(metrics, stack) for stack in (outcomes, *STACKS)]
     charts += [_line(metrics, key, title, unit) for key, title, unit in LINE_CHARTS]
@@ -175,6 +183,48 @@ def _accuracy(metrics: Metrics, evaluations: Sequence[Document], levels: Sequenc
     words = "; ".join(f"{entry.label} {entry.latest}" for entry in legend)
     svg = _svg(figure, "accuracy", f"Accuracy over steps, last: {words}")
     return Chart("Accuracy", "share of right answers", latest, tuple(legend), "", svg)
+
+
+def _look_curve(metrics: Metrics, levels: Sequence[Level]) -> Chart | None:
+    """The look curve with Wilson's intervals: accuracy on true and grey pictures, and the swaps that are followed."""
+    points = [line for line in metrics if finite(line.get("control/true")) is not None]
+    if not points:
+        return None
+    figure, axes = _new_axes(points[0]["step"], points[-1]["step"])
+    legend = []
+    for name, words, colour, mark in LOOK_LINES:
+        counted = "control/swapped_episodes" if name == "control/swapped" else "control/episodes"
+        known = [line for line in points if finite(line.get(name)) is not None and finite(line.get(counted))]
+        if not known:
+            continue
+        steps = np.array([float(line["step"]) for line in known])
+        found = [share(line[name] * line[counted], int(line[counted])) for line in known]
+        lows, highs = np.array([estimate.ci95 for estimate in found]).T
+        shares = np.array([estimate.value for estimate in found], dtype=float)
+        axes.fill_between(
+            _thinned(steps), _thinned(lows), _thinned(highs), color=SENTINELS[colour], alpha=0.15, linewidth=0
+        )
+        axes.plot(_thinned(steps), _thinned(shares), color=SENTINELS[colour], linewidth=2, marker="o", markersize=3)
+        legend.append(LegendEntry(words, colour, mark, percent(shares[-1])))
+    for level, (mark, dashes) in zip(levels, LEVEL_MARKS.items(), strict=False):
+        axes.axhline(level.accuracy, color=SENTINELS["muted"], linewidth=1.1, linestyle=(0, dashes), zorder=1)
+        legend.append(LegendEntry(level.name.lower(), "muted", mark, percent(level.accuracy)))
+    _set_percent(axes, -0.03, 1.05)
+    svg = _svg(figure, "control", f"Look curve over steps, last: {'; '.join(f'{e.label} {e.latest}' for e in legend)}")
+    unit = f"greedy, {points[-1]['control/episodes']:.0f} held-out episodes, 95% intervals"
+    return Chart("Does it look?", unit, "", tuple(legend), _look_note(points), svg)
+
+
+def _look_note(points: Metrics) -> str:
+    """The look curve's caption: the meaning of its lines, and the points at which the rule for blind gains held."""
+    note = (
+        "A model that looks is right on true pictures, no better than chance on grey ones, and follows a picture that "
+        "trades places. If the line of grey pictures rises along, the answer leaks elsewhere."
+    )
+    blind = [line["step"] for line in points if line.get("control/gains_blindly")]
+    if not blind:
+        return note
+    return f"{note} Gained without looking at {len(blind)} of {len(points)} points, first at step {blind[0]:,}."
 
 
 def _stacked(metrics: Metrics, stack: Stack) -> Chart | None:

@@ -268,8 +268,9 @@ def _accuracy_tile(records: RunRecords) -> Tile:
 
 
 def _training_lines(records: RunRecords) -> list[dict[str, Any]]:
-    """The metrics of optimizer steps, without those of evaluations."""
-    return [line for line in records.metrics if any(name != "step" and not name.startswith("eval/") for name in line)]
+    """The metrics of optimizer steps, without those of evaluations and of the look curve."""
+    held_out = ("eval/", "control/")
+    return [line for line in records.metrics if any(name != "step" and not name.startswith(held_out) for name in line)]
 
 
 def training_seconds(lines: Sequence[dict[str, Any]]) -> float:

@@ -5,7 +5,6 @@ that leans on how TRL scores. Knows no reward and no loss.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from trl.trainer.utils import use_adapter
 
 from dataset import repeat_episodes
 from fleet.evaluation.answering import AnswerSettings, ModelPolicy, sound_part
-from fleet.evaluation.figures import EvaluationPlan, evaluate
+from fleet.evaluation.figures import Evaluation, EvaluationPlan, evaluate
 from fleet.qwen.group_passes import image_inputs, score_tree
 from fleet.qwen.token_tree import by_rollout, lay_out
 from fleet.rl.first_pass import as_wide_as
@@ -98,7 +97,7 @@ class PolicyPasses(GroupSampling):
         sampler_BT = _padded_logps(sampled.sampler_logps[rows], mask_BT)
         self._add_metrics(self.vllm.compare(old_logps_BT, sampler_BT, mask_BT, is_last=is_last))
 
-    def _answer(self, plan: EvaluationPlan, settings: AnswerSettings) -> dict[str, Any]:
+    def answer(self, plan: EvaluationPlan, settings: AnswerSettings) -> Evaluation:
         """The figures of the policy's answers to held-out episodes, the same on every rank; all take part."""
         place = {"rank": self.accelerator.process_index, "num_ranks": self.accelerator.num_processes}
         plan = sound_part(plan, **place, skips_bad_images=self.settings.skips_bad_images)
@@ -117,7 +116,7 @@ class PolicyPasses(GroupSampling):
                 on_progress=lambda num_rows: self.on_activity("evaluation"),
                 most_of_ranks=self._most_of_ranks,
             )
-            return evaluate(policy, plan, str(self.model.config._name_or_path)).document
+            return evaluate(policy, plan, str(self.model.config._name_or_path))
 
 
 def _padded_logps(rows: list[list[float]], like_BT: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ batch is encoded once per episode (TRL: twice per rollout), and a group stays wh
 (TRL shuffles rollouts).
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +23,7 @@ from trl.trainer.utils import nanstd
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator
 from fleet.errors import RunStopped
 from fleet.evaluation.answering import AnswerSettings
-from fleet.evaluation.figures import EvaluationPlan, headline_figures
+from fleet.evaluation.figures import Evaluation, EvaluationPlan, headline_figures
 from fleet.own_code.reward_process import RewardProcess
 from fleet.rl.algorithm import (
     clipped_loss,
@@ -34,6 +36,7 @@ from fleet.rl.algorithm import (
 from fleet.rl.dynamic_sampling import DynamicSampling
 from fleet.rl.guards import without_gradient_if_not_finite
 from fleet.rl.judging import Rollouts
+from fleet.rl.look_watch import LookWatch
 from fleet.rl.rollouts import RolloutRecord, rollout_metrics
 from fleet.rl.settings import DEFAULT_SETTINGS, TrainerSettings
 from fleet.schedule import require_whole_groups
@@ -89,7 +92,9 @@ class FleetRLOOTrainer(DynamicSampling):
         # TRL's constructor insists on its own identity collator
         self.data_collator = VLMDataCollator(processing_class, args.num_generations)
         self.evaluation = evaluation
+        self.latest_answers: Evaluation | None = None
         self.latest_evaluation: dict[str, Any] | None = None
+        self.look_watch: LookWatch | None = None
         self.latest_rollouts: tuple[RolloutRecord, ...] = ()
         self.latest_pictures: dict[str, Image.Image] = {}
         self._rollouts: Rollouts | None = None
@@ -246,18 +251,25 @@ class FleetRLOOTrainer(DynamicSampling):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores the held-out episodes and logs the figures, on all ranks; training's randomness is left as it was."""
         assert self.evaluation is not None, "no evaluation was given to the trainer"
-        self.model.eval()
         start_s = time.perf_counter()
-        document = self._answer(*self.evaluation)
-        self.latest_evaluation = document | {"step": self.state.global_step}
-        seconds = time.perf_counter() - start_s
-        # rollouts_per_s is of training
-        self._last_log_time_s += seconds
-        metrics = {f"eval_{name}": value for name, value in (headline_figures(document) | {"seconds": seconds}).items()}
-        self.log(metrics)
-        self.model.train()
+        with self.apart_from_training():
+            self.latest_answers = self.answer(*self.evaluation)
+            document = self.latest_answers.document
+            self.latest_evaluation = document | {"step": self.state.global_step}
+            figures = headline_figures(document) | {"seconds": time.perf_counter() - start_s}
+            metrics = {f"eval_{name}": value for name, value in figures.items()}
+            self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @contextlib.contextmanager
+    def apart_from_training(self) -> Iterator[None]:
+        """Within it the model answers in eval mode, and what is logged is no step's; rollouts_per_s leaves it out."""
+        start_s = time.perf_counter()
+        self.model.eval()
+        yield
+        self.model.train()
+        self._last_log_time_s += time.perf_counter() - start_s
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log with Fleet's rates in it."""

@@ -5,7 +5,7 @@ recorder.py decides when they are shown and written. The figures in them come fr
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,20 @@ def group_lines(rollouts: Sequence[RolloutRecord], group_size: int, step: int) -
     """The lines of rollouts.jsonl for whole groups of rollouts."""
     groups = [tuple(rollouts[start : start + group_size]) for start in range(0, len(rollouts), group_size)]
     return [GroupRecord(step, number, group[0].episode, group).as_json() for number, group in enumerate(groups)]
+
+
+def look_line(figures: Mapping[str, float]) -> str:
+    """A point of the look curve in a line for the terminal.
+
+    >>> look_line({"control/true": 0.75, "control/grey": 0.25, "control/episodes": 32.0})
+    'right on 75 % of 32 held-out episodes, on 25 % with every picture grey'
+    """
+    parts = [f"right on {100 * figures['control/true']:.0f} % of {figures['control/episodes']:.0f} held-out episodes"]
+    if "control/grey" in figures:
+        parts.append(f"on {100 * figures['control/grey']:.0f} % with every picture grey")
+    if "control/swapped" in figures:
+        parts.append(f"follows {100 * figures['control/swapped']:.0f} % of swapped pictures")
+    return ", ".join(parts)
 
 
 def resolved_table(filled: Sequence[ResolvedDefault]) -> str:

@@ -29,17 +29,19 @@ from fleet.command.parser import flag_of
 from fleet.command.preflight import own_reward
 from fleet.command.resume_check import require_same_run
 from fleet.command.training_flags import GenerationFlags, RLOOFlags, TrainedPartFlags
-from fleet.errors import Preempted, RunEnded, UsageError, one_line
+from fleet.errors import Preempted, RunEnded, RunStopped, UsageError, one_line
 from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan
-from fleet.evaluation.held_out import RunEpisodes, make_plan
+from fleet.evaluation.held_out import RunEpisodes
 from fleet.model_folder.files import read_json
 from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.qwen.vision_cache import vision_is_frozen
 from fleet.rl.checkpoints import ProcessPlace
+from fleet.rl.look_watch import LookPlan, LookWatch
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from fleet.run import launch_checks, model_setup
+from fleet.run.build.held_out_plans import plan_held_out
 from fleet.run.commands import resume_command
 from fleet.run.config import config_text
 from fleet.run.data import agree_on_data, require_encodable_prompts, require_last_episode
@@ -63,13 +65,14 @@ logger = logging.getLogger("fleet")
 class PreparedRun:
     """A run that has passed all checks that need no weight, the same on every process.
 
-    options: resolved. args: TRL's. plan: of held-out evaluation, if any.
+    options: resolved. args: TRL's. plan: of held-out evaluation, if any. look: of the look curve, if any.
     """
 
     options: Options
     args: RLOOConfig
     data: RunData
     plan: EvaluationPlan | None
+    look: EvaluationPlan | None
 
 
 def prepare(options: Options, findings: Findings | None, problem: str | None, watchdog: Watchdog) -> PreparedRun:
@@ -85,7 +88,9 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     flags = asdict(options)
     # also the files of an adapter decide which flags are idle, and they may be broken on one machine
     problem = first_problem(problem, lambda: require_same_run(options, flags, idle_flags(options), num_processes))
-    logger.info(describe_run(options.model_id, options, options, filled), extra=COLOURED)
+    # a default without a part in the run is not worth a line
+    shown = [default for default in filled if default.flag not in idle_flags(options)]
+    logger.info(describe_run(options.model_id, options, options, shown), extra=COLOURED)
     problem = first_problem(
         problem,
         lambda: model_setup.require_loadable_models(options.model_id, revision=options.revision),
@@ -105,11 +110,10 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     num_episodes = num_episodes_of_run(args)
     if options.env is not None:
         require_last_episode(data.env, options.env, num_episodes, options.dynamic_sampling)
-    plan = None
-    if options.eval_steps:
-        runs = [RunEpisodes(data.env, num_episodes, options.dynamic_sampling)]
-        plan = together(lambda: make_plan(options, runs, skipped_images=data.skipped_images, drawn_images=data.sha256s))
-    return PreparedRun(options, args, data, plan)
+    runs = [RunEpisodes(data.env, num_episodes, options.dynamic_sampling)]
+    by_default = [default.flag for default in filled]
+    plan, look = together(lambda: plan_held_out(options, options, by_default, runs, data))
+    return PreparedRun(options, args, data, plan, look)
 
 
 def describe_run(model_id: str, task: TaskFlags, rloo: RLOOFlags, filled: Sequence[ResolvedDefault]) -> str:
@@ -215,6 +219,9 @@ def build_trainer(
         )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunRecorder(trainer, options, fixed_correct_index=options.fixed_correct_index))
+    if run.look is not None:
+        trainer.look_watch = LookWatch(trainer, look_plan(run, run.look))
+        trainer.add_callback(trainer.look_watch)
     logger.info(describe_parameters(trainer.model))
     paths = paths_read(options.model_id, options.data_root, code)
     begin_folder(folder, options, paths, config, run.data.sha256s, args.process_index)
@@ -282,6 +289,25 @@ def trainer_settings(run: PreparedRun, vision_cache_bytes: int) -> TrainerSettin
     )
 
 
+def look_plan(run: PreparedRun, plan: EvaluationPlan) -> LookPlan:
+    """The look curve of the run's options, on the plan's episodes."""
+    options = run.options
+    assert options.control_steps and options.train_steps, "resolved, and there is a curve"
+    of_evaluation = run.plan is not None and plan.episodes == run.plan.episodes[: len(plan.episodes)]
+    intervals = [options.control_steps]
+    if of_evaluation and options.eval_steps != options.control_steps:
+        intervals.append(options.eval_steps)
+    return LookPlan(
+        plan,
+        _answer_settings(options),
+        every=options.control_steps,
+        # the last step has one of its own
+        num_points=sum(options.train_steps // interval for interval in intervals) + 1,
+        is_of_evaluation=of_evaluation,
+        if_blind=options.stop_if_blind,
+    )
+
+
 @contextlib.contextmanager
 def server_problems_said(flags: GenerationFlags) -> Iterator[None]:
     """Within it, a vLLM server that is missing or unfit for TRL raises UsageError."""
@@ -314,10 +340,15 @@ def _answer_settings(options: Options) -> AnswerSettings:
 
 
 def train(trainer: FleetRLOOTrainer, checkpoint: Path | None) -> None:
-    """Trains from a checkpoint on, or from the start. Raises Preempted after the save of a run that is told to stop."""
+    """Trains from a checkpoint on, or from the start.
+
+    Raises RunStopped after the save of a run that gains blindly, Preempted after that of one that is told to stop.
+    """
     preemption = Preemption(trainer)
     trainer.add_callback(preemption)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.look_watch is not None and trainer.look_watch.stop_reason is not None:
+        raise RunStopped(trainer.look_watch.stop_reason)
     if preemption.is_stopping:
         raise Preempted(
             f"told to stop: saved step {trainer.state.global_step} of {trainer.args.max_steps} in "
