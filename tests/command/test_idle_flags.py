@@ -66,6 +66,23 @@ TRAINING = [
     ("ds3_gather_for_generation", "true", "--use_vllm", "vLLM generates and nothing is evaluated", ""),
     ("eval_episodes", "256", "", "nothing is evaluated; add --eval_steps 50", "--eval_steps 1"),
     ("eval_seed", "7", "--eval_steps 0", "nothing is evaluated", "--eval_steps 1"),
+    ("eval_seed", "7", "--eval_steps 1 --control_steps 0 --eval_steps 0", "nothing is evaluated", "--control_steps 1"),
+    ("control_episodes", "8", "", "no look curve is taken; add --control_steps 50", "--control_steps 1"),
+    ("control_episodes", "8", "--eval_steps 1 --control_steps 0", "no look curve is taken", "--eval_steps 1"),
+    (
+        "stop_if_blind",
+        "stop",
+        "--fixed_correct_index none",
+        "no look curve is taken; add --control_steps 50",
+        "--control_steps 1 --fixed_correct_index none",
+    ),
+    (
+        "stop_if_blind",
+        "warn",
+        "--control_steps 1",
+        "the right index is always the same, so a policy need not look; add --fixed_correct_index none",
+        "--eval_steps 1 --env a.py:A",
+    ),
     ("keep_best", "true", "", "nothing is evaluated", "--eval_steps 1"),
     ("trust_checkpoint", "true", "--resume false", "no checkpoint is read", "--resume auto --output_dir runs/one"),
 ]
@@ -100,8 +117,8 @@ ALWAYS_IN_TRAINING = {
     "max_completion_length", "seed", "use_lora", "reward", "train_steps", "num_rollouts", "dynamic_sampling",
     "per_device_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations", "learning_rate",
     "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_skipped_steps", "beta", "normalize_advantages",
-    "mask_truncated_completions", "gradient_checkpointing", "shared_prefix", "use_vllm", "eval_steps", "output_dir",
-    "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps", "sample_steps", "report_to",
+    "mask_truncated_completions", "gradient_checkpointing", "shared_prefix", "use_vllm", "eval_steps", "control_steps",
+    "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps", "sample_steps", "report_to",
     "dataloader_num_workers", "step_timeout_s", "dry_run",
 }  # fmt: skip
 ALWAYS_IN_EVALUATION = {
@@ -184,7 +201,10 @@ def test_a_flag_counts_as_given_in_a_file_too_and_whatever_its_value(tmp_path: P
     assert parse_options(["--config", str(tmp_path / "run.yaml"), "--use_lora"]).lora_rank == 16
 
 
-@pytest.mark.parametrize("off", ["--merge_lora false", "--vision_cache_mib 0", "--warmup_steps 0", "--keep_best false"])
+@pytest.mark.parametrize(
+    "off",
+    ["--merge_lora false", "--vision_cache_mib 0", "--warmup_steps 0", "--keep_best false", "--stop_if_blind none"],
+)
 def test_what_asks_for_nothing_may_be_given(off: str) -> None:
     parse_options(off.split())
 
@@ -207,7 +227,8 @@ def resume(options: Options) -> None:
 
 def test_config_json_has_null_for_what_had_no_part() -> None:
     full, lora = recorded(""), recorded("--use_lora --lora_rank 4 --eval_steps 2")
-    nothing = ["epsilon", "eval_episodes", "eval_seed", "lora_alpha", "lora_dropout", "lora_rank", "reward_timeout_s",
+    nothing = ["control_episodes", "epsilon", "eval_episodes", "eval_seed", "lora_alpha", "lora_dropout", "lora_rank",
+               "reward_timeout_s", "stop_if_blind",
                "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "vllm_mode", "vllm_server_host",
                "vllm_server_port", "vllm_tensor_parallel_size"]  # fmt: skip
     assert full["idle_flags"] == nothing

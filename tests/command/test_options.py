@@ -86,6 +86,9 @@ FLAGS = {
     "eval_steps": (0, "20", 20, []),
     "eval_episodes": (256, "64", 64, ["--eval_steps", "20"]),
     "eval_seed": (1_000_000_000, "7", 7, ["--eval_steps", "20"]),
+    "control_steps": (None, "10", 10, []),
+    "control_episodes": (None, "16", 16, ["--control_steps", "10"]),
+    "stop_if_blind": ("warn", "stop", "stop", ["--control_steps", "10", "--fixed_correct_index", "none"]),
     "keep_best": (False, "true", True, ["--eval_steps", "25"]),
     "output_dir": (None, "runs/one", "runs/one", []),
     "overwrite": (False, "true", True, ["--output_dir", "runs/one"]),
@@ -143,7 +146,7 @@ def test_help_states_the_default_that_holds(flag):
     assert stated, ACTIONS[flag].help
     have_no_value = {
         "revision", "env", "env_args", "reward", "output_dir", "steps_per_generation", "epsilon_high",
-        "max_context_length", "image_column", "label_column", "split",
+        "max_context_length", "image_column", "label_column", "split", "control_steps", "control_episodes",
     }  # fmt: skip
     if flag not in have_no_value:
         also = FLAGS[flag][3]
@@ -474,10 +477,13 @@ RESOLVED = (
     "gradient_checkpointing",
     "vision_cache_mib",
     "dataloader_num_workers",
+    "control_steps",
+    "control_episodes",
 )
+NO_CURVE = (0, 256)
 REAL = "--model_id Qwen/Qwen2.5-VL-3B-Instruct"
 
-# the values are of the flags in RESOLVED
+# the values are of the flags in RESOLVED, but for the last two, which NO_CURVE has
 CASES = {
     "toy on a CPU": ("", False, (60, 8, 1, 1e-4, 0.0, "float32", 3136, 32, False, 0, 0)),
     "toy on a GPU": ("", True, (60, 8, 1, 1e-4, 0.0, "bfloat16", 3136, 32, False, 0, 2)),
@@ -507,8 +513,8 @@ CASES = {
 def test_defaults_of_the_case(line, has_bf16_gpu, values):
     options = parse(line)
     resolved, filled = resolve_options(options, has_bf16_gpu=has_bf16_gpu)
-    assert changed(options, resolved) == dict(zip(RESOLVED, values, strict=True))
-    assert {default.flag: default.value for default in filled} == dict(zip(RESOLVED, values, strict=True))
+    assert changed(options, resolved) == dict(zip(RESOLVED, (*values, *NO_CURVE), strict=True))
+    assert {default.flag: default.value for default in filled} == dict(zip(RESOLVED, (*values, *NO_CURVE), strict=True))
     assert all(default.reason for default in filled)
 
 
@@ -516,9 +522,25 @@ def test_what_was_given_is_not_filled_in():
     line = (
         "--train_steps 3 --per_device_batch_size 2 --steps_per_generation 5 --learning_rate 0.5 --beta 0 "
         "--dtype float32 --image_max_pixels 784 --max_completion_length 9 --gradient_checkpointing false "
-        "--vision_cache_mib 0 --dataloader_num_workers 0"
+        "--vision_cache_mib 0 --dataloader_num_workers 0 --control_steps 10 --control_episodes 8"
     )
     assert resolve_options(parse(line), has_bf16_gpu=True) == (parse(line), [])
+
+
+@pytest.mark.parametrize(
+    ("line", "every", "num_episodes"),
+    [
+        ("--eval_steps 25", 25, 256),
+        ("--eval_steps 25 --eval_episodes 40", 25, 40),
+        ("--eval_steps 25 --control_steps 5", 5, 32),
+        ("--control_steps 5", 5, 32),
+        ("--eval_steps 25 --control_episodes 16", 25, 16),
+        ("--eval_steps 25 --control_steps 0", 0, 32),
+    ],
+)
+def test_the_look_curve_rides_on_evaluation_unless_it_is_asked_for(line, every, num_episodes):
+    resolved, _ = resolve_options(parse(line), has_bf16_gpu=False)
+    assert (resolved.control_steps, resolved.control_episodes) == (every, num_episodes)
 
 
 @pytest.mark.parametrize("line", ["--min_completion_length 32", "--use_lora --min_completion_length 40"])
