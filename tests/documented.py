@@ -117,6 +117,13 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     ),
     Runs("cp -r toy_images photos", leaves=("photos/red_circle.png",)),
     Runs(
+        "accelerate launch training.py --fixed_correct_index none --control_steps 25 --stop_if_blind stop",
+        changed={"--control_steps": "1"},
+        added="--train_steps 2 --control_episodes 8",
+        leaves=TRAINED,
+        says="with every picture grey",
+    ),
+    Runs(
         "accelerate launch training.py --data_root photos --fixed_correct_index none",
         added="--train_steps 2",
         leaves=TRAINED,

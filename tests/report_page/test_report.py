@@ -234,7 +234,7 @@ def test_reads_well_in_the_light_and_in_the_dark(visit, full_report):
 def test_drawings_take_every_colour_from_the_page(full_report):
     drawings = re.findall(r"<svg.*?</svg>", full_report.read_text(encoding="utf-8"), flags=re.DOTALL)
     colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", "".join(drawings)))
-    assert len(drawings) == 9 and len(colours) > 8
+    assert len(drawings) == 10 and len(colours) > 8
     assert {colour for colour in colours if not re.fullmatch(r"var\(--[a-z-]+\d?\)", colour)} == {"none"}
 
 
@@ -263,7 +263,7 @@ def test_without_javascript_all_but_the_rollouts_is_there(visit, full_report):
     assert shown.page.locator("noscript p").is_visible()
     assert shown.page.locator("#toolbar").is_hidden() and shown.page.locator("#pager").is_hidden()
     assert shown.page.get_by_text("25.0% → 91.7%").is_visible()
-    assert shown.page.locator(".chart svg").count() == 9
+    assert shown.page.locator(".chart svg").count() == 10
 
 
 def test_empty_run_says_what_is_missing(visit, tmp_path):
@@ -327,7 +327,7 @@ def test_line_that_stands_for_several_steps_counts_for_all_of_them_in_the_time(v
 
 def test_one_logged_step_is_drawn(visit, tmp_path):
     shown = visit(write_report(write_run(tmp_path / "run", num_steps=1)))
-    assert shown.page.locator(".chart svg").count() == 9
+    assert shown.page.locator(".chart svg").count() == 10
     assert shown.complaints == []
 
 
