@@ -113,8 +113,8 @@ class LookWatch(TrainerCallback, ExportableState):
         # a run that is done is no shorter for stopping
         if self.look.if_blind == "stop" and state.global_step < state.max_steps:
             self.stop_reason = (
-                f"step {state.global_step}: {self._in_words(point)}; the run ends with a checkpoint, as of "
-                "--stop_if_blind stop; to train on all the same, pass --resume --stop_if_blind warn"
+                f"step {state.global_step}: {self._in_words(point)}; the run ends with a checkpoint, as "
+                "--stop_if_blind stop asks; to train on all the same, pass --resume --stop_if_blind warn"
             )
         elif not self.has_warned and state.is_world_process_zero:
             logger.warning(f"\nstep {state.global_step}: {self._in_words(point)} (said once)\n")

@@ -9,16 +9,20 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 import training
-from environment import PickImageEnv
+from environment import Episode, PickImageEnv
 from fleet.errors import RunStopped, UsageError
 from fleet.evaluation.answering import AnswerSettings
-from fleet.evaluation.figures import EvaluationPlan
+from fleet.evaluation.figures import Answers, Evaluation, EvaluationPlan, evaluate
 from fleet.evaluation.held_out import draw_held_out
 from fleet.evaluation.looking import LOOK_CONTROLS, LookPoint
 from fleet.rl.look_watch import LookPlan, LookWatch
+from fleet.rl.trainer import FleetRLOOTrainer
+from fleet.run.build import training as run_build
 from fleet.run_folder import read_jsonl
 from tests.helpers import REPOSITORY, toy_path
-from tests.processes import run_ranks
+from tests.leaking_env import PLACES
+from tests.processes import start_ranks
+from utils.tool_calls import make_tool_call_str
 
 QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--save_steps", "1"]
 LOOK = ["--fixed_correct_index", "none"]
@@ -213,31 +217,48 @@ def test_a_run_whose_last_point_is_blind_is_done_all_the_same(picture_folder: Pa
 
 # --- whole runs that leak, and several processes ----------------------------------------------------------------------
 
-LEARNS = ["--train_steps", "60", "--learning_rate", "5e-4", "--sample_steps", "0", "--report_to", "none"]
+
+class LeakReader(FleetRLOOTrainer):
+    """The real trainer, whose held-out answers are those of a policy that learns to read the leak, word by word."""
+
+    def answer(self, plan: EvaluationPlan, settings: AnswerSettings) -> Evaluation:
+        known = PLACES[: 1 + 2 * self.state.global_step]
+
+        def say(episode: Episode) -> str:
+            word = episode.messages[-1]["content"][-1]["text"].split()[2]
+            return make_tool_call_str(PLACES.index(word) if word in known else 0)
+
+        return evaluate(lambda episodes, num_samples: [Answers(say(episode)) for episode in episodes], plan, "reader")
 
 
-@pytest.mark.slow
-def test_a_run_that_learns_a_leak_stops_and_can_go_on(tmp_path: Path) -> None:
+def test_a_run_that_learns_a_leak_stops_with_a_checkpoint_and_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_build, "FleetRLOOTrainer", LeakReader)
     folder = tmp_path / "run"
-    flags = [*LEAK, *LEARNS, "--control_steps", "5", "--output_dir", str(folder)]
-    with pytest.raises(RunStopped, match=r"gains without looking: on 32 held-out episodes accuracy rose .*") as stop:
-        training.main([*flags, "--stop_if_blind", "stop"])
-    assert stop.value.exit_code == 1 and stop.value.can_resume
+    toy = ["--model_id", toy_path(), "--image_max_pixels", "784", "--fixed_correct_index", "none", "--train_steps", "5"]
+    flags = [*toy, *LEAK, "--control_steps", "1", "--save_steps", "50"]
+    with pytest.raises(RunStopped, match="step 2: the policy gains without looking: on 32 held-out .* to 100%") as stop:
+        run(folder, *flags, "--stop_if_blind", "stop")
+    assert stop.value.exit_code == 1 and stop.value.can_resume and "--resume" in stop.value.__notes__[0]
     curve = curve_of(folder)
-    assert [line["control/gains_blindly"] for line in curve[-2:]] == [1.0, 1.0]
+    assert [(line["step"], line["control/gains_blindly"]) for line in curve] == [(0, 0), (1, 1), (2, 1)]
     assert all(line["control/true"] == line["control/grey"] for line in curve)
-    last = int(curve[-1]["step"])
-    assert last < 60 and (folder / f"checkpoint-{last}" / "manifest.json").is_file()
-    training.main([*flags[:-2], "--output_dir", str(folder), "--stop_if_blind", "warn", "--resume"])
-    assert [line["step"] for line in curve_of(folder)] == list(range(0, 61, 5))
+    assert [line["control/swapped"] for line in curve] == [0, 0, 0]
+    assert (folder / "checkpoint-2" / "manifest.json").is_file() and not (folder / "final").exists()
+    run(folder, *flags, "--stop_if_blind", "warn", "--resume")
+    assert [line["step"] for line in curve_of(folder)] == [0, 1, 2, 3, 4, 5]
+    assert "Gained without looking at 5 of 6 points, first at step 1." in (folder / "report.html").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero3", [False, True])
-def test_two_processes_come_to_the_points_of_one(zero3: bool, tmp_path: Path) -> None:
+def test_two_processes_come_to_the_same_points(zero3: bool, tmp_path: Path) -> None:
     flags = [*QUICK, *CURVE, "--control_steps", "1", "--train_steps", "2"]
-    run_ranks(tmp_path, [*flags, "--output_dir", str(tmp_path / "two")], 2, zero3=zero3)
-    two, one = curve_of(tmp_path / "two"), curve_of(run(tmp_path / "one", *CURVE, "--train_steps", "1"))
-    assert [line["step"] for line in two] == [0, 1, 2]
-    # only before training are the weights the same; the episodes that the two runs draw differ, so held-out ones may
-    assert two[0].keys() == one[0].keys() and two[0]["control/episodes"] == one[0]["control/episodes"] == 5
+    ranks = start_ranks(tmp_path, [*flags, "--output_dir", str(tmp_path / "two")], 2, zero3=zero3)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output[-3000:]
+    two = curve_of(tmp_path / "two")
+    assert [(line["step"], line["control/episodes"]) for line in two] == [(0, 5), (1, 5), (2, 5)]
+    # before training the weights are those of one process
+    alone = curve_of(run(tmp_path / "one", *CURVE, "--control_steps", "1", "--train_steps", "4"))
+    assert two[0] == alone[0]
