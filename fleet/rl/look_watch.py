@@ -69,8 +69,8 @@ class LookWatch(TrainerCallback, ExportableState):
         self.has_warned, self.stop_reason = kept["has_warned"], None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the start, unless an evaluation or an earlier process has."""
-        if self.start is None:
+        """Takes the start, unless an evaluation has; a run that is resumed without one starts at its next point."""
+        if self.start is None and state.global_step == 0:
             self._take(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
