@@ -63,7 +63,8 @@ class LookWatch(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Goes on from the checkpoint."""
-        kept = state.stateful_callbacks.get(type(self).__name__, self.state())["attributes"]
+        # a run that had no curve before left no state, and Trainer saves none under a name that is not there
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         self.start = None if kept["start"] is None else LookPoint.from_json(kept["start"])
         self.latest_step, self.num_blind_in_a_row = kept["latest_step"], kept["num_blind_in_a_row"]
         self.has_warned, self.stop_reason = kept["has_warned"], None

@@ -82,6 +82,12 @@ def test_an_evaluation_gives_the_points_that_its_answers_hold(tmp_path: Path) ->
     assert curve_of(alone) == curve_of(evaluated)
 
 
+def test_a_run_that_is_resumed_with_a_curve_begins_it_at_its_next_point(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", *LOOK, "--train_steps", "1")
+    run(folder, *CURVE, "--train_steps", "3", "--resume")
+    assert [line["step"] for line in curve_of(folder)] == [2, 3]
+
+
 def test_an_evaluation_without_a_curve_has_none(tmp_path: Path) -> None:
     flags = [*LOOK, "--eval_steps", "1", "--eval_episodes", "2", "--control_steps", "0", "--train_steps", "1"]
     assert curve_of(run(tmp_path / "run", *flags)) == []
