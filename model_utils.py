@@ -4,7 +4,8 @@ Owns every decision about weights: dtype, attention, LoRA targets, freezing. Kno
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,6 +28,7 @@ from environment import Episode, ImageSource, Message
 from fleet.errors import one_line
 from fleet.model_folder.files import is_adapter
 from fleet.model_folder.generation_settings import describe_unused, tokens_alone
+from fleet.model_folder.parts import LORA_TARGETS, PARTS, lora_pattern, part_of_weight, require_words
 from fleet.model_folder.weights import require_every_weight, require_fitting_adapter
 from fleet.qwen import vision_windows
 from fleet.qwen.draws import named_uniforms
@@ -37,11 +39,6 @@ from utils.images import open_image
 
 logger = logging.getLogger("fleet")
 
-# Every linear layer of the language model. A pattern, because vision layers have names such as `gate_proj` too.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
-PARTS = ("vision tower", "merger", "language model")
-
 
 def load_qwen25_vl(
     model_id: str,
@@ -50,7 +47,8 @@ def load_qwen25_vl(
     lora_rank: int = 16,
     lora_alpha: int = 32,
     lora_dropout: float = 0.0,
-    freeze_vision: bool = False,
+    lora_targets: Collection[str] = ("language",),
+    freeze: Collection[str] = (),
     load_in_4bit: bool = False,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
@@ -59,17 +57,18 @@ def load_qwen25_vl(
 ) -> tuple[PreTrainedModel | PeftModel, Any]:
     """(model, processor) of any Qwen2.5-VL: a hub id, a folder, or a folder with a LoRA adapter.
 
-    use_lora: wrap the language model's linear layers in new adapters, everything else frozen; an adapter folder is
-    opened with its adapter either way. freeze_vision: the vision tower and its merger get no gradient. load_in_4bit:
-    NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only.
+    use_lora: wrap the linear layers of lora_targets (of language, vision and merger) in new adapters, everything else
+    frozen; an adapter folder is opened with its adapter either way. freeze: parts that get no gradient, of PARTS.
+    load_in_4bit: NF4 base weights (QLoRA, arXiv 2305.14314), with use_lora only.
     Weights are read from safetensors alone, and no code that a model brings is run. The vision tower uses flash
     attention where it is installed and the dtype allows it, else attends all windows of one length together, unless
     vision_attn_implementation names another. Under DeepSpeed ZeRO-3 the weights are sharded while they
     load. Of the model's generation_config, only end and padding tokens are used. Its other settings are logged in a
     line, and saved with the model again.
     Raises ValueError if the model is another architecture, its files and its weights do not fit each other, nothing
-    ends its answers, or its processor does not pad left.
+    ends its answers, its processor does not pad left, or a part is unknown.
     """
+    require_words(freeze, PARTS)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
@@ -87,12 +86,13 @@ def load_qwen25_vl(
         logger.info(f"generation_config.json of {model_id} asks for {unused}: not used, as Fleet's flags decide\n")
     if vision == vision_windows.NAME:
         model.set_attn_implementation({"vision_config": vision})
-    if freeze_vision:
-        model.model.visual.requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if part_of_weight(name) in freeze:
+            weight.requires_grad_(False)
     if read_adapter_config(model_id) is not None:
         model = PeftModel.from_pretrained(model, model_id, is_trainable=use_lora)
     elif use_lora:
-        lora = make_lora_config(lora_rank, lora_alpha, lora_dropout)
+        lora = make_lora_config(lora_rank, lora_alpha, lora_dropout, lora_targets)
         # mixed dtypes break ZeRO-3's gather of small parameters
         model = get_peft_model(model, lora, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     return model, processor
@@ -212,24 +212,38 @@ def vision_attention(attn_implementation: str, dtype: torch.dtype) -> str:
     return "flash_attention_2" if can_run_flash and find_spec("flash_attn") is not None else vision_windows.NAME
 
 
-def make_lora_config(rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> LoraConfig:
-    """LoRA (arXiv 2106.09685) on every linear layer of the language model; the vision side is left alone."""
+def make_lora_config(
+    rank: int = 16, alpha: int = 32, dropout: float = 0.0, targets: Collection[str] = ("language",)
+) -> LoraConfig:
+    """LoRA (arXiv 2106.09685) on every linear layer of some of language, vision (the tower's blocks) and merger."""
+    require_words(targets, LORA_TARGETS)
     return LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_pattern(targets), task_type="CAUSAL_LM"
     )
 
 
-def count_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """(trainable, all) parameters of the vision tower, the merger and the language model, adapters included."""
-    counts = dict.fromkeys(PARTS, (0, 0))
+@dataclass(frozen=True)
+class PartSize:
+    """Parameters of one part of a model. total: adapters included."""
+
+    trainable: int = 0
+    total: int = 0
+    adapters: int = 0
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, PartSize]:
+    """The parameters of the tower, the merger and the language model."""
+    sizes = dict.fromkeys(PARTS, PartSize())
     for name, parameter in model.named_parameters():
-        vision_part = "merger" if "visual.merger." in name else "vision tower"
-        part = vision_part if "visual." in name else "language model"
+        before = sizes[part := part_of_weight(name)]
         # a ZeRO-3 shard has no elements of its own; DeepSpeed keeps the full count beside it
         size = int(getattr(parameter, "ds_numel", parameter.numel()))
-        trainable, total = counts[part]
-        counts[part] = (trainable + size * parameter.requires_grad, total + size)
-    return counts
+        sizes[part] = PartSize(
+            before.trainable + size * parameter.requires_grad,
+            before.total + size,
+            before.adapters + size * ("lora_" in name),
+        )
+    return sizes
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class Work:
         arguments, text = self.arguments, self._text()
         # a trained weight costs a pass for its input's gradient and one for its own
         text_passes = 2 if arguments.use_lora else 3
-        vision_passes = 1 if arguments.use_lora or arguments.freeze_vision else 3
+        vision_passes = 1 if arguments.use_lora or arguments.freeze else 3
         if arguments.gradient_checkpointing:
             text_passes, vision_passes = text_passes + 1, vision_passes + (vision_passes == 3)
         stock, fleet = (text_passes * text[kind] + vision_passes * self.vision[kind] for kind in (0, 1))

@@ -25,7 +25,7 @@ STEP = {
     "fleet/qwen/sampling_passes.py": "FirstPass TreePasses",
     "fleet/qwen/draws.py": "named_uniforms draw_tokens _draw",
     "fleet/qwen/group_passes.py": "image_inputs base_qwen tree_prompts tree_logits score_tree",
-    "fleet/qwen/edge_scores.py": "edge_scores _chunk_scores",
+    "fleet/qwen/edge_scores.py": "Scores scores_of edge_scores _chunk_scores",
     "fleet/rl/algorithm.py": "needs_old_logps shaped_rewards leave_one_out_advantages sequence_logps clipped_loss",
     "fleet/rl/drawing.py": "Drawn Drawing(_image_features _draw _drafts _draw_on_trees _tries_one_pass)",
     "fleet/rl/group_sampling.py": "DrawnGroups SampledGroups GroupSampling(_draw_groups _are_ended _sampled "
@@ -56,7 +56,7 @@ ASIDE = {
     "_why_not_one_pass)",
     "fleet/rl/group_sampling.py": "GroupSampling(_log_lengths)",
     "fleet/rl/first_pass.py": "why_not_one_pass",
-    "fleet/rl/policy_passes.py": "PolicyPasses(_compare_with_vllm)",
+    "fleet/rl/policy_passes.py": "PolicyPasses(_nucleus _weigh_rollouts)",
     "fleet/rl/judging.py": "Judging(_require_shown _tool_answers _log_rewards)",
     "fleet/rl/trainer.py": "FleetRLOOTrainer(_record _log_loss _get_grad_norm)",
     "fleet/known_answers.py": "solution_of solutions_of choices_of drafts_on drafts_of _sound_call",

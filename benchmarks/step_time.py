@@ -109,7 +109,8 @@ def parse_arguments() -> argparse.Namespace:
         help="canonical calls, or random tokens of --completion_tokens (default: calls)")  # fmt: skip
     add("--beta", type=float, default=0.0, help="KL weight (default: 0)")
     add("--flatness", type=counts, help="two numbers of rollouts, as 4,64: also times Fleet's step at both")
-    for name in ("freeze_vision", "use_lora", "gradient_checkpointing"):
+    add("--freeze", choices=["tower,merger"], help="parts that are kept as they are (default: none)")
+    for name in ("use_lora", "gradient_checkpointing"):
         add(f"--{name}", type=switch, nargs="?", const=True, default=False, help="true or false (default: false)")
     add("--measure_memory", type=switch, nargs="?", const=True, default=True, help="true or false (default: true)")
     add("--stock_vision_windows", action="store_true", help="stock TRL attends vision's windows as Fleet does")
@@ -164,7 +165,7 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
     is_fleet = kind != "stock"
     model, processor = load_qwen25_vl(
         str(folder / "model"),
-        freeze_vision=arguments.freeze_vision,
+        freeze=arguments.freeze.split(",") if arguments.freeze else (),
         dtype=getattr(torch, arguments.dtype),
         attn_implementation=arguments.attn_implementation if is_fleet else arguments.stock_attn_implementation,
         vision_attn_implementation=(
@@ -178,7 +179,7 @@ def make_trainer(kind: str, arguments: argparse.Namespace, folder: Path) -> Time
     lora = make_lora_config() if arguments.use_lora else None
     trainer: TimedStock | TimedFleet
     if is_fleet:
-        cache_bytes = 2**31 if arguments.freeze_vision or arguments.use_lora else 0
+        cache_bytes = 2**31 if arguments.freeze or arguments.use_lora else 0
         reward: Any = PlainReward(reward_of_tokens)
         trainer = TimedFleet(
             model,

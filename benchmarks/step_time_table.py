@@ -35,7 +35,11 @@ ROWS: list[tuple[str, str, list[str]]] = [
         ["--num_rollouts", "32", *ONE_EPISODE, *RANDOM],
     ),
     ("calls_g8_beta", "calls, 8 rollouts, beta 0.05", ["--num_rollouts", "8", "--beta", "0.05", *TIME_ALONE]),
-    ("calls_g8_frozen", "calls, 8 rollouts, frozen vision", ["--num_rollouts", "8", "--freeze_vision", *TIME_ALONE]),
+    (
+        "calls_g8_frozen",
+        "calls, 8 rollouts, frozen vision",
+        ["--num_rollouts", "8", "--freeze", "tower,merger", *TIME_ALONE],
+    ),
     ("calls_g8_lora", "calls, 8 rollouts, LoRA", ["--num_rollouts", "8", "--use_lora", *TIME_ALONE]),
 ]
 

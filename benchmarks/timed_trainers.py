@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import RLOOTrainer
 
+from fleet.qwen.edge_scores import Scores
 from fleet.rl.drawing import Drawn
 from fleet.rl.trainer import FleetRLOOTrainer
 
@@ -198,12 +199,12 @@ class TimedFleet(TimedMixin, FleetRLOOTrainer):
             self.first_completions = drawn.completion_ids
         return drawn
 
-    def _score(self, *args: Any) -> Tensor:
+    def _score(self, *args: Any) -> Scores:
         with self.stopwatch.timing("score"):
             return super()._score(*args)
 
     def _completion_logps(self, model: Any, sampled: Any, groups: slice) -> Any:
         found = super()._completion_logps(model, sampled, groups)
         if torch.is_grad_enabled():
-            self.keep_first_logps(sampled.completion_ids_BT, found[0])
+            self.keep_first_logps(sampled.completion_ids_BT, found.logps)
         return found

@@ -56,7 +56,7 @@ def gaps(model: Any, processor: Any, num_pictures: int, max_turns: int) -> tuple
     tree = tree_of_rollouts(tree_prompts(model, batch), paths, processor.tokenizer.pad_token_id)
     behind = [[answers.pictures[digest] for digest in row] for row in tree.pictures]
     images = image_inputs(batch, slice(0, len(paths)), None, behind)
-    logps, _ = score_tree(model, tree, images, "sdpa", 1.0)
+    logps = score_tree(model, tree, images, "sdpa", 1.0).logps
     found = by_rollout(logps, tree).flatten(0, 1)
     expected = torch.zeros_like(found)
     for row, path in enumerate(rows):

@@ -30,6 +30,25 @@ def result_or_problem(check: Callable[[], Result]) -> tuple[Result | None, str |
         return None, str(error)
 
 
+def known_to_all(parse: Callable[[], Result]) -> Result:
+    """The result of a check that comes before the process group. Raises its UsageError.
+
+    Machines are started one by one, so what is wrong on one may be right on another, which would wait for it. Where
+    there are several, the processes of this one join the others first and say it; those hear of it as they agree.
+    """
+    try:
+        return parse()
+    except UsageError as error:
+        if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+            raise
+        from accelerate import PartialState
+
+        # joins, as the others do when they make their trainer's arguments
+        PartialState()
+        raise_first(gather_by_rank(str(error)))
+        raise
+
+
 def first_problem(problem: str | None, *checks: Callable[[], object]) -> str | None:
     """The problem if there is one, else the words of the first check that fails, as in `result_or_problem`."""
     for check in checks:

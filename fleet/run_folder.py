@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ CURVE_NAME = "curve.png"
 REPORT_NAME = "report.html"
 FINAL_NAME = "final"
 MERGED_NAME = "final_merged"
+EXPORT_NAME = "export"
 TENSORBOARD_NAME = "tensorboard"
 EVALUATION_SCHEMA_VERSION = 2
 UNFINISHED_NAME = "unfinished"  # unfinished files; none is ever read
@@ -62,6 +64,17 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Puts a folder in another's place; a kill leaves the old one, the new one or none, never half of one.
+
+    The folder that holds `new`, which must be scratch, is deleted.
+    """
+    if os.path.lexists(old):
+        os.replace(old, new.with_name(f"replaced-{old.name}"))
+    os.replace(new, old)
+    shutil.rmtree(new.parent)
 
 
 class LineFile:

@@ -1,6 +1,6 @@
 """Run as ranks by tests/test_distributed.py: two steps on fixed completions, and the weights that came of them.
 
-Arguments: OUTPUT EPISODES_PER_DEVICE full|lora packed|unpacked
+Arguments: OUTPUT EPISODES_PER_DEVICE KIND packed|unpacked
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,15 @@ from tests.helpers import fleet_trainer, rloo_config, toy_model, toy_processor
 from utils.tool_calls import make_tool_call_str
 
 ANSWERS = [make_tool_call_str(0), "no call", make_tool_call_str(2), make_tool_call_str(1) + " and more of it"]
+
+# what trains: parts that are frozen, or targets of LoRA, whose runs recompute activations
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"targets": ["language"]},
+    "frozen-tower": {"freeze": ["tower"]},
+    "frozen-language-model": {"freeze": ["language_model"]},
+    "lora-everywhere": {"targets": ["language", "vision", "merger"]},
+}
 
 
 class HalfRepeatingEnv(PickImageEnv):
@@ -53,6 +62,7 @@ class FixedFleetTrainer(FleetRLOOTrainer):
 
 def main(argv: Sequence[str]) -> None:
     output, episodes, kind, rows = Path(argv[0]), int(argv[1]), argv[2], argv[3]
+    freeze, targets = KINDS[kind].get("freeze", ()), KINDS[kind].get("targets")
     # the arguments come first: they start ZeRO-3, under which the model must load
     args = rloo_config(
         output,
@@ -60,14 +70,14 @@ def main(argv: Sequence[str]) -> None:
         optim="sgd",
         learning_rate=0.01,
         beta=0.05,
-        gradient_checkpointing=kind == "lora",
+        gradient_checkpointing=targets is not None,
     )
     torch.manual_seed(0)
     trainer = fleet_trainer(
         args,
         FixedFleetTrainer,
-        peft_config=make_lora_config(rank=4) if kind == "lora" else None,
-        model=toy_model(),
+        peft_config=make_lora_config(rank=4, targets=targets) if targets else None,
+        model=toy_model(freeze=freeze),
         shared_prefix=rows == "packed",
         vision_cache_bytes=2**20 if kind == "lora" else 0,
         dataset=RepeatableEpisodeDataset(HalfRepeatingEnv(TOY_DATA_ROOT, 4, 0), TOY_IMAGE_PIXELS),

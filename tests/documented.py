@@ -117,6 +117,13 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     ),
     Runs("cp -r toy_images photos", leaves=("photos/red_circle.png",)),
     Runs(
+        "accelerate launch training.py --fixed_correct_index none --control_steps 25 --stop_if_blind stop",
+        changed={"--control_steps": "1"},
+        added="--train_steps 2 --control_episodes 8",
+        leaves=TRAINED,
+        says="with every picture grey",
+    ),
+    Runs(
         "accelerate launch training.py --data_root photos --fixed_correct_index none",
         added="--train_steps 2",
         leaves=TRAINED,
@@ -250,10 +257,36 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         added="--model_size 2m --image_side_px 56 --dtype float32 --sections parity steps_64 --json check.json",
         leaves=("check.json",),
     ),
+    Runs(
+        "python training.py --dry_run --config recipes/7b_8gpus.yaml --data_root ./toy_images --assume_gpus 8x80:H100 "
+        "--assume_accelerate recipes/zero3.yaml",
+        says="dry run: OK",
+    ),
+    Runs("python training.py --dry_run --json", says='"fits": true'),
+    Runs("python benchmarks/scaling.py", says="1,024"),
+    Runs(
+        "python benchmarks/memory_model.py --json benchmarks/results/memory_model.json",
+        added="--only lora --model_size 2m",
+        says="lora ",
+    ),
     Runs("python benchmarks/stock_faults.py", says="one gradient is NaN"),
     Runs("python benchmarks/reading.py", says="lines to follow one RLOO step"),
     Runs("python benchmarks/save_time.py", added="--num_pairs 2", says="longer_by"),
     Runs("python report.py runs/look", leaves=("runs/look/report.html",), stage=2),
+    Runs(
+        "python export.py runs/look", leaves=("runs/look/export/README.md", "runs/look/export/*.safetensors"), stage=2
+    ),
+    Runs(
+        "python export.py runs/look --checkpoint checkpoint-50 --output look-model",
+        leaves=("look-model/README.md", "look-model/*.safetensors"),
+        stage=2,
+    ),
+    Runs(
+        "python evaluate.py --model_id runs/look/export",
+        added="--eval_episodes 16",
+        says="greedy accuracy",
+        stage=LAST_STAGE,
+    ),
     RunBy(
         "python evaluate.py --model_id runs/look/final --baseline toy --output runs/look/evaluation.json",
         "Makefile",

@@ -76,7 +76,7 @@ def test_a_row_that_the_table_does_not_have_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [pytest.param("--beta 0.05", marks=pytest.mark.exhaustive), "--freeze_vision --use_lora"]
+    "flags", [pytest.param("--beta 0.05", marks=pytest.mark.exhaustive), "--freeze tower,merger --use_lora"]
 )
 def test_the_ideal_is_what_pytorch_counts_in_both_trainers_steps(
     flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

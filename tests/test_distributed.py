@@ -21,7 +21,7 @@ from model_utils import generate_tool_call, load_qwen25_vl
 from tests import HANG_S
 from tests.distributed_generation import STOPS_AFTER
 from tests.helpers import REPOSITORY, toy_dataset, toy_model, toy_path, toy_processor
-from tests.processes import ZERO3, free_port, launch, run_ranks, start
+from tests.processes import ZERO3, ZERO3_CONFIG, free_port, launch, run_ranks, start
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,24 +46,75 @@ def test_zero3_leaves_weights_that_open(kind: str, tmp_path: Path) -> None:
     assert answer.startswith("<tool_call>")
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_two_ranks_take_the_packed_step_that_one_process_takes_unpacked(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "launcher"),
+    [
+        ("full", "zero3"),
+        ("lora", "zero3"),
+        ("frozen-tower", "zero3"),
+        ("frozen-language-model", "zero3"),
+        ("lora-everywhere", "zero3"),
+        ("frozen-tower", "ddp"),
+        ("frozen-language-model", "ddp"),
+        ("lora-everywhere", "ddp"),
+    ],
+)
+def test_two_ranks_take_the_packed_step_that_one_process_takes_unpacked(
+    kind: str, launcher: str, tmp_path: Path
+) -> None:
     # uneven completions, other prompts and other images to encode on either rank, a KL term; LoRA with checkpointing
     one, two = tmp_path / "one", tmp_path / "two"
     run_ranks(tmp_path, [str(one), "4", kind, "unpacked"], target="tests.distributed_step")
-    run_ranks(tmp_path, [str(two), "2", kind, "packed"], 2, zero3=True, target="tests.distributed_step")
+    run_ranks(tmp_path, [str(two), "2", kind, "packed"], 2, zero3=launcher == "zero3", target="tests.distributed_step")
     figures = [[float(word) for word in (run / "figures.txt").read_text().split()] for run in (one, two)]
     assert figures[1] == pytest.approx(figures[0], rel=1e-3, abs=1e-6)
-    name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    name = "adapter_model.safetensors" if "lora" in kind else "model.safetensors"
     first, second = (load_file(run / "final" / name) for run in (one, two))
     assert first.keys() == second.keys()
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=1e-4, atol=1e-6, msg=name)
-    if kind == "full":
-        base = load_file(Path(toy_path()) / "model.safetensors")
-        assert base.keys() == first.keys() and sum(not torch.equal(first[name], base[name]) for name in base) > 50
-    else:
+    if "lora" in kind:
         assert all(weight.abs().max() > 0 for name, weight in first.items()), "both factors have moved off zero"
+        return
+    base = load_file(Path(toy_path()) / "model.safetensors")
+    assert base.keys() == first.keys() and sum(not torch.equal(second[name], base[name]) for name in base) > 25
+    frozen = {
+        "full": (),
+        "frozen-tower": ("visual.patch_embed", "visual.blocks"),
+        "frozen-language-model": ("model", "lm_head"),
+    }
+    kept = [name for name in base if name.startswith(frozen[kind])]
+    assert (kind == "full") is (not kept) and all(torch.equal(second[name], base[name]) for name in kept)
+
+
+@pytest.mark.parametrize("launcher", ["zero3", "zero3 with offload", "ddp"])
+def test_two_ranks_move_each_side_at_its_own_rate(launcher: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rates = {"learning_rate": 1e-3, "vision_learning_rate": 1e-5}
+    flags = [*QUICK, "--train_steps", "2", "--lr_scheduler_type", "linear", "--freeze", "merger"]
+    flags += [word for name, rate in rates.items() for word in (f"--{name}", str(rate))]
+    settings: dict[str, Any] = {"zero3": launcher != "ddp"}
+    if launcher == "zero3 with offload":
+        # DeepSpeed puts its own Adam in the place of PyTorch's
+        settings["config"] = tmp_path / "offload.yaml"
+        settings["config"].write_text(
+            ZERO3_CONFIG.read_text().replace("optimizer_device: none", "optimizer_device: cpu")
+        )
+    run_ranks(tmp_path, [*flags, "--output_dir", str(run)], 2, **settings)
+    lines = read_jsonl(run / "metrics.jsonl")
+    for name, rate in rates.items():
+        assert [line[name] for line in lines] == pytest.approx([rate, rate / 2]), name
+    steps = [load_file(Path(toy_path()) / "model.safetensors")]
+    steps += [load_file(run / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2)]
+    base, first, second = ({name: weight.double() for name, weight in step.items()} for step in steps)
+    for name in base:
+        rate = 0 if "visual.merger" in name else rates["vision_learning_rate" if "visual" in name else "learning_rate"]
+        # AdamW's first step is as long as the rate; its second one is no longer than the rate then
+        updates = [
+            float((after[name] - before[name]).abs().max()) for before, after in ((base, first), (first, second))
+        ]
+        assert updates[0] == pytest.approx(rate, rel=0.02), name
+        assert updates[1] <= 1.02 * rate / 2 and (updates[1] > rate / 4 or rate == 0), name
 
 
 @pytest.mark.parametrize(("weights", "kind"), [("gather", "full"), ("shards", "full"), ("shards", "lora")])
@@ -253,6 +304,47 @@ def test_machines_started_with_other_flags_stop_and_say_which(tmp_path: Path) ->
     assert all(process.returncode != 0 for process in launchers)
     assert all("processes were started with different flags: seed=['0', '1']" in output for output in outputs)
     assert not run.exists()
+
+
+def test_a_misspelt_flag_on_one_machine_ends_both(tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    launchers = [
+        start([*ZERO3, "--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
+               "--main_process_port", port],
+              ["training.py", *QUICK, "--output_dir", str(run), flag, "2"])
+        for rank, flag in ((0, "--train_steps"), (1, "--train_stepz"))
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=HANG_S)[0] for process in launchers]
+    assert all(process.returncode != 0 for process in launchers)
+    assert all("unknown flag --train_stepz, did you mean --train_steps" in output for output in outputs)
+    assert "process 1: unknown flag" in outputs[0]
+    assert not run.exists()
+
+
+def test_two_machines_of_two_processes_train_as_one_machine_of_four(tmp_path: Path) -> None:
+    flags = ["training.py", *QUICK, "--train_steps", "2", "--seed", "3"]
+    four = ["--num_processes", "4", "--main_process_ip", "127.0.0.1"]
+    one = start([*ZERO3, *four, "--main_process_port", free_port()], [*flags, "--output_dir", str(tmp_path / "one")])
+    output = one.communicate(timeout=HANG_S)[0]
+    assert one.returncode == 0, output[-3000:]
+    port = free_port()
+    launchers = [
+        start([*ZERO3, *four, "--num_machines", "2", "--machine_rank", str(rank), "--main_process_port", port],
+              [*flags, "--output_dir", str(tmp_path / "two")])
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=HANG_S)[0] for process in launchers]
+    assert [process.returncode for process in launchers] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
+    first, second = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [line["step"] for line in first] == [1, 2]
+    assert [(line["reward"], line["accuracy"]) for line in first] == [
+        (line["reward"], line["accuracy"]) for line in second
+    ]
+    weights = load_file(tmp_path / "one" / "final" / "model.safetensors")
+    base = load_file(Path(toy_path()) / "model.safetensors")
+    assert any(not torch.equal(base[name], weight) for name, weight in weights.items()), "the run has trained"
+    for name, weight in load_file(tmp_path / "two" / "final" / "model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_zero3_evaluates_as_one_process_does(tmp_path: Path) -> None:

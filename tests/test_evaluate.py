@@ -119,6 +119,7 @@ def test_training_writes_its_evaluations(run: Path) -> None:
         assert "reward" not in line
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
+    assert [event.step for event in events.Scalars("train/control/grey")] == [0, 2, 3]
     in_tensorboard = {event.step: event.value for event in events.Scalars("eval/greedy_accuracy")}
     assert in_tensorboard == pytest.approx({line["step"]: line["eval/greedy_accuracy"] for line in lines})
 

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,25 +35,54 @@ def test_all_weights_train_by_default() -> None:
     assert len(trainable_names(model)) == len(list(model.parameters()))
     assert model.dtype == torch.float32
     counts = count_parameters(model)
-    assert all(trainable == total > 0 for trainable, total in counts.values())
-    assert sum(total for _, total in counts.values()) == sum(parameter.numel() for parameter in model.parameters())
+    assert all(size.trainable == size.total > 0 == size.adapters for size in counts.values())
+    assert sum(size.total for size in counts.values()) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_frozen_vision_freezes_tower_and_merger_and_nothing_else() -> None:
-    model = toy_model(freeze_vision=True)
-    assert all("visual" not in name for name in trainable_names(model))
-    counts = count_parameters(model)
-    assert counts["vision tower"][0] == counts["merger"][0] == 0
-    assert counts["language model"][0] == counts["language model"][1]
+# the beginnings of the names of each part's weights
+BEGINNINGS = {
+    "tower": ("model.visual.patch_embed.", "model.visual.blocks."),
+    "merger": ("model.visual.merger.",),
+    "language_model": ("model.language_model.", "lm_head."),
+}
 
 
-def test_lora_is_on_every_linear_layer_of_the_language_model_alone() -> None:
-    model = toy_model(use_lora=True, lora_rank=4)
-    names = trainable_names(model)
-    assert names and all("language_model" in name and "lora_" in name for name in names)
-    layers, linears_per_layer, matrices_each = 3, 7, 2
-    assert len(names) == layers * linears_per_layer * matrices_each
+@pytest.mark.parametrize("num_frozen", [1, 2, 3])
+def test_each_set_of_parts_freezes_its_weights_and_no_other(num_frozen: int) -> None:
+    for frozen in combinations(BEGINNINGS, num_frozen):
+        model = toy_model(freeze=frozen)
+        beginnings = tuple(beginning for part in frozen for beginning in BEGINNINGS[part])
+        for name, weight in model.named_parameters():
+            assert weight.requires_grad is not name.startswith(beginnings), (frozen, name)
+        assert {part for part, size in count_parameters(model).items() if size.trainable == 0} == set(frozen)
+
+
+@pytest.mark.parametrize("parts", [["Tower"], "tower", ["merger", "lm_head"]])
+def test_an_unknown_part_is_refused(parts: Any) -> None:
+    with pytest.raises(ValueError, match="wanted a collection of some of tower, merger, language_model; correct it"):
+        toy_model(freeze=parts)
+    with pytest.raises(ValueError, match="wanted a collection of some of language, vision, merger; correct it"):
+        toy_model(use_lora=True, lora_targets=parts)
+
+
+# layers of each kind in a block, in all blocks of the toy
+ADAPTED = {"language": (3 * 7, "language_model"), "vision": (2 * 5, "tower"), "merger": (2, "merger")}
+
+
+@pytest.mark.parametrize("targets", [subset for size in (1, 2, 3) for subset in combinations(ADAPTED, size)])
+def test_adapters_are_on_every_linear_layer_of_their_targets_and_nowhere_else(targets: tuple[str, ...]) -> None:
+    model = toy_model(use_lora=True, lora_rank=4, lora_targets=targets)
+    base = toy_model()
+    linear = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    wanted = {name for name in linear if any(name.startswith(BEGINNINGS[ADAPTED[target][1]]) for target in targets)}
+    assert len(wanted) == sum(ADAPTED[target][0] for target in targets)
+    found = trainable_names(model)
+    assert len(found) == 2 * len(wanted)
+    assert {name.removeprefix("base_model.model.").split(".lora_")[0] for name in found} == wanted
     assert all(4 in parameter.shape for name, parameter in model.named_parameters() if "lora_" in name)
+    sizes = count_parameters(model)
+    assert {part for part, size in sizes.items() if size.trainable} == {ADAPTED[target][1] for target in targets}
+    assert all(size.trainable == size.adapters for size in sizes.values())
 
 
 def test_half_precision_is_as_asked() -> None:

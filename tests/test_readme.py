@@ -16,6 +16,7 @@ from benchmarks.step_time_table import ROWS, markdown_table
 from fleet.ask import build_ask_parser
 from fleet.check_env import build_check_parser
 from fleet.command.evaluate_options import build_evaluate_parser, parse_evaluate_options
+from fleet.command.export_options import build_export_parser
 from fleet.command.options import build_parser, parse_options, resolve_options
 from fleet.command.parser import parse_flags
 from fleet.run.build.replay import build_replay_parser
@@ -82,9 +83,10 @@ def test_every_flag_in_the_text_exists() -> None:
     of_launcher = {"--config_file", "--num_machines", "--num_processes", "--machine_rank", "--main_process_ip",
                    "--main_process_port", "--mixed_precision", "--dynamo_backend"}  # fmt: skip
     of_others = {"--num_seeds", "--no-build-isolation", "--help", "--kind"}
-    of_vllm = {"--enable-scale-out", "--logprobs-mode", "--weight-transfer-config"}
+    of_vllm = {"--mm-processor-kwargs", "--enable-scale-out", "--logprobs-mode", "--weight-transfer-config"}
     of_benchmarks = {"--model_size", "--image_side_px"}
-    parsers = (build_parser(), build_evaluate_parser(), build_ask_parser(), build_check_parser(), build_replay_parser())
+    parsers = (build_parser(), build_evaluate_parser(), build_export_parser(), build_ask_parser(), build_check_parser(),
+               build_replay_parser())  # fmt: skip
     actions = [action for parser in parsers for action in parser._actions]
     known = (
         {flag for action in actions for flag in action.option_strings}
@@ -120,7 +122,7 @@ def test_default_values_in_the_flag_table_are_the_real_ones() -> None:
     assert len(plain) >= 6
     for name, text in plain.items():
         assert getattr(defaults, name) == yaml.safe_load(text), name
-    frozen, _ = resolve_options(parse_options(["--freeze_vision"]), has_bf16_gpu=False)
+    frozen, _ = resolve_options(parse_options(["--freeze", "tower,merger"]), has_bf16_gpu=False)
     cache_sizes = (frozen.vision_cache_mib, defaults.vision_cache_mib)
     assert rows["vision_cache_mib"] == "{} where vision is frozen, else {}".format(*cache_sizes)
 

@@ -23,11 +23,15 @@ QUICK = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "
          "--save_total_limit", "9"]  # fmt: skip
 TURNS = ["--env", str(REPOSITORY / "tests" / "turning_env.py") + ":LookAgainEnv", "--max_turns", "2", "--reward",
          str(REPOSITORY / "tests" / "length_reward.py") + ":score"]  # fmt: skip
+EVERY_PART = ["--use_lora", "--lora_targets", "language,vision,merger"]
 KINDS = {
     "full": (1, False, []),
     "lora": (1, False, ["--use_lora"]),
     "two-full": (2, False, []),
-    "frozen": (1, False, ["--freeze_vision"]),
+    "frozen": (1, False, ["--freeze", "tower,merger"]),
+    "vision-rate": (1, False, ["--freeze", "merger", "--vision_learning_rate", "1e-5"]),
+    "zero3-vision-rate": (2, True, [*EVERY_PART, "--vision_learning_rate", "1e-5"]),
+    "lora-everywhere": (1, False, EVERY_PART),
     "turns": (1, False, TURNS),
     "dynamic": (1, False, ["--dynamic_sampling", "3", "--num_rollouts", "2"]),
     "two-dynamic": (2, False, ["--dynamic_sampling", "2", "--num_rollouts", "2"]),
@@ -79,11 +83,14 @@ def seal(checkpoint: Path) -> None:
         ("lora", "1.4"),
         ("zero3-full", "1"),
         ("zero3-shards", "1.4"),
+        ("vision-rate", "1.4"),
         ("turns", "1.4"),
         ("dynamic", "1.4"),
         *(
             pytest.param(kind, "1.4", marks=FURTHER)
             for kind in (
+                "zero3-vision-rate",
+                "lora-everywhere",
                 "zero3-turns",
                 "two-dynamic",
                 "full",

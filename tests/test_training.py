@@ -28,7 +28,7 @@ from fleet.run.records import draw_curve, sample_table
 from fleet.run.watchdog import Watchdog
 from fleet.run_folder import read_jsonl
 from fleet.verdicts import Verdict
-from model_utils import generate_tool_call, load_qwen25_vl
+from model_utils import count_parameters, generate_tool_call, load_qwen25_vl
 from reward import reward_of
 from tests import HANG_S
 from tests.helpers import REPOSITORY, toy_dataset, toy_path
@@ -68,6 +68,8 @@ def test_a_run_leaves_its_records(uninterrupted: Path) -> None:
               "rollouts_per_s", "entropy", "grad_norm"}  # fmt: skip
     assert wanted <= lines[0].keys()
     config = json.loads((uninterrupted / "config.json").read_text())
+    # known at the end alone
+    assert config.pop("measured")["step_s"] > 0
     assert config["options"]["learning_rate"] == 1e-4 and config["options"]["train_steps"] == 4
     assert config["versions"]["trl"] and "commit" in config
     assert Image.open(uninterrupted / "curve.png").width > 600
@@ -153,6 +155,51 @@ def test_merged_weights_answer_as_the_adapter_does(tmp_path: Path) -> None:
     assert (logits[0] - logits[2]).abs().max() > 0.01
 
 
+def test_adapters_in_the_vision_side_train_merge_and_train_on_at_their_own_rate(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rates = ["--vision_learning_rate", "2e-3", "--lr_scheduler_type", "linear", "--train_steps", "2", "--use_lora"]
+    first = run(tmp_path / "first", *rates, "--lora_targets", "language,vision,merger", "--merge_lora")
+    assert [(line["learning_rate"], line["vision_learning_rate"]) for line in read_jsonl(first / "metrics.jsonl")] == [
+        (5e-4, 2e-3),
+        (2.5e-4, 1e-3),
+    ]
+    lines = capfd.readouterr().err.splitlines()
+    table = [
+        [cell.strip() for cell in line.split("│")] for line in lines if line.startswith(("tower", "merger", "lang"))
+    ]
+    base, rows = load_qwen25_vl(toy_path())[0], []
+    for part, of_part, rate in (
+        ("tower", "visual.blocks", "0.002"),
+        ("merger", "visual.merger", "0.002"),
+        ("language_model", "language_model.layers", "0.0005"),
+    ):
+        layers = [
+            module for name, module in base.named_modules() if of_part in name and hasattr(module, "out_features")
+        ]
+        # a factor of 16 rows behind a layer's inputs, one of 16 columns before its outputs
+        size = sum(16 * (layer.in_features + layer.out_features) for layer in layers)
+        rows.append([part, f"{size:,}", f"{count_parameters(base)[part].total + size:,}", f"{size:,}", rate])
+    assert table == rows
+    adapted, processor = load_qwen25_vl(str(first / "final"))
+    episode = toy_dataset().env.episode(0)
+    prompt = processor.apply_chat_template(list(episode.messages), tokenize=False, add_generation_prompt=True)
+    inputs = processor(
+        text=[prompt], images=[open_image(image, 56 * 56) for image in episode.images], return_tensors="pt"
+    )
+    logits = [model(**inputs).logits for model in (adapted, load_qwen25_vl(str(first / "final_merged"))[0], base)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    assert (logits[0] - logits[2]).abs().max() > 0.01
+
+    # an adapter's own config says that its vision side trains, so no features are kept
+    second = run(tmp_path / "second", *rates, "--model_id", str(first / "final"))
+    options = json.loads((second / "config.json").read_text())["options"]
+    assert options["vision_cache_mib"] == 0 and options["lora_targets"] is None
+    name = "adapter_model.safetensors"
+    before, after = final_weights(first, name), final_weights(second, name)
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("beta", ["0", "0.05"])
 def test_an_adapter_trains_on_and_is_its_own_reference(beta: str, tmp_path: Path) -> None:
     first = run(tmp_path / "first", "--use_lora", "--train_steps", "2", "--learning_rate", "1e-4")
@@ -211,6 +258,8 @@ BESIDE = {
     "vllm_server_port": ["--use_vllm", "--vllm_mode", "server"],
     "vllm_gpu_memory_utilization": ["--use_vllm"],
     "vllm_tensor_parallel_size": ["--use_vllm"],
+    "vllm_max_model_length": ["--use_vllm"],
+    "vllm_enable_sleep_mode": ["--use_vllm"],
 }
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 # flag, value, TRL's argument, its value
@@ -244,6 +293,8 @@ REACHES_TRL = [
     ("vllm_server_port", "9000", "vllm_server_port", 9000),
     ("vllm_gpu_memory_utilization", "0.5", "vllm_gpu_memory_utilization", 0.5),
     ("vllm_tensor_parallel_size", "2", "vllm_tensor_parallel_size", 2),
+    ("vllm_max_model_length", "2048", "vllm_max_model_length", 2048),
+    ("vllm_enable_sleep_mode", "true", "vllm_enable_sleep_mode", True),
     ("use_vllm", "true", "use_vllm", True),
     ("output_dir", "there", "output_dir", "there"),
     ("seed", "11", "seed", 11),
@@ -272,12 +323,12 @@ def test_warmup_reaches_trl() -> None:
 
 
 def test_flags_of_model_and_task_reach_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--freeze_vision", "--attn_implementation", "eager", "--reward_correct", "0.5", "--reward_valid_call",
-             "0.25", "--allow_reasoning", "--image_max_pixels", "1600",
+    flags = ["--freeze", "tower,merger", "--attn_implementation", "eager", "--reward_correct", "0.5",
+             "--reward_valid_call", "0.25", "--allow_reasoning", "--image_max_pixels", "1600",
              "--max_skipped_steps", "3", "--save_total_limit", "3", "--output_dir", str(tmp_path)]  # fmt: skip
     options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
     env = make_environment(options, options.seed)
-    run = PreparedRun(options, make_rloo_config(options), RunData(env), plan=None)
+    run = PreparedRun(options, make_rloo_config(options), RunData(env), plan=None, look=None)
     trainer, checkpoint = build_trainer(run, tmp_path, toy_path(), Watchdog(60, 0), None)
     assert checkpoint is None
     assert not any(weight.requires_grad for weight in trainer.model.model.visual.parameters())
@@ -335,7 +386,7 @@ def test_a_run_that_learns_nothing_is_told_so_once(tmp_path: Path, capfd: pytest
     # every completion is cut off in the middle of its call
     run(tmp_path / "run", "--train_steps", "24", "--max_completion_length", "8")
     shown = capfd.readouterr().err
-    assert shown.count("--max_completion_length") == 1
+    assert shown.count("raise --max_completion_length") == 1
     assert shown.count("step 20: ") == 1
 
 
@@ -359,7 +410,8 @@ def test_dry_run_checks_the_documented_32b_command_and_writes_nothing(tmp_path: 
     )
     page = (REPOSITORY / "docs" / "many_gpus.md").read_text()
     assert command.replace(" ", "") in page.replace(" ", "").replace("\\\n", "")
-    training.main([*command.split(), "--output_dir", str(tmp_path / "none"), "--dry_run"])
+    assumed = ["--assume_gpus", "8x80", "--assume_accelerate", str(REPOSITORY / "accelerate_config.yaml")]
+    training.main([*command.split(), "--output_dir", str(tmp_path / "none"), "--dry_run", *assumed])
     assert not (tmp_path / "none").exists()
 
 

@@ -27,6 +27,7 @@ def main(results: Path, argv: list[str]) -> None:
     batch = trainer.data_collator([trainer.train_dataset[0]] * trainer.num_generations)
     found = {
         "exit_code": code,
+        "room": trainer.vllm_generation.llm.model_config.max_model_len,
         "guard": expanded_prompt(trainer, batch),
         "media_drawn": media_drawn(trainer),
         **gaps_after_vision_changed(trainer, batch),

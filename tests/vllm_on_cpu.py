@@ -27,8 +27,8 @@ VARIABLES = {
 }
 
 
-def adapt_colocated() -> None:
-    """Plain linear layers and float32 for the vLLM of this process."""
+def adapt_colocated(dtype: str = "float32") -> None:
+    """Plain linear layers and this dtype for the vLLM of this process."""
     import torch
     from trl.generation import vllm_generation
     from vllm.model_executor.layers import linear, utils, vocab_parallel_embedding
@@ -39,7 +39,7 @@ def adapt_colocated() -> None:
     for module in (utils, linear, vocab_parallel_embedding):
         if hasattr(module, "dispatch_cpu_unquantized_gemm"):
             module.dispatch_cpu_unquantized_gemm = use_plain_linear
-    vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
+    vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype=dtype, enforce_eager=True)
 
 
 def adapt_server_client() -> None:

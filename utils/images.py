@@ -4,6 +4,7 @@ Owns the decoding rules (formats, EXIF rotation, RGB, limits) and the pixel budg
 fleet/command/image_check.py decides what becomes of a run's bad images.
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -37,6 +38,7 @@ UPRIGHT_BY_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SWAPPING_TURNS = tuple(UPRIGHT_BY_ORIENTATION[orientation] for orientation in (5, 6, 7, 8))
 
 
 class BadImage(ValueError):
@@ -62,6 +64,20 @@ def open_image(source: str | Path | Image.Image, max_pixels: int | None = None) 
         return picture.copy() if picture is source else picture
     with _regular_file(source) as file:
         return _decoded(file, printable(source), max_pixels)
+
+
+def image_size(source: str | Path | Image.Image) -> tuple[int, int]:
+    """(width, height) of the upright picture, from its header alone. Raises BadImage where `open_image` would by it."""
+    with contextlib.ExitStack() as stack:
+        image = source
+        if not isinstance(image, Image.Image):
+            file = stack.enter_context(_regular_file(image))
+            try:
+                image = Image.open(file, formats=known_formats())
+            except Exception as error:
+                raise BadImage(printable(source), "is no picture that is read", "replace it or remove it") from error
+        turn = UPRIGHT_BY_ORIENTATION.get(_orientation(image))
+        return image.size if turn not in SWAPPING_TURNS else (image.height, image.width)
 
 
 def known_formats() -> tuple[str, ...]:
@@ -198,13 +214,23 @@ def _extrema(strip: Image.Image) -> tuple[float, float]:
 
 
 def _shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
-    if max_pixels is None or image.width * image.height <= max_pixels:
-        return image
-    scale = math.sqrt(max_pixels / (image.width * image.height))
+    size = shrunk_size(image.size, max_pixels)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def shrunk_size(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
+    """(width, height) of a picture of this size once it is shrunk to at most `max_pixels`, as `open_image` does it.
+
+    >>> shrunk_size((1000, 500), 50_000)
+    (316, 158)
+    """
+    if max_pixels is None or size[0] * size[1] <= max_pixels:
+        return size
+    scale = math.sqrt(max_pixels / (size[0] * size[1]))
     # a long side rounded against a short one of few pixels could pass the aspect ratio or the budget
-    short = max(1, math.floor(min(image.size) * scale))
-    long = min(math.floor(max(image.size) * scale), short * (MAX_ASPECT_RATIO - 1), max_pixels // short)
-    return image.resize((long, short) if image.width >= image.height else (short, long), Image.Resampling.BICUBIC)
+    short = max(1, math.floor(min(size) * scale))
+    long = min(math.floor(max(size) * scale), short * (MAX_ASPECT_RATIO - 1), max_pixels // short)
+    return (long, short) if size[0] >= size[1] else (short, long)
 
 
 def name_of_picture(digest: bytes) -> str:

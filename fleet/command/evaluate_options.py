@@ -27,6 +27,7 @@ from fleet.command.options import PATH_FLAGS, ResolvedDefault, fill_in, refuse_n
 from fleet.command.parser import as_arguments, as_seen_from, flag, make_parser, parse_flags, replace_default, user_path
 from fleet.errors import UsageError
 from fleet.model_folder.files import read_json
+from fleet.run_folder import CONFIG_NAME, RUN_CONFIG_NAME
 
 
 # fmt: off
@@ -139,14 +140,22 @@ def resolve_evaluate_options(
 
 
 def run_config(model_id: str) -> dict[str, Any]:
-    """The config.json of the run that left this folder (a checkpoint or final/); empty for any other model."""
+    """The config.json of the run that left this folder (a checkpoint, final/ or an export); empty for any other model.
+
+    An export's own has no paths of the machine, so beside its run the run's is taken. Its weights have all their bits.
+    """
     folder = Path(model_id).resolve()
-    for path in (folder / "run_config.json", folder.parent / "config.json"):
-        if folder.is_dir() and path.is_file():
-            config = read_json(path)
-            if isinstance(config.get("options"), dict):
-                return config
-    return {}
+    own, beside = (_config_in(path) for path in (folder / RUN_CONFIG_NAME, folder.parent / CONFIG_NAME))
+    if not folder.is_dir():
+        return {}
+    if "export" in own and own.get("run_id") == beside.get("run_id"):
+        return beside | {"options": beside["options"] | {"load_in_4bit": False}}
+    return own or beside
+
+
+def _config_in(path: Path) -> dict[str, Any]:
+    config = read_json(path) if path.is_file() else {}
+    return config if isinstance(config.get("options"), dict) else {}
 
 
 def run_options(model_id: str) -> dict[str, Any]:

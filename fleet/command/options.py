@@ -22,6 +22,7 @@ from fleet.command.training_flags import (
     TrainedPartFlags,
 )
 from fleet.errors import UsageError, refused
+from fleet.model_folder.parts import PARTS
 from reward import RewardWeights
 
 
@@ -155,9 +156,11 @@ def refuse_contradictions(options: Options) -> None:
         (per_generation and per_generation % accumulation,
          f"steps_per_generation={per_generation} is not a multiple of gradient_accumulation_steps={accumulation}, so a "
          "step would mix two generations; make it one"),
+        (len(options.frozen_parts) == len(PARTS) and not options.use_lora,
+         f"freeze={options.freeze} leaves nothing to train; name fewer parts, or pass --use_lora true in its place"),
         (options.load_in_4bit and not options.use_lora,
          "load_in_4bit=true, but 4-bit weights do not train themselves; add --use_lora true"),
-        (options.eval_steps and options.eval_seed == options.seed,
+        ((options.eval_steps or options.control_steps) and options.eval_seed == options.seed,
          f"eval_seed={options.eval_seed} is the run's own seed, so it would be evaluated on its training episodes; "
          "pass another --eval_seed"),
         (options.resume and options.overwrite,

@@ -48,21 +48,24 @@ def require_output_dir(run: RunFlags, paths_read: Mapping[str, str] = MappingPro
         require_can_be_emptied(folder, paths_read, overwrite=run.overwrite)
 
 
-def require_can_be_made(folder: Path, words: str) -> None:
-    """Raises UsageError unless there is a folder to write to, or one can be made. words: name it, for the message."""
+def require_can_be_made(folder: Path, words: str, flag: str = "output_dir") -> None:
+    """Raises UsageError unless there is a folder to write to, or one can be made.
+
+    words, flag: name it, for the message.
+    """
     try:
         kind = kind_of(folder)
         astray = next((path for path in folder.parents if kind_of(path) == "a link to nothing"), None)
         nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     except (OSError, ValueError, RuntimeError) as error:
         # a name that is too long, a link in a circle, a zero byte
-        raise UsageError(f"{words} is not a valid folder ({reason_of(error)}); pass another --output_dir") from error
+        raise UsageError(f"{words} is not a valid folder ({reason_of(error)}); pass another --{flag}") from error
     if kind not in (None, "a folder"):
-        raise UsageError(f"{words} is {kind}; pass a folder as --output_dir")
+        raise UsageError(f"{words} is {kind}; pass a folder as --{flag}")
     if astray is not None:
-        raise UsageError(f"{words} lies in {astray}, a link to nothing; mount it, or pass another --output_dir")
+        raise UsageError(f"{words} lies in {astray}, a link to nothing; mount it, or pass another --{flag}")
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UsageError(f"{words}: {nearest} is not a folder to write to; pass another --output_dir")
+        raise UsageError(f"{words}: {nearest} is not a folder to write to; pass another --{flag}")
 
 
 def require_right_kinds(folder: Path) -> None:

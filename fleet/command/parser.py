@@ -8,6 +8,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -23,6 +24,8 @@ from utils.tool_calls import object_with_unique_keys
 MAX_VALUE_LENGTH = 4096  # Linux takes no longer path
 MAX_HELP_WIDTH = 110
 MAX_REASON_LENGTH = 300
+# a flag that is no more: the flag and the value that do what it did
+SUCCESSORS = {"freeze_vision": ("freeze", "tower,merger")}
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,15 @@ def true_false_or_auto(text: str) -> bool | str:
     return "auto" if text.lower() == "auto" else true_or_false(text)
 
 
+def assumed_gpus(text: str) -> str:
+    """Text such as 8x80 or 8x80:H100: how many GPUs, GiB of each, and a name. Raises ArgumentTypeError for other."""
+    if re.fullmatch(r"[1-9][0-9]{0,4}x[0-9]{1,4}(\.[0-9]{1,3})?(:[A-Za-z0-9 ._-]{1,40})?", text) is None:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted the number of GPUs and GiB of each, as 8x80, or 8x80:H100 with a name"
+        )
+    return text
+
+
 def index_or_none(text: str) -> int | None:
     """An index from 0 up, or None for the word none."""
     if text.lower() == "none":
@@ -186,6 +198,28 @@ def json_object(text: str) -> str:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"got a {type(value).__name__}, wanted an object; pass '{{\"side\": 3}}'")
     return json.dumps(value, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class SomeOf:
+    """The text of a set of these words, with commas between them and in this order. or_none: none is a value, None.
+
+    >>> SomeOf(("tower", "merger"))("merger,tower")
+    'tower,merger'
+    """
+
+    words: tuple[str, ...]
+    or_none: bool = False
+
+    def __call__(self, text: str) -> str | None:
+        """The value of the flag. Raises ArgumentTypeError for another word."""
+        if self.or_none and text.lower() == "none":
+            return None
+        given = {word.strip() for word in text.split(",")}
+        if not given <= set(self.words):
+            wanted = f"{','.join(self.words)}{', or none' * self.or_none}"
+            raise argparse.ArgumentTypeError(f"got {text[:60]!r}, wanted some of {wanted}")
+        return ",".join(word for word in self.words if word in given)
 
 
 def as_flag_value(value: Any) -> str:
@@ -227,6 +261,9 @@ def _flags_in(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str,
 
 
 def _nearest(name: str, known: list[str]) -> str:
+    successor, value = SUCCESSORS.get(name.lstrip("-"), ("", ""))
+    if successor in [flag.lstrip("-") for flag in known]:
+        return f": pass --{successor} {value}"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {near[0]}?" if near else ""
 
@@ -261,6 +298,8 @@ def _flags_in_file(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any
         if isinstance(value, dict) and by_dest[key].type is json_object:
             # numbers are numbers there
             settings[key] = json.dumps(yaml.safe_load(content)[key])
+        elif isinstance(value, list) and isinstance(by_dest[key].type, SomeOf):
+            settings[key] = ",".join(map(str, value))
         elif isinstance(value, (dict, list)):
             raise UsageError(f"config file {path}: {key} is a {type(value).__name__}, wanted one value")
     with refused(UsageError, before=f"config file {path}: "):

@@ -27,6 +27,7 @@ from fleet.errors import UsageError, one_line, refused
 from fleet.model_folder.files import (
     ADAPTER_CONFIG_NAME,
     base_of,
+    holds_shards,
     is_adapter,
     read_json,
     require_regular_files,
@@ -121,8 +122,11 @@ def require_consistent_launch(launch_variables: Mapping[str, str]) -> None:
         )
 
 
-def require_model(model_id: str, flag: str = "model_id") -> None:
-    """Raises UsageError unless `model_id`, which `flag` named, is a Qwen2.5-VL's folder, a hub id or toy."""
+def require_model(model_id: str, flag: str = "model_id", *, takes_shards: bool = False) -> None:
+    """Raises UsageError unless `model_id`, which `flag` named, is a Qwen2.5-VL's folder, a hub id or toy.
+
+    takes_shards: the weights may be ZeRO-3's shards, which nothing but export.py reads.
+    """
     folder = Path(model_id)
     if model_id == TOY_MODEL_ID:
         return
@@ -158,6 +162,13 @@ def require_model(model_id: str, flag: str = "model_id") -> None:
     for pattern, what in (("*.safetensors", "weights"), ("preprocessor_config.json|processor_config.json", "processor"),
                           ("tokenizer.json|vocab.json", "tokenizer")):  # fmt: skip
         if not any(any(folder.glob(name)) for name in pattern.split("|")):
+            if what == "weights" and holds_shards(folder):
+                if takes_shards:
+                    continue
+                raise UsageError(
+                    f"{flag}={model_id} holds ZeRO-3 shards, as the accelerate file has zero3_save_16bit_model: false; "
+                    f"make a model of them (python export.py {model_id}), and pass that"
+                )
             raise UsageError(f"model folder {folder} has no {what} ({pattern}); copy it there from the original model")
     require_whole_folder(folder)
     require_whole_weights(folder)

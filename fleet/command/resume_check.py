@@ -22,6 +22,14 @@ def resumes(run: RunFlags) -> bool:
     return is_run_folder(Path(str(run.output_dir))) if run.resume == "auto" else bool(run.resume)
 
 
+def recorded_checkpointing(run: RunFlags, given: bool | str | None) -> bool | str | None:
+    """--gradient_checkpointing as a resumed run has recorded it, where nothing else was given: it stays as it was."""
+    if not run.resume or given not in (None, "auto"):
+        return given
+    recorded = read_json(Path(str(run.output_dir)) / CONFIG_NAME).get("options", {}).get("gradient_checkpointing")
+    return recorded if isinstance(recorded, bool) else given
+
+
 def require_same_run(run: RunFlags, now: Mapping[str, Any], idle: Collection[str], num_processes: int) -> None:
     """Raises UsageError if a resumed run has other flags or processes. now: all flags. idle: those without a part."""
     if not run.resume:

@@ -1,9 +1,13 @@
 """The flags that training alone has, each declared once, as in flags.py."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fleet.command.flags import A_SEED, A_SHARE, ABOVE_0, AT_LEAST_0, AT_LEAST_1, BELOW_1, Case, ModelFlags, by_model
-from fleet.command.parser import Bound, flag, true_false_or_auto, user_path
+from fleet.command.parser import Bound, SomeOf, assumed_gpus, flag, true_false_or_auto, user_path
+from fleet.errors import UsageError
+from fleet.model_folder.files import ADAPTER_CONFIG_NAME, is_adapter, read_json
+from fleet.model_folder.parts import LANGUAGE_MODEL, LORA_TARGETS, PARTS, VISION_PARTS, parts_of_adapter
 from fleet.schedule import optimizer_steps_per_generation
 
 LORA_RATE = by_model(toy=(5e-4, "LoRA on the toy model"), real=(1e-5, "LoRA: ten times a full fine-tune's"))
@@ -16,11 +20,24 @@ FULL_RATE = by_model(
 
 def default_vision_cache(case: Case) -> tuple[int, str]:
     """(MiB, reason) of --vision_cache_mib."""
-    if not (case.options.freeze_vision or case.options.use_lora):
+    if case.options.trained_parts & VISION_PARTS:
         return 0, "vision trains, so features change"
     if not case.options.shared_prefix:
         return 0, "TRL's own passes take no features"
     return 2048, "vision is frozen: features keep"
+
+
+def default_control_steps(case: Case) -> tuple[int, str]:
+    """(optimizer steps, reason) of --control_steps."""
+    every = case.options.eval_steps
+    return every, "evaluation has the answers" if every else "nothing is evaluated"
+
+
+def default_control_episodes(case: Case) -> tuple[int, str]:
+    """(episodes, reason) of --control_episodes."""
+    if case.options.control_steps is None:
+        return case.options.eval_episodes, "those of evaluation"
+    return 32, "few, so that a point is cheap"
 
 
 # fmt: off
@@ -28,7 +45,12 @@ def default_vision_cache(case: Case) -> tuple[int, str]:
 class TrainedPartFlags(ModelFlags):
     """The parts of the model that train, and those that are frozen."""
 
-    use_lora: bool = flag(False, "train LoRA adapters on the language model, not all weights")
+    freeze: str | None = flag(None, "parts to keep as they are, of tower, merger (both are the vision side) and "
+        "language_model, with commas between them", "none", metavar="PARTS", parse=SomeOf(PARTS, or_none=True))
+    use_lora: bool = flag(False, "train LoRA adapters alone, not the model's own weights")
+    lora_targets: str = flag("language", "parts whose linear layers get adapters, of language, vision (its tower) and "
+        "merger, with commas between them", "as pictures are then encoded once", metavar="PARTS",
+        parse=SomeOf(tuple(LORA_TARGETS)))
     lora_rank: int = flag(16, "rank of new adapters",
         bounds=(AT_LEAST_1, Bound("at most 8,192", lambda value: value <= 8192)))  # the width of the widest model
     lora_alpha: int = flag(32, "scale of new adapters", "twice the rank", bounds=(AT_LEAST_1,))
@@ -36,11 +58,28 @@ class TrainedPartFlags(ModelFlags):
         metavar="P", bounds=(AT_LEAST_0, BELOW_1))
     merge_lora: bool = flag(False, "also write the base model with the adapters merged in, as final_merged/",
         may_change=True)
-    freeze_vision: bool = flag(False, "keep the vision tower and its merger as they are, as --use_lora does")
     vision_cache_mib: int | None = flag(None, "host memory per process for features of images, each of which is then "
         "encoded once while it is held, in MiB; 0 keeps none",
-        "2048 where vision is frozen, as with LoRA; else 0, as features change", bounds=(AT_LEAST_0,), may_change=True,
-        default_of=default_vision_cache)
+        "2048 where tower and merger are frozen, as with LoRA on the language model; else 0, as features change",
+        bounds=(AT_LEAST_0,), may_change=True, default_of=default_vision_cache)
+
+    @property
+    def frozen_parts(self) -> frozenset[str]:
+        """The parts of the model that --freeze names."""
+        return frozenset() if self.freeze is None else frozenset(self.freeze.split(","))
+
+    @property
+    def trained_parts(self) -> frozenset[str]:
+        """The parts of the model in which a weight trains, an adapter's included."""
+        if not self.use_lora:
+            return frozenset(PARTS) - self.frozen_parts
+        if not is_adapter(self.model_id):
+            return frozenset(LORA_TARGETS[word][0] for word in self.lora_targets.split(","))
+        try:
+            return parts_of_adapter(read_json(Path(self.model_id) / ADAPTER_CONFIG_NAME))
+        except UsageError:
+            # the checks of the model's files refuse it, on all processes
+            return frozenset({LANGUAGE_MODEL})
 
 
 @dataclass(frozen=True)
@@ -81,6 +120,8 @@ class RLOOFlags:
     learning_rate: float | None = flag(None, "AdamW's",
         "1e-4 for the toy, 2e-4 where it must look, 5e-4 with LoRA; else 1e-6, 1e-5 with LoRA", bounds=(ABOVE_0,),
         trl=True, default_of=lambda case: (LORA_RATE if case.options.use_lora else FULL_RATE)(case))
+    vision_learning_rate: float | None = flag(None, "AdamW's for the vision side, its tower and merger; the schedule "
+        "scales both", "learning_rate", bounds=(ABOVE_0,))
     lr_scheduler_type: str = flag("constant", "learning-rate schedule: constant, constant_with_warmup, linear or "
         "cosine", "so that a longer run begins like a shorter one", metavar="NAME",
         choices=("constant", "constant_with_warmup", "linear", "cosine"), trl=True)
@@ -97,9 +138,10 @@ class RLOOFlags:
         "as one odd batch passes and a broken model or reward does not", bounds=(AT_LEAST_1,), may_change=True)
     normalize_advantages: bool = flag(False, "scale advantages to unit deviation over the batch", trl=True)
     mask_truncated_completions: bool = flag(False, "train on no completion that hit the length limit", trl=True)
-    gradient_checkpointing: bool | None = flag(None, "recompute activations to save memory",
-        "false for the toy, else true", trl=True,
-        default_of=by_model(toy=(False, "the toy model"), real=(True, "memory before speed for a real model")))
+    gradient_checkpointing: bool | str | None = flag(None, "recompute activations to save memory; auto: where the "
+        "memory that is predicted does not fit on the GPU without it, which is a quarter slower",
+        "false for the toy, else auto", metavar="true|false|auto", parse=true_false_or_auto,
+        default_of=by_model(toy=(False, "the toy model"), real=("auto", "only where memory needs it")))
 
     @property
     def optimizer_steps_per_generation(self) -> int:
@@ -125,6 +167,16 @@ class GenerationFlags:
     vllm_gpu_memory_utilization: float = flag(0.3, "share of the GPU that colocated vLLM takes, 0 to 1", metavar="P",
         bounds=(A_SHARE,), trl=True, may_change=True)
     vllm_tensor_parallel_size: int = flag(1, "GPUs per colocated vLLM", bounds=(AT_LEAST_1,), trl=True)
+    vllm_max_model_length: int | None = flag(None, "tokens that colocated vLLM has room for, of a prompt and its "
+        "completion together", "max_completion_length and half as much again as the longest of the first 256 prompts",
+        bounds=(AT_LEAST_1,), trl=True, may_change=True)
+    vllm_enable_sleep_mode: bool = flag(False, "give back the GPU memory of colocated vLLM while the trainer computes",
+        "as waking takes time each generation", trl=True, may_change=True)
+    rollout_correction: str = flag("truncate", "weight each rollout by its probability under the trainer over that "
+        "under vLLM, both with the same temperature and top_p, and truncate the weights; or none",
+        "as a gradient from other probabilities than the trainer's is biased", choices=("truncate", "none"))
+    rollout_correction_cap: float = flag(2.0, "the largest weight of a rollout", "it counts for two at most",
+        bounds=(AT_LEAST_1,))
     vllm_max_logprob_gap: float = flag(0.1, "how far the log-probabilities of vLLM and of the trainer may be apart, "
         "on average over the tokens of the first generation, in nats, before the run stops; 16-bit rounding gives "
         "0.01, other prompts 0.3", bounds=(ABOVE_0,), may_change=True)
@@ -136,6 +188,16 @@ class EvaluationFlags:
 
     eval_steps: int = flag(0, "optimizer steps between evaluations, the first before training, the last at its end; 0 "
         "for none", bounds=(AT_LEAST_0,), may_change=True)
+    control_steps: int | None = flag(None, "optimizer steps between points of the look curve: a few held-out episodes "
+        "with true, grey and swapped pictures show if the model looks; the first before training, the last at its end; "
+        "0 for none", "eval_steps, as evaluation has the answers already", bounds=(AT_LEAST_0,), may_change=True,
+        default_of=default_control_steps)
+    control_episodes: int | None = flag(None, "held-out episodes of the look curve, the same each time",
+        "eval_episodes without control_steps, else 32, which are quickly answered", bounds=(AT_LEAST_1,),
+        default_of=default_control_episodes)
+    stop_if_blind: str = flag("warn", "what the run does when accuracy on the look curve rises and rises as much with "
+        "every picture grey: warn once, save and stop, or none", "as a leak may be known and wanted",
+        choices=("none", "warn", "stop"), may_change=True)
     keep_best: bool = flag(False, "also keep the checkpoint with the best held-out accuracy; needs eval_steps",
         may_change=True)
 
@@ -170,5 +232,10 @@ class RunFlags:
     step_timeout_s: float = flag(1800.0, "seconds without progress (a generation, a call of rewards, a pass, a save) "
         "after which the run ends with the reason instead of hanging", "beyond the slowest of these", metavar="S",
         bounds=(Bound("at least 10 seconds", lambda value: value >= 10),), may_change=True)
-    dry_run: bool = flag(False, "check everything, print the resolved run, and stop before any weight loads",
-        may_change=True)
+    dry_run: bool = flag(False, "check everything, print what the run needs and whether it fits, and stop before any "
+        "weight loads; exit code 2 if it does not", may_change=True)
+    assume_gpus: str | None = flag(None, "with dry_run: answer for so many GPUs of so many GiB, as 8x80, or 8x80:H100 "
+        "with a name", "this machine", metavar="NxGIB", parse=assumed_gpus, may_change=True)
+    assume_accelerate: str | None = flag(None, "with dry_run: answer for a launch with this accelerate file", "the "
+        "launch as it is", metavar="FILE", parse=user_path, may_change=True)
+    json: bool = flag(False, "with dry_run: print the answer as one JSON object", may_change=True)

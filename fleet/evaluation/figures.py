@@ -54,14 +54,21 @@ class EvaluationPlan:
     prompt_style: str = "direct"
     max_pixels: int | None = None  # budget of one image, which changed pictures keep to as well
     max_turns: int = 1
+    controls: tuple[Control, ...] = tuple(Control)  # that are asked for, where the environment has them
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures as a JSON document (docs/evaluation.schema.json); True for each greedy answer that is right."""
+    """The figures as a JSON document (docs/evaluation.schema.json), and what was answered to which episode.
+
+    is_right: for each of the episodes, True for a greedy answer that is right. hits: by control, for each of the
+    episodes, True for a hit, None where the episode has no such change.
+    """
 
     document: dict[str, Any]
+    episodes: tuple[Episode, ...]
     is_right: tuple[bool, ...]
+    hits: Mapping[Control, tuple[bool | None, ...]]
 
 
 def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
@@ -79,15 +86,8 @@ def evaluate(policy: Policy, plan: EvaluationPlan, model: str) -> Evaluation:
 def _judged(policy: Policy, plan: EvaluationPlan, model: str, answers: list[Answers]) -> Evaluation:
     verdicts = [_judge(said.greedy, episode, plan) for said, episode in zip(answers, plan.episodes, strict=True)]
     offered = offered_controls(plan)
-    hits: dict[Control, list[bool]] = {control: [] for control in Control}
-    for start in range(0, len(verdicts), CHANGED_AT_A_TIME):
-        numbered = enumerate(verdicts[start : start + CHANGED_AT_A_TIME], start)
-        changes = [change for number, verdict in numbered for change in _changes(plan, number, verdict, offered)]
-        said_to_changes = policy([change.episode for _, change in changes], 0)
-        for (control, change), said in zip(changes, said_to_changes, strict=True):
-            verdict = _judge(said.greedy, change.episode, plan)
-            is_hit = verdict.is_right if change.expected is None else verdict.call == change.expected
-            hits[control].append(is_hit)
+    hits = _hits_of_controls(policy, plan, verdicts, offered)
+    found = {control: [hit for hit in of_control if hit is not None] for control, of_control in hits.items()}
     is_right = tuple(verdict.is_right for verdict in verdicts)
     document = {
         "schema_version": EVALUATION_SCHEMA_VERSION,
@@ -102,12 +102,31 @@ def _judged(policy: Policy, plan: EvaluationPlan, model: str, answers: list[Answ
         **_figures_of_answers(plan, verdicts),
         **_figures_of_samples(answers, plan),
         "controls": {
-            str(control): share(sum(found), len(found)).as_json() if control in offered else None
-            for control, found in hits.items()
+            str(control): share(sum(found[control]), len(found[control])).as_json() if control in offered else None
+            for control in Control
         },
         "baseline": None,
     }
-    return Evaluation(document, is_right)
+    return Evaluation(document, plan.episodes, is_right, hits)
+
+
+def _hits_of_controls(
+    policy: Policy, plan: EvaluationPlan, verdicts: Sequence[Verdict], offered: Sequence[Control]
+) -> dict[Control, tuple[bool | None, ...]]:
+    """Evaluation.hits. verdicts: on the answers to the episodes as they are."""
+    hits: dict[Control, list[bool | None]] = {control: [None] * len(verdicts) for control in Control}
+    for start in range(0, len(verdicts), CHANGED_AT_A_TIME):
+        changes = [
+            (number, *change)
+            for number, verdict in enumerate(verdicts[start : start + CHANGED_AT_A_TIME], start)
+            for change in _changes(plan, number, verdict, offered)
+        ]
+        said_to_changes = policy([change.episode for *_, change in changes], 0)
+        for (number, control, change), said in zip(changes, said_to_changes, strict=True):
+            verdict = _judge(said.greedy, change.episode, plan)
+            is_hit = verdict.is_right if change.expected is None else verdict.call == change.expected
+            hits[control][number] = is_hit
+    return {control: tuple(of_control) for control, of_control in hits.items()}
 
 
 def with_baseline(evaluation: Evaluation, baseline: Evaluation) -> Evaluation:
@@ -118,11 +137,20 @@ def with_baseline(evaluation: Evaluation, baseline: Evaluation) -> Evaluation:
 
 
 def offered_controls(plan: EvaluationPlan) -> list[Control]:
-    """The controls that the environment has, as its first episode with its gold answer shows."""
+    """Those of the plan's controls that the environment has, as its first episode with its gold answer shows."""
     first = controls.with_pictures_opened(plan.episodes[0], plan.max_pixels)
     call = _gold(plan, first)
     rng = random.Random(f"controls/{plan.seed}")
-    return [control for control in Control if controls.checked_edit(plan.env, first, control, call, rng) is not None]
+    return [
+        control for control in plan.controls if controls.checked_edit(plan.env, first, control, call, rng) is not None
+    ]
+
+
+def level_without_looking(plan: EvaluationPlan) -> float:
+    """The share of the plan's episodes that chance, or always the same answer, gets right: the larger of the two."""
+    chances = [chance_of(plan.env, episode) or 0.0 for episode in plan.episodes]
+    rights = Counter(str(_gold(plan, episode)) for episode in plan.episodes)
+    return max(sum(chances), rights.most_common(1)[0][1]) / len(plan.episodes)
 
 
 def headline_figures(document: dict[str, Any]) -> dict[str, float]:
@@ -177,13 +205,14 @@ def _changes(
     plan: EvaluationPlan, number: int, verdict: Verdict, offered: Sequence[Control]
 ) -> Iterator[tuple[Control, Edited]]:
     """Each change of an episode; things move only around one that was picked by a valid call."""
-    rng = random.Random(f"controls/{plan.seed}/{number}")
     episode = controls.with_pictures_opened(plan.episodes[number], plan.max_pixels)
     # a change for which any call will do takes the gold answer
     call = verdict.call if verdict.call is not None and verdict.is_valid_call else None
     for control in controls.OF_EVERY_ANSWER + (() if call is None else controls.OF_A_VALID_CALL):
         if control in offered:
             given = call or _gold(plan, episode)
+            # of its own, so that a change is the same whichever others are asked for
+            rng = random.Random(f"controls/{plan.seed}/{number}/{control}")
             if (change := controls.checked_edit(plan.env, episode, control, given, rng)) is not None:
                 yield control, change
 

@@ -58,23 +58,24 @@ def make_plan(
     num_samples: int = 0,
     ks: tuple[int, ...] = (),
     prompt_style: str | None = None,
+    num_episodes_flag: str = "eval_episodes",
 ) -> EvaluationPlan:
     """The evaluation that the flags ask for, on episodes that none of these runs draws.
 
-    skipped_images, drawn_images: as for
-    make_environment. prompt_style: the prompt, with the parser that accepts text before the call; None takes prompt
-    and parser from the flags. Raises UsageError if the folder holds too few unseen episodes, or an environment fails.
+    skipped_images, drawn_images: as for make_environment. prompt_style: the prompt, with the parser that accepts text
+    before the call; None takes prompt and parser from the flags. num_episodes_flag: has the number of episodes.
+    Raises UsageError if the folder holds too few unseen episodes, or an environment fails.
     """
     reasons = held_out.allow_reasoning if prompt_style is None else prompt_style == "reasoning"
     images = {"skipped_images": skipped_images, "drawn_images": drawn_images}
     env = make_environment(replace(held_out, allow_reasoning=reasons), held_out.eval_seed, **images)
-    named = f"env={held_out.env}: "
+    named, num_episodes = f"env={held_out.env}: ", getattr(held_out, num_episodes_flag)
     with (
-        refused(TooFewEpisodes, before=f"eval_episodes={held_out.eval_episodes}: "),
+        refused(TooFewEpisodes, before=f"{num_episodes_flag}={num_episodes}: "),
         refused(BrokenEpisode, before=named),
         refused(BadImage, OSError, before=f"{named}a held-out episode cannot be drawn (", after=")"),
     ):
-        episodes, num_passed_over = draw_held_out(env, held_out.eval_episodes, chain.from_iterable(runs))
+        episodes, num_passed_over = draw_held_out(env, num_episodes, chain.from_iterable(runs))
     return EvaluationPlan(
         env=env,
         episodes=tuple(episodes),

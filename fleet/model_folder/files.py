@@ -20,6 +20,11 @@ def is_adapter(model_id: str) -> bool:
     return (Path(model_id) / ADAPTER_CONFIG_NAME).is_file()
 
 
+def holds_shards(folder: Path) -> bool:
+    """True if DeepSpeed has left the weights of ZeRO-3 here, a file of each process's share."""
+    return any(folder.glob("global_step*/*_optim_states.pt"))
+
+
 def base_of(model_id: str) -> str:
     """The model whose weights are opened: an adapter's base, else the model itself. Raises as read_json."""
     if not is_adapter(model_id):

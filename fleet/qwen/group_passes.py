@@ -14,7 +14,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dataset import EpisodeBatch
-from fleet.qwen.edge_scores import edge_scores
+from fleet.qwen.edge_scores import Nucleus, Scores, scores_of
 from fleet.qwen.flops import WorkComparison
 from fleet.qwen.observations import Picture
 from fleet.qwen.token_tree import Prompts, TokenTree, ancestry_mask
@@ -169,11 +169,17 @@ def as_model_mask(sees: Tensor, attention: str) -> Tensor:
 
 
 def score_tree(
-    model: nn.Module, tree: TokenTree, images: dict[str, Any], attention: str, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of each edge's token, (P, K) float32 each, from one forward pass.
+    model: nn.Module,
+    tree: TokenTree,
+    images: dict[str, Any],
+    attention: str,
+    temperature: float,
+    nucleus: Nucleus | None = None,
+) -> Scores:
+    """The scores of each edge's token, (P, K) each, from one forward pass.
 
-    The arguments are tree_logits'. temperature: of the distribution.
+    The arguments are tree_logits'. temperature: of the distribution. nucleus: of the sampler whose log-probabilities
+    are asked for too.
     """
     logits_PKV = tree_logits(model, tree, tree.edge_slot_PK, images, attention)
-    return edge_scores(logits_PKV, tree.edge_token_PK, temperature)
+    return scores_of(logits_PKV, tree.edge_token_PK, temperature, nucleus)

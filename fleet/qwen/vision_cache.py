@@ -1,7 +1,9 @@
 """Features of the images that a frozen vision tower has seen, kept in host memory for the whole run.
 
 Owns what is kept and for how long. Knows an image by a digest of its pixels, so nothing goes stale while the vision
-side is frozen. Asks for one image at a time, so that a resumed run, whose cache is empty, gets the same bits.
+side is frozen. Where the merger alone trains nothing is kept: the tower's own output is wider than features, and a
+frozen tower has no backward pass. Asks for one image at a time, so that a resumed run, whose cache is empty, gets the
+same bits.
 """
 
 from collections import OrderedDict
@@ -23,7 +25,7 @@ class VisionCache:
         if not vision_is_frozen(model):
             raise ValueError(
                 "image features cannot be kept while the vision tower, its merger or an adapter in them trains; "
-                "pass --freeze_vision true or --vision_cache_mib 0"
+                "pass --freeze tower,merger or --vision_cache_mib 0"
             )
         self.max_bytes, self.num_bytes = max_bytes, 0
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()

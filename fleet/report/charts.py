@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fleet.evaluation.figures import estimate_at
+from fleet.evaluation.intervals import share
 from fleet.report.rollouts import spread
 from fleet.report.tables import Document, Level, percent
 from fleet.run_folder import finite
@@ -41,6 +42,16 @@ LINE_CHARTS = (
     ("kl", "KL to the reference", "nats per token"),
     (LENGTH_KEY, "Completion length", "tokens"),
     ("step_time_s", "Step time", "seconds"),
+)
+# figure, the number of its episodes, words, colour
+LOOK_LINES = (
+    ("control/true", "control/episodes", "right, true pictures", "accent"),
+    ("control/swapped", "control/swapped_episodes", "follows a swapped picture", "good"),
+    ("control/grey", "control/episodes", "right, every picture grey", "held-out"),
+)
+LOOK_MEANING = (
+    "A model that looks is right on true pictures, near chance on grey ones, and follows a picture that trades places. "
+    "Where the grey line rises along, the answer leaks into something else than the pictures."
 )
 STYLE = {
     "svg.fonttype": "none",
@@ -116,6 +127,7 @@ def draw_charts(
     """
     stepped = [document for document in evaluations if document.get("step") is not None]
     charts = [_line(metrics, "reward", "Reward", "mean per rollout"), _accuracy(metrics, stepped, levels)]
+    charts.append(_look_curve(metrics, levels))
     outcomes = Stack("Outcomes", "outcome/", dict.fromkeys(sorted(rights), "good") | OUTCOME_COLOURS)
     charts += [_stacked(metrics, stack) for stack in (outcomes, *STACKS)]
     charts += [_line(metrics, key, title, unit) for key, title, unit in LINE_CHARTS]
@@ -168,13 +180,51 @@ def _accuracy(metrics: Metrics, evaluations: Sequence[Document], levels: Sequenc
         axes.plot([step], [found.value], "o", color=SENTINELS["held-out"], markersize=5, clip_on=False, zorder=5)
     if points:
         legend.append(LegendEntry("held-out, greedy, 95% interval", "held-out", "point", percent(points[-1][1].value)))
-    for level, (mark, dashes) in zip(levels, LEVEL_MARKS.items(), strict=False):
-        axes.axhline(level.accuracy, color=SENTINELS["muted"], linewidth=1.1, linestyle=(0, dashes), zorder=1)
-        legend.append(LegendEntry(level.name.lower(), "muted", mark, percent(level.accuracy)))
-    _set_percent(axes, -0.03, 1.05)
+    legend += _draw_levels(axes, levels)
     words = "; ".join(f"{entry.label} {entry.latest}" for entry in legend)
     svg = _svg(figure, "accuracy", f"Accuracy over steps, last: {words}")
     return Chart("Accuracy", "share of right answers", latest, tuple(legend), "", svg)
+
+
+def _draw_levels(axes: Axes, levels: Sequence[Level]) -> list[LegendEntry]:
+    """Draws the levels, on an axis of percents."""
+    _set_percent(axes, -0.03, 1.05)
+    legend = []
+    for level, (mark, dashes) in zip(levels, LEVEL_MARKS.items(), strict=False):
+        axes.axhline(level.accuracy, color=SENTINELS["muted"], linewidth=1.1, linestyle=(0, dashes), zorder=1)
+        legend.append(LegendEntry(level.name.lower(), "muted", mark, percent(level.accuracy)))
+    return legend
+
+
+def _look_curve(metrics: Metrics, levels: Sequence[Level]) -> Chart | None:
+    """The look curve with Wilson's intervals: accuracy on true and grey pictures, and the swaps that are followed."""
+    points = [line for line in metrics if finite(line.get("control/true")) is not None]
+    if not points:
+        return None
+    figure, axes = _new_axes(points[0]["step"], points[-1]["step"])
+    legend = []
+    for name, counted, words, colour in LOOK_LINES:
+        known = [line for line in points if finite(line.get(name)) is not None and finite(line.get(counted))]
+        if known:
+            found = [share(line[name] * line[counted], int(line[counted])) for line in known]
+            steps = _thinned(np.array([float(line["step"]) for line in known]))
+            shares, lows, highs = _thinned(np.array([(line.value, *line.ci95) for line in found], dtype=float).T)
+            axes.fill_between(steps, lows, highs, color=SENTINELS[colour], alpha=0.15, linewidth=0)
+            axes.plot(steps, shares, color=SENTINELS[colour], linewidth=2, marker="o", markersize=3)
+            legend.append(LegendEntry(words, colour, "line", percent(shares[-1])))
+    legend += _draw_levels(axes, levels)
+    words = "; ".join(f"{entry.label} {entry.latest}" for entry in legend)
+    unit = f"greedy, {points[-1]['control/episodes']:.0f} held-out episodes, 95% intervals"
+    svg = _svg(figure, "control", f"Look curve over steps, last: {words}")
+    return Chart("Does it look?", unit, "", tuple(legend), _look_note(points), svg)
+
+
+def _look_note(points: Metrics) -> str:
+    """The look curve's caption: the meaning of its lines, and the points at which the rule for blind gains held."""
+    blind = [line["step"] for line in points if line.get("control/gains_blindly")]
+    if not blind:
+        return LOOK_MEANING
+    return f"{LOOK_MEANING} Gained without looking at {len(blind)} of {len(points)} points, first at step {blind[0]:,}."
 
 
 def _stacked(metrics: Metrics, stack: Stack) -> Chart | None:

@@ -167,6 +167,7 @@ def render_page(records: RunRecords) -> str:
         name=records.run_dir.resolve().name,
         summary=_summary(records.config["options"]),
         config=records.config,
+        comparison=tables.comparison_rows(records.config),
         command=shlex.join(str(word) for word in records.config.get("command") or []),
         script_hash=_script_hash(template),
         tiles=headline(records),
@@ -268,8 +269,9 @@ def _accuracy_tile(records: RunRecords) -> Tile:
 
 
 def _training_lines(records: RunRecords) -> list[dict[str, Any]]:
-    """The metrics of optimizer steps, without those of evaluations."""
-    return [line for line in records.metrics if any(name != "step" and not name.startswith("eval/") for name in line)]
+    """The metrics of optimizer steps, without those of evaluations and of the look curve."""
+    held_out = ("eval/", "control/")
+    return [line for line in records.metrics if any(name != "step" and not name.startswith(held_out) for name in line)]
 
 
 def training_seconds(lines: Sequence[dict[str, Any]]) -> float:

@@ -15,6 +15,12 @@ from fleet.run_folder import EVALUATION_SCHEMA_VERSION, finite
 MAX_CHOICES = 16  # of a table by choice; a task with more has no such table
 MAX_COLUMNS = 4  # evaluations side by side; of more, the first and the last are shown
 Document = Mapping[str, Any]
+# what a run took beside what was predicted: its name in config.json, in words, the unit, and the places
+COMPARED = (
+    ("memory_gib", "peak memory of a process", "GiB", 2),
+    ("step_tokens", "tokens of a training step, at most", "tokens", 0),
+    ("step_s", "a step", "s", 2),
+)
 
 
 @dataclass(frozen=True)
@@ -208,3 +214,25 @@ def choices_left_out(last: Document | None, groups: Sequence[GroupRecord]) -> st
     if num_choices <= MAX_CHOICES:
         return ""
     return f"No tables by choice: the task has {num_choices:,} choices, and they show at most {MAX_CHOICES}."
+
+
+def comparison_rows(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, predicted, measured) as a run's config.json has them; none where either is missing."""
+    predicted, measured = config.get("prediction"), config.get("measured")
+    if not isinstance(predicted, dict) or not isinstance(measured, dict):
+        return []
+    step_s = predicted.get("step_s") or [None, None]
+    known = {
+        "memory_gib": predicted.get("memory_gpu_gib", {}).get("total"),
+        "step_tokens": predicted.get("step_tokens", {}).get("tree"),
+        "step_s": step_s[1],
+    }
+    return [
+        (what, _amount(known[name], unit, places), _amount(measured.get(name), unit, places))
+        for name, what, unit, places in COMPARED
+        if measured.get(name) is not None
+    ]
+
+
+def _amount(value: float | None, unit: str, places: int) -> str:
+    return "-" if value is None else f"{value:,.{places}f} {unit}"

@@ -14,11 +14,15 @@ out of its group. Rewards may be clipped (by RLOOConfig's reward_clip_range alon
 Unlike TRL, a group stays whole on its device and in its micro-batch; TRL shuffles rollouts. The old policy has a pass
 of its own only where `needs_old_logps`; TRL always gives it one.
 
+Where vLLM drew the completions, a rollout's loss is multiplied by a truncated importance weight, `rollout_weights`.
+TRL's RLOO has none; its GRPO compares a nucleus with the whole vocabulary (trl#6789).
+
 Whose log-probabilities, all of the sampled tokens and after temperature:
 
 | tensor             | policy                            | from                                                    |
 |--------------------|-----------------------------------|---------------------------------------------------------|
-| `sampler_logps_BT` | the one that drew the tokens      | vLLM; compared with the old ones, never trained on      |
+| `sampler_logps_BT` | the one that drew the tokens      | vLLM, of the tokens that its top_p and its ban leave    |
+| `target_logps_BT`  | the old one, with the same rules  | the old ones, over the mass that top_p and ban leave    |
 | `old_logps_BT`     | the same weights in the trainer   | a pass after sampling, or the training pass, as numbers |
 | `logps_BT`         | the one that this step trains     | the training pass, with gradient                        |
 | `ref_logps_BT`     | the one that training began with  | a pass after sampling, where beta > 0                   |
@@ -94,14 +98,43 @@ def leave_one_out_advantages(rewards_PG: Tensor, *, normalize: bool = False) -> 
     return advantages_PG.nan_to_num(nan=0.0)
 
 
+def rollout_weights(target_logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor, cap: float) -> Tensor:
+    """Weight of each rollout's loss where another engine drew it: (B,) float32 in [0, cap], to be used as a number.
+
+    A completion is one action: w = min(cap, prod_t target(y_t) / sampler(y_t)) over its tokens. The behaviour policy
+    is the engine's, after temperature, top_p and the ban of media tokens, renormalized. The target is the trainer's old
+    policy under the same three (`log_kept_mass`). So the weighted gradient has the mean that it would have if Fleet had
+    drawn. The baseline does not depend on y_i, so it needs no weight. Without the cap the weights have mean 1 over the
+    engine's samples. The cap bounds the variance, and biases the gradient where it binds.
+
+    target_logps_BT, sampler_logps_BT: float32. mask_BT: int64. A token whose sampler log-probability is NaN counts as
+    ratio 1, such as an end put in place of an empty completion. A completion that is cut is weighted by what is left.
+    Source: "Truncated Importance Sampling" (Ionides, 2008); the cap as in "IMPALA" (arXiv 1802.01561), here of a
+    sequence.
+
+    >>> target_BT = torch.tensor([[0.5, 0.6], [0.9, 0.8]]).log()
+    >>> sampler_BT = torch.tensor([[0.4, 0.5], [0.3, 0.4]]).log()
+    >>> rollout_weights(target_BT, sampler_BT, torch.ones(2, 2, dtype=torch.int64), cap=2.0)
+    tensor([1.5000, 2.0000])
+    """
+    is_known_BT = mask_BT.bool() & ~sampler_logps_BT.isnan()
+    log_ratios_B = (target_logps_BT - sampler_logps_BT).where(is_known_BT, 0.0).sum(dim=1)
+    return log_ratios_B.exp().clamp(max=cap)
+
+
 def clipped_loss(
-    logps_B: Tensor, old_logps_B: Tensor, advantages_B: Tensor, epsilon_low: float, epsilon_high: float
+    logps_B: Tensor,
+    old_logps_B: Tensor,
+    advantages_B: Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    weights_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PPO's loss with a completion as one action, and which rollouts it clips.
 
-    With the ratio rho = pi(y | x) / pi_old(y | x), the loss is the mean of -min(rho A, clip(rho, 1 - epsilon_low,
-    1 + epsilon_high) A). All (B,) float32; only logps_B has a gradient. Returns the loss (a scalar), and two (B,) bool:
-    clipped below, where A < 0, and above, where A > 0.
+    With the ratio rho = pi(y | x) / pi_old(y | x), the loss is the mean of -w min(rho A, clip(rho, 1 - epsilon_low,
+    1 + epsilon_high) A). All (B,) float32; only logps_B has a gradient. weights_B: w, of rollout_weights; None for 1.
+    Returns the loss (a scalar), and two (B,) bool: clipped below, where A < 0, and above, where A > 0.
 
     >>> logps_B = torch.tensor([2.0, 1.0]).log()  # ratios 2, which is clipped to 1.2, and 1
     >>> clipped_loss(logps_B, torch.zeros(2), torch.tensor([3.0, -1.0]), 0.2, 0.2)[0]
@@ -109,7 +142,8 @@ def clipped_loss(
     """
     ratio_B = torch.exp(logps_B - old_logps_B)
     bounded_B = ratio_B.clamp(1 - epsilon_low, 1 + epsilon_high)
-    loss = -torch.min(ratio_B * advantages_B, bounded_B * advantages_B).mean()
+    objective_B = torch.min(ratio_B * advantages_B, bounded_B * advantages_B)
+    loss = -(objective_B if weights_B is None else weights_B * objective_B).mean()
     is_clipped_below_B = (ratio_B < 1 - epsilon_low) & (advantages_B < 0)
     is_clipped_above_B = (ratio_B > 1 + epsilon_high) & (advantages_B > 0)
     return loss, is_clipped_below_B, is_clipped_above_B

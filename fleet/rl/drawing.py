@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,9 +29,9 @@ from fleet.qwen.tool_answers import ToolAnswers
 from fleet.qwen.tree_sampling import Samples, SamplingRequest, sample_batch
 from fleet.qwen.vision_cache import VisionCache
 from fleet.rl.first_pass import why_not_one_pass
-from fleet.rl.resumable_trainer import ResumableTrainer
 from fleet.rl.settings import TrainerSettings
-from fleet.rl.vllm_sampling import VLLMSampler, sampling_kwargs
+from fleet.rl.vision_rate import VisionRate
+from fleet.rl.vllm_sampling import VLLMSampler, require_dtype, sampling_kwargs
 from model_utils import end_token_ids, media_token_ids
 
 logger = logging.getLogger("fleet")
@@ -52,7 +53,7 @@ class Drawn:
     paths: list[list[PathToken]] | None = None  # B; with what was given between turns
 
 
-class Drawing(ResumableTrainer):
+class Drawing(VisionRate):
     """TRL's trainer, whose completions are drawn by Fleet."""
 
     def __init__(
@@ -65,7 +66,13 @@ class Drawing(ResumableTrainer):
         media_ids = media_token_ids(model.config)
         banned = sampling_kwargs(media_ids, end_token_ids(model)) if args.use_vllm else {"suppress_tokens": media_ids}
         args.generation_kwargs = banned | (args.generation_kwargs or {})
-        super().__init__(model=model, args=args, processing_class=processing_class, **rest)
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            vision_learning_rate=settings.vision_learning_rate,
+            **rest,
+        )
         policy = self.accelerator.unwrap_model(self.model)
         if self.is_deepspeed_enabled:
             # loading under ZeRO-3 notes renamings that matched no weight, and saving would undo those as well
@@ -80,6 +87,7 @@ class Drawing(ResumableTrainer):
             self.vision_cache = VisionCache(policy, settings.vision_cache_bytes)
         self.vllm: VLLMSampler | None = None
         if args.use_vllm:
+            require_dtype(self.vllm_generation, torch.bfloat16 if args.bf16 else torch.float32)
             self.vllm = VLLMSampler(self.vllm_generation, processing_class, settings.vllm_max_logprob_gap)
         self.draws_on_trees = settings.shared_prefix and self.vllm is None
         if self.draws_on_trees:

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import RLOOConfig
 
-from fleet.qwen.edge_scores import edge_scores
+from fleet.qwen.edge_scores import Scores, edge_scores
 from fleet.qwen.group_passes import MAX_MASK_PAIRS
 from fleet.qwen.token_tree import ROOT, Branches, TokenTree, by_rollout
 from fleet.qwen.tree_sampling import Samples
@@ -40,9 +40,7 @@ def why_not_one_pass(args: RLOOConfig, policy: Any, attention: str) -> str | Non
     return None
 
 
-def scores_of_first_pass(
-    samples: Samples, branches: list[Branches], tree: TokenTree, temperature: float
-) -> tuple[Tensor, Tensor]:
+def scores_of_first_pass(samples: Samples, branches: list[Branches], tree: TokenTree, temperature: float) -> Scores:
     """Log-probabilities, with gradient, and entropies (B, t) of completions that all ended in the first pass.
 
     branches, tree: of the completions alone, without what nobody said; t tokens of the longest.
@@ -59,10 +57,10 @@ def scores_of_first_pass(
         logits_PKV = logits_PKV.take_along_dim(places_PK.to(logits_PKV.device)[..., None], dim=1)
         scores = edge_scores(logits_PKV, tree.edge_token_PK, temperature)
         logps_BT, entropies_BT = (by_rollout(values, tree).flatten(0, 1) for values in scores)
-    return logps_BT, entropies_BT
+    return Scores(logps_BT, entropies_BT)
 
 
-def as_wide_as(ids_BT: Tensor, logps_BT: Tensor, entropies_BT: Tensor) -> tuple[Tensor, Tensor]:
+def as_wide_as(ids_BT: Tensor, scores: Scores) -> Scores:
     """The scores with as many columns as the ids, 0 behind: completions that are left out take no place in a tree."""
-    missing = (0, ids_BT.shape[1] - logps_BT.shape[1])
-    return pad(logps_BT, missing), pad(entropies_BT, missing)
+    missing = (0, ids_BT.shape[1] - scores.logps.shape[1])
+    return Scores(*(None if values is None else pad(values, missing) for values in scores))

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dataset import EpisodeBatch
 from fleet.errors import RunStopped
+from fleet.qwen.edge_scores import Scores
 from fleet.qwen.flops import add_up, compare_work
 from fleet.qwen.group_passes import problem_of_mask, tree_prompts, why_not_to_pack
 from fleet.qwen.observations import Picture
@@ -63,7 +64,7 @@ class SampledGroups(DrawnGroups):
     branches: list[Branches]  # P; of the completions that are not masked
     nodes: list[list[list[int]]]  # P x G; of each of their tokens
     is_packed: bool  # a forward pass has each group as one row
-    first_scores: tuple[Tensor, Tensor] | None  # (B, T) log-probabilities, with gradient, and entropies of round 1
+    first_scores: Scores | None  # (B, T); of round 1
 
 
 class GroupSampling(Drawing):
@@ -116,7 +117,7 @@ class GroupSampling(Drawing):
         if drawn.samples is not None and is_packed:
             first_scores = self._first_scores(prompts, branches, nodes, drawn.samples)
             with torch.enable_grad():
-                first_scores = None if first_scores is None else as_wide_as(ids_BT, *first_scores)
+                first_scores = None if first_scores is None else as_wide_as(ids_BT, first_scores)
         return SampledGroups(
             **vars(drawn),
             completion_ids_BT=ids_BT,
@@ -130,7 +131,7 @@ class GroupSampling(Drawing):
 
     def _first_scores(
         self, prompts: Prompts, branches: list[Branches], nodes: list[list[list[int]]], samples: Samples
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> Scores | None:
         """Log-probabilities, with gradient, and entropies (B, T) from the pass that all completions were drawn in.
 
         None if that pass had no gradients, or a rollout of any process went on after it.
@@ -187,16 +188,22 @@ class GroupSampling(Drawing):
             groups_per_step=self._groups_per_step,
         )
         work = add_up(gather_object([own]))
+        reason = None if self.settings.max_turns > 1 else why_not_to_pack(self._attention, work)
+        self._log_step_tokens(work.packed_tokens if reason is None else work.unpacked_tokens)
         if self.settings.max_turns > 1:
             # rows of TRL's own hold no tool's answer
             if (problem := problem_of_mask(self._attention, work)) is not None:
                 raise RunStopped(f"{problem}, or --max_context_length")
             return True
-        reason = why_not_to_pack(self._attention, work)
         if reason is not None:
             self._tell_once("unpacked", f"shared prefix: this generation is trained on as TRL does it: {reason}")
         self._add_metrics({"token_ratio": work.unpacked_tokens / work.packed_tokens if reason is None else 1.0})
         return reason is None
+
+    def _log_step_tokens(self, num_tokens: int) -> None:
+        """Logs the tokens that a device's training passes have in an optimizer step. num_tokens: of all devices."""
+        share = self.args.gradient_accumulation_steps / self.args.steps_per_generation
+        self._add_metrics({"step_tokens": num_tokens / self.accelerator.num_processes * share})
 
 
 def _as_long_as(completion_ids: Sequence[Sequence[int]], logps: Sequence[Sequence[float]]) -> list[list[float]]:

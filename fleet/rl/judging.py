@@ -70,6 +70,7 @@ class Rollouts:
     advantages_B: Tensor  # float32, 0 until `_take_advantages`: with a KL term that may be in the training pass
     ref_logps_BT: Tensor | None = None  # float32, with beta > 0
     old_logps_BT: Tensor | None = None  # float32, where needs_old_logps
+    weights_B: Tensor | None = None  # float32, of rollout_weights, where old_logps_BT and a sampler's are known
     kl_and_tokens_2: Tensor | None = None  # float32 sums so far, with beta > 0
     passed_over: list[RolloutRecord] = field(default_factory=list)  # of whole groups that were replaced
     pictures_of_tools: dict[str, Image.Image] = field(default_factory=dict)  # of JudgedGroups

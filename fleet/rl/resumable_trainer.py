@@ -150,7 +150,7 @@ class ResumableTrainer(RLOOTrainer):
             try:
                 return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             except pickle.UnpicklingError as error:
-                raise UsageError(_refusal_of_pickle(checkpoint, str(error).split("\n")[0])) from error
+                raise UsageError(_refusal_of_pickle("resume", checkpoint, str(error).split("\n")[0])) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads a checkpoint's weights by name, all or none. Raises UsageError naming the first that differs.
@@ -218,8 +218,11 @@ class SnapToGeneration(TrainerCallback):
         return control
 
 
-def require_plain_pickles(checkpoint: Path, place: ProcessPlace) -> None:
-    """Raises UsageError on all processes if a file to unpickle names a class that no save writes; reads the names."""
+def require_plain_pickles(checkpoint: Path, place: ProcessPlace, *, who: str = "resume") -> None:
+    """Raises UsageError on all processes if a file to unpickle names a class that no save writes; reads the names.
+
+    who: the start of the message.
+    """
     paths = sorted(path for pattern in UNPICKLED_FILES for path in checkpoint.glob(pattern))
     problems, deepspeeds_classes = [], _deepspeeds_classes()
     for path in paths[place.rank :: place.num_processes]:
@@ -227,13 +230,13 @@ def require_plain_pickles(checkpoint: Path, place: ProcessPlace) -> None:
             with safe_globals(), torch.serialization.safe_globals(deepspeeds_classes):
                 unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except OSError as error:
-            problems.append(f"resume: {path} cannot be read ({error.strerror or error}); restore it")
+            problems.append(f"{who}: {path} cannot be read ({error.strerror or error}); restore it")
         except Exception as error:
             # a file that torch.save did not write may raise anything
-            problems.append(_refusal_of_pickle(path, str(error).split("\n")[0]))
+            problems.append(_refusal_of_pickle(who, path, str(error).split("\n")[0]))
         else:
             if unknown:
-                problems.append(_refusal_of_pickle(path, f"it names {unknown[0]}"))
+                problems.append(_refusal_of_pickle(who, path, f"it names {unknown[0]}"))
     raise_first(place.gather(problems), who="")
 
 
@@ -258,9 +261,9 @@ def _deepspeeds_classes() -> list[type]:
     return [ZeroStageEnum, LossScaler, DynamicLossScaler]
 
 
-def _refusal_of_pickle(path: Path, reason: str) -> str:
+def _refusal_of_pickle(who: str, path: Path, reason: str) -> str:
     return (
-        f"resume: {path} would run code as it is loaded, or cannot be read ({reason}); if this checkpoint is your own "
+        f"{who}: {path} would run code as it is loaded, or cannot be read ({reason}); if this checkpoint is your own "
         "work, pass --trust_checkpoint"
     )
 

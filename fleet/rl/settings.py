@@ -19,7 +19,9 @@ class TrainerSettings:
     max_context: int | None = None  # tokens of a conversation; None for as many as the model has positions
     image_max_pixels: int | None = None  # budget of one picture that a tool shows
     dynamic_sampling: int = 0  # attempts to replace a group that is all right or all wrong by a further episode's
+    vision_learning_rate: float | None = None  # of tower and merger; None for the same as all
     vllm_max_logprob_gap: float = 0.1  # see VLLMSampler
+    correction_cap: float | None = None  # of rollout_weights, where vLLM generates; None for no weights
 
 
 DEFAULT_SETTINGS = TrainerSettings()

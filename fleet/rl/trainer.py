@@ -5,7 +5,9 @@ batch is encoded once per episode (TRL: twice per rollout), and a group stays wh
 (TRL shuffles rollouts).
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +23,7 @@ from trl.trainer.utils import nanstd
 from dataset import EpisodeBatch, RepeatableEpisodeDataset, VLMDataCollator
 from fleet.errors import RunStopped
 from fleet.evaluation.answering import AnswerSettings
-from fleet.evaluation.figures import EvaluationPlan, headline_figures
+from fleet.evaluation.figures import Evaluation, EvaluationPlan, headline_figures
 from fleet.own_code.reward_process import RewardProcess
 from fleet.rl.algorithm import (
     clipped_loss,
@@ -34,6 +36,7 @@ from fleet.rl.algorithm import (
 from fleet.rl.dynamic_sampling import DynamicSampling
 from fleet.rl.guards import without_gradient_if_not_finite
 from fleet.rl.judging import Rollouts
+from fleet.rl.look_watch import LookWatch
 from fleet.rl.rollouts import RolloutRecord, rollout_metrics
 from fleet.rl.settings import DEFAULT_SETTINGS, TrainerSettings
 from fleet.schedule import require_whole_groups
@@ -89,7 +92,9 @@ class FleetRLOOTrainer(DynamicSampling):
         # TRL's constructor insists on its own identity collator
         self.data_collator = VLMDataCollator(processing_class, args.num_generations)
         self.evaluation = evaluation
+        self.latest_answers: Evaluation | None = None
         self.latest_evaluation: dict[str, Any] | None = None
+        self.look_watch: LookWatch | None = None
         self.latest_rollouts: tuple[RolloutRecord, ...] = ()
         self.latest_pictures: dict[str, Image.Image] = {}
         self._rollouts: Rollouts | None = None
@@ -128,8 +133,8 @@ class FleetRLOOTrainer(DynamicSampling):
         if self.beta != 0.0:
             rollouts.ref_logps_BT = self._score_reference(sampled)
         if needs_old_logps(self.args):
-            rollouts.old_logps_BT = self._score(self.model, sampled)
-            self._compare_with_vllm(sampled, every_group, rollouts.old_logps_BT)
+            rollouts.old_logps_BT, _, log_kept_BT = self._score(self.model, sampled)
+            rollouts.weights_B = self._weigh_rollouts(sampled, every_group, rollouts.old_logps_BT, log_kept_BT)
         if self.beta == 0.0 or rollouts.old_logps_BT is not None:
             advantages_PG = self._take_advantages(rollouts, every_group, rollouts.old_logps_BT)
             by_device = advantages_PG.view(-1, len(batch["episodes"]), self.num_generations)
@@ -193,20 +198,22 @@ class FleetRLOOTrainer(DynamicSampling):
         rollouts, groups = inputs["rollouts"], inputs["groups"]
         sampled, rows = rollouts.sampled, rollouts.sampled.rows_of(groups)
         mask_BT = sampled.completion_mask_BT[rows]
-        logps_BT, entropies_BT = self._completion_logps(model, sampled, groups)
+        logps_BT, entropies_BT, log_kept_BT = self._completion_logps(model, sampled, groups)
         if rollouts.old_logps_BT is None:
             old_logps_BT = logps_BT.detach()
-            self._compare_with_vllm(sampled, groups, old_logps_BT)
+            weights_B = self._weigh_rollouts(sampled, groups, old_logps_BT, log_kept_BT)
             if self.beta != 0.0:
                 self._take_advantages(rollouts, groups, old_logps_BT)
         else:
             old_logps_BT = rollouts.old_logps_BT[rows]
+            weights_B = None if rollouts.weights_B is None else rollouts.weights_B[rows]
         loss, is_clipped_below_B, is_clipped_above_B = clipped_loss(
             sequence_logps(logps_BT, mask_BT),
             sequence_logps(old_logps_BT, mask_BT),
             rollouts.advantages_B[rows],
             self.epsilon_low,
             self.epsilon_high,
+            weights_B,
         )
         self._log_loss(entropies_BT, mask_BT, torch.stack([is_clipped_below_B, is_clipped_above_B], dim=1))
         return without_gradient_if_not_finite(loss)
@@ -246,18 +253,25 @@ class FleetRLOOTrainer(DynamicSampling):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Scores the held-out episodes and logs the figures, on all ranks; training's randomness is left as it was."""
         assert self.evaluation is not None, "no evaluation was given to the trainer"
-        self.model.eval()
         start_s = time.perf_counter()
-        document = self._answer(*self.evaluation)
-        self.latest_evaluation = document | {"step": self.state.global_step}
-        seconds = time.perf_counter() - start_s
-        # rollouts_per_s is of training
-        self._last_log_time_s += seconds
-        metrics = {f"eval_{name}": value for name, value in (headline_figures(document) | {"seconds": seconds}).items()}
-        self.log(metrics)
-        self.model.train()
+        with self.apart_from_training():
+            self.latest_answers = self.answer(*self.evaluation)
+            document = self.latest_answers.document
+            self.latest_evaluation = document | {"step": self.state.global_step}
+            figures = headline_figures(document) | {"seconds": time.perf_counter() - start_s}
+            metrics = {f"eval_{name}": value for name, value in figures.items()}
+            self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @contextlib.contextmanager
+    def apart_from_training(self) -> Iterator[None]:
+        """Within it the model answers in eval mode, and what is logged is no step's; rollouts_per_s leaves it out."""
+        start_s = time.perf_counter()
+        self.model.eval()
+        yield
+        self.model.train()
+        self._last_log_time_s += time.perf_counter() - start_s
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log with Fleet's rates in it."""

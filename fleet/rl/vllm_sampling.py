@@ -16,7 +16,7 @@ from torch import Tensor
 from trl.generation.vllm_generation import VLLMGeneration
 
 from dataset import EpisodeBatch, prompts_of_rollouts
-from fleet.errors import RunRefused, RunStopped
+from fleet.errors import RunRefused, RunStopped, UsageError
 from fleet.processes import gather_by_rank, raise_first
 
 # vLLM's lowest bias: the token is never drawn.
@@ -26,6 +26,20 @@ NEVER = -100.0
 def sampling_kwargs(media_ids: Sequence[int], end_ids: Sequence[int]) -> dict[str, Any]:
     """Additions to vLLM's SamplingParams, for TRL's `generation_kwargs`: media tokens are banned, Fleet's ends end."""
     return {"logit_bias": dict.fromkeys(media_ids, NEVER), "stop_token_ids": list(end_ids)}
+
+
+def require_dtype(generation: VLLMGeneration, dtype: torch.dtype) -> None:
+    """Raises UsageError if a colocated vLLM computes in another dtype than the trainer.
+
+    TRL 1.16 names none to vLLM, which then takes the model folder's, and 16 bits for float32. A server has its own.
+    """
+    if generation.mode != "colocate" or generation.llm.model_config.dtype == dtype:
+        return
+    theirs, ours = (str(found).removeprefix("torch.") for found in (generation.llm.model_config.dtype, dtype))
+    raise UsageError(
+        f"vLLM computes in {theirs} beside a trainer in {ours}, and TRL 1.16 cannot tell it otherwise; pass --dtype "
+        f"bfloat16, or --vllm_mode server with a server that was started with --dtype {ours}"
+    )
 
 
 class VLLMSampler:
@@ -55,6 +69,7 @@ class VLLMSampler:
             self._send_weights()
             self._synced_step = step
         prompts, images = prompts_of_rollouts(batch)
+        self._raise_together(self._lack_of_room(max(map(len, prompts))))
         pad = self.processor.image_token_id
         is_colocated = self.generation.mode == "colocate"
         sent = [collapse_runs(ids, pad) for ids in prompts] if is_colocated else prompts
@@ -65,13 +80,16 @@ class VLLMSampler:
         known = [[math.nan if value is None else value for (value, *_) in row] for row in logps]
         return [list(ids) for ids in completion_ids], known
 
-    def compare(self, own_logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, is_last: bool) -> dict[str, float]:
+    def compare(
+        self, own_logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, top_p: float, is_last: bool
+    ) -> dict[str, float]:
         """The metrics of a generation with its last rows (`is_last`); none with earlier ones.
 
-        own_logps, sampler_logps, mask: of the same tokens, one shape. Every process takes part. Raises RunRefused on
-        all of them if the first generation's mean gap is above `max_gap`.
+        own_logps, sampler_logps, mask: of the same tokens, one shape. top_p: 1 where own_logps are of the nucleus.
+        Every process takes part. Raises RunRefused on all of them if the first generation's mean gap is above
+        `max_gap`.
         """
-        gaps = logprob_gaps(own_logps.float(), sampler_logps, self.generation.top_p)
+        gaps = logprob_gaps(own_logps.float(), sampler_logps, top_p)
         self._gaps.append(gaps[mask.bool() & ~sampler_logps.isnan()])
         if not is_last:
             return {}
@@ -83,6 +101,17 @@ class VLLMSampler:
             require_small_gap(mean, largest, self.max_gap)
         self._is_sound = True
         return {"vllm/logprob_gap": mean, "vllm/logprob_gap_max": largest}
+
+    def _lack_of_room(self, num_prompt_tokens: int) -> str | None:
+        """The problem of a prompt this long: vLLM would end its completion early without a word. None if it fits."""
+        room, num_more = self.generation.max_model_length, self.generation.max_completion_length
+        if room is None or num_prompt_tokens + num_more <= room:
+            return None
+        return (
+            f"a prompt has {num_prompt_tokens:,} tokens and a completion up to {num_more:,}, but vLLM has room for "
+            f"{room:,} (--vllm_max_model_length); pass --vllm_max_model_length {num_prompt_tokens + num_more}, or "
+            "lower --max_completion_length or --image_max_pixels"
+        )
 
     def _send_weights(self) -> None:
         """Gives vLLM the policy's weights, and empties its caches of prompts and images that earlier weights made."""
@@ -163,3 +192,22 @@ def require_small_gap(mean: float, largest: float, max_gap: float) -> None:
         "of them does not see the prompt, the images, the weights or the temperature of the other: on a server, look "
         "at its model, its pixel limits and --logprobs-mode processed_logprobs; else pass --use_vllm false"
     )
+
+
+def weight_metrics(weights_N: Tensor, cap: float) -> dict[str, float]:
+    """The metrics of the weights of all devices' rollouts; none without any.
+
+    `vllm/correction_mean`: 1 where the engines agree. `vllm/correction_truncated`: the share that the cap bounds.
+    `vllm/effective_samples`: (sum w)^2 / (N sum w^2), the share of the rollouts that the weights leave, in (0, 1].
+
+    >>> weight_metrics(torch.tensor([1.0, 2.0]), cap=2.0)
+    {'vllm/correction_mean': 1.5, 'vllm/correction_truncated': 0.5, 'vllm/effective_samples': 0.9}
+    """
+    if len(weights_N) == 0:
+        return {}
+    total, squares = weights_N.sum().item(), weights_N.square().sum().item()
+    return {
+        "vllm/correction_mean": weights_N.mean().item(),
+        "vllm/correction_truncated": (weights_N >= cap).float().mean().item(),
+        "vllm/effective_samples": total**2 / (len(weights_N) * squares) if squares else 0.0,
+    }

@@ -27,7 +27,7 @@ def config_text(
     """The text of config.json: the resolved flags, what is drawn from, processes, command, commit and versions.
 
     flags: by name; those in `idle` become null. code: the specs of the user's own code, by flag. others: num_episodes,
-    num_processes and run_id, which a resumed run keeps and its checkpoints bear.
+    num_processes, prediction (of what the run needs) and run_id, which a resumed run keeps and its checkpoints bear.
     """
     config = {
         "run_id": others["run_id"],
@@ -43,6 +43,7 @@ def config_text(
         "command": sys.argv,
         "directory": os.getcwd(),
         "commit": git_commit(),
+        "prediction": others.get("prediction"),
         "versions": {"python": platform.python_version(), **installed_versions()},
     }
     return json.dumps(config, indent=2) + "\n"

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from fleet.command.data_sets import image_root
@@ -18,6 +19,9 @@ from fleet.toy.model import cached_path, is_whole
 from fleet.toy.process import kind_for
 from model_utils import load_processor
 from utils.images import BadImage
+
+# episodes whose prompts are measured before vLLM starts
+NUM_MEASURED = 256
 
 
 def agree_on_data(task: TaskFlags, findings: Findings | None) -> RunData:
@@ -58,6 +62,24 @@ def require_last_episode(env: EpisodeSource, spec: str, num_episodes: int, num_a
             checked_episode(env, further_number(num_episodes - 1, num_attempts))
 
     together(draw_last)
+
+
+def longest_prompt(env: EpisodeSource, processor: Any, max_pixels: int, num_episodes: int) -> int:
+    """The tokens of the longest prompt of a run's first 256 episodes, each image counted as max_pixels large.
+
+    An episode that cannot be shown is left out; the run decides about it when it is due.
+    """
+    images = processor.image_processor
+    # it enlarges the smallest
+    most = max(max_pixels, images.size["shortest_edge"]) // (images.patch_size * images.merge_size) ** 2
+    lengths = [0]
+    for number in range(min(num_episodes, NUM_MEASURED)):
+        with suppress(BadImage, OSError, BrokenEpisode):
+            episode = checked_episode(env, number)
+            text = processor.apply_chat_template(list(episode.messages), tokenize=False, add_generation_prompt=True)
+            # the text has one token an image
+            lengths.append(len(processor.tokenizer(text)["input_ids"]) + len(episode.images) * (most - 1))
+    return max(lengths)
 
 
 def require_encodable_prompts(task: TaskFlags, findings: Findings | None, model_id: str) -> None:

@@ -167,8 +167,8 @@ class Diagnostics:
         return Kind.NOT_LOOKING, (
             f"the policy does not look: for {len(all_lines)} logged steps its accuracy, lately {accuracy:.2f}, is what "
             "the same choices would earn without the images; raise --learning_rate or --per_device_batch_size, lower "
-            "--candidates_per_episode, train the vision side too (--freeze_vision false, --use_lora false), or start "
-            "from a larger --model_id"
+            "--candidates_per_episode, train the vision side too (drop --freeze and --use_lora, or add "
+            "--lora_targets language,vision,merger), or start from a larger --model_id"
         )
 
     def _entropy_collapse(self) -> tuple[Kind, str] | None:

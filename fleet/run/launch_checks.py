@@ -5,7 +5,9 @@ import os
 import torch
 from trl import RLOOConfig
 
+from fleet.command.training_flags import RunFlags
 from fleet.errors import UsageError
+from fleet.planning.machine import assumed_machine, launch_of_file
 from fleet.run.model_setup import has_gpu
 
 
@@ -30,6 +32,12 @@ def require_launchers_dtype(dtype: str | None) -> None:
             f"dtype={dtype}, but accelerate was told mixed_precision: bf16; pass --dtype bfloat16, or "
             "mixed_precision 'no' to accelerate launch"
         )
+
+
+def require_assumed_launch(run: RunFlags) -> None:
+    """Raises UsageError if the accelerate file of a dry run is not one."""
+    if run.assume_accelerate and run.assume_gpus:
+        launch_of_file(run.assume_accelerate, assumed_machine(run.assume_gpus)[0])
 
 
 def require_launchers_deepspeed(args: RLOOConfig) -> None:

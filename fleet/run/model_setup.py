@@ -6,7 +6,7 @@ Imports no TRL, whose import alone takes as long as a small evaluation.
 import logging
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     trains_adapter: bool = False,
-    freeze_vision: bool = False,
+    freeze: Collection[str] = (),
 ) -> tuple[Any, Any]:
     """(model, processor). Every process takes part. dtype: of the weights, by default the one that is computed in.
 
@@ -148,7 +148,7 @@ def load_model(
         model, processor = load_qwen25_vl(
             model_path,
             use_lora=trains_adapter,
-            freeze_vision=freeze_vision,
+            freeze=freeze,
             load_in_4bit=flags.load_in_4bit,
             dtype=dtype or computed,
             attn_implementation=flags.attn_implementation,

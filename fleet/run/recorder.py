@@ -21,7 +21,7 @@ from fleet.progress import StepProgress
 from fleet.rl.checkpoints import remedy_of
 from fleet.rl.rollouts import RolloutRecord
 from fleet.run.diagnostics import Diagnostics
-from fleet.run.records import distinct_rollouts, group_lines, sample_table
+from fleet.run.records import distinct_rollouts, group_lines, look_line, sample_table
 from fleet.run.trackers import Sample, log_samples
 from fleet.run_folder import EVALUATIONS_NAME, METRICS_NAME, ROLLOUTS_NAME, THUMBNAILS_NAME, LineFile
 
@@ -74,12 +74,16 @@ class RunRecorder(TrainerCallback):
         is_training_step = "loss" in logs
         if is_training_step:
             self._keep_thumbnails()
-        if not state.is_world_process_zero or not (is_training_step or "eval_greedy_accuracy" in logs):
+        is_held_out = "eval_greedy_accuracy" in logs or "control/true" in logs
+        if not state.is_world_process_zero or not (is_training_step or is_held_out):
             return
         named = {name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name: logs[name] for name in logs}
         figures = {name: value for name, value in named.items() if isinstance(value, int | float)}
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         self._metrics.append([{"step": state.global_step, **finite}])
+        # a point that evaluation gave is in its line
+        if "control/seconds" in logs:
+            self._say(f"step {state.global_step}: {look_line(logs)}")
         if is_training_step and self._progress is not None:
             # a step whose rollouts were all dropped has no reward
             self._progress.logged(state.global_step, {name: finite.get(name) for name in named})

@@ -5,7 +5,7 @@ recorder.py decides when they are shown and written. The figures in them come fr
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.text import Text
 from fleet.command.options import ResolvedDefault
 from fleet.rl.rollouts import GroupRecord, RolloutRecord
 from fleet.run_folder import write_atomically
+from model_utils import PartSize
 from utils.plain_text import printable
 from utils.tool_calls import ParseStatus
 
@@ -57,6 +58,20 @@ def group_lines(rollouts: Sequence[RolloutRecord], group_size: int, step: int) -
     return [GroupRecord(step, number, group[0].episode, group).as_json() for number, group in enumerate(groups)]
 
 
+def look_line(figures: Mapping[str, float]) -> str:
+    """A point of the look curve in a line for the terminal.
+
+    >>> look_line({"control/true": 0.75, "control/grey": 0.25, "control/episodes": 32.0})
+    'right on 75 % of 32 held-out episodes, on 25 % with every picture grey'
+    """
+    parts = [f"right on {100 * figures['control/true']:.0f} % of {figures['control/episodes']:.0f} held-out episodes"]
+    if "control/grey" in figures:
+        parts.append(f"on {100 * figures['control/grey']:.0f} % with every picture grey")
+    if "control/swapped" in figures:
+        parts.append(f"follows {100 * figures['control/swapped']:.0f} % of swapped pictures")
+    return ", ".join(parts)
+
+
 def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
     """The defaults that were chosen for this case, and why, as a table for the terminal."""
     table = Table(
@@ -64,6 +79,18 @@ def resolved_table(filled: Sequence[ResolvedDefault]) -> str:
     )
     for default in filled:
         table.add_row(f"--{default.flag}", Text(printable(default.value)), default.reason)
+    return rendered(table, 110)
+
+
+def parameters_table(sizes: Mapping[str, PartSize], learning_rates: Mapping[str, float]) -> str:
+    """What trains of each part of the model, and at which rate, as a table for the terminal."""
+    table = Table(title="trainable parameters", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("part")
+    for name in ("trainable", "of", "adapters", "rate"):
+        table.add_column(name, justify="right")
+    for part, size in sizes.items():
+        rate = f"{learning_rates[part]:g}" if size.trainable else "frozen"
+        table.add_row(part, f"{size.trainable:,}", f"{size.total:,}", f"{size.adapters:,}", rate)
     return rendered(table, 110)
 
 

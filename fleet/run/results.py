@@ -4,23 +4,22 @@ Every process takes part in saving weights; the main one writes the rest.
 """
 
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from safetensors import SafetensorError
-from transformers.integrations import unset_hf_deepspeed_config
 
+from fleet.command.command_line import COLOURED
 from fleet.command.flags import ModelFlags
 from fleet.episodes import EpisodeSource
 from fleet.errors import RunStopped, UsageError, one_line
+from fleet.export.weights import merge_adapter
 from fleet.report.page import training_seconds, write_report
 from fleet.rl.checkpoints import remedy_of
 from fleet.rl.trainer import FleetRLOOTrainer
 from fleet.run.commands import next_commands
+from fleet.run.measured import measured_figures, note_measured
 from fleet.run.records import draw_curve
 from fleet.run_folder import (
     CURVE_NAME,
@@ -30,8 +29,8 @@ from fleet.run_folder import (
     REPORT_NAME,
     UNFINISHED_NAME,
     read_jsonl,
+    replace_folder,
 )
-from model_utils import open_base, read_adapter_config
 
 logger = logging.getLogger("fleet")
 
@@ -61,35 +60,20 @@ def save_results(trainer: FleetRLOOTrainer, model: ModelFlags, *, merge_lora: bo
 
 def _write_results(folder: Path, trainer: FleetRLOOTrainer, title: str) -> None:
     trainer.on_activity("writing the results")
+    # before saving, which takes memory of its own
+    figures = measured_figures(trainer.state.log_history)
     unfinished = folder / UNFINISHED_NAME / FINAL_NAME
     trainer.save_model(str(unfinished))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         replace_folder(unfinished, folder / FINAL_NAME)
+        if comparison := note_measured(folder, figures):
+            logger.info(comparison, extra=COLOURED)
         draw_curve(read_jsonl(folder / METRICS_NAME), folder / CURVE_NAME, title)
         try:
             write_report(folder)
         except UsageError as error:
             logger.warning(f"no report was written: {error}")
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Puts a folder in another's place; a kill leaves the old one, the new one or none, never half of one."""
-    if os.path.lexists(old):
-        os.replace(old, new.with_name(f"replaced-{old.name}"))
-    os.replace(new, old)
-    shutil.rmtree(new.parent)
-
-
-def merge_adapter(adapter_path: Path, merged_path: Path, *, revision: str | None = None) -> None:
-    """Writes the adapter's base model with the adapter added to its weights, and the processor, to `merged_path`."""
-    if read_adapter_config(str(adapter_path)) is None:
-        raise FileNotFoundError(f"{adapter_path} holds no adapter_config.json; pass a folder that LoRA training wrote")
-    # one process merges whole weights, so ZeRO-3 must not shard them as they load
-    unset_hf_deepspeed_config()
-    base, processor, _ = open_base(str(adapter_path), revision, dtype="auto")
-    PeftModel.from_pretrained(base, str(adapter_path)).merge_and_unload().save_pretrained(merged_path)
-    processor.save_pretrained(merged_path)
 
 
 def describe_results(trainer: FleetRLOOTrainer, model: ModelFlags, env: EpisodeSource) -> str:

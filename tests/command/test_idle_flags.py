@@ -13,6 +13,7 @@ from fleet.command.image_check import RunData
 from fleet.command.options import Options, own_code, parse_options, resolve_options
 from fleet.command.resume_check import require_same_run
 from fleet.errors import UsageError
+from fleet.model_folder.parts import lora_pattern
 from fleet.run.config import config_text
 
 pytestmark = pytest.mark.fast
@@ -44,8 +45,31 @@ TRAINING = [
     ("lora_alpha", "64", "--use_lora --model_id adapter", "keeps its own; pass its base model", "--use_lora"),
     ("lora_dropout", "0.1", "--use_lora --model_id adapter", "keeps its own", "--use_lora"),
     ("merge_lora", "true", "", "there is no adapter to merge; add --use_lora true", "--use_lora"),
-    ("freeze_vision", "true", "--use_lora --model_id adapter", "trains the parts that it was made for", "--use_lora"),
-    ("vision_cache_mib", "64", "", "the vision tower trains, .*; add --freeze_vision true", "--freeze_vision"),
+    ("lora_targets", "language", "", "no adapter is trained; add --use_lora true", "--use_lora"),
+    ("lora_targets", "vision", "--use_lora --model_id adapter", "the adapter in --model_id keeps its", "--use_lora"),
+    ("freeze", "tower", "--use_lora", "LoRA freezes every weight but its adapters'; choose their parts by", ""),
+    ("freeze", "language_model", "--use_lora --model_id adapter", "LoRA freezes every weight", ""),
+    ("vision_learning_rate", "1e-05", "--freeze tower,merger", "nothing of the vision side trains", "--freeze tower"),
+    (
+        "vision_learning_rate",
+        "1e-05",
+        "--use_lora",
+        "trains; let some of it train .see --freeze and --lora_targets.",
+        "--use_lora --lora_targets language,merger",
+    ),
+    ("vision_learning_rate", "1.0", "--use_lora --model_id adapter", "nothing of the vision side trains", ""),
+    ("vision_learning_rate", "1.0", "--use_lora --model_id sighted", "the vision side alone trains", ""),
+    ("vision_learning_rate", "1.0", "--freeze language_model", "the vision side alone trains, .*; pass that", ""),
+    ("vision_cache_mib", "64", "", "the vision side trains, .*; add --freeze tower,merger", "--freeze tower,merger"),
+    ("vision_cache_mib", "64", "--freeze merger", "the vision side trains, .*", "--freeze merger,tower"),
+    (
+        "vision_cache_mib",
+        "64",
+        "--use_lora --lora_targets language,vision",
+        "adapters in the vision side train, .*; train adapters in the language model alone",
+        "--use_lora",
+    ),
+    ("vision_cache_mib", "64", "--use_lora --model_id sighted", "adapters in the vision side train", "--use_lora"),
     ("vision_cache_mib", "64", "--use_lora --shared_prefix false", "TRL's own passes take no features", "--use_lora"),
     ("reward_timeout_s", "60", "", "no reward function of your own is called; add --reward", "--reward my.py:f"),
     ("reward_correct", "0.95", "--reward my.py:f", "the function of --reward has its own values; drop --reward", ""),
@@ -59,14 +83,48 @@ TRAINING = [
     ("vllm_gpu_memory_utilization", "0.3", "", "vLLM does not generate", "--use_vllm"),
     ("vllm_tensor_parallel_size", "1", "", "vLLM does not generate", "--use_vllm"),
     ("vllm_max_logprob_gap", "1", "", "vLLM does not generate", "--use_vllm"),
+    ("vllm_max_model_length", "2048", "", "vLLM does not generate", "--use_vllm"),
+    ("vllm_enable_sleep_mode", "true", "", "vLLM does not generate", "--use_vllm"),
+    ("rollout_correction", "truncate", "", "Fleet draws from the trainer's own probabilities, so each", "--use_vllm"),
+    ("rollout_correction_cap", "2", "", "vLLM does not generate", "--use_vllm"),
+    ("rollout_correction_cap", "3", "--use_vllm --rollout_correction none", "rollouts have no weights", "--use_vllm"),
     ("vllm_server_host", "h", "--use_vllm", "vLLM runs beside training; add", "--use_vllm --vllm_mode server"),
     ("vllm_server_port", "1", "--use_vllm", "vLLM runs beside training", "--use_vllm --vllm_mode server"),
     ("vllm_gpu_memory_utilization", "0.3", "--use_vllm --vllm_mode server", "the server was started", "--use_vllm"),
     ("vllm_tensor_parallel_size", "2", "--use_vllm --vllm_mode server", "the server was started", "--use_vllm"),
+    ("vllm_max_model_length", "2048", "--use_vllm --vllm_mode server", "the server was started", "--use_vllm"),
+    ("vllm_enable_sleep_mode", "true", "--use_vllm --vllm_mode server", "keeps its own memory", "--use_vllm"),
     ("ds3_gather_for_generation", "true", "--use_vllm", "vLLM generates and nothing is evaluated", ""),
     ("eval_episodes", "256", "", "nothing is evaluated; add --eval_steps 50", "--eval_steps 1"),
     ("eval_seed", "7", "--eval_steps 0", "nothing is evaluated", "--eval_steps 1"),
+    ("eval_seed", "7", "--eval_steps 1 --control_steps 0 --eval_steps 0", "nothing is evaluated", "--control_steps 1"),
+    ("control_episodes", "8", "", "no look curve is taken; add --control_steps 50", "--control_steps 1"),
+    ("control_episodes", "8", "--eval_steps 1 --control_steps 0", "no look curve is taken", "--eval_steps 1"),
+    (
+        "stop_if_blind",
+        "stop",
+        "--fixed_correct_index none",
+        "no look curve is taken; add --control_steps 50",
+        "--control_steps 1 --fixed_correct_index none",
+    ),
+    (
+        "stop_if_blind",
+        "warn",
+        "--control_steps 1",
+        "the right index is always the same, so a policy need not look; add --fixed_correct_index none",
+        "--eval_steps 1 --env a.py:A",
+    ),
     ("keep_best", "true", "", "nothing is evaluated", "--eval_steps 1"),
+    ("assume_gpus", "8x80", "", "a run has the machine that it has; add --dry_run", "--dry_run"),
+    ("assume_accelerate", "a.yaml", "", "a run has the machine that it has", "--dry_run --assume_gpus 8x80"),
+    (
+        "assume_accelerate",
+        "a.yaml",
+        "--dry_run",
+        "planned for as it is; add --assume_gpus",
+        "--dry_run --assume_gpus 1x8",
+    ),
+    ("json", "true", "", "only a dry run answers in one object; add --dry_run", "--dry_run"),
     ("trust_checkpoint", "true", "--resume false", "no checkpoint is read", "--resume auto --output_dir runs/one"),
 ]
 EVALUATION = [
@@ -100,8 +158,8 @@ ALWAYS_IN_TRAINING = {
     "max_completion_length", "seed", "use_lora", "reward", "train_steps", "num_rollouts", "dynamic_sampling",
     "per_device_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations", "learning_rate",
     "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_skipped_steps", "beta", "normalize_advantages",
-    "mask_truncated_completions", "gradient_checkpointing", "shared_prefix", "use_vllm", "eval_steps", "output_dir",
-    "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps", "sample_steps", "report_to",
+    "mask_truncated_completions", "gradient_checkpointing", "shared_prefix", "use_vllm", "eval_steps", "control_steps",
+    "output_dir", "overwrite", "resume", "save_steps", "save_total_limit", "logging_steps", "sample_steps", "report_to",
     "dataloader_num_workers", "step_timeout_s", "dry_run",
 }  # fmt: skip
 ALWAYS_IN_EVALUATION = {
@@ -116,10 +174,12 @@ ALWAYS_IN_EVALUATION = {
 
 @pytest.fixture(autouse=True)
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder `adapter` to name; its base is on the hub."""
+    """Folders `adapter`, of the language model, and `sighted`, of the vision side; their base is on the hub."""
     monkeypatch.chdir(tmp_path)
-    Path("adapter").mkdir()
-    Path("adapter/adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct"}')
+    for name, target in (("adapter", "language"), ("sighted", "vision")):
+        config = {"base_model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct", "target_modules": lora_pattern([target])}
+        Path(name).mkdir()
+        Path(name, "adapter_config.json").write_text(json.dumps(config))
 
 
 def refusal_of(parse: Any, row: Row) -> str:
@@ -184,7 +244,11 @@ def test_a_flag_counts_as_given_in_a_file_too_and_whatever_its_value(tmp_path: P
     assert parse_options(["--config", str(tmp_path / "run.yaml"), "--use_lora"]).lora_rank == 16
 
 
-@pytest.mark.parametrize("off", ["--merge_lora false", "--vision_cache_mib 0", "--warmup_steps 0", "--keep_best false"])
+@pytest.mark.parametrize(
+    "off",
+    ["--merge_lora false", "--vision_cache_mib 0", "--warmup_steps 0", "--keep_best false",
+     "--stop_if_blind none", "--rollout_correction none", "--vllm_enable_sleep_mode false"],
+)  # fmt: skip
 def test_what_asks_for_nothing_may_be_given(off: str) -> None:
     parse_options(off.split())
 
@@ -207,7 +271,8 @@ def resume(options: Options) -> None:
 
 def test_config_json_has_null_for_what_had_no_part() -> None:
     full, lora = recorded(""), recorded("--use_lora --lora_rank 4 --eval_steps 2")
-    nothing = ["epsilon", "eval_episodes", "eval_seed", "lora_alpha", "lora_dropout", "lora_rank", "reward_timeout_s",
+    nothing = ["control_episodes", "epsilon", "eval_episodes", "eval_seed", "lora_alpha", "lora_dropout", "lora_rank",
+               "lora_targets", "reward_timeout_s", "rollout_correction", "rollout_correction_cap", "stop_if_blind",
                "vllm_gpu_memory_utilization", "vllm_max_logprob_gap", "vllm_mode", "vllm_server_host",
                "vllm_server_port", "vllm_tensor_parallel_size"]  # fmt: skip
     assert full["idle_flags"] == nothing

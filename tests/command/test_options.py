@@ -1,8 +1,10 @@
 """The command line: every flag changes something, nothing is swallowed, and what cannot be is refused with a remedy."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from fleet.ask import build_ask_parser
 from fleet.command.evaluate_options import build_evaluate_parser
 from fleet.command.options import MAY_CHANGE_ON_RESUME, Options, build_parser, parse_options, resolve_options
 from fleet.errors import UsageError
+from fleet.model_folder.parts import LORA_TARGETS, lora_pattern
 
 pytestmark = pytest.mark.fast
 
@@ -29,8 +32,9 @@ FLAGS = {
     "lora_dropout": (0.0, "0.1", 0.1, ["--use_lora"]),
     "merge_lora": (False, "true", True, ["--use_lora"]),
     "load_in_4bit": (False, "true", True, ["--use_lora"]),
-    "freeze_vision": (False, "true", True, []),
-    "vision_cache_mib": (None, "64", 64, ["--freeze_vision"]),
+    "lora_targets": ("language", "merger,vision", "vision,merger", ["--use_lora"]),
+    "freeze": (None, "merger,tower", "tower,merger", []),
+    "vision_cache_mib": (None, "64", 64, ["--freeze", "tower,merger"]),
     "data_root": ("./toy_images", "my images", "my images", []),
     "image_column": (None, "photo", "photo", ["--data_root", "hub:owner/name"]),
     "label_column": (None, "kind", "kind", ["--data_root", "hub:owner/name"]),
@@ -56,6 +60,7 @@ FLAGS = {
     "steps_per_generation": (None, "4", 4, []),
     "num_iterations": (1, "2", 2, []),
     "learning_rate": (None, "3e-5", 0.00003, []),
+    "vision_learning_rate": (None, "3e-6", 0.000003, []),
     "lr_scheduler_type": ("constant", "cosine", "cosine", []),
     "warmup_steps": (0, "5", 5, ["--lr_scheduler_type", "linear"]),
     "weight_decay": (0.0, "0.01", 0.01, []),
@@ -82,10 +87,17 @@ FLAGS = {
     "vllm_server_port": (8000, "8001", 8001, ["--use_vllm", "--vllm_mode", "server"]),
     "vllm_gpu_memory_utilization": (0.3, "0.5", 0.5, ["--use_vllm"]),
     "vllm_tensor_parallel_size": (1, "2", 2, ["--use_vllm"]),
+    "vllm_max_model_length": (None, "2048", 2048, ["--use_vllm"]),
+    "vllm_enable_sleep_mode": (False, "true", True, ["--use_vllm"]),
+    "rollout_correction": ("truncate", "none", "none", ["--use_vllm"]),
+    "rollout_correction_cap": (2.0, "3.5", 3.5, ["--use_vllm"]),
     "vllm_max_logprob_gap": (0.1, "0.5", 0.5, ["--use_vllm"]),
     "eval_steps": (0, "20", 20, []),
     "eval_episodes": (256, "64", 64, ["--eval_steps", "20"]),
     "eval_seed": (1_000_000_000, "7", 7, ["--eval_steps", "20"]),
+    "control_steps": (None, "10", 10, []),
+    "control_episodes": (None, "16", 16, ["--control_steps", "10"]),
+    "stop_if_blind": ("warn", "stop", "stop", ["--control_steps", "10", "--fixed_correct_index", "none"]),
     "keep_best": (False, "true", True, ["--eval_steps", "25"]),
     "output_dir": (None, "runs/one", "runs/one", []),
     "overwrite": (False, "true", True, ["--output_dir", "runs/one"]),
@@ -100,6 +112,9 @@ FLAGS = {
     "dataloader_num_workers": (None, "2", 2, []),
     "step_timeout_s": (1800.0, "90", 90.0, []),
     "dry_run": (False, "true", True, []),
+    "assume_gpus": (None, "8x80:H100", "8x80:H100", ["--dry_run"]),
+    "assume_accelerate": (None, "eight.yaml", "eight.yaml", ["--dry_run", "--assume_gpus", "8x80"]),
+    "json": (False, "true", True, ["--dry_run"]),
 }
 # ds3_gather_for_generation does nothing without ZeRO-3
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -143,7 +158,8 @@ def test_help_states_the_default_that_holds(flag):
     assert stated, ACTIONS[flag].help
     have_no_value = {
         "revision", "env", "env_args", "reward", "output_dir", "steps_per_generation", "epsilon_high",
-        "max_context_length", "image_column", "label_column", "split",
+        "max_context_length", "image_column", "label_column", "split", "vision_learning_rate", "control_steps",
+        "control_episodes", "vllm_max_model_length", "assume_gpus", "assume_accelerate",
     }  # fmt: skip
     if flag not in have_no_value:
         also = FLAGS[flag][3]
@@ -189,7 +205,7 @@ def test_switch_alone_is_true_and_may_be_spelt_out(flag):
 
 
 def test_there_are_as_many_switches_as_booleans():
-    assert len(SWITCHES) == sum("bool" in str(field.type) for field in dataclasses.fields(Options)) == 16
+    assert len(SWITCHES) == sum("bool" in str(field.type) for field in dataclasses.fields(Options)) == 17
 
 
 def test_resume_may_be_left_to_what_is_found():
@@ -215,6 +231,8 @@ MISSPELT = {
     "--num_roll 8": "unknown flag --num_roll",  # no abbreviations: a later flag could make them mean another
     "toy": "unknown flag toy",
     "--dry_run --xyzzy": "unknown flag --xyzzy; see --help",
+    "--freeze_vision": "unknown flag --freeze_vision: pass --freeze tower,merger; see --help",
+    "--freeze_vision=true": "unknown flag --freeze_vision: pass --freeze tower,merger; see --help",
 }
 
 WRONG_TYPE = {
@@ -226,11 +244,17 @@ WRONG_TYPE = {
     "--attn_implementation flash": "--attn_implementation: invalid choice",
     "--lr_scheduler_type step": "--lr_scheduler_type: invalid choice",
     "--vllm_mode local": "--vllm_mode: invalid choice",
+    "--rollout_correction mask": "--rollout_correction: invalid choice: 'mask'",
     "--report_to mlflow": "--report_to: invalid choice",
     "--fixed_correct_index -1": "--fixed_correct_index: got '-1', wanted an index from 0 up, or none",
     "--fixed_correct_index 1.0": "--fixed_correct_index: got '1.0'",
     "--fixed_correct_index ２": "--fixed_correct_index: got '２'",
-    "--gradient_checkpointing 1": "--gradient_checkpointing: got '1', wanted true or false",
+    "--freeze vision": "--freeze: got 'vision', wanted some of tower,merger,language_model, or none; see --help",
+    "--freeze tower,": "--freeze: got 'tower,', wanted some of",
+    "--freeze=": "--freeze: got '', wanted some of",
+    "--lora_targets tower": "--lora_targets: got 'tower', wanted some of language,vision,merger; see --help",
+    "--lora_targets none": "--lora_targets: got 'none', wanted some of",
+    "--gradient_checkpointing 1": "--gradient_checkpointing: got '1', wanted true, false or auto",
 }
 
 IMPOSSIBLE = {
@@ -250,6 +274,8 @@ IMPOSSIBLE = {
     "--save_total_limit 0": "save_total_limit=0, but it must be at least 1",
     "--logging_steps 0": "logging_steps=0, but it must be at least 1",
     "--vllm_tensor_parallel_size 0": "vllm_tensor_parallel_size=0, but it must be at least 1",
+    "--vllm_max_model_length 0": "vllm_max_model_length=0, but it must be at least 1",
+    "--rollout_correction_cap 0.5": "rollout_correction_cap=0.5, but it must be at least 1",
     "--vllm_max_logprob_gap 0": "vllm_max_logprob_gap=0.0, but it must be above 0",
     "--learning_rate 0": "learning_rate=0.0, but it must be above 0",
     "--learning_rate -0.5": "learning_rate=-0.5, but it must be above 0",
@@ -295,6 +321,9 @@ IMPOSSIBLE = {
     "--max_turns 2 --shared_prefix false": "drop --use_vllm and --shared_prefix false",
     "--max_turns 2 --attn_implementation flash_attention_2": "flash_attention_2 takes no mask that keeps branches",
     "--vision_cache_mib -1": "vision_cache_mib=-1, but it must be at least 0",
+    "--freeze merger,language_model,tower": "freeze=tower,merger,language_model leaves nothing to train; name fewer "
+    "parts, or pass --use_lora true in its place",
+    "--vision_learning_rate 0": "vision_learning_rate=0.0, but it must be above 0",
     "--load_in_4bit": "load_in_4bit=true, .* add --use_lora true",
     "--resume --overwrite --output_dir runs/one": "resume and overwrite are both given",
     "--resume": "resume is given without output_dir; pass --output_dir",
@@ -306,11 +335,15 @@ BARELY_POSSIBLE = [
     "--top_p 1 --use_vllm --vllm_gpu_memory_utilization 1 --use_lora --lora_dropout 0.99",
     "--warmup_steps 0 --beta 0 --weight_decay 0 --sample_steps 0 --seed 0 --reward_valid_call 0",
     "--image_max_pixels 784",
+    "--rollout_correction none --vllm_enable_sleep_mode false",
+    "--use_vllm --rollout_correction_cap 1",
     "--gradient_accumulation_steps 2 --steps_per_generation 6",
     "--warmup_steps 5 --lr_scheduler_type constant_with_warmup",
     "--load_in_4bit --use_lora --merge_lora",
     "--vision_cache_mib 64 --use_lora",
     "--vision_cache_mib 0",
+    "--freeze tower,tower --vision_learning_rate 1e-9",
+    "--freeze none --use_lora --lora_targets language,vision,merger --vision_learning_rate 1",
     "--overwrite --output_dir runs/one",
     "--step_timeout_s 30",  # below the time limit of a reward function that is not there
     "--use_lora --lora_rank 8192",
@@ -361,6 +394,12 @@ def config(tmp_path):
         ("data_root: --odd", {"data_root": "--odd"}),
         ("data_root: a=b", {"data_root": "a=b"}),
         ("use_lora: false", {}),
+        ("freeze: [merger, tower]", {"freeze": "tower,merger"}),
+        ("freeze: tower, merger", {"freeze": "tower,merger"}),
+        ("freeze:\n- tower\n", {"freeze": "tower"}),
+        ("freeze: none", {}),
+        ("freeze: null", {}),
+        ("use_lora: on\nlora_targets: [merger]", {"use_lora": True, "lora_targets": "merger"}),
         ("use_lora: on", {"use_lora": True}),
         ('use_lora: "true"', {"use_lora": True}),
         ("fixed_correct_index: 2", {"fixed_correct_index": 2}),
@@ -409,6 +448,9 @@ BAD_CONFIGS = {
     "number for a boolean": ("use_lora: 1", "use_lora: got '1', wanted true or false"),
     "word that is no choice": ("dtype: float16", "dtype: invalid choice: 'float16'"),
     "list": ("num_rollouts: [2, 4]", "num_rollouts is a list, wanted one value"),
+    "part that is none": ("freeze: [tower, vision]", "--freeze: got 'tower,vision', wanted some of tower,merger,"),
+    "parts that are none": ("freeze: []", "--freeze: got '', wanted some of tower,merger,"),
+    "flag that is no more": ("freeze_vision: true", "key 'freeze_vision': pass --freeze tower,merger; see --help"),
     "section": ("model:\n  model_id: toy", "unknown key 'model'"),
     "mapping": ("model_id:\n  name: toy", "model_id is a dict, wanted one value"),
     "empty file": ("", "holds a NoneType, wanted lines of 'flag: value'"),
@@ -474,32 +516,42 @@ RESOLVED = (
     "gradient_checkpointing",
     "vision_cache_mib",
     "dataloader_num_workers",
+    "control_steps",
+    "control_episodes",
 )
+NO_CURVE = (0, 256)
 REAL = "--model_id Qwen/Qwen2.5-VL-3B-Instruct"
 
-# the values are of the flags in RESOLVED
+# the values are of the flags in RESOLVED, but for the last two, which NO_CURVE has
 CASES = {
     "toy on a CPU": ("", False, (60, 8, 1, 1e-4, 0.0, "float32", 3136, 32, False, 0, 0)),
     "toy on a GPU": ("", True, (60, 8, 1, 1e-4, 0.0, "bfloat16", 3136, 32, False, 0, 2)),
     "toy with LoRA": ("--use_lora", False, (60, 8, 1, 5e-4, 0.0, "float32", 3136, 32, False, 2048, 0)),
-    "real": (REAL, True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 64, True, 0, 2)),
-    "real with LoRA": (f"{REAL} --use_lora", True, (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True, 2048, 2)),
+    "real": (REAL, True, (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 64, "auto", 0, 2)),
+    "real with LoRA": (f"{REAL} --use_lora", True, (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, "auto", 2048, 2)),
     "LoRA on TRL's passes": (
         f"{REAL} --use_lora --shared_prefix false",
         True,
-        (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, True, 0, 2),
+        (200, 1, 1, 1e-5, 0.0, "bfloat16", 200_704, 64, "auto", 0, 2),
+    ),
+    "frozen vision": ("--freeze tower,merger", False, (60, 8, 1, 1e-4, 0.0, "float32", 3136, 32, False, 2048, 0)),
+    "frozen tower": ("--freeze tower", False, (60, 8, 1, 1e-4, 0.0, "float32", 3136, 32, False, 0, 0)),
+    "LoRA on vision too": (
+        "--use_lora --lora_targets language,merger",
+        False,
+        (60, 8, 1, 5e-4, 0.0, "float32", 3136, 32, False, 0, 0),
     ),
     "real with reasoning": (
         f"{REAL} --allow_reasoning",
         True,
-        (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 512, True, 0, 2),
+        (200, 1, 1, 1e-6, 0.0, "bfloat16", 200_704, 512, "auto", 0, 2),
     ),
     "real, accumulating": (
         f"{REAL} --gradient_accumulation_steps 4",
         True,
-        (200, 1, 4, 1e-6, 0.0, "bfloat16", 200_704, 64, True, 0, 2),
+        (200, 1, 4, 1e-6, 0.0, "bfloat16", 200_704, 64, "auto", 0, 2),
     ),
-    "folder": ("--model_id ./my_model", False, (200, 1, 1, 1e-6, 0.0, "float32", 200_704, 64, True, 0, 0)),
+    "folder": ("--model_id ./my_model", False, (200, 1, 1, 1e-6, 0.0, "float32", 200_704, 64, "auto", 0, 0)),
 }
 
 
@@ -507,8 +559,8 @@ CASES = {
 def test_defaults_of_the_case(line, has_bf16_gpu, values):
     options = parse(line)
     resolved, filled = resolve_options(options, has_bf16_gpu=has_bf16_gpu)
-    assert changed(options, resolved) == dict(zip(RESOLVED, values, strict=True))
-    assert {default.flag: default.value for default in filled} == dict(zip(RESOLVED, values, strict=True))
+    assert changed(options, resolved) == dict(zip(RESOLVED, (*values, *NO_CURVE), strict=True))
+    assert {default.flag: default.value for default in filled} == dict(zip(RESOLVED, (*values, *NO_CURVE), strict=True))
     assert all(default.reason for default in filled)
 
 
@@ -516,9 +568,25 @@ def test_what_was_given_is_not_filled_in():
     line = (
         "--train_steps 3 --per_device_batch_size 2 --steps_per_generation 5 --learning_rate 0.5 --beta 0 "
         "--dtype float32 --image_max_pixels 784 --max_completion_length 9 --gradient_checkpointing false "
-        "--vision_cache_mib 0 --dataloader_num_workers 0"
+        "--vision_cache_mib 0 --dataloader_num_workers 0 --control_steps 10 --control_episodes 8"
     )
     assert resolve_options(parse(line), has_bf16_gpu=True) == (parse(line), [])
+
+
+@pytest.mark.parametrize(
+    ("line", "every", "num_episodes"),
+    [
+        ("--eval_steps 25", 25, 256),
+        ("--eval_steps 25 --eval_episodes 40", 25, 40),
+        ("--eval_steps 25 --control_steps 5", 5, 32),
+        ("--control_steps 5", 5, 32),
+        ("--eval_steps 25 --control_episodes 16", 25, 16),
+        ("--eval_steps 25 --control_steps 0", 0, 32),
+    ],
+)
+def test_the_look_curve_rides_on_evaluation_unless_it_is_asked_for(line, every, num_episodes):
+    resolved, _ = resolve_options(parse(line), has_bf16_gpu=False)
+    assert (resolved.control_steps, resolved.control_episodes) == (every, num_episodes)
 
 
 @pytest.mark.parametrize("line", ["--min_completion_length 32", "--use_lora --min_completion_length 40"])
@@ -551,3 +619,52 @@ def test_key_given_twice_in_a_config_file_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("num_rollouts: 8\nseed: 1\nnum_rollouts: 2\n")
     with pytest.raises(UsageError, match="key 'num_rollouts' is given twice"):
         parse_all(["--config", str(tmp_path / "run.yaml")])
+
+
+TRAINED = {
+    "": {"tower", "merger", "language_model"},
+    "--freeze tower": {"merger", "language_model"},
+    "--freeze merger": {"tower", "language_model"},
+    "--freeze language_model": {"tower", "merger"},
+    "--freeze tower,merger": {"language_model"},
+    "--freeze tower,language_model": {"merger"},
+    "--freeze merger,language_model": {"tower"},
+    "--use_lora": {"language_model"},
+    "--use_lora --lora_targets vision": {"tower"},
+    "--use_lora --lora_targets merger": {"merger"},
+    "--use_lora --lora_targets language,merger": {"merger", "language_model"},
+    "--use_lora --lora_targets language,vision,merger": {"tower", "merger", "language_model"},
+}
+
+
+@pytest.mark.parametrize(("line", "parts"), TRAINED.items(), ids=TRAINED.keys())
+def test_which_parts_train_is_known_from_flags(line, parts):
+    assert parse(line).trained_parts == parts
+
+
+def of_an_adapter(folder: Path, **config: object) -> frozenset[str]:
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return parse_all(["--model_id", str(folder), "--use_lora"]).trained_parts
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ({"target_modules": LORA_TARGETS["language"][1]}, {"language_model"}),
+        ({"target_modules": lora_pattern(["vision", "merger"])}, {"tower", "merger"}),
+        ({"target_modules": ["q_proj", "v_proj"]}, {"language_model"}),
+        # which the tower's blocks have too
+        ({"target_modules": ["gate_proj"]}, {"tower", "language_model"}),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["merger"]}, {"merger", "language_model"}),
+        ({"target_modules": "all-linear"}, {"tower", "merger", "language_model"}),
+        ({"target_modules": ["mlp.0"]}, {"merger"}),
+    ],
+)
+def test_which_parts_an_adapter_trains_is_known_from_its_config(config, parts, tmp_path):
+    assert of_an_adapter(tmp_path, **config) == parts
+
+
+def test_an_adapter_that_cannot_be_read_is_for_other_checks_to_refuse(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{")
+    options = parse_all(["--model_id", str(tmp_path), "--use_lora"])
+    assert resolve_options(options, has_bf16_gpu=False)[0].vision_cache_mib == 2048

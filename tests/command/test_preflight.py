@@ -379,9 +379,14 @@ MAY_CHANGE = {
     "sample_steps",
     "eval_steps",
     "keep_best",
+    "control_steps",
+    "stop_if_blind",
     "report_to",
     "dataloader_num_workers",
     "dry_run",
+    "assume_gpus",
+    "assume_accelerate",
+    "json",
     "merge_lora",
     "ds3_gather_for_generation",
     "vision_cache_mib",
@@ -389,11 +394,14 @@ MAY_CHANGE = {
     "vllm_server_port",
     "vllm_gpu_memory_utilization",
     "vllm_max_logprob_gap",
+    "vllm_max_model_length",
+    "vllm_enable_sleep_mode",
     "trust_checkpoint",
     "step_timeout_s",
 }
 # of a run with no flags but these
 HAD_NO_PART = {
+    "lora_targets",
     "lora_rank",
     "lora_alpha",
     "lora_dropout",
@@ -405,6 +413,8 @@ HAD_NO_PART = {
     "vllm_server_port",
     "vllm_gpu_memory_utilization",
     "vllm_tensor_parallel_size",
+    "rollout_correction",
+    "rollout_correction_cap",
 }
 
 

@@ -247,7 +247,7 @@ def test_log_probabilities_and_gradients_equal_the_unpacked_batchs(
 
     tree = tree_of_rollouts(tree_prompts(model, batch), completions, PAD)
     images = image_inputs(batch, slice(0, num_prompts), None)
-    logps, entropies = score_tree(model, tree, images, attention, temperature)
+    logps, entropies, _ = score_tree(model, tree, images, attention, temperature)
     found = by_rollout(logps, tree)
     gradients = gradients_of(model, (found * weights).sum())
 

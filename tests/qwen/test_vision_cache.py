@@ -34,7 +34,7 @@ def ask(cache: VisionCache, names: bytes, num_calls: int = 0) -> tuple[list[floa
 
 
 def frozen_cache(max_bytes: int = 10**6) -> VisionCache:
-    return VisionCache(toy_model(freeze_vision=True), max_bytes)
+    return VisionCache(toy_model(freeze=("tower", "merger")), max_bytes)
 
 
 def test_an_image_is_encoded_once() -> None:
@@ -68,7 +68,7 @@ def test_a_batch_larger_than_the_cache_still_gets_its_features() -> None:
 
 
 def models_that_train_vision() -> dict[str, Any]:
-    only_merger = toy_model(freeze_vision=True)
+    only_merger = toy_model(freeze=("tower", "merger"))
     only_merger.model.visual.merger.requires_grad_(True)
     lora = make_lora_config(rank=2)
     lora.target_modules = r".*visual.*\.proj"

@@ -75,6 +75,13 @@ def metrics_line(step: int, share: float) -> dict:
     }  # fmt: skip
 
 
+def look_line(step: int, true: float, grey: float, is_blind: bool = False) -> dict:
+    return {
+        "step": step, "control/true": true, "control/grey": grey, "control/swapped": 0.75, "control/episodes": 32.0,
+        "control/swapped_episodes": 16.0, "control/gains_blindly": float(is_blind), "control/seconds": 0.5,
+    }  # fmt: skip
+
+
 def rollout_of(completion: str, outcome: str, status: str, index: int | None, reward: float | None) -> dict:
     components = {"correct": float(outcome == "correct"), "valid_call": float(outcome in ("correct", "wrong_index"))}
     return {
@@ -122,8 +129,11 @@ def write_run(folder: Path, num_steps: int = 0) -> Path:
 
 
 def write_full_run(folder: Path) -> Path:
-    """40 steps, three evaluations, 13 groups of which one is hostile and one lacks a picture."""
+    """40 steps, three evaluations, a look curve, 13 groups of which one is hostile and one lacks a picture."""
     write_run(folder, num_steps=40)
+    steps = [metrics_line(step, step / 40) for step in range(1, 41)]
+    curve = [look_line(0, 0.25, 0.28125), look_line(20, 0.625, 0.3125), look_line(40, 0.96875, 0.25)]
+    write_lines(folder / "metrics.jsonl", [curve[0], *steps[:20], curve[1], *steps[20:], curve[2]])
     images = write_thumbnails(folder, 6)
     lines = [evaluation(None, 0.5), *(evaluation(step, 0.25 + step / 60) for step in (40, 0, 20))]
     write_lines(folder / "evaluations.jsonl", lines)

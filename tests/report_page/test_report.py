@@ -27,6 +27,7 @@ from tests.report_page.pages import (
     estimate,
     evaluation,
     group_line,
+    look_line,
     metrics_line,
     write_full_run,
     write_lines,
@@ -165,6 +166,7 @@ def test_curves_are_named_and_say_where_they_end(visit, full_report):
     assert titles == [
         "Reward",
         "Accuracy",
+        "Does it look?",
         "Outcomes",
         "Parse statuses",
         "Groups",
@@ -179,6 +181,22 @@ def test_curves_are_named_and_say_where_they_end(visit, full_report):
     assert legends["Parse statuses"].inner_text().split("\n") == ["ok", "75.0%", "no call", "25.0%"]
     assert legends["Choices made"].inner_text().split("\n")[-2:] == ["none of them", "25.0%"]
     assert "1 above the frame, up to 30" in shown.page.locator(".chart", has_text="Step time").inner_text()
+
+
+def test_the_look_curve_says_what_it_means(visit, full_report, tmp_path):
+    chart = visit(full_report).page.locator(".chart", has_text="Does it look?")
+    assert "32 held-out episodes, 95% intervals" in chart.locator("h3").inner_text()
+    assert chart.locator(".legend").inner_text().split("\n")[:6] == [
+        "right, true pictures", "96.9%", "follows a swapped picture", "75.0%", "right, every picture grey", "25.0%",
+    ]  # fmt: skip
+    assert "chance" in chart.locator(".legend").inner_text()
+    assert "near chance on grey ones" in chart.inner_text() and "without looking" not in chart.inner_text()
+    blind = write_run(tmp_path / "blind", num_steps=2)
+    lines = [look_line(0, 0.25, 0.25), look_line(1, 0.9, 0.9, True), {**look_line(2, 1.0, 1.0, True)}]
+    del lines[2]["control/swapped"]
+    write_lines(blind / "metrics.jsonl", lines)
+    said = visit(write_report(blind)).page.locator(".chart", has_text="Does it look?").inner_text()
+    assert "Gained without looking at 2 of 3 points, first at step 1." in said
 
 
 @pytest.mark.parametrize("step", ["", "30"])
@@ -216,7 +234,7 @@ def test_reads_well_in_the_light_and_in_the_dark(visit, full_report):
 def test_drawings_take_every_colour_from_the_page(full_report):
     drawings = re.findall(r"<svg.*?</svg>", full_report.read_text(encoding="utf-8"), flags=re.DOTALL)
     colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", "".join(drawings)))
-    assert len(drawings) == 9 and len(colours) > 8
+    assert len(drawings) == 10 and len(colours) > 8
     assert {colour for colour in colours if not re.fullmatch(r"var\(--[a-z-]+\d?\)", colour)} == {"none"}
 
 
@@ -245,7 +263,7 @@ def test_without_javascript_all_but_the_rollouts_is_there(visit, full_report):
     assert shown.page.locator("noscript p").is_visible()
     assert shown.page.locator("#toolbar").is_hidden() and shown.page.locator("#pager").is_hidden()
     assert shown.page.get_by_text("25.0% → 91.7%").is_visible()
-    assert shown.page.locator(".chart svg").count() == 9
+    assert shown.page.locator(".chart svg").count() == 10
 
 
 def test_empty_run_says_what_is_missing(visit, tmp_path):

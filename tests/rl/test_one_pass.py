@@ -40,18 +40,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kl": {"beta": 0.05},
     "hot": {"temperature": 0.7},
     "masked": {"mask_truncated_completions": True, "max_completion_length": 20},
-    "lora": {"lora": True},
-    "frozen vision": {"freeze_vision": True},
+    "lora": {"lora": True, "is_cached": True},
+    "frozen vision": {"freeze": ("tower", "merger"), "is_cached": True},
+    "frozen tower": {"freeze": ("tower",)},
+    "frozen language model": {"freeze": ("language_model",), "learning_rate": 0.1},
+    "lora on every part": {"lora": True, "targets": ("language", "vision", "merger")},
     "eager": {"attention": "eager"},
-    "4-bit base": {"lora": True, "load_in_4bit": True},
+    "4-bit base": {"lora": True, "load_in_4bit": True, "is_cached": True},
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_one_pass_takes_the_steps_that_two_take(name: str, tmp_path: Path) -> None:
-    settings = {"max_steps": 6, "optim": "sgd", "learning_rate": 0.01} | SETTINGS[name]
-    lora = make_lora_config(rank=4) if settings.pop("lora", False) else None
-    is_frozen, attention = settings.pop("freeze_vision", False), settings.pop("attention", "sdpa")
+    settings: dict[str, Any] = {"max_steps": 6, "optim": "sgd", "learning_rate": 0.01} | SETTINGS[name]
+    targets, is_cached = settings.pop("targets", ("language",)), settings.pop("is_cached", False)
+    lora = make_lora_config(rank=4, targets=targets) if settings.pop("lora", False) else None
+    frozen, attention = settings.pop("freeze", ()), settings.pop("attention", "sdpa")
     load_in_4bit = settings.pop("load_in_4bit", False)
     runs = []
     for kind in (Hopeful, TwoPasses):
@@ -61,9 +65,9 @@ def test_one_pass_takes_the_steps_that_two_take(name: str, tmp_path: Path) -> No
             kind,
             lora,
             model=toy_model(
-                freeze_vision=is_frozen, attn_implementation=attention, load_in_4bit=load_in_4bit, dtype=torch.float32
+                freeze=frozen, attn_implementation=attention, load_in_4bit=load_in_4bit, dtype=torch.float32
             ),
-            vision_cache_bytes=2**20 if is_frozen or lora else 0,
+            vision_cache_bytes=2**20 if is_cached else 0,
         )
         trainer.train()
         runs.append(trainer)

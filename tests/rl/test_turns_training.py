@@ -57,7 +57,7 @@ class TalkingTrainer(FleetRLOOTrainer):
 
 def talking_trainer(folder: Path, env: Any, **settings: Any) -> TalkingTrainer:
     lora = make_lora_config(rank=4) if settings.pop("lora", False) else None
-    model = toy_model(freeze_vision=settings.pop("freeze_vision", False))
+    model = toy_model(freeze=settings.pop("freeze", ()))
     of_fleet = {name: settings.pop(name) for name in ("max_turns", "max_context") if name in settings}
     args = rloo_config(folder, optim="sgd", max_grad_norm=1e9, learning_rate=0.01, max_steps=1, **settings)
     dataset = RepeatableEpisodeDataset(env, TOY_IMAGE_PIXELS)
@@ -76,8 +76,8 @@ def talking_trainer(folder: Path, env: Any, **settings: Any) -> TalkingTrainer:
 @pytest.mark.parametrize("kind", ["full", "lora", "frozen vision"])
 def test_a_step_is_that_of_the_conversations_as_rows_of_their_own(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    settings = {"full": {}, "lora": {"lora": True}, "frozen vision": {"freeze_vision": True}}[kind]
-    trainer = talking_trainer(tmp_path, LookAgainEnv(TOY_DATA_ROOT, 4, 0), **settings)
+    settings: dict[str, Any] = {"lora": {"lora": True}, "frozen vision": {"freeze": ("tower", "merger")}}
+    trainer = talking_trainer(tmp_path, LookAgainEnv(TOY_DATA_ROOT, 4, 0), **settings.get(kind, {}))
     before = {name: weight.clone() for name, weight in weights_of(trainer.model).items()}
     trainer.train()
     ((batch, said),) = trainer.drawn

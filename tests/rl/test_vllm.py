@@ -58,25 +58,73 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+def figures_of(output_dir: Path, name: str) -> list[float]:
+    return [line[f"vllm/{name}"] for line in read_jsonl(output_dir / "metrics.jsonl")]
+
+
 def gaps_of(output_dir: Path) -> list[float]:
-    return [line["vllm/logprob_gap"] for line in read_jsonl(output_dir / "metrics.jsonl")]
+    return figures_of(output_dir, "logprob_gap")
+
+
+def train_colocated(folder: Path, *flags: str) -> dict[str, Any]:
+    """What tests/vllm_colocate.py found; `gaps` of its steps."""
+    done = run("tests/vllm_colocate.py", str(folder / "results.json"), *flags, "--output_dir", str(folder / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((folder / "results.json").read_text())
+    assert found["exit_code"] == 0, done.stderr[-3000:]
+    return found | {"gaps": gaps_of(folder / "run"), "folder": folder / "run"}
 
 
 @pytest.fixture(scope="module")
 def colocated(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tests/vllm_colocate.py found; `gaps` of its three steps."""
-    folder = tmp_path_factory.mktemp("colocated")
-    done = run("tests/vllm_colocate.py", str(folder / "results.json"), *flags, "--train_steps", "3",
-               "--output_dir", str(folder / "run"))  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((folder / "results.json").read_text())
-    assert found["exit_code"] == 0, done.stderr[-3000:]
-    return found | {"gaps": gaps_of(folder / "run")}
+    return train_colocated(tmp_path_factory.mktemp("colocated"), *flags, "--train_steps", "3")
 
 
 def test_a_colocated_vllm_agrees_at_every_step(colocated: dict[str, Any]) -> None:
     # all weights train, the vision tower's too, at a rate that moves them far
     assert len(colocated["gaps"]) == 3 and max(colocated["gaps"]) < ROUNDING
+
+
+def require_weights_of_one(folder: Path, rounding: float) -> None:
+    assert figures_of(folder, "correction_mean") == pytest.approx([1.0] * 3, abs=rounding)
+    assert figures_of(folder, "correction_truncated") == [0.0] * 3
+    assert min(figures_of(folder, "effective_samples")) > 1 - rounding
+
+
+def test_its_rollouts_have_weights_of_one(colocated: dict[str, Any]) -> None:
+    require_weights_of_one(colocated["folder"], 1e-4)
+
+
+def test_vllm_has_room_for_what_the_run_needs(colocated: dict[str, Any]) -> None:
+    # half as much again as 193 to 195 tokens of a prompt, and 16 of a completion; the model has 4096 positions
+    assert 193 * 3 // 2 + 16 <= colocated["room"] <= 195 * 3 // 2 + 16
+
+
+@pytest.mark.parametrize("shared_prefix", ["true", "false"])
+def test_weights_are_one_under_a_temperature_and_a_nucleus(
+    shared_prefix: str, flags: list[str], tmp_path: Path
+) -> None:
+    """The trainer's whole vocabulary against vLLM's nucleus would give each of 16 tokens 0.9: weights of 0.19."""
+    # no rollout says anything, so every group is drawn anew once
+    found = train_colocated(tmp_path, *flags, "--train_steps", "3", "--temperature", "0.7", "--top_p", "0.9",
+                            "--dynamic_sampling", "1", "--shared_prefix", shared_prefix)  # fmt: skip
+    require_weights_of_one(found["folder"], 1e-4)
+    assert max(found["gaps"]) < 1e-5
+    assert [line["dynamic_sampling/groups_per_kept"] for line in read_jsonl(tmp_path / "run/metrics.jsonl")] == [
+        2.0
+    ] * 3
+
+
+def test_a_vllm_that_chooses_its_dtype_is_refused_beside_a_trainer_in_float32(flags: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from tests.vllm_on_cpu import adapt_colocated, run_training; adapt_colocated(dtype='auto'); "
+        "sys.exit(run_training(sys.argv[1:]))"
+    )
+    done = run("-c", code, *flags, "--train_steps", "1", "--output_dir", str(tmp_path / "run"))
+    assert done.returncode == 2, done.stderr[-3000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "vLLM computes in bfloat16 beside a trainer in float32, and TRL 1.16 cannot tell it otherwise" in line
+    assert "Traceback" not in done.stderr
 
 
 def test_expanded_placeholders_would_be_expanded_again_and_are_found(colocated: dict[str, Any]) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from dataset import repeat_episodes
 from fleet.command.options import parse_options
 from fleet.command.preflight import require_vllm_version
+from fleet.episode_numbers import FURTHER_STRIDE
 from fleet.errors import RunRefused, RunStopped, UsageError
 from fleet.rl import drawing
 from fleet.rl.trainer import FleetRLOOTrainer
@@ -25,6 +27,7 @@ from fleet.rl.vllm_sampling import (
 )
 from fleet.run.build import training
 from tests.helpers import fleet_trainer, rloo_config, toy_model, toy_processor, weights_of
+from utils.tool_calls import make_tool_call_str
 
 PAD = toy_processor().image_token_id
 
@@ -39,6 +42,8 @@ class StandIn:
 
     def __init__(self, trainer: Any, mode: str, fault: str = ""):
         self.trainer, self.mode, self.fault, self.top_p = trainer, mode, fault, 1.0
+        self.max_model_length: int | None = None
+        self.max_completion_length = 32
         self.accelerator = trainer.accelerator
         self.calls: list[str] = []
         self.sent: list[list[int]] = []
@@ -60,13 +65,15 @@ class StandIn:
         used = [expand(ids) if self.mode == "colocate" else ids for ids in prompts]
         if self.fault == "prompt":
             used = [[*ids[:-1], ids[-1] + 1] for ids in used]
-        ids = toy_processor().tokenizer('<tool_call>\n{"name"<|im_end|>')["input_ids"]
-        completions = [ids for _ in prompts]
-        return used, completions, [[[value] for value in row] for row in self._logps(ids)], None
+        completions = toy_processor().tokenizer(self.texts(num_generations))["input_ids"]
+        return used, completions, [[[value] for value in row] for row in self._logps(completions)], None
 
-    def _logps(self, ids: list[int]) -> list[list[float]]:
+    def texts(self, group_size: int) -> list[str]:
+        return ['<tool_call>\n{"name"<|im_end|>'] * group_size * len(self.trainer.latest_batch["episodes"])
+
+    def _logps(self, completions: list[list[int]]) -> list[list[float]]:
         rows = repeat_episodes(self.trainer.latest_batch, 0, len(self.trainer.latest_batch["episodes"]))
-        ids_BT = torch.tensor([ids] * len(rows["prompt_ids"]))
+        ids_BT = pad_sequence([torch.tensor(ids) for ids in completions], batch_first=True)
         sequence = torch.cat([rows["prompt_ids"], ids_BT], dim=1)
         with torch.no_grad():
             logits = self.trainer.model(
@@ -75,30 +82,36 @@ class StandIn:
                 mm_token_type_ids=(sequence == PAD).long(),
                 pixel_values=rows["pixel_values"],
                 image_grid_thw=rows["image_grid_thw"],
-            ).logits[:, -len(ids) - 1 : -1]
+            ).logits[:, -ids_BT.shape[1] - 1 : -1]
         values = logits.log_softmax(dim=-1).gather(2, ids_BT[:, :, None]).squeeze(2)
-        return (values - (0.5 if self.fault == "weights" else 0.0)).tolist()
+        values -= 0.5 if self.fault == "weights" else 0.0
+        return [row[: len(ids)] for row, ids in zip(values.tolist(), completions, strict=True)]
 
 
 class TrainerWithStandIn(FleetRLOOTrainer):
     """The real trainer, whose vLLM is a stand-in."""
 
-    mode, fault = "colocate", ""
+    mode, fault, kind = "colocate", "", StandIn
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.stand_in: Any = StandIn(self, self.mode, self.fault)
+        self.stand_in: Any = self.kind(self, self.mode, self.fault)
         self.vllm = VLLMSampler(self.stand_in, self.processing_class, max_gap=0.1)
+        self.draws_on_trees = False
 
-    def _roll_out(self, batch: Any) -> Any:
+    def _draw(self, batch: Any, *everything: Any) -> Any:
         self.latest_batch = batch
-        return super()._roll_out(batch)
+        return super()._draw(batch, *everything)
 
 
-def trainer_with(tmp_path: Path, mode: str = "colocate", fault: str = "", **changes: Any) -> Any:
-    kind = type("Kind", (TrainerWithStandIn,), {"mode": mode, "fault": fault})
-    args = rloo_config(tmp_path, per_device_train_batch_size=4, **{"learning_rate": 1e-3, **changes})
-    return fleet_trainer(args, kind)
+def trainer_with(
+    tmp_path: Path, mode: str = "colocate", fault: str = "", kind: type[StandIn] = StandIn, settings: Any = None,
+    **changes: Any,
+) -> Any:  # fmt: skip
+    """settings: TrainerSettings' fields. changes: of TRL's arguments."""
+    trainer_class = type("Kind", (TrainerWithStandIn,), {"mode": mode, "fault": fault, "kind": kind})
+    args = rloo_config(tmp_path, **{"per_device_train_batch_size": 4, "learning_rate": 1e-3, **changes})
+    return fleet_trainer(args, trainer_class, **(settings or {}))
 
 
 def lengths_sent(trainer: Any) -> list[int]:
@@ -165,6 +178,33 @@ def test_a_prompt_that_differs_later_stops_the_run_with_what_it_has(tmp_path: Pa
     sample, trainer.vllm.sample = trainer.vllm.sample, spoil_second
     with pytest.raises(RunStopped, match="vLLM used another prompt"):
         trainer.train()
+
+
+class RightIfFurther(StandIn):
+    """All wrong, but of an episode that stands in for another half is right."""
+
+    def texts(self, group_size: int) -> list[str]:
+        numbers = self.trainer.latest_batch["numbers"]
+        picks = [(place % 2 if number >= FURTHER_STRIDE else 1) for number in numbers for place in range(group_size)]
+        return [make_tool_call_str(pick) + "<|im_end|>" for pick in picks]
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_groups_of_one_accord_are_replaced_with_the_figures_of_their_own_draws(mode: str, tmp_path: Path) -> None:
+    settings = {"dynamic_sampling": 2, "correction_cap": 2.0}
+    trainer = trainer_with(
+        tmp_path, mode, kind=RightIfFurther, settings=settings, max_steps=1, per_device_train_batch_size=8
+    )
+    trainer.train()
+    # weights are sent once for both draws
+    assert [call for call in trainer.stand_in.calls if "reset" not in call] == ["weights sent"] + ["generated"] * 2
+    numbers = [record.episode.episode_index for record in trainer.latest_rollouts[::4]]
+    assert numbers == [FURTHER_STRIDE, FURTHER_STRIDE + 1]
+    (line,) = [line for line in trainer.state.log_history if "reward" in line]
+    assert line["dynamic_sampling/replaced"] == 1.0
+    assert line["vllm/logprob_gap_max"] < 1e-4
+    assert line["vllm/correction_mean"] == pytest.approx(1.0, abs=1e-3)
+    assert line["vllm/effective_samples"] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_gaps_count_what_top_p_cannot_explain() -> None:
@@ -238,7 +278,7 @@ def test_the_trainer_gives_trl_the_ban(tmp_path: Path, monkeypatch: pytest.Monke
         given.append(kwargs["args"])
         raise Stop
 
-    monkeypatch.setattr(drawing.ResumableTrainer, "__init__", stop)
+    monkeypatch.setattr(drawing.VisionRate, "__init__", stop)
     args = rloo_config(tmp_path, use_vllm=True)
     with pytest.raises(Stop):
         fleet_trainer(args, model=toy_model())

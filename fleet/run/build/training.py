@@ -27,27 +27,31 @@ from fleet.command.options import Options, ResolvedDefault, own_code, resolve_op
 from fleet.command.output_dir import paths_read
 from fleet.command.parser import flag_of
 from fleet.command.preflight import own_reward
-from fleet.command.resume_check import require_same_run
+from fleet.command.resume_check import recorded_checkpointing, require_same_run
 from fleet.command.training_flags import GenerationFlags, RLOOFlags, TrainedPartFlags
-from fleet.errors import Preempted, RunEnded, UsageError, one_line
+from fleet.errors import Preempted, RunEnded, RunStopped, UsageError, one_line
 from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan
-from fleet.evaluation.held_out import RunEpisodes, make_plan
+from fleet.evaluation.held_out import RunEpisodes
 from fleet.model_folder.files import read_json
+from fleet.model_folder.parts import LANGUAGE_MODEL, VISION_PARTS
 from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.qwen.vision_cache import vision_is_frozen
 from fleet.rl.checkpoints import ProcessPlace
+from fleet.rl.look_watch import LookPlan, LookWatch
 from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from fleet.run import launch_checks, model_setup
+from fleet.run.build.held_out_plans import plan_held_out
+from fleet.run.build.prediction import NOTHING_PREDICTED, RunPrediction, predict
 from fleet.run.commands import resume_command
 from fleet.run.config import config_text
-from fleet.run.data import agree_on_data, require_encodable_prompts, require_last_episode
+from fleet.run.data import agree_on_data, longest_prompt, require_encodable_prompts, require_last_episode
 from fleet.run.output import begin_folder, find_checkpoint, held, name_output_dir
 from fleet.run.peers import connect
 from fleet.run.preemption import Preemption
 from fleet.run.recorder import RunRecorder
-from fleet.run.records import resolved_table
+from fleet.run.records import parameters_table, resolved_table
 from fleet.run.watchdog import Watchdog
 from fleet.run_folder import CONFIG_NAME
 from fleet.run_lock import RunLock
@@ -63,13 +67,16 @@ logger = logging.getLogger("fleet")
 class PreparedRun:
     """A run that has passed all checks that need no weight, the same on every process.
 
-    options: resolved. args: TRL's. plan: of held-out evaluation, if any.
+    options: resolved. args: TRL's. plan: of held-out evaluation, if any. look: of the look curve, if any.
+    prediction: of memory, work and disk.
     """
 
     options: Options
     args: RLOOConfig
     data: RunData
     plan: EvaluationPlan | None
+    look: EvaluationPlan | None = None
+    prediction: RunPrediction = NOTHING_PREDICTED
 
 
 def prepare(options: Options, findings: Findings | None, problem: str | None, watchdog: Watchdog) -> PreparedRun:
@@ -79,13 +86,19 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     """
     model_setup.use_every_core()
     launch_checks.require_one_gpu_or_a_launcher()
-    options, filled = resolve_options(options, has_bf16_gpu=model_setup.has_bfloat16())
+    has_bf16_gpu = options.assume_gpus is not None or model_setup.has_bfloat16()
+    options, filled = resolve_options(
+        replace(options, gradient_checkpointing=recorded_checkpointing(options, options.gradient_checkpointing)),
+        has_bf16_gpu=has_bf16_gpu,
+    )
     launch_checks.require_launchers_dtype(options.dtype)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     flags = asdict(options)
     # also the files of an adapter decide which flags are idle, and they may be broken on one machine
     problem = first_problem(problem, lambda: require_same_run(options, flags, idle_flags(options), num_processes))
-    logger.info(describe_run(options.model_id, options, options, filled), extra=COLOURED)
+    # a default without a part in the run is not worth a line
+    shown = [default for default in filled if default.flag not in idle_flags(options)]
+    logger.info(describe_run(options.model_id, options, options, shown), extra=COLOURED)
     problem = first_problem(
         problem,
         lambda: model_setup.require_loadable_models(options.model_id, revision=options.revision),
@@ -93,7 +106,11 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     )
     # from here on the processes hear of each other
     args = make_rloo_config(options)
-    problem = first_problem(problem, lambda: launch_checks.require_launchers_deepspeed(args))
+    problem = first_problem(
+        problem,
+        lambda: launch_checks.require_launchers_deepspeed(args),
+        lambda: launch_checks.require_assumed_launch(options),
+    )
     raise_first(gather_by_rank(problem))
     require_same_flags(flags)
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -105,11 +122,17 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     num_episodes = num_episodes_of_run(args)
     if options.env is not None:
         require_last_episode(data.env, options.env, num_episodes, options.dynamic_sampling)
-    plan = None
-    if options.eval_steps:
-        runs = [RunEpisodes(data.env, num_episodes, options.dynamic_sampling)]
-        plan = together(lambda: make_plan(options, runs, skipped_images=data.skipped_images, drawn_images=data.sha256s))
-    return PreparedRun(options, args, data, plan)
+    runs = [RunEpisodes(data.env, num_episodes, options.dynamic_sampling)]
+    by_default = [default.flag for default in filled]
+    plan, look = together(lambda: plan_held_out(options, options, by_default, runs, data))
+    prediction = predict(options, args, data.env)
+    # the least over all processes decides
+    is_checkpointed = not all(gather_by_rank(prediction.fits_without_checkpointing))
+    if options.gradient_checkpointing == "auto":
+        options = replace(options, gradient_checkpointing=is_checkpointed)
+        args.gradient_checkpointing = is_checkpointed
+    prediction = prediction.settled(is_checkpointed=args.gradient_checkpointing)
+    return PreparedRun(options, args, data, plan, look, prediction)
 
 
 def describe_run(model_id: str, task: TaskFlags, rloo: RLOOFlags, filled: Sequence[ResolvedDefault]) -> str:
@@ -139,6 +162,8 @@ def make_rloo_config(options: Options) -> RLOOConfig:
     return RLOOConfig(
         **shared,
         output_dir=options.output_dir or "runs",
+        # "auto" is settled before the trainer is made
+        gradient_checkpointing=options.gradient_checkpointing is True,
         per_device_train_batch_size=options.per_device_batch_size * options.num_rollouts,
         # the watchdog, which says why, comes first
         ddp_timeout=max(1800, int(options.step_timeout_s) + 120),
@@ -197,6 +222,8 @@ def build_trainer(
     args.eval_on_start = bool(options.eval_steps) and checkpoint is None
     watchdog.start_with("the loading of the model")
     model, processor, lora, cache_mib = load_for_training(options, args, model_path)
+    if options.use_vllm and options.vllm_mode == "colocate" and args.vllm_max_model_length is None:
+        args.vllm_max_model_length = context_length(run, processor, model.config)
     with server_problems_said(options):
         trainer = FleetRLOOTrainer(
             model,
@@ -215,7 +242,12 @@ def build_trainer(
         )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunRecorder(trainer, options, fixed_correct_index=options.fixed_correct_index))
-    logger.info(describe_parameters(trainer.model))
+    if run.look is not None:
+        trainer.look_watch = LookWatch(trainer, look_plan(run, run.look))
+        trainer.add_callback(trainer.look_watch)
+    rates = dict.fromkeys(VISION_PARTS, trainer.vision_learning_rate or args.learning_rate)
+    table = parameters_table(count_parameters(trainer.model), rates | {LANGUAGE_MODEL: args.learning_rate})
+    logger.info(table, extra=COLOURED)
     paths = paths_read(options.model_id, options.data_root, code)
     begin_folder(folder, options, paths, config, run.data.sha256s, args.process_index)
     return trainer, checkpoint
@@ -237,16 +269,31 @@ def load_for_training(
         dtype=None if can_be_half else torch.float32,
         # TRL wraps the model in a new adapter itself; an adapter that exists is opened here
         trains_adapter=flags.use_lora and is_adapter,
-        freeze_vision=flags.freeze_vision,
+        freeze=flags.frozen_parts,
     )
     lora = None
     if flags.use_lora and not is_adapter:
-        lora = make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
+        lora = make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_targets.split(","))
     cache_mib = int(flags.vision_cache_mib or 0)
     if cache_mib and lora is None and not vision_is_frozen(model):
         logger.info(f"the adapter {flags.model_id} trains the vision side, so no image features are kept\n")
         cache_mib = 0
     return model, processor, lora, cache_mib
+
+
+def context_length(run: PreparedRun, processor: Any, config: Any) -> int:
+    """The tokens of a prompt and its completion that a colocated vLLM needs room for; at most the model's positions.
+
+    Prompts get half as much again as the longest of the first. Room that is not used costs nothing, as vLLM sets its
+    cache by its share of the GPU. The model's own maximum may be more than that cache holds, and vLLM would not start.
+    """
+    options, num_episodes = run.options, num_episodes_of_run(run.args)
+    assert options.image_max_pixels and options.max_completion_length
+    longest = longest_prompt(run.data.env, processor, options.image_max_pixels, num_episodes)
+    wanted = longest + longest // 2 + options.max_completion_length
+    length = min(wanted, config.get_text_config().max_position_embeddings)
+    logger.info(f"vLLM: room for {length:,} tokens of a prompt (the longest seen has {longest:,}) and its completion\n")
+    return length
 
 
 def run_config(run: PreparedRun, folder: Path) -> str:
@@ -261,6 +308,7 @@ def run_config(run: PreparedRun, folder: Path) -> str:
         run_id=str(recorded_id or uuid.uuid4().hex),
         num_episodes=num_episodes_of_run(run.args),
         num_processes=run.args.world_size,
+        prediction=run.prediction.figures(),
     )
 
 
@@ -278,7 +326,28 @@ def trainer_settings(run: PreparedRun, vision_cache_bytes: int) -> TrainerSettin
         max_context=options.max_context_length,
         image_max_pixels=options.image_max_pixels,
         dynamic_sampling=options.dynamic_sampling,
+        vision_learning_rate=options.vision_learning_rate,
         vllm_max_logprob_gap=options.vllm_max_logprob_gap,
+        correction_cap=options.rollout_correction_cap if options.rollout_correction == "truncate" else None,
+    )
+
+
+def look_plan(run: PreparedRun, plan: EvaluationPlan) -> LookPlan:
+    """The look curve of the run's options, on the plan's episodes."""
+    options = run.options
+    assert options.control_steps and options.train_steps, "resolved, and there is a curve"
+    of_evaluation = run.plan is not None and plan.episodes == run.plan.episodes[: len(plan.episodes)]
+    intervals = [options.control_steps]
+    if of_evaluation and options.eval_steps != options.control_steps:
+        intervals.append(options.eval_steps)
+    return LookPlan(
+        plan,
+        _answer_settings(options),
+        every=options.control_steps,
+        # the last step has one of its own
+        num_points=sum(options.train_steps // interval for interval in intervals) + 1,
+        is_of_evaluation=of_evaluation,
+        if_blind=options.stop_if_blind,
     )
 
 
@@ -314,18 +383,17 @@ def _answer_settings(options: Options) -> AnswerSettings:
 
 
 def train(trainer: FleetRLOOTrainer, checkpoint: Path | None) -> None:
-    """Trains from a checkpoint on, or from the start. Raises Preempted after the save of a run that is told to stop."""
+    """Trains from a checkpoint on, or from the start.
+
+    Raises RunStopped after the save of a run that gains blindly, Preempted after that of one that is told to stop.
+    """
     preemption = Preemption(trainer)
     trainer.add_callback(preemption)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.look_watch is not None and trainer.look_watch.stop_reason is not None:
+        raise RunStopped(trainer.look_watch.stop_reason)
     if preemption.is_stopping:
         raise Preempted(
             f"told to stop: saved step {trainer.state.global_step} of {trainer.args.max_steps} in "
             f"{trainer.args.output_dir}"
         )
-
-
-def describe_parameters(model: torch.nn.Module) -> str:
-    """Trainable and all parameters by part, in a line."""
-    parts = [f"{part} {trainable:,} of {total:,}" for part, (trainable, total) in count_parameters(model).items()]
-    return f"trainable parameters: {'; '.join(parts)}\n"

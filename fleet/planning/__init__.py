@@ -1,0 +1,1 @@
+"""What a run will need, before a weight is loaded: memory, tokens, operations, disk; and what will not work."""

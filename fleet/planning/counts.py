@@ -1,0 +1,74 @@
+"""The counts of a run's passes, kept in the cache: the same model and shapes are counted once on a machine."""
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from fleet.cache import cache_folder, made_once
+from fleet.errors import UsageError
+from fleet.planning import counted_pass
+from fleet.planning.counted_pass import CountedModel, ModelSize, PassShape, Peak
+from fleet.run_folder import write_atomically
+from model_utils import PartSize
+
+NAME = "counts.json"
+# what decides which tensors a pass holds
+PACKAGES = ("torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The sizes of a model, and the moments of its training pass and of the first pass of sampling."""
+
+    size: ModelSize
+    training: Peak
+    sampling: Peak
+
+    def as_json(self) -> str:
+        """The counts as text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The counts of such a text."""
+        found = json.loads(text)
+        parts = {name: PartSize(**part) for name, part in found["size"]["parts"].items()}
+        training, sampling = (_peak_of(found[name]) for name in ("training", "sampling"))
+        return cls(ModelSize(parts, found["size"]["quantizable"]), training, sampling)
+
+
+def counts_of(model: CountedModel, training: PassShape, sampling: PassShape) -> Counts:
+    """The counts of these passes, from the cache if it has them. Never fails for a cache that cannot be used."""
+    folder = cache_folder() / "counts" / f"{_digest(model, training, sampling)}-counts"
+
+    def make(unfinished: Path) -> None:
+        write_atomically(unfinished / NAME, _counted(model, training, sampling).as_json())
+
+    with suppress(UsageError, OSError, ValueError, KeyError, TypeError):
+        made_once(folder, lambda path: (path / NAME).is_file(), make, "the counts of a pass")
+        return Counts.from_json((folder / NAME).read_text(encoding="utf-8"))
+    return _counted(model, training, sampling)
+
+
+def _counted(model: CountedModel, training: PassShape, sampling: PassShape) -> Counts:
+    return Counts(
+        counted_pass.size_of(model),
+        counted_pass.training_peak(model, training),
+        counted_pass.sampling_peak(model, sampling),
+    )
+
+
+def _peak_of(found: dict[str, Any]) -> Peak:
+    return Peak(tuple((int(grads), int(others)) for grads, others in found["moments"]), found["fixed"])
+
+
+def _digest(model: CountedModel, *shapes: PassShape) -> str:
+    lora = None if model.lora is None else sorted((name, str(value)) for name, value in vars(model.lora).items())
+    rest = model.dtype, model.is_autocast, sorted(model.frozen), lora, model.is_checkpointed, model.attention
+    source = Path(counted_pass.__file__).read_bytes()
+    known = [model.config.to_json_string(), repr(rest), repr(shapes), *map(version, PACKAGES)]
+    return hashlib.sha256("\n".join(known).encode() + source).hexdigest()[:24]

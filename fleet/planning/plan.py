@@ -1,0 +1,319 @@
+"""The plan of a run: what it will hold, compute and write, and whether that fits, from flags and configurations alone.
+
+`plan_run` puts together what the other files of this folder know. It loads no weight and asks no GPU for memory.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor
+
+from environment import EpisodeSource
+from fleet.command.flags import TOY_MODEL_ID, ModelFlags, TaskFlags
+from fleet.command.options import Options
+from fleet.model_folder.files import base_of
+from fleet.planning.counted_pass import CountedModel, PassShape
+from fleet.planning.counts import Counts, counts_of
+from fleet.planning.lengths import Grid, Lengths, lengths_of
+from fleet.planning.machine import Launch, Machine
+from fleet.planning.memory import BFLOAT16, FLOAT32, Memory, Moments, Policy, checkpoint_bytes, memory_of
+from fleet.planning.published import PIXELS_OF_PROCESSOR, published_config
+from fleet.planning.work import PassesOfStep, seconds_at, step_flops
+from fleet.qwen.drafts import MAX_DRAFT_TOKENS
+from fleet.qwen.flops import WorkComparison, compare_work
+from fleet.qwen.group_passes import MAX_MASK_PAIRS, why_not_to_pack
+from fleet.toy.model import cached_path, is_whole, make_toy_model, make_toy_processor
+from fleet.toy.process import kind_for
+from fleet.vllm_memory import VLLMBytes, cache_bytes, vllm_bytes
+from model_utils import make_lora_config, read_adapter_config
+
+# of a device's memory: the rest is what an allocator loses between blocks
+USABLE_SHARE = 0.95
+MAX_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run needs, per process unless it says otherwise, for the longest prompt and completions.
+
+    is_checkpointed: activations are computed again. is_packed: a group is one row. largest_batch: episodes per device
+    and micro-batch that fit; 0 if none does. step_flops: operations of an optimizer step. step_s: (least, likely)
+    seconds of those; None for an unknown chip. free_disk: bytes where the run writes; None for an assumed machine.
+    """
+
+    options: Options
+    launch: Launch
+    machine: Machine
+    config: Any
+    counts: Counts
+    lengths: Lengths
+    memory: Memory
+    vllm: VLLMBytes | None
+    work: WorkComparison
+    is_checkpointed: bool
+    is_packed: bool
+    largest_batch: int
+    checkpoint_bytes: int
+    free_disk: int | None
+    step_flops: int
+    step_s: tuple[float, float] | None
+
+    @property
+    def limit(self) -> int:
+        """Bytes of its device that a process can use."""
+        return round(self.machine.device_bytes * USABLE_SHARE)
+
+    @property
+    def fits(self) -> bool:
+        """True if the largest phase fits on the device."""
+        return self.memory.total <= self.limit
+
+
+class Planner:
+    """Plans a run under one launch, with and without gradient checkpointing."""
+
+    def __init__(
+        self, options: Options, env: EpisodeSource, launch: Launch, machine: Machine, config: Any, processor: Any
+    ):
+        """options: resolved. config, processor: of `known_model`. Raises ValueError if no episode can be shown."""
+        self.options, self.launch, self.machine, self.config = options, launch, machine, config
+        pixels = PIXELS_OF_PROCESSOR
+        if processor is not None:
+            size = processor.image_processor.size
+            pixels = size["shortest_edge"], size["longest_edge"]
+        self.grid = Grid(config.vision_config, options.image_max_pixels, pixels)
+        lengths = lengths_of(env, self.grid, processor, num_rollouts=options.num_rollouts)
+        if lengths is None:
+            raise ValueError("none of the first episodes can be shown")
+        self.lengths = lengths
+        assert options.per_device_batch_size and options.max_completion_length and options.steps_per_generation
+        self.groups, self.completion = options.per_device_batch_size, options.max_completion_length * options.max_turns
+        self.generated = self.groups * options.steps_per_generation
+        side = round((lengths.image_tokens[2] * self.grid.merged) ** 0.5)
+        self.picture = 1, side, side
+        self.is_vision_known = bool(options.vision_cache_mib)
+        self.work = self._work()
+        attention = options.attn_implementation
+        self.is_packed = options.shared_prefix and why_not_to_pack(attention, self.work) is None
+
+    def prediction(self, is_checkpointed: bool) -> Prediction:
+        """The prediction for a run with or without checkpointing."""
+        options, launch = self.options, self.launch
+        model = self._model(is_checkpointed)
+        training, sampling = self._training_shape(), self._sampling_shape()
+        counts = counts_of(model, training, sampling)
+        policy = self._policy(counts, model)
+        vllm = self._vllm(policy)
+        moments = Moments(
+            counts.training,
+            counts.sampling,
+            keeps_gradients=options.gradient_accumulation_steps > 1,
+            gathers_for_sampling=launch.zero_stage >= 3 and options.ds3_gather_for_generation and not options.use_vllm,
+            sampling_cache=0 if options.use_vllm else self._row_cache(model),
+        )
+        nothing = VLLMBytes(0, 0, 0)
+        cache = (options.vision_cache_mib or 0) * 2**20
+
+        def memory_at(groups: int) -> Memory:
+            scaled = replace(moments, scale=groups / self.groups)
+            return memory_of(policy, launch, self.machine, scaled, vllm or nothing, cache=cache)
+
+        flops = step_flops(self.config, training, sampling, self.picture, self._passes(is_checkpointed))
+        found = Prediction(
+            options,
+            launch,
+            self.machine,
+            self.config,
+            counts,
+            self.lengths,
+            memory_at(self.groups),
+            vllm,
+            self.work,
+            is_checkpointed,
+            self.is_packed,
+            0,
+            checkpoint_bytes(policy, launch, is_lora=options.use_lora),
+            None if options.assume_gpus else _free_disk(options.output_dir or "runs"),
+            flops,
+            seconds_at(flops, self.machine.peak_flops),
+        )
+        return replace(found, largest_batch=self._largest(memory_at, found.limit))
+
+    def _largest(self, memory_at: Any, limit: int) -> int:
+        """The most groups of a micro-batch that fit, by halving."""
+        pairs = self._training_shape().num_slots ** 2
+        most = MAX_BATCH
+        if self.is_packed:
+            most = min(most, MAX_MASK_PAIRS[self.options.attn_implementation] // pairs)
+        fitting, beyond = 0, most + 1
+        while beyond - fitting > 1:
+            middle = (fitting + beyond) // 2
+            if memory_at(middle).total <= limit:
+                fitting = middle
+            else:
+                beyond = middle
+        return fitting
+
+    def _model(self, is_checkpointed: bool) -> CountedModel:
+        options, launch = self.options, self.launch
+        is_half = options.dtype == "bfloat16"
+        can_be_half = launch.has_deepspeed or options.use_lora
+        lora = None
+        if options.use_lora:
+            lora = read_adapter_config(options.model_id) or make_lora_config(
+                options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets.split(",")
+            )
+        return CountedModel(
+            self.config,
+            torch.bfloat16 if is_half and can_be_half else torch.float32,
+            is_autocast=is_half and not launch.has_deepspeed,
+            frozen=options.frozen_parts,
+            lora=lora,
+            is_checkpointed=is_checkpointed,
+            attention=options.attn_implementation if options.attn_implementation in MAX_MASK_PAIRS else "sdpa",
+        )
+
+    def _policy(self, counts: Counts, model: CountedModel) -> Policy:
+        options, launch = self.options, self.launch
+        item = BFLOAT16 if model.dtype is torch.bfloat16 else FLOAT32
+        # PEFT holds adapters in float32, but for ZeRO-3, which gathers weights of one dtype
+        trained = FLOAT32 if options.use_lora and launch.zero_stage < 3 else item
+        has_reference = bool(options.beta) and not options.use_lora
+        return Policy(
+            counts.size,
+            item,
+            trained,
+            is_4bit=options.load_in_4bit,
+            reference=counts.size.total if has_reference else 0,
+        )
+
+    def _vllm(self, policy: Policy) -> VLLMBytes | None:
+        options, text = self.options, self.config.get_text_config()
+        if not options.use_vllm or options.vllm_mode != "colocate":
+            return None
+        item = BFLOAT16 if options.dtype == "bfloat16" else FLOAT32
+        head = text.hidden_size // text.num_attention_heads
+        return vllm_bytes(
+            self.machine.device_bytes,
+            options.vllm_gpu_memory_utilization,
+            policy.size.total * item,
+            cache_bytes(text.num_hidden_layers, text.num_key_value_heads, head, item),
+            options.vllm_max_model_length or self.lengths.longest_prompt + self.completion,
+            tensor_parallel_size=options.vllm_tensor_parallel_size,
+            sleeps=options.vllm_enable_sleep_mode,
+        )
+
+    def _tree(self) -> tuple[int, int]:
+        """(slots behind the prompt, edges) of a group, whose completions are as long as may be and share nothing."""
+        size = self.options.num_rollouts
+        answers = 0
+        if self.options.max_turns > 1:
+            # what a tool answers is as long as a picture, and as the words around it
+            answers = size * (self.options.max_turns - 1) * (self.lengths.image_tokens[2] + 64)
+        return size * (self.completion - 1) + answers, size * self.completion
+
+    def _work(self) -> WorkComparison:
+        options, length = self.options, self.lengths.longest_prompt
+        per_image = self.picture
+        images = [per_image] * (self.lengths.num_images * self.groups)
+        return compare_work(
+            self.config,
+            [length] * self.groups,
+            [self._tree()] * self.groups,
+            group_size=options.num_rollouts,
+            padded_lengths=(length, self.completion),
+            grids_thw=images,
+            are_features_known=self.is_vision_known,
+            groups_per_step=self.groups,
+        )
+
+    def _training_shape(self) -> PassShape:
+        length, size = self.lengths.longest_prompt, self.options.num_rollouts
+        patches = self.groups * self.lengths.patches
+        if self.is_packed:
+            slots, edges = self._tree()
+            return PassShape(self.groups, length + slots, edges, patches, are_features_known=self.is_vision_known)
+        rows = self.groups * size
+        return PassShape(rows, length + self.completion, self.completion, patches * size, has_tree_mask=False)
+
+    def _sampling_shape(self) -> PassShape:
+        """Round 1 over a generation's prompts, with as many drafts behind each as there may be."""
+        lengths, options = self.lengths, self.options
+        drafts = min(MAX_DRAFT_TOKENS, lengths.draft_nodes + 32 * self.completion)
+        if not options.shared_prefix or options.attn_implementation not in MAX_MASK_PAIRS:
+            drafts = 0
+        slots = lengths.longest_prompt + drafts
+        most_pairs = MAX_MASK_PAIRS.get(options.attn_implementation, 2**62)
+        pieces = min(self.generated, -(-self.generated * slots**2 // most_pairs))
+        groups = -(-self.generated // pieces)
+        patches = groups * lengths.patches
+        return PassShape(groups, slots, drafts + 1, patches, are_features_known=self.is_vision_known)
+
+    def _row_cache(self, model: CountedModel) -> int:
+        """Bytes of keys and values where each rollout of a generation has a row, beside those of the trees."""
+        text = self.config.get_text_config()
+        head = text.hidden_size // text.num_attention_heads
+        item = BFLOAT16 if model.is_autocast or model.dtype is torch.bfloat16 else FLOAT32
+        per_token = cache_bytes(text.num_hidden_layers, text.num_key_value_heads, head, item)
+        tokens = self.lengths.longest_prompt + self.completion
+        return per_token * self.generated * (self.options.num_rollouts * tokens + self._sampling_shape().num_slots)
+
+    def _passes(self, is_checkpointed: bool) -> PassesOfStep:
+        options = self.options
+        needs_scores = options.optimizer_steps_per_generation > 1
+        return PassesOfStep(
+            options.gradient_accumulation_steps,
+            1 / options.optimizer_steps_per_generation,
+            is_recomputed=is_checkpointed,
+            trains_weights=not options.use_lora,
+            trains_vision=bool(options.trained_parts & {"tower", "merger"}),
+            is_vision_known=self.is_vision_known,
+            num_scores=int(bool(options.beta)) + int(needs_scores),
+        )
+
+
+def _free_disk(folder: str) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def known_model(model: ModelFlags, task: TaskFlags) -> tuple[Any, Any]:
+    """(configuration, processor) of the run's model, each None where it is not known on this machine.
+
+    The hub is asked for a model of which nothing is in its cache, unless its dimensions are published ones.
+    """
+    if model.model_id == TOY_MODEL_ID:
+        kind, env = kind_for(task)
+        folder = cached_path(kind, env)
+        if not is_whole(folder):
+            processor = make_toy_processor(kind, env)
+            return make_toy_model(processor).config, processor
+        return AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    base = base_of(model.model_id)
+    is_here = Path(base).is_dir()
+    found = []
+    for kind in (AutoConfig, AutoProcessor):
+        try:
+            found.append(kind.from_pretrained(base, revision=model.revision, local_files_only=True))
+        # whatever the libraries raise for files that are not there; broken ones are refused by the checks of models
+        except Exception:
+            found.append(None)
+    config, processor = found
+    if config is None and not is_here:
+        config = published_config(base)
+    if config is None and not is_here and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
+        config = _asked_of_hub(base, model.revision)
+    return config, processor
+
+
+def _asked_of_hub(model_id: str, revision: str | None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+    # no answer must stop a run: it is asked again as the model loads
+    except Exception:
+        return None
