@@ -58,7 +58,7 @@ def main() -> None:
     print(f"a rollout's record has {record_bytes:,.0f} bytes, and takes {1e6 * read_s:.0f} us to read, measured here")
     print("  GPUs  states GB/GPU  moved GB/GPU  moving s  episodes  records MB       s")
     for num_gpus in GPUS:
-        states = 18 * size.total / num_gpus / 1e9
+        states = 16 * size.total / num_gpus / 1e9
         moved = PASSES_OF_WEIGHTS["all weights"] * BFLOAT16 * size.total * (1 - 1 / num_gpus) / 1e9
         rollouts = num_gpus * groups * GROUP_SIZE
         print(f"{num_gpus:6,} {states:14.1f} {moved:13.1f} {moved / arguments.network_gbytes:9.2f} "

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import evaluate
 from dataset import VLMDataCollator
+from fleet.cache import cache_folder
 from fleet.episode_numbers import FURTHER_STRIDE
 from fleet.run_folder import read_jsonl
 from fleet.toy.model import SIGHTED, toy_model_path
@@ -304,6 +305,23 @@ def test_machines_started_with_other_flags_stop_and_say_which(tmp_path: Path) ->
     assert all(process.returncode != 0 for process in launchers)
     assert all("processes were started with different flags: seed=['0', '1']" in output for output in outputs)
     assert not run.exists()
+
+
+def test_two_shards_are_predicted_by_one_process_that_waits_for_none(tmp_path: Path) -> None:
+    # without counts in the cache one process makes them, and a model that it makes must not be sharded
+    shutil.rmtree(cache_folder() / "counts", ignore_errors=True)
+    flags = [*QUICK, "--train_steps", "1", "--gradient_checkpointing", "auto", "--output_dir", str(tmp_path / "run")]
+    run_ranks(tmp_path, flags, 2, zero3=True)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["options"]["gradient_checkpointing"] is False and config["measured"]["memory_gib"] > 0
+    # each holds half of the weights, and all of them gathered
+    assert config["prediction"]["memory_gpu_gib"]["weights"] == pytest.approx(1.5 * 631_680 * 4 / 2**30, abs=1e-3)
+
+
+def test_a_dry_run_of_two_processes_answers_once() -> None:
+    output = launch(["--cpu", "--num_processes", "2", "--num_machines", "1"], ["training.py", "--dry_run", "--json"])
+    answers = [line for line in output.splitlines() if line.startswith("{")]
+    assert len(answers) == 1 and json.loads(answers[0])["fits"] is True
 
 
 def test_a_misspelt_flag_on_one_machine_ends_both(tmp_path: Path) -> None:

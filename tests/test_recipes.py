@@ -14,7 +14,7 @@ SBATCH = REPOSITORY / "recipes" / "slurm_2x8.sbatch"
 STAND_INS = {
     "scontrol": 'echo "node-a\nnode-b"',
     # two tasks, as of two machines
-    "srun": 'for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@"; done',
+    "srun": 'shift; for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@"; done',
     "accelerate": 'printf "%s\\n" "$@" >> "$SEEN"; echo >> "$SEEN"',
 }
 
@@ -28,7 +28,7 @@ def seen(tmp_path: Path) -> tuple[dict[str, str], Path]:
         program.chmod(0o755)
     variables = {
         "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SEEN": str(tmp_path / "seen"),
-        "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2",
+        "SLURM_JOB_NAME": "first", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2",
     }  # fmt: skip
     return variables, tmp_path / "seen"
 
@@ -46,7 +46,7 @@ def test_each_machine_of_a_slurm_job_is_launched_with_its_rank(seen: tuple[dict[
         assert flags["--num_machines"] == "2" and flags["--num_processes"] == "16"
         assert flags["--machine_rank"] == str(rank) and flags["--main_process_ip"] == "node-a"
         after = given[given.index("training.py") + 1 :]
-        assert after == ["--config", "recipes/32b_2x8gpus.yaml", "--output_dir", "runs/slurm-77", "--resume", "auto",
+        assert after == ["--config", "recipes/32b_2x8gpus.yaml", "--output_dir", "runs/slurm-first", "--resume", "auto",
                          "--data_root", "./my images"]  # fmt: skip
 
 

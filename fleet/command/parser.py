@@ -167,7 +167,7 @@ def true_false_or_auto(text: str) -> bool | str:
 
 def assumed_gpus(text: str) -> str:
     """Text such as 8x80 or 8x80:H100: how many GPUs, GiB of each, and a name. Raises ArgumentTypeError for other."""
-    if re.fullmatch(r"[1-9][0-9]{0,4}x[0-9]{1,4}(\.[0-9]{1,3})?(:[A-Za-z0-9 ._-]{1,40})?", text) is None:
+    if re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,3}(\.[0-9]{1,3})?(:[A-Za-z0-9 ._-]{1,40})?", text) is None:
         raise argparse.ArgumentTypeError(
             f"got {text!r}, wanted the number of GPUs and GiB of each, as 8x80, or 8x80:H100 with a name"
         )

@@ -26,8 +26,13 @@ def recorded_checkpointing(run: RunFlags, given: bool | str | None) -> bool | st
     """--gradient_checkpointing as a resumed run has recorded it, where nothing else was given: it stays as it was."""
     if not run.resume or given not in (None, "auto"):
         return given
-    recorded = read_json(Path(str(run.output_dir)) / CONFIG_NAME).get("options", {}).get("gradient_checkpointing")
-    return recorded if isinstance(recorded, bool) else given
+    try:
+        recorded = read_json(Path(str(run.output_dir)) / CONFIG_NAME).get("options", {})
+    except UsageError:
+        # require_same_run says it, on all processes
+        return given
+    value = recorded.get("gradient_checkpointing")
+    return value if isinstance(value, bool) else given
 
 
 def require_same_run(run: RunFlags, now: Mapping[str, Any], idle: Collection[str], num_processes: int) -> None:

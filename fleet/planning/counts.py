@@ -62,12 +62,17 @@ def _counted(model: CountedModel, training: PassShape, sampling: PassShape) -> C
     )
 
 
+def _text(value: Any) -> str:
+    # the order of a set differs from process to process
+    return str(sorted(map(str, value))) if isinstance(value, set | frozenset) else str(value)
+
+
 def _peak_of(found: dict[str, Any]) -> Peak:
     return Peak(tuple((int(grads), int(others)) for grads, others in found["moments"]), found["fixed"])
 
 
 def _digest(model: CountedModel, *shapes: PassShape) -> str:
-    lora = None if model.lora is None else sorted((name, str(value)) for name, value in vars(model.lora).items())
+    lora = None if model.lora is None else sorted((name, _text(value)) for name, value in vars(model.lora).items())
     rest = model.dtype, model.is_autocast, sorted(model.frozen), lora, model.is_checkpointed, model.attention
     source = Path(counted_pass.__file__).read_bytes()
     known = [model.config.to_json_string(), repr(rest), repr(shapes), *map(version, PACKAGES)]

@@ -10,11 +10,13 @@ import torch
 import yaml
 
 from fleet.errors import UsageError
+from fleet.model_folder.files import read_json
 
 GIB = 2**30
 # dense bfloat16 operations a second, by the vendors' data sheets
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 MOST_GPUS_OF_MACHINE = 8
+SLOWER_KINDS = ("PCIE", "NVL")  # of the same names
 # what a process holds on a GPU before any tensor: CUDA's context, its libraries, NCCL's buffers
 CONTEXT_BYTES, NCCL_BYTES = round(0.6 * GIB), round(1.0 * GIB)
 
@@ -24,7 +26,7 @@ class Machine:
     """What a process has: a GPU of `device_bytes`, or without one its share of the host's memory.
 
     host_bytes: of one machine; None where it is not known. gpu_name: None where it is not known, or there is none.
-    base_bytes: held before any tensor is made.
+    base_bytes: held before any tensor is made. total_bytes: of the GPU, of which device_bytes are free; 0 for the same.
     """
 
     has_gpu: bool
@@ -32,11 +34,15 @@ class Machine:
     host_bytes: int | None
     base_bytes: int
     gpu_name: str | None = None
+    total_bytes: int = 0
 
     @property
     def peak_flops(self) -> float | None:
         """Dense bfloat16 operations a second of one GPU, by its data sheet; None where it is not known."""
-        return next((flops for name, flops in PEAK_FLOPS.items() if name in (self.gpu_name or "").upper()), None)
+        given = (self.gpu_name or "").upper()
+        if any(other in given for other in SLOWER_KINDS):
+            return None
+        return next((flops for name, flops in PEAK_FLOPS.items() if name in given), None)
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,12 @@ def machine_here(num_local_processes: int, *, has_gpu: bool) -> Machine:
     host = host_bytes()
     if not has_gpu:
         return Machine(False, host // num_local_processes, host, resident_bytes())
-    device = int(os.environ.get("LOCAL_RANK", "0"))
-    free_bytes, _ = torch.cuda.mem_get_info(device)
+    # TRL's arguments have chosen it
+    device = torch.cuda.current_device()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     # this process has its context already, but may not have talked to others yet
     nccl = NCCL_BYTES if num_local_processes > 1 else 0
-    return Machine(True, free_bytes, host, nccl, torch.cuda.get_device_name(device))
+    return Machine(True, free_bytes, host, nccl, torch.cuda.get_device_name(device), total_bytes)
 
 
 def assumed_machine(assumed: str) -> tuple[int, Machine]:
@@ -112,10 +119,24 @@ def launch_of_file(path: str, num_gpus: int) -> Launch:
         raise UsageError(f"assume_accelerate={path} cannot be read ({error}); pass an accelerate file") from error
     if not isinstance(settings, dict) or "distributed_type" not in settings:
         raise UsageError(f"assume_accelerate={path} has no distributed_type; pass an accelerate file")
-    machines = int(settings.get("num_machines") or 1)
+    kind = str(settings["distributed_type"])
+    if kind not in ("DEEPSPEED", "MULTI_GPU", "NO"):
+        raise UsageError(
+            f"assume_accelerate={path} has distributed_type: {kind}, but Fleet runs under DEEPSPEED or DDP"
+        )
+    try:
+        machines = int(settings.get("num_machines") or 1)
+        return Launch(num_gpus, machines) if kind != "DEEPSPEED" else _launch_of(settings, num_gpus, machines)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"assume_accelerate={path} cannot be read ({error}); correct it") from error
+
+
+def _launch_of(settings: Mapping[str, Any], num_gpus: int, machines: int) -> Launch:
     given = settings.get("deepspeed_config") or {}
-    if settings["distributed_type"] != "DEEPSPEED":
-        return Launch(num_gpus, machines)
+    if given.get("deepspeed_config_file"):
+        loads_shards = bool(given.get("zero3_init_flag", False))
+        launch = _with_deepspeed(num_gpus, machines, read_json(Path(given["deepspeed_config_file"])))
+        return replace(launch, loads_shards=launch.zero_stage < 3 or loads_shards)
     zero = {
         "stage": given.get("zero_stage", 2),
         "offload_optimizer": {"device": given.get("offload_optimizer_device", "none")},

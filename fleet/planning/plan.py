@@ -16,6 +16,7 @@ from environment import EpisodeSource
 from fleet.command.flags import TOY_MODEL_ID, ModelFlags, TaskFlags
 from fleet.command.options import Options
 from fleet.model_folder.files import base_of
+from fleet.model_folder.parts import LANGUAGE_MODEL, VISION_PARTS
 from fleet.planning.counted_pass import CountedModel, PassShape
 from fleet.planning.counts import Counts, counts_of
 from fleet.planning.lengths import Grid, Lengths, lengths_of
@@ -26,7 +27,7 @@ from fleet.planning.work import PassesOfStep, seconds_at, step_flops
 from fleet.qwen.drafts import MAX_DRAFT_TOKENS
 from fleet.qwen.flops import WorkComparison, compare_work
 from fleet.qwen.group_passes import MAX_MASK_PAIRS, why_not_to_pack
-from fleet.toy.model import cached_path, is_whole, make_toy_model, make_toy_processor
+from fleet.toy.model import cached_path, is_whole, make_toy_processor, toy_config
 from fleet.toy.process import kind_for
 from fleet.vllm_memory import VLLMBytes, cache_bytes, vllm_bytes
 from model_utils import make_lora_config, read_adapter_config
@@ -164,9 +165,13 @@ class Planner:
         can_be_half = launch.has_deepspeed or options.use_lora
         lora = None
         if options.use_lora:
-            lora = read_adapter_config(options.model_id) or make_lora_config(
-                options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets.split(",")
-            )
+            lora = read_adapter_config(options.model_id)
+            if lora is None:
+                lora = make_lora_config(
+                    options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets.split(",")
+                )
+            # a saved adapter says that it is for answering
+            lora.inference_mode = False
         return CountedModel(
             self.config,
             torch.bfloat16 if is_half and can_be_half else torch.float32,
@@ -198,7 +203,7 @@ class Planner:
         item = BFLOAT16 if options.dtype == "bfloat16" else FLOAT32
         head = text.hidden_size // text.num_attention_heads
         return vllm_bytes(
-            self.machine.device_bytes,
+            self.machine.total_bytes or self.machine.device_bytes,
             options.vllm_gpu_memory_utilization,
             policy.size.total * item,
             cache_bytes(text.num_hidden_layers, text.num_key_value_heads, head, item),
@@ -269,8 +274,8 @@ class Planner:
             options.gradient_accumulation_steps,
             1 / options.optimizer_steps_per_generation,
             is_recomputed=is_checkpointed,
-            trains_weights=not options.use_lora,
-            trains_vision=bool(options.trained_parts & {"tower", "merger"}),
+            trains_weights=not options.use_lora and LANGUAGE_MODEL in options.trained_parts,
+            trains_vision=bool(options.trained_parts & VISION_PARTS),
             is_vision_known=self.is_vision_known,
             num_scores=int(bool(options.beta)) + int(needs_scores),
         )
@@ -292,7 +297,7 @@ def known_model(model: ModelFlags, task: TaskFlags) -> tuple[Any, Any]:
         folder = cached_path(kind, env)
         if not is_whole(folder):
             processor = make_toy_processor(kind, env)
-            return make_toy_model(processor).config, processor
+            return toy_config(processor), processor
         return AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     base = base_of(model.model_id)
     is_here = Path(base).is_dir()

@@ -3,11 +3,12 @@
 Facts in, words out. The checks of flags, files and images refuse theirs earlier (fleet/command).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 
 from fleet.planning.machine import GIB
 from fleet.planning.plan import Prediction
@@ -70,9 +71,8 @@ def _remedy(found: Prediction) -> str:
     options, memory, launch = found.options, found.memory, found.launch
     remedies = []
     if found.largest_batch >= 1:
-        remedies.append(
-            f"lower --per_device_batch_size to {found.largest_batch}, with more --gradient_accumulation_steps"
-        )
+        more = "" if memory.largest_phase == "generation" else ", with more --gradient_accumulation_steps"
+        remedies.append(f"lower --per_device_batch_size to {found.largest_batch}{more}")
     if not found.is_checkpointed and memory.largest_phase == "training pass" and found.largest_batch < 1:
         remedies.append("pass --gradient_checkpointing true")
     if memory.largest_phase == "generation" and options.gradient_accumulation_steps > 1:
@@ -155,7 +155,7 @@ def _of_launch(found: Prediction) -> Iterator[str]:
             "launch without DeepSpeed"
         )
     if launch.zero_stage >= 3 and not launch.gathers_for_saving and not options.use_lora:
-        yield "zero3_save_16bit_model is false, so final/ could not be written; set it to true"
+        yield "zero3_save_16bit_model is false, so final/ would hold shards, which only export.py opens; set it to true"
     if launch.zero_stage >= 3 and not launch.loads_shards:
         yield ("zero3_init_flag is false, so every process loads the whole model before it is sharded; set it to true")
     if launch.zero_stage >= 3 and options.load_in_4bit:
@@ -198,14 +198,23 @@ def _of_vllm(found: Prediction) -> Iterator[str]:
 
 
 def _of_versions(versions: Callable[[str], str]) -> Iterator[str]:
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
-        words = line.partition("#")[0].strip()
-        if words and not _is_installed(words, versions, default=True):
+    for words in _requirements():
+        if not _is_installed(words, versions, default=True):
             name = Requirement(words).name
             yield f"{name} {versions(name)} is installed, but Fleet was tested with {words}; pip install '{words}'"
     for first, second, words in BAD_PAIRS:
         if _is_installed(first, versions, default=False) and _is_installed(second, versions, default=False):
             yield words
+
+
+def _requirements() -> Iterator[str]:
+    """The requirements of requirements.txt; none where it is not there, and no line that is something else."""
+    with contextlib.suppress(OSError):
+        for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(InvalidRequirement):
+                words = line.partition("#")[0].strip()
+                Requirement(words)
+                yield words
 
 
 def _is_installed(requirement: str, versions: Callable[[str], str], *, default: bool) -> bool:

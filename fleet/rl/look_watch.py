@@ -66,6 +66,9 @@ class LookWatch(TrainerCallback, ExportableState):
         # a run that had no curve before left no state, and Trainer saves none under a name that is not there
         kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
         self.start = None if kept["start"] is None else LookPoint.from_json(kept["start"])
+        if self.start is not None and len(self.start.is_right) != len(self.look.plan.episodes):
+            # resumed with a curve of other episodes, which begins anew
+            self.start = None
         self.latest_step, self.num_blind_in_a_row = kept["latest_step"], kept["num_blind_in_a_row"]
         self.has_warned, self.stop_reason = kept["has_warned"], None
 

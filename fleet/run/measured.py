@@ -28,7 +28,7 @@ def measured_figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | No
         "memory_gib": round(most / GIB, 3) or None,
         "step_tokens": _largest(lines, "step_tokens"),
         # the first step makes what later ones have
-        "step_s": _median(lines[1:] or lines, "step_time_s"),
+        "step_s": _median_of_later(_known(lines, "step_time_s")),
     }
 
 
@@ -53,6 +53,6 @@ def _largest(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return max(_known(lines, name), default=None)
 
 
-def _median(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = _known(lines, name)
-    return round(statistics.median(values), 4) if values else None
+def _median_of_later(seconds: Sequence[float]) -> float | None:
+    later = seconds[1:] or seconds
+    return round(statistics.median(later), 4) if later else None

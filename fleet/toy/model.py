@@ -234,20 +234,28 @@ def make_toy_processor(kind: str = PLAIN, env: EpisodeSource | None = None) -> Q
 
 def make_toy_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL of the recipe's sizes with random weights from torch's generator, in float32."""
+    config = toy_config(processor)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    text = config.get_text_config()
+    model.generation_config = GenerationConfig(
+        eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, bos_token_id=None
+    )
+    return model
+
+
+def toy_config(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLConfig:
+    """The configuration of the recipe's sizes, with the processor's tokens."""
     tokenizer = processor.tokenizer
     names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     token_ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{names[name]}|>") for name in names}
     stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": SIZES["mrope_section"]}
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config={**SIZES["text"], **stops, "vocab_size": len(tokenizer), "rope_parameters": rope},
         vision_config=SIZES["vision"],
         tie_word_embeddings=False,  # as in 7B and larger
         **token_ids,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(**stops)
-    return model
 
 
 def _training_texts(kind: str) -> list[str]:

@@ -9,7 +9,7 @@ import yaml
 import training
 from benchmarks.random_model import draw_noise
 from fleet.errors import UsageError
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, toy_model
 
 RECIPES = {
     "3b_1gpu": ("1x80:H100", None),
@@ -104,3 +104,15 @@ def test_an_accelerate_file_that_is_none_is_refused(content: str | None, words: 
         path.write_text(content)
     with pytest.raises(UsageError, match=words):
         training.main(["--dry_run", "--assume_gpus", "8x80", "--assume_accelerate", str(path)])
+
+
+def test_an_adapter_that_goes_on_is_planned_as_one_that_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy_model(use_lora=True, lora_rank=4).save_pretrained(tmp_path / "adapter")
+    found = answer(capsys, "--use_lora", "--model_id", str(tmp_path / "adapter"), "--image_max_pixels", "3136")
+    # rank 4, three layers: query and output 96 + 96, key and value 96 + 48, the MLP's three 96 + 256
+    assert found["parameters"]["language_model"]["trainable"] == 4 * 3 * (
+        2 * (96 + 96) + 2 * (96 + 48) + 3 * (96 + 256)
+    )
+    assert found["memory_gpu_gib"]["optimizer"] > 0

@@ -3,11 +3,15 @@
 Owns how a plan (fleet/planning) meets a run: what is said at its start and by --dry_run, and what is recorded.
 """
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from trl import RLOOConfig
 
 from environment import EpisodeSource
@@ -28,6 +32,7 @@ from fleet.planning.machine import (
 from fleet.planning.plan import Planner, Prediction, known_model
 from fleet.planning.problems import problems_of
 from fleet.planning.shown import figures_of, line_of, table_of
+from fleet.processes import gather_by_rank
 from fleet.run import model_setup
 from fleet.run.records import rendered
 from utils.plain_text import printable
@@ -37,55 +42,61 @@ logger = logging.getLogger("fleet")
 
 @dataclass(frozen=True)
 class RunPrediction:
-    """What a run is predicted to need on this process; of which nothing is known if the model's configuration is not.
+    """What a run is predicted to need on this process; None, with the reason, where that is not known."""
 
-    plain, checkpointed: without and with gradient checkpointing; the latter only where it is asked for or needed.
-    """
-
-    plain: Prediction | None
-    checkpointed: Prediction | None
+    found: Prediction | None
     unknown: str | None = None
 
     @property
-    def fits_without_checkpointing(self) -> bool:
-        """True if no activation need be computed again. False where nothing is known."""
-        return self.plain is not None and self.plain.fits
-
-    def settled(self, *, is_checkpointed: bool) -> "RunPrediction":
-        """The prediction for the run as it will be: of both ways, the other is dropped."""
-        plain, checkpointed = (None, self.checkpointed) if is_checkpointed else (self.plain, None)
-        return RunPrediction(plain, checkpointed, self.unknown)
-
-    @property
-    def found(self) -> Prediction | None:
-        """The prediction, once it is settled."""
-        return self.checkpointed or self.plain
+    def fits(self) -> bool:
+        """True if it is known to fit."""
+        return self.found is not None and self.found.fits
 
     def figures(self) -> dict[str, Any] | None:
         """The prediction for config.json."""
         return None if self.found is None else figures_of(self.found)
 
 
-NOTHING_PREDICTED = RunPrediction(None, None, "nothing was asked")
+NOTHING_PREDICTED = RunPrediction(None, "nothing was asked")
 
 
-def predict(options: Options, args: RLOOConfig, env: EpisodeSource) -> RunPrediction:
-    """The prediction for a run with these resolved options, on this process. Loads no weight."""
-    launch, machine = place_of(options, args)
-    config, processor = known_model(options, options)
-    if config is None:
-        return RunPrediction(None, None, f"the configuration of {printable(options.model_id)} is not on this machine")
+def predict_together(options: Options, args: RLOOConfig, env: EpisodeSource) -> tuple[bool, RunPrediction]:
+    """(whether activations are computed again, the prediction for that). Every process takes part; no weight loads.
+
+    options: resolved. With "auto", activations are kept if that fits on every process.
+    """
+    asked = options.gradient_checkpointing
+    prediction = _predict(options, args, env, is_checkpointed=asked is True)
+    if asked != "auto" or all(gather_by_rank(prediction.fits)):
+        return asked is True, prediction
+    return True, _predict(options, args, env, is_checkpointed=True)
+
+
+def _predict(options: Options, args: RLOOConfig, env: EpisodeSource, *, is_checkpointed: bool) -> RunPrediction:
     try:
-        planner = Planner(options, env, launch, machine, config, processor)
-        plain = None if options.gradient_checkpointing is True else planner.prediction(is_checkpointed=False)
-        needs_both = options.gradient_checkpointing == "auto" and plain is not None and not plain.fits
-        checkpointed = None
-        if options.gradient_checkpointing is True or needs_both:
-            checkpointed = planner.prediction(is_checkpointed=True)
+        with _models_unsharded(args):
+            launch, machine = place_of(options, args)
+            config, processor = known_model(options, options)
+            if config is None:
+                return RunPrediction(None, f"the configuration of {printable(options.model_id)} is not on this machine")
+            planner = Planner(options, env, launch, machine, config, processor)
+            return RunPrediction(planner.prediction(is_checkpointed))
     # a pass without data leans on much of torch, and a run that would work must not end for its prediction
     except Exception as error:
-        return RunPrediction(None, None, f"the run could not be counted ({type(error).__name__}: {one_line(error)})")
-    return RunPrediction(plain, checkpointed)
+        return RunPrediction(None, f"the run could not be counted ({type(error).__name__}: {one_line(error)})")
+
+
+@contextlib.contextmanager
+def _models_unsharded(args: RLOOConfig) -> Iterator[None]:
+    """Within it, a model that is made is not sharded, which would take all processes: one counts for its machine."""
+    plugin = args.deepspeed_plugin
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin is not None:
+            # as accelerate does it, whose object it is
+            set_hf_deepspeed_config(plugin.dschf)
 
 
 def place_of(run: RunFlags, args: RLOOConfig) -> tuple[Launch, Machine]:
@@ -111,14 +122,16 @@ def say(prediction: RunPrediction) -> None:
 
 
 def answer_dry_run(prediction: RunPrediction, *, as_json: bool) -> None:
-    """Prints what the run needs, as a table or one JSON object. Raises UsageError if it has problems."""
+    """Shows what the run needs, as a table or one JSON object. Raises UsageError if any process has problems.
+
+    Every process takes part; the first one shows its own figures.
+    """
     found = prediction.found
-    problems: Sequence[str] = [f"{prediction.unknown}, so nothing is predicted; download it, or go online"]
-    if found is not None:
-        problems = problems_of(found)
-    if as_json:
-        print_answer(problems, {} if found is None else figures_of(found))
-    elif found is not None:
+    own = [f"{prediction.unknown}, so nothing is predicted"] if found is None else problems_of(found)
+    problems = list(dict.fromkeys(problem for of_rank in gather_by_rank(own) for problem in of_rank))
+    if as_json and os.environ.get("RANK", "0") == "0":
+        print_answer(problems, prediction.figures() or {})
+    elif not as_json and found is not None:
         logger.info(rendered(table_of(found), 110), extra=COLOURED)
     if problems:
         listed = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(problems, start=1))

@@ -5,6 +5,7 @@ Owns how Fleet's flags reach the libraries. `prepare` writes nothing; `build_tra
 
 import contextlib
 import logging
+import operator
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ from fleet.rl.settings import TrainerSettings
 from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from fleet.run import launch_checks, model_setup
 from fleet.run.build.held_out_plans import plan_held_out
-from fleet.run.build.prediction import NOTHING_PREDICTED, RunPrediction, predict
+from fleet.run.build.prediction import NOTHING_PREDICTED, RunPrediction, predict_together
 from fleet.run.commands import resume_command
 from fleet.run.config import config_text
 from fleet.run.data import agree_on_data, longest_prompt, require_encodable_prompts, require_last_episode
@@ -85,7 +86,8 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     findings, problem: of the checks on this process. Raises UsageError on all processes if any has a problem.
     """
     model_setup.use_every_core()
-    launch_checks.require_one_gpu_or_a_launcher()
+    if options.assume_gpus is None:
+        launch_checks.require_one_gpu_or_a_launcher()
     has_bf16_gpu = options.assume_gpus is not None or model_setup.has_bfloat16()
     options, filled = resolve_options(
         replace(options, gradient_checkpointing=recorded_checkpointing(options, options.gradient_checkpointing)),
@@ -125,13 +127,8 @@ def prepare(options: Options, findings: Findings | None, problem: str | None, wa
     runs = [RunEpisodes(data.env, num_episodes, options.dynamic_sampling)]
     by_default = [default.flag for default in filled]
     plan, look = together(lambda: plan_held_out(options, options, by_default, runs, data))
-    prediction = predict(options, args, data.env)
-    # the least over all processes decides
-    is_checkpointed = not all(gather_by_rank(prediction.fits_without_checkpointing))
-    if options.gradient_checkpointing == "auto":
-        options = replace(options, gradient_checkpointing=is_checkpointed)
-        args.gradient_checkpointing = is_checkpointed
-    prediction = prediction.settled(is_checkpointed=args.gradient_checkpointing)
+    args.gradient_checkpointing, prediction = predict_together(options, args, data.env)
+    options = replace(options, gradient_checkpointing=args.gradient_checkpointing)
     return PreparedRun(options, args, data, plan, look, prediction)
 
 
@@ -336,7 +333,9 @@ def look_plan(run: PreparedRun, plan: EvaluationPlan) -> LookPlan:
     """The look curve of the run's options, on the plan's episodes."""
     options = run.options
     assert options.control_steps and options.train_steps, "resolved, and there is a curve"
-    of_evaluation = run.plan is not None and plan.episodes == run.plan.episodes[: len(plan.episodes)]
+    # by identity: targets of a user's own may not compare
+    evaluated = () if run.plan is None else run.plan.episodes[: len(plan.episodes)]
+    of_evaluation = len(evaluated) == len(plan.episodes) and all(map(operator.is_, plan.episodes, evaluated))
     intervals = [options.control_steps]
     if of_evaluation and options.eval_steps != options.control_steps:
         intervals.append(options.eval_steps)
