@@ -59,7 +59,7 @@ def test_with_room_nothing_is_computed_again_and_the_measured_stands_beside_the_
     assert "gradient checkpointing off" in shown and "predicted and measured" in shown
     page = write_report(run).read_text()
     for what, *figures in comparison_rows(config):
-        assert f"<td>{what}</td>" in page and all(f"<td>{figure}</td>" in page for figure in figures)
+        assert f">{what}</th>" in page and all(f"<td>{figure}</td>" in page for figure in figures)
 
 
 def test_a_run_that_cannot_be_counted_says_so_and_trains(

@@ -100,7 +100,7 @@ def test_vllm_has_room_for_what_the_run_needs(colocated: dict[str, Any]) -> None
     assert 193 * 3 // 2 + 16 <= colocated["room"] <= 195 * 3 // 2 + 16
 
 
-@pytest.mark.parametrize("shared_prefix", ["true", "false"])
+@pytest.mark.parametrize("shared_prefix", ["true", pytest.param("false", marks=pytest.mark.exhaustive)])
 def test_weights_are_one_under_a_temperature_and_a_nucleus(
     shared_prefix: str, flags: list[str], tmp_path: Path
 ) -> None:
