@@ -62,8 +62,9 @@ def main() -> None:
         for configuration in arguments.only:
             rows.append({"configuration": configuration, **run(Path(name), configuration)})
             print(as_line(rows[-1]), flush=True)
-    if arguments.json is not None:
-        write_record(arguments.json, ["benchmarks/memory_model.py", "--model_size", arguments.model_size], rows)
+            if arguments.json is not None:
+                words = ["benchmarks/memory_model.py", "--model_size", arguments.model_size]
+                write_record(arguments.json, words, rows)
 
 
 def make_inputs(folder: Path, size: str) -> None:
