@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from fleet.planning.published import PUBLISHED
 from fleet.toy.model import make_toy_processor
 
 # text: width, MLP width, layers, heads, key-value heads, vocabulary; vision: depth, width, MLP width, heads
@@ -19,9 +20,7 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "2m": ((128, 512, 4, 4, 2, 512), (3, 64, 192, 4)),
     "30m": ((512, 2304, 5, 8, 2, 4096), (5, 288, 768, 4)),
     "150m": ((768, 3072, 12, 12, 2, 32_768), (6, 384, 1024, 6)),
-    "3b": ((2048, 11008, 36, 16, 2, 151_936), (32, 1280, 3420, 16)),
-    "7b": ((3584, 18944, 28, 28, 4, 152_064), (32, 1280, 3420, 16)),
-    "32b": ((5120, 27648, 64, 40, 8, 152_064), (32, 1280, 3456, 16)),
+    **{size.lower(): (tuple(text), (32, 1280, vision_mlp, 16)) for size, (*text, _, vision_mlp) in PUBLISHED.items()},
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 
 from dataset import RepeatableEpisodeDataset
@@ -33,6 +33,11 @@ def toy_path() -> str:
 @functools.cache
 def toy_processor() -> Any:
     return load_processor(toy_path())
+
+
+def toy_config() -> Any:
+    """The toy's configuration as its folder has it, without what loading adds."""
+    return AutoConfig.from_pretrained(toy_path())
 
 
 def toy_model(**kwargs: Any) -> Any:

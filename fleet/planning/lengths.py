@@ -59,10 +59,10 @@ class Grid:
         return (high // self.side) * (wide // self.side)
 
 
-def lengths_of(env: EpisodeSource, grid: Grid, processor: Any, *, num_rollouts: int) -> Lengths | None:
+def lengths_of(env: EpisodeSource, grid: Grid, processor: Any) -> Lengths | None:
     """The lengths of an environment's prompts; None if none of its first episodes can be shown.
 
-    processor: None where none is at hand. num_rollouts: of a group.
+    processor: None where none is at hand.
     """
     known = images_of(env)
     episodes = list(_sound_episodes(env, NUM_EPISODES if known is None else NUM_EPISODES_OF_LIST))

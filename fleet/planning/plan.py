@@ -87,7 +87,7 @@ class Planner:
             size = processor.image_processor.size
             pixels = size["shortest_edge"], size["longest_edge"]
         self.grid = Grid(config.vision_config, options.image_max_pixels, pixels)
-        lengths = lengths_of(env, self.grid, processor, num_rollouts=options.num_rollouts)
+        lengths = lengths_of(env, self.grid, processor)
         if lengths is None:
             raise ValueError("none of the first episodes can be shown")
         self.lengths = lengths
@@ -305,8 +305,8 @@ def known_model(model: ModelFlags, task: TaskFlags) -> tuple[Any, Any]:
     for kind in (AutoConfig, AutoProcessor):
         try:
             found.append(kind.from_pretrained(base, revision=model.revision, local_files_only=True))
-        # whatever the libraries raise for files that are not there; broken ones are refused by the checks of models
-        except Exception:
+        # the libraries' words for files that are not there; broken ones are refused by the checks of models
+        except (OSError, ValueError):
             found.append(None)
     config, processor = found
     if config is None and not is_here:
@@ -319,6 +319,6 @@ def known_model(model: ModelFlags, task: TaskFlags) -> tuple[Any, Any]:
 def _asked_of_hub(model_id: str, revision: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
-    # no answer must stop a run: it is asked again as the model loads
-    except Exception:
+    # without an answer nothing is predicted; it is asked again as the model loads
+    except (OSError, ValueError):
         return None

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from dataset import VLMDataCollator
 from fleet.planning.counted_pass import CountedModel, PassShape, Peak, sampling_peak, size_of, training_peak
@@ -12,14 +11,10 @@ from fleet.planning.published import published_config
 from fleet.qwen.group_passes import image_inputs, score_tree, tree_prompts
 from fleet.qwen.token_tree import tree_of_rollouts
 from model_utils import make_lora_config
-from tests.helpers import toy_dataset, toy_model, toy_path, toy_processor
+from tests.helpers import toy_config, toy_dataset, toy_model, toy_processor
 
 GIB = 2**30
 GROUP_SIZE, LENGTH = 3, 20
-
-
-def toy_config() -> Any:
-    return AutoConfig.from_pretrained(toy_path())
 
 
 class KeptStorages:

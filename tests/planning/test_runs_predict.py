@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 
 import training
+from fleet.command.options import parse_options, resolve_options
+from fleet.command.preflight import make_environment
 from fleet.planning.machine import Machine, machine_here
 from fleet.report.page import write_report
 from fleet.report.tables import comparison_rows
+from fleet.run.build import prediction
+from fleet.run.build.training import make_rloo_config
 
 RUN = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--save_steps", "1",
        "--gradient_checkpointing", "auto"]  # fmt: skip
@@ -75,3 +79,19 @@ def test_a_run_that_cannot_be_counted_says_so_and_trains(
     assert "no prediction of memory: the run could not be counted (RuntimeError: no such kernel)" in shown
     # memory before speed, where nothing is known
     assert config_of(run)["options"]["gradient_checkpointing"] is True and config_of(run)["prediction"] is None
+
+
+@pytest.mark.parametrize(
+    ("fits_elsewhere", "asked", "is_checkpointed"),
+    [(True, "auto", False), (False, "auto", True), (False, False, False), (True, True, True)],
+)
+def test_the_process_with_the_least_memory_decides_for_all(
+    fits_elsewhere: bool, asked: bool | str, is_checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "gather_by_rank", lambda own: [own, fits_elsewhere])
+    options, _ = resolve_options(parse_options(["--gradient_checkpointing", str(asked).lower()]), has_bf16_gpu=False)
+    env = make_environment(options, options.seed)
+    decided, found = prediction.predict_together(options, make_rloo_config(options), env)
+    assert decided is is_checkpointed
+    # what is recorded is of the way that is taken, here too, where the other would fit
+    assert found.found is not None and found.found.is_checkpointed is is_checkpointed
