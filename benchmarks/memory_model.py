@@ -30,7 +30,7 @@ BASE = ["--per_device_batch_size", "2", "--num_rollouts", "4", "--max_completion
         "--reward", "tests/length_reward.py:score"]  # fmt: skip
 TWO = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
 ZERO3 = ["accelerate", "launch", "--config_file", "tests/zero3_cpu.yaml", *TWO]
-DDP = ["accelerate", "launch", "--cpu", "--mixed_precision", "no", "--dynamo_backend", "no", *TWO]
+DDP = ["torchrun", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
 CHECKPOINTED = ["--gradient_checkpointing", "true"]
 LORA = ["--use_lora", "true"]
 # the launcher, and flags beside BASE; a later flag wins
@@ -88,6 +88,8 @@ def run(folder: Path, configuration: str) -> dict[str, Any]:
     if done.returncode != 0:
         raise SystemExit(f"{configuration}: exit status {done.returncode}\n{done.stderr[-3000:]}")
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    if config["num_processes"] != (2 if launcher else 1):
+        raise SystemExit(f"{configuration}: ran in {config['num_processes']} processes; correct its launcher")
     predicted, measured = config["prediction"], config["measured"]
     total, peak = predicted["memory_gpu_gib"]["total"], measured["memory_gib"]
     return {

@@ -318,9 +318,9 @@ def test_two_shards_are_predicted_by_one_process_that_waits_for_none(tmp_path: P
     assert config["prediction"]["memory_gpu_gib"]["weights"] == pytest.approx(1.5 * 631_680 * 4 / 2**30, abs=1e-3)
 
 
-def test_a_dry_run_of_two_processes_answers_once() -> None:
-    output = launch(["--cpu", "--num_processes", "2", "--num_machines", "1"], ["training.py", "--dry_run", "--json"])
-    answers = [line for line in output.splitlines() if line.startswith("{")]
+def test_a_dry_run_of_two_processes_answers_once(tmp_path: Path) -> None:
+    ranks = run_ranks(tmp_path, ["--dry_run", "--json"], 2)
+    answers = [line for rank in ranks for line in rank.output.splitlines() if line.startswith("{")]
     assert len(answers) == 1 and json.loads(answers[0])["fits"] is True
 
 
