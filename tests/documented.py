@@ -293,7 +293,8 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         "python evaluate.py --model_id runs/look/final --baseline toy --output runs/look/evaluation.json",
     ),
     Runs(
-        'python -m fleet.ask --model_id runs/look/final --images toy_images --instruction "Pick the red circle."',
+        'python -m fleet.ask --model_id runs/look/final --instruction "Pick the red circle." --images '
+        "toy_images/red_circle.png toy_images/blue_square.png toy_images/cyan_ring.png toy_images/pink_flower.png",
         says="picked",
         stage=2,
     ),
