@@ -81,7 +81,10 @@ class LookWatch(TrainerCallback, ExportableState):
         """Takes the point that is due, unless an evaluation of the episodes is to come; ends the run that is to end."""
         is_due = state.global_step % self.look.every == 0 or state.global_step == state.max_steps
         if is_due and not (control.should_evaluate and self.look.is_of_evaluation):
+            # the log of a point counts as the step's own, which is yet to come
+            is_log_due = control.should_log
             self._take(state)
+            control.should_log = is_log_due
         if self.stop_reason is not None and self.trainer.is_at_generation_end():
             control.should_save = control.should_training_stop = True
 

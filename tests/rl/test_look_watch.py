@@ -40,6 +40,13 @@ def curve_of(folder: Path) -> list[dict[str, Any]]:
     return [{name: line[name] for name in line if name not in ("control/seconds", "epoch")} for line in lines]
 
 
+def training_lines(folder: Path) -> list[dict[str, Any]]:
+    """The figures of training steps, without those of time."""
+    lines = [line for line in read_jsonl(folder / "metrics.jsonl") if "reward" in line]
+    timed = ("step_time_s", "rollouts_per_s")
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
 def run(folder: Path, *flags: str) -> Path:
     training.main([*QUICK, "--output_dir", str(folder), *flags])
     return folder
@@ -54,6 +61,10 @@ def test_a_curve_changes_no_weight_and_goes_on_after_a_resume(
     assert "step 2: right on " in capfd.readouterr().err
     weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (plain, watched)]
     assert weights[0] == weights[1]
+    # a step has its own line and rollouts beside its point
+    assert [line["step"] for line in training_lines(plain)] == [1, 2, 3]
+    assert training_lines(watched) == training_lines(plain)
+    assert read_jsonl(watched / "rollouts.jsonl") == read_jsonl(plain / "rollouts.jsonl")
     wanted = curve_of(watched)
     assert [line["step"] for line in wanted] == [0, 2, 3]
     assert all(line["control/episodes"] == 5 and 0 <= line["control/grey"] <= 1 for line in wanted)
@@ -65,6 +76,7 @@ def test_a_curve_changes_no_weight_and_goes_on_after_a_resume(
             shutil.rmtree(cut / f"checkpoint-{later}", ignore_errors=True)
         run(cut, *CURVE, "--train_steps", "3", "--resume")
         assert curve_of(cut) == wanted
+        assert training_lines(cut) == training_lines(plain)
         assert (cut / "final" / "model.safetensors").read_bytes() == weights[0]
 
 
