@@ -23,7 +23,8 @@ from fleet.command.options import parse_options, resolve_options
 from fleet.command.preflight import make_environment, own_reward
 from fleet.errors import UsageError
 from fleet.rl.rollouts import EpisodeRecord, RolloutRecord
-from fleet.run.build.training import PreparedRun, build_trainer, make_rloo_config
+from fleet.run.build.settings import make_rloo_config
+from fleet.run.build.training import PreparedRun, build_trainer
 from fleet.run.records import draw_curve, sample_table
 from fleet.run.watchdog import Watchdog
 from fleet.run_folder import read_jsonl

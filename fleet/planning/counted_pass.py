@@ -23,12 +23,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, DynamicCache, Qwen2_5_VLForConditionalGeneration
 
 from fleet.model_folder.parts import part_of_weight
+from fleet.qwen.draws import CHUNK_SIZE
 from fleet.qwen.edge_scores import edge_scores
 from fleet.qwen.group_passes import as_model_mask, base_qwen
 from model_utils import PartSize, count_parameters
 
 # Axes: R rows, S slots of a row, K scored slots, N patches, V vocabulary.
 
+# copies of some slots' logits that the rules of sampling and the draws hold at a time
+SCORES_DTYPES = (torch.float32,) * 2
+DRAWS_DTYPES = (torch.float64,) * 4
 # counted on one kind of device: a GPU's kernels hold the same for the backward pass
 DEVICE = "cpu"
 WINDOW_PATCHES = 64
@@ -132,18 +136,16 @@ def training_peak(model: CountedModel, shape: PassShape) -> Peak:
     return Peak(ledger.moments(gradients), fixed)
 
 
-def sampling_peak(model: CountedModel, shape: PassShape, *, num_copies_of_logits: int = 3) -> Peak:
-    """The moments of round 1 of sampling: no gradient, a cache of keys and values, float32 scores of all K slots.
-
-    num_copies_of_logits: float32 copies that the rules of sampling make.
-    """
+def sampling_peak(model: CountedModel, shape: PassShape) -> Peak:
+    """The moments of round 1 of sampling: no gradient, a cache of keys and values, and the draws of some slots."""
     # a cache of keys and values and checkpointing exclude each other
     with _quiet(), _without_data_on_device(_built(replace(model, is_checkpointed=False))) as policy:
         with _Ledger() as ledger, torch.device(DEVICE), torch.no_grad():
             cache = DynamicCache(config=model.config.get_text_config())
-            logits = _pass_logits(policy, model, shape, cache)
-            copies = [logits.float() + 0 for _ in range(num_copies_of_logits)]
-            del copies
+            logits_RKV = _pass_logits(policy, model, shape, cache)
+            logits_NV = logits_RKV.flatten(0, 1)[: max(1, CHUNK_SIZE // logits_RKV.shape[2])]
+            drawn_from = [logits_NV.to(dtype, copy=True) for dtype in (*SCORES_DTYPES, *DRAWS_DTYPES)]
+            del drawn_from
         fixed = _autocast_copies(policy) if model.is_autocast else 0
     return Peak(ledger.moments(set()), fixed)
 

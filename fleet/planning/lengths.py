@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from environment import EpisodeSource
 from fleet.command.image_check import images_of
 from fleet.episodes import BrokenEpisode, Episode, checked_episode
-from fleet.known_answers import drafts_on, solution_of
+from fleet.known_answers import solution_of
 from utils.images import BadImage, image_size, shrunk_size
 from utils.tool_calls import make_call_str
 
@@ -27,9 +27,8 @@ class Lengths:
     """Tokens of the run's prompts and answers.
 
     image_tokens: (least, mean, most) of one picture. num_images: of a prompt, at most. prompt, longest_prompt: tokens
-    of the mean and the longest prompt. answer: of the longest gold answer, its end included. draft_nodes: tokens of
-    the environment's drafts behind one prompt. is_estimate: no tokenizer was at hand. patches: of the pictures of the
-    longest prompt, before they are merged.
+    of the mean and the longest prompt. answer: of the longest gold answer, its end included. patches: of the
+    pictures of the longest prompt, before they are merged. is_estimate: no tokenizer was at hand.
     """
 
     image_tokens: tuple[int, float, int]
@@ -37,7 +36,6 @@ class Lengths:
     prompt: float
     longest_prompt: int
     answer: int
-    draft_nodes: int
     patches: int
     is_estimate: bool
 
@@ -86,14 +84,12 @@ def lengths_of(env: EpisodeSource, grid: Grid, processor: Any) -> Lengths | None
         of_images = max(map(sum, per_episode))
         longest = max(text + sum(tokens) for text, tokens in zip(text_lengths, per_episode, strict=True))
     mean_of_images = num_images * statistics.fmean(sizes) if known else statistics.fmean(map(sum, per_episode))
-    drafts, _ = drafts_on(env, episodes)
     return Lengths(
         (min(sizes, default=0), statistics.fmean(sizes) if sizes else 0.0, most),
         num_images,
         statistics.fmean(text_lengths) + mean_of_images,
         longest,
         max((count(_answer(env, episode)) + 1 for episode in episodes), default=1),
-        max((sum(count(text) + 1 for text in group) for group in drafts), default=0),
         of_images * grid.merged,
         is_estimate=processor is None,
     )

@@ -33,17 +33,36 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """The largest moments of sampling, per process.
+
+    first: of round 1. row_cache: bytes of keys and values of rows of their own, in which rollouts that grow apart go
+    on. scale: how many times as many prompts as were counted.
+    """
+
+    first: Peak
+    row_cache: int = 0
+    scale: float = 1.0
+
+    @property
+    def bytes(self) -> int:
+        """What sampling holds beside the weights."""
+        return max(self.first.others(self.scale), self.row_cache)
+
+
+@dataclass(frozen=True)
 class Moments:
     """The largest moments of a step, per process. keeps_gradients: they accumulate over several passes.
 
-    scale: how many times as many rows as were counted.
+    scale: how many times as many rows as were counted. generation: None where vLLM generates. evaluation: of held-out
+    answers; None without any.
     """
 
     training: Peak
-    sampling: Peak
+    generation: Sampling | None
+    evaluation: Sampling | None
     keeps_gradients: bool
     gathers_for_sampling: bool
-    sampling_cache: int = 0  # keys and values of rows of their own, which rollouts that grow apart go on in
     scale: float = 1.0
 
 
@@ -80,9 +99,10 @@ def memory_of(
     optimizer = 0 if launch.offloads_optimizer else _optimizer_bytes(policy, launch)
     reference = policy.reference * FLOAT32 // launch.shards
     activations = moments.training.others(moments.scale)
-    sampling = max(moments.sampling.others(moments.scale), round(moments.sampling_cache * moments.scale))
-    if moments.gathers_for_sampling:
-        sampling += policy.size.total * policy.item
+    whole = policy.size.total * policy.item if moments.gathers_for_sampling else 0
+    generation, evaluation = (
+        0 if sampling is None else sampling.bytes + whole for sampling in (moments.generation, moments.evaluation)
+    )
     if from_pass:
         # gradients begin where activations end: both are largest at different moments
         training = max(moments.training.total(moments.scale), policy.size.trainable * policy.trained_item)
@@ -92,7 +112,8 @@ def memory_of(
     step = _step_bytes(policy, launch)
     phases = {
         "training pass": always + training + vllm.while_training,
-        "generation": always + sampling + vllm.while_generating,
+        "generation": always + generation + vllm.while_generating,
+        "evaluation": always + evaluation + vllm.while_training,
         "optimizer step": always + (policy.size.trainable * policy.trained_item if from_pass else 0) + step,
     }
     parts = {
@@ -100,7 +121,8 @@ def memory_of(
         "gradients": resident + (policy.size.trainable * policy.trained_item if from_pass else 0),
         "optimizer": optimizer,
         "activations": activations,
-        "generation": sampling,
+        "generation": generation,
+        "evaluation": evaluation,
         "reference": reference,
         "vllm": vllm.while_generating,
         "process": machine.base_bytes,

@@ -17,14 +17,14 @@ from fleet.command.flags import TOY_MODEL_ID, ModelFlags, TaskFlags
 from fleet.command.options import Options
 from fleet.model_folder.files import base_of
 from fleet.model_folder.parts import LANGUAGE_MODEL, VISION_PARTS
-from fleet.planning.counted_pass import CountedModel, PassShape
+from fleet.planning.counted_pass import CountedModel, PassShape, Peak
 from fleet.planning.counts import Counts, counts_of
 from fleet.planning.lengths import Grid, Lengths, lengths_of
 from fleet.planning.machine import Launch, Machine
-from fleet.planning.memory import BFLOAT16, FLOAT32, Memory, Moments, Policy, checkpoint_bytes, memory_of
+from fleet.planning.memory import BFLOAT16, FLOAT32, Memory, Moments, Policy, Sampling, checkpoint_bytes, memory_of
 from fleet.planning.published import PIXELS_OF_PROCESSOR, published_config
+from fleet.planning.shapes import RunShapes, with_rows
 from fleet.planning.work import PassesOfStep, seconds_at, step_flops
-from fleet.qwen.drafts import MAX_DRAFT_TOKENS
 from fleet.qwen.flops import WorkComparison, compare_work
 from fleet.qwen.group_passes import MAX_MASK_PAIRS, why_not_to_pack
 from fleet.toy.model import cached_path, is_whole, make_toy_processor, toy_config
@@ -91,12 +91,10 @@ class Planner:
         if lengths is None:
             raise ValueError("none of the first episodes can be shown")
         self.lengths = lengths
-        assert options.per_device_batch_size and options.max_completion_length and options.steps_per_generation
-        self.groups, self.completion = options.per_device_batch_size, options.max_completion_length * options.max_turns
-        self.generated = self.groups * options.steps_per_generation
+        assert options.per_device_batch_size
+        self.groups, self.shapes = options.per_device_batch_size, RunShapes(options, launch, config, lengths)
         side = round((lengths.image_tokens[2] * self.grid.merged) ** 0.5)
         self.picture = 1, side, side
-        self.is_vision_known = bool(options.vision_cache_mib)
         self.work = self._work()
         attention = options.attn_implementation
         self.is_packed = options.shared_prefix and why_not_to_pack(attention, self.work) is None
@@ -105,25 +103,23 @@ class Planner:
         """The prediction for a run with or without checkpointing."""
         options, launch = self.options, self.launch
         model = self._model(is_checkpointed)
-        training, sampling = self._training_shape(), self._sampling_shape()
-        counts = counts_of(model, training, sampling)
+        shapes, groups = self.shapes, self.groups
+        training, generation = shapes.training(groups, is_packed=self.is_packed), shapes.generation(groups)
+        evaluation = shapes.evaluation(groups)
+        if evaluation is not None and with_rows(generation, evaluation.num_rows) == evaluation:
+            # counted already, but for its number of rows
+            evaluation = None
+        counts = counts_of(model, training, shapes.piece(generation), evaluation and shapes.piece(evaluation))
         policy = self._policy(counts, model)
         vllm = self._vllm(policy)
-        moments = Moments(
-            counts.training,
-            counts.sampling,
-            keeps_gradients=options.gradient_accumulation_steps > 1,
-            gathers_for_sampling=launch.zero_stage >= 3 and options.ds3_gather_for_generation and not options.use_vllm,
-            sampling_cache=0 if options.use_vllm else self._row_cache(model),
-        )
         nothing = VLLMBytes(0, 0, 0)
         cache = (options.vision_cache_mib or 0) * 2**20
 
         def memory_at(groups: int) -> Memory:
-            scaled = replace(moments, scale=groups / self.groups)
-            return memory_of(policy, launch, self.machine, scaled, vllm or nothing, cache=cache)
+            moments = self._moments(counts, model, groups)
+            return memory_of(policy, launch, self.machine, moments, vllm or nothing, cache=cache)
 
-        flops = step_flops(self.config, training, sampling, self.picture, self._passes(is_checkpointed))
+        flops = step_flops(self.config, training, generation, self.picture, self._passes(is_checkpointed))
         found = Prediction(
             options,
             launch,
@@ -146,7 +142,7 @@ class Planner:
 
     def _largest(self, memory_at: Any, limit: int) -> int:
         """The most groups of a micro-batch that fit, by halving."""
-        pairs = self._training_shape().num_slots ** 2
+        pairs = self.shapes.training(self.groups, is_packed=self.is_packed).num_slots ** 2
         most = MAX_BATCH
         if self.is_packed:
             most = min(most, MAX_MASK_PAIRS[self.options.attn_implementation] // pairs)
@@ -207,19 +203,10 @@ class Planner:
             options.vllm_gpu_memory_utilization,
             policy.size.total * item,
             cache_bytes(text.num_hidden_layers, text.num_key_value_heads, head, item),
-            options.vllm_max_model_length or self.lengths.longest_prompt + self.completion,
+            options.vllm_max_model_length or self.lengths.longest_prompt + self.shapes.completion,
             tensor_parallel_size=options.vllm_tensor_parallel_size,
             sleeps=options.vllm_enable_sleep_mode,
         )
-
-    def _tree(self) -> tuple[int, int]:
-        """(slots behind the prompt, edges) of a group, whose completions are as long as may be and share nothing."""
-        size = self.options.num_rollouts
-        answers = 0
-        if self.options.max_turns > 1:
-            # what a tool answers is as long as a picture, and as the words around it
-            answers = size * (self.options.max_turns - 1) * (self.lengths.image_tokens[2] + 64)
-        return size * (self.completion - 1) + answers, size * self.completion
 
     def _work(self) -> WorkComparison:
         options, length = self.options, self.lengths.longest_prompt
@@ -228,44 +215,48 @@ class Planner:
         return compare_work(
             self.config,
             [length] * self.groups,
-            [self._tree()] * self.groups,
+            [self.shapes.tree()] * self.groups,
             group_size=options.num_rollouts,
-            padded_lengths=(length, self.completion),
+            padded_lengths=(length, self.shapes.completion),
             grids_thw=images,
-            are_features_known=self.is_vision_known,
+            are_features_known=self.shapes.is_vision_known,
             groups_per_step=self.groups,
         )
 
-    def _training_shape(self) -> PassShape:
-        length, size = self.lengths.longest_prompt, self.options.num_rollouts
-        patches = self.groups * self.lengths.patches
-        if self.is_packed:
-            slots, edges = self._tree()
-            return PassShape(self.groups, length + slots, edges, patches, are_features_known=self.is_vision_known)
-        rows = self.groups * size
-        return PassShape(rows, length + self.completion, self.completion, patches * size, has_tree_mask=False)
+    def _moments(self, counts: Counts, model: CountedModel, groups: int) -> Moments:
+        """The largest moments of a run with micro-batches of so many groups."""
+        options, launch, shapes = self.options, self.launch, self.shapes
+        counted, evaluated = shapes.generation(self.groups), shapes.evaluation(groups)
+        generation, evaluation = None, None
+        if not options.use_vllm:
+            generation = self._sampling(
+                model, counts.generation, counted, shapes.generation(groups), options.num_rollouts
+            )
+        if evaluated is not None:
+            own = None if counts.evaluation is None else shapes.evaluation(self.groups)
+            evaluation = self._sampling(model, counts.evaluation or counts.generation, own or counted, evaluated, 1)
+        return Moments(
+            counts.training,
+            generation,
+            evaluation,
+            keeps_gradients=options.gradient_accumulation_steps > 1,
+            gathers_for_sampling=launch.zero_stage >= 3 and options.ds3_gather_for_generation,
+            scale=groups / self.groups,
+        )
 
-    def _sampling_shape(self) -> PassShape:
-        """Round 1 over a generation's prompts, with as many drafts behind each as there may be."""
-        lengths, options = self.lengths, self.options
-        drafts = min(MAX_DRAFT_TOKENS, lengths.draft_nodes + 32 * self.completion)
-        if not options.shared_prefix or options.attn_implementation not in MAX_MASK_PAIRS:
-            drafts = 0
-        slots = lengths.longest_prompt + drafts
-        most_pairs = MAX_MASK_PAIRS.get(options.attn_implementation, 2**62)
-        pieces = min(self.generated, -(-self.generated * slots**2 // most_pairs))
-        groups = -(-self.generated // pieces)
-        patches = groups * lengths.patches
-        return PassShape(groups, slots, drafts + 1, patches, are_features_known=self.is_vision_known)
-
-    def _row_cache(self, model: CountedModel) -> int:
-        """Bytes of keys and values where each rollout of a generation has a row, beside those of the trees."""
+    def _sampling(
+        self, model: CountedModel, peak: Peak, counted: PassShape, shape: PassShape, num_rollouts: int
+    ) -> Sampling:
+        """Sampling so many rollouts of each prompt of a first pass. peak: of the shape that was counted."""
+        num_rows, num_counted = (self.shapes.piece(whole).num_rows for whole in (shape, counted))
         text = self.config.get_text_config()
         head = text.hidden_size // text.num_attention_heads
         item = BFLOAT16 if model.is_autocast or model.dtype is torch.bfloat16 else FLOAT32
         per_token = cache_bytes(text.num_hidden_layers, text.num_key_value_heads, head, item)
-        tokens = self.lengths.longest_prompt + self.completion
-        return per_token * self.generated * (self.options.num_rollouts * tokens + self._sampling_shape().num_slots)
+        tokens = num_rollouts * (self.lengths.longest_prompt + self.shapes.completion)
+        # each rollout in a row of its own, beside the trees
+        row_cache = per_token * num_rows * (tokens + shape.num_slots)
+        return Sampling(peak, row_cache, num_rows / num_counted)
 
     def _passes(self, is_checkpointed: bool) -> PassesOfStep:
         options = self.options
@@ -276,7 +267,7 @@ class Planner:
             is_recomputed=is_checkpointed,
             trains_weights=not options.use_lora and LANGUAGE_MODEL in options.trained_parts,
             trains_vision=bool(options.trained_parts & VISION_PARTS),
-            is_vision_known=self.is_vision_known,
+            is_vision_known=self.shapes.is_vision_known,
             num_scores=int(bool(options.beta)) + int(needs_scores),
         )
 

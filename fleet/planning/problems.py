@@ -71,12 +71,15 @@ def _remedy(found: Prediction) -> str:
     options, memory, launch = found.options, found.memory, found.launch
     remedies = []
     if found.largest_batch >= 1:
-        more = "" if memory.largest_phase == "generation" else ", with more --gradient_accumulation_steps"
+        samples = memory.largest_phase in ("generation", "evaluation")
+        more = "" if samples else ", with more --gradient_accumulation_steps"
         remedies.append(f"lower --per_device_batch_size to {found.largest_batch}{more}")
     if not found.is_checkpointed and memory.largest_phase == "training pass" and found.largest_batch < 1:
         remedies.append("pass --gradient_checkpointing true")
     if memory.largest_phase == "generation" and options.gradient_accumulation_steps > 1:
         remedies.append("lower --gradient_accumulation_steps, as a generation holds the episodes of all of them")
+    if memory.largest_phase == "evaluation":
+        remedies.append("pass --eval_steps 0 --control_steps 0, and score the run with evaluate.py")
     if memory.parts["reference"]:
         remedies.append(f"pass --beta 0, which needs no reference model ({memory.parts['reference'] / GIB:.1f} GiB)")
     if memory.parts["vllm"] and found.vllm is not None and found.vllm.while_training:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Axes: P episodes, G rollouts of each, T places of a rollout, N distributions, V vocabulary.
 
-# float64 numbers of one chunk of distributions
+# float64 numbers of the distributions that are worked on at a time: a few such copies are small beside the logits
 CHUNK_SIZE = 2**23
 
 
@@ -39,16 +39,6 @@ def draw_tokens(scores_NV: Tensor, uniforms_NG: Tensor, num_greedy: int = 0) -> 
     [0, 1). A token is where the cumulative distribution, in float64 and in the vocabulary's order, first passes the
     uniform. The first `num_greedy` rollouts take the likeliest token, the first of equal ones.
     """
-    size = max(1, CHUNK_SIZE // scores_NV.shape[1])
-    parts = [
-        _draw(scores, uniforms, num_greedy)
-        for scores, uniforms in zip(scores_NV.split(size), uniforms_NG.split(size), strict=True)
-    ]
-    tokens, logps = (torch.cat(values) for values in zip(*parts, strict=True))
-    return tokens, logps
-
-
-def _draw(scores_NV: Tensor, uniforms_NG: Tensor, num_greedy: int) -> tuple[Tensor, Tensor]:
     logps_NV = scores_NV.double().log_softmax(dim=1)
     probabilities_NV = logps_NV.exp()
     tokens_NG = torch.searchsorted(probabilities_NV.cumsum(dim=1), uniforms_NG, right=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import EpisodeBatch
-from fleet.qwen.draws import draw_tokens
+from fleet.qwen.draws import CHUNK_SIZE, draw_tokens
 from fleet.qwen.group_passes import MAX_MASK_PAIRS, as_encoded, base_qwen, image_inputs, tree_prompts
 from fleet.qwen.sampling_passes import FirstPass, RowPasses, TreePasses, WaitingNode
 from fleet.qwen.sampling_rules import SamplingRules
@@ -27,6 +27,8 @@ from utils.pieces import in_pieces
 
 # Axes: P prompts, G rollouts of each, B = P * G of them group after group, T places of a rollout.
 
+# logits that a first pass may make, 4 GiB in bfloat16: prompts beyond them have a pass of their own
+MAX_LOGITS = 2**31
 # tokens that are put behind a rollout which has left the drafts, once it says what a draft says
 MAX_CONTINUATION = 32
 
@@ -98,15 +100,15 @@ def sample_batch(
     most_of_ranks: Callable[[int], int] = lambda count: count,
     model_of_first_pass: nn.Module | None = None,
 ) -> list[Samples]:
-    """G completions of each of the batch's P episodes, in one piece unless the mask of round 1 would be too large.
+    """G completions of each of the batch's P episodes, in one piece unless round 1 would be too large.
 
     features: of group_passes.image_inputs. The others are sample_on_trees'; a first pass in pieces has no gradient.
     """
     attention = base_qwen(model).config.get_text_config()._attn_implementation
     prompts, num_groups = tree_prompts(model, batch), len(request.drafts)
-    num_slots = prompts.ids_PL.shape[1] + max(len(Branches(group)) for group in request.drafts)
-    most_pairs = MAX_MASK_PAIRS.get(attention, 2**62)
-    num_pieces = most_of_ranks(min(num_groups, -(-num_groups * num_slots**2 // most_pairs)))
+    num_nodes = max(len(Branches(group)) for group in request.drafts)
+    vocabulary = base_qwen(model).config.get_text_config().vocab_size
+    num_pieces = most_of_ranks(num_pieces_of(num_groups, prompts.ids_PL.shape[1], num_nodes, vocabulary, attention))
     ends = [num_groups * number // num_pieces for number in range(num_pieces + 1)]
     return [
         sample_on_trees(
@@ -120,6 +122,16 @@ def sample_batch(
         )
         for groups in (slice(*pair) for pair in itertools.pairwise(ends))
     ]
+
+
+def num_pieces_of(num_groups: int, prompt_length: int, num_nodes: int, vocabulary: int, attention: str) -> int:
+    """The pieces that sampling is done in, so that round 1's mask and logits are not too large.
+
+    num_nodes: of the largest tree of drafts, its root included. attention: the language model's.
+    """
+    pairs, logits = num_groups * (prompt_length + num_nodes) ** 2, num_groups * num_nodes * vocabulary
+    pieces = max(-(-pairs // MAX_MASK_PAIRS.get(attention, 2**62)), -(-logits // MAX_LOGITS))
+    return min(num_groups, pieces)
 
 
 @dataclass
@@ -223,7 +235,7 @@ class _Sampler:
         first = passes.begin(self.groups, open_nodes, images, model)
         nodes = [(number, node) for number, group_nodes in enumerate(open_nodes) for node in group_nodes]
         rows = [first.kept[number][node] + number * first.logits_PKV.shape[1] for number, node in nodes]
-        self.draw(first.logits_PKV.detach().flatten(0, 1)[rows], nodes)
+        self.draw(first.logits_PKV.detach().flatten(0, 1), nodes, rows)
         return first
 
     def _sayable(self, draft: Sequence[int]) -> Sequence[int]:
@@ -257,15 +269,27 @@ class _Sampler:
         return self.answered[number, end]
 
     @torch.no_grad()
-    def draw(self, logits_NV: Tensor, nodes: Sequence[WaitingNode]) -> None:
-        """Draws what every rollout of a group would say behind each of these nodes of it."""
-        if not nodes:
-            return
+    def draw(self, logits_KV: Tensor, nodes: Sequence[WaitingNode], rows: Sequence[int] | None = None) -> None:
+        """Draws what every rollout of a group would say behind each of these nodes of it.
+
+        rows: of the nodes among the logits; in their order by default.
+        """
+        rows = range(len(nodes)) if rows is None else rows
+        # of some nodes at a time, as scores take several times the room of logits
+        size = max(1, CHUNK_SIZE // logits_KV.shape[1])
+        drawn = [
+            self._draw(logits_KV[list(rows[start : start + size])], nodes[start : start + size])
+            for start in range(0, len(nodes), size)
+        ]
+        if drawn:
+            tokens_NG, logps_NG = (torch.cat(parts).tolist() for parts in zip(*drawn, strict=True))
+            self.drawn |= zip(nodes, zip(tokens_NG, logps_NG, strict=True), strict=True)
+
+    def _draw(self, logits_NV: Tensor, nodes: Sequence[WaitingNode]) -> tuple[Tensor, Tensor]:
         numbers, counts = zip(*((number, self.groups[number].num_sampled[node]) for number, node in nodes), strict=True)
         uniforms_NG = self.uniforms_PTG[list(numbers), list(counts)].to(logits_NV.device)
         scores_NV = self.rules.scores(logits_NV, self.prompts, self.groups, nodes)
-        tokens_NG, logps_NG = draw_tokens(scores_NV, uniforms_NG, self.request.num_greedy)
-        self.drawn |= zip(nodes, zip(tokens_NG.tolist(), logps_NG.tolist(), strict=True), strict=True)
+        return draw_tokens(scores_NV, uniforms_NG, self.request.num_greedy)
 
     def walk(self) -> list[WaitingNode]:
         """Takes every rollout as far as distributions are at hand. Returns the nodes that are to have theirs next."""

@@ -19,7 +19,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 
 from dataset import EpisodeBatch, prompts_of_rollouts, repeat_episodes
 from fleet.processes import most_of_ranks
-from fleet.qwen.drafts import DraftMemory, Drafts, within_budget
+from fleet.qwen.drafts import MAX_DRAFT_TOKENS, DraftMemory, Drafts, within_budget
 from fleet.qwen.draws import named_uniforms
 from fleet.qwen.group_passes import MAX_MASK_PAIRS, base_qwen, encode_image
 from fleet.qwen.observations import TURN_END
@@ -159,7 +159,10 @@ class Drawing(VisionRate):
             [self._tokenizer(text)["input_ids"] for text in texts] for texts in guesses or [()] * len(batch["episodes"])
         ]
         ended = [[[*ids, self.eos_token_ids[0]] for ids in group] for group in encoded]
-        return [within_budget([*group, *remembered]) for group in ended]
+        # the pass that is trained on may be this one, and is to hold no more than one over the rollouts
+        longest = self.settings.max_turns * int(self.generation_config.max_new_tokens)
+        max_nodes = min(MAX_DRAFT_TOKENS, self.num_generations * (longest - 1))
+        return [within_budget([*group, *remembered], max_nodes) for group in ended]
 
     def _draw_on_trees(
         self, batch: EpisodeBatch, features: list[Tensor] | None, drafts: Drafts, answers: ToolAnswers | None

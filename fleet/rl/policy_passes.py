@@ -137,12 +137,16 @@ class PolicyPasses(GroupSampling):
         """The figures of the policy's answers to held-out episodes, the same on every rank; all take part."""
         place = {"rank": self.accelerator.process_index, "num_ranks": self.accelerator.num_processes}
         plan = sound_part(plan, **place, skips_bad_images=self.settings.skips_bad_images)
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        ) as model:
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            # as in training
+            self.accelerator.autocast(),
+        ):
             policy = ModelPolicy(
                 model,
                 self.processing_class,

@@ -52,7 +52,7 @@ def trained(folder: Path, *flags: str, gathers: bool) -> Path:
 @pytest.fixture(scope="module", params=[False, True], ids=["all weights train", "frozen vision, tied embeddings"])
 def runs(request: pytest.FixtureRequest, tied: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    flags = ["--model_id", str(tied), "--freeze_vision"] if request.param else ["--model_id", toy_path()]
+    flags = ["--model_id", str(tied), "--freeze", "tower,merger"] if request.param else ["--model_id", toy_path()]
     return trained(folder, *flags, gathers=True), trained(folder, *flags, gathers=False)
 
 

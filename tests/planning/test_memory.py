@@ -6,7 +6,7 @@ import pytest
 
 from fleet.planning.counted_pass import ModelSize, Peak
 from fleet.planning.machine import Launch, Machine
-from fleet.planning.memory import Memory, Moments, Policy, checkpoint_bytes, memory_of
+from fleet.planning.memory import Memory, Moments, Policy, Sampling, checkpoint_bytes, memory_of
 from fleet.vllm_memory import VLLMBytes
 from model_utils import PartSize
 
@@ -15,7 +15,8 @@ FULL = Policy(SIZE, item=4, trained_item=4)
 HALF = replace(FULL, item=2, trained_item=2)
 GPU = Machine(True, 10**9, None, base_bytes=7)
 # at the loss 600 bytes of activations and no gradient; at the end all 4,000 of gradients and 50 more
-MOMENTS = Moments(Peak(((4000, 50), (0, 600))), Peak(((0, 300),)), keeps_gradients=False, gathers_for_sampling=False)
+TRAINING, GENERATION = Peak(((4000, 50), (0, 600))), Sampling(Peak(((0, 300),)))
+MOMENTS = Moments(TRAINING, GENERATION, None, keeps_gradients=False, gathers_for_sampling=False)
 NOTHING = VLLMBytes(0, 0, 0)
 ZERO3 = Launch(4, zero_stage=3, has_deepspeed=True, max_live_parameters=100, reduce_bucket_size=10, sub_group_size=60)
 
@@ -27,7 +28,12 @@ def held(policy: Policy, launch: Launch, moments: Moments = MOMENTS, vllm: VLLMB
 def test_one_process_holds_weights_moments_and_at_the_end_of_a_pass_all_gradients() -> None:
     found = held(FULL, Launch())
     states = 7 + 6000 + 8000
-    assert found.phases == {"training pass": states + 4050, "generation": states + 300, "optimizer step": states + 4000}
+    assert found.phases == {
+        "training pass": states + 4050,
+        "generation": states + 300,
+        "evaluation": states,
+        "optimizer step": states + 4000,
+    }
     assert (found.total, found.largest_phase) == (states + 4050, "training pass")
     assert found.parts["weights"] == 6000 and found.parts["gradients"] == 4000 and found.parts["optimizer"] == 8000
 
@@ -43,7 +49,17 @@ def test_ddp_holds_gradients_twice() -> None:
 
 
 def test_rollouts_that_grow_apart_have_a_cache_of_their_own() -> None:
-    assert held(FULL, Launch(), replace(MOMENTS, sampling_cache=9000)).total == 7 + 6000 + 8000 + 9000
+    moments = replace(MOMENTS, generation=replace(GENERATION, row_cache=9000))
+    assert held(FULL, Launch(), moments).total == 7 + 6000 + 8000 + 9000
+
+
+def test_held_out_answers_hold_their_own_and_are_given_between_steps() -> None:
+    moments = replace(MOMENTS, generation=None, evaluation=Sampling(Peak(((0, 300),), fixed=100), scale=3.0))
+    found = held(FULL, Launch(), moments, VLLMBytes(5000, 0, 100))
+    states = 7 + 6000 + 8000
+    assert found.phases["generation"] == states + 5000 and found.phases["evaluation"] == states + 100 + 3 * 200
+    gathered = held(HALF, ZERO3, replace(moments, gathers_for_sampling=True))
+    assert gathered.parts["evaluation"] == 700 + 3000 and gathered.parts["generation"] == 0
 
 
 def test_zero3_shards_states_and_keeps_some_weights_gathered() -> None:
@@ -55,7 +71,12 @@ def test_zero3_shards_states_and_keeps_some_weights_gathered() -> None:
     # a quarter of a float32 copy and two moments
     assert found.parts["optimizer"] == 3000
     states = 7 + 950 + 520 + 3000
-    assert found.phases == {"training pass": states + 600, "generation": states + 300, "optimizer step": states + 240}
+    assert found.phases == {
+        "training pass": states + 600,
+        "generation": states + 300,
+        "evaluation": states,
+        "optimizer step": states + 240,
+    }
     gathered = held(HALF, ZERO3, replace(MOMENTS, gathers_for_sampling=True))
     assert gathered.phases["generation"] == states + 300 + 3000
 

@@ -14,7 +14,7 @@ from fleet.planning.machine import Machine, machine_here
 from fleet.report.page import write_report
 from fleet.report.tables import comparison_rows
 from fleet.run.build import prediction
-from fleet.run.build.training import make_rloo_config
+from fleet.run.build.settings import make_rloo_config
 
 RUN = ["--per_device_batch_size", "2", "--sample_steps", "0", "--report_to", "none", "--save_steps", "1",
        "--gradient_checkpointing", "auto"]  # fmt: skip

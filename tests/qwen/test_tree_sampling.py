@@ -21,7 +21,7 @@ from fleet.qwen.flops import WorkComparison
 from fleet.qwen.group_passes import base_qwen, encode_image, why_not_to_pack
 from fleet.qwen.sampling_rules import SamplingRules
 from fleet.qwen.token_tree import Branches
-from fleet.qwen.tree_sampling import Samples, SamplingRequest, sample_batch
+from fleet.qwen.tree_sampling import Samples, SamplingRequest, num_pieces_of, sample_batch
 from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 from model_utils import make_lora_config
 from tests.helpers import toy_model, toy_processor
@@ -268,11 +268,15 @@ def test_attention_without_a_mask_of_a_tree_says_the_same(monkeypatch: pytest.Mo
     assert found.first is None and found.num_passes == max(map(len, expected)), "drafts need the mask"
 
 
-def test_a_mask_that_is_too_large_is_split_by_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["mask", "logits"])
+def test_a_pass_that_is_too_large_is_split_by_groups(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = toy_model(), batch_of_unequal_prompts()
     config = generation_config(do_sample=True, temperature=1.5, top_k=0, max_new_tokens=20)
     expected, margins = oracle(model, batch, config)
-    monkeypatch.setattr(tree_sampling, "MAX_MASK_PAIRS", {"sdpa": 2 * (batch["input_ids"].shape[1] + 1) ** 2})
+    if limit == "mask":
+        monkeypatch.setattr(tree_sampling, "MAX_MASK_PAIRS", {"sdpa": 2 * (batch["input_ids"].shape[1] + 1) ** 2})
+    else:
+        monkeypatch.setattr(tree_sampling, "MAX_LOGITS", 2 * model.config.get_text_config().vocab_size)
     uniforms = named_uniforms(5, 0, batch["numbers"], GROUP_SIZE, config.max_new_tokens)
     request = SamplingRequest(SamplingRules(config), uniforms, [[]] * 3, config.pad_token_id)
     rows = rows_of_passes(model)
@@ -282,6 +286,35 @@ def test_a_mask_that_is_too_large_is_split_by_groups(monkeypatch: pytest.MonkeyP
     assert_equal_but_for_rounding(completions, expected, margins)
     # another rank may need more pieces
     assert len(sample_batch(model, batch, None, request, most_of_ranks=lambda count: count and max(count, 3))) == 3
+
+
+def test_pieces_are_as_few_as_the_limits_allow() -> None:
+    # 76 million logits of 2,147 million, and 4 million pairs of 537 million, a prompt
+    pieces = {count: num_pieces_of(count, 1500, 501, 151_936, "sdpa") for count in (1, 28, 29, 56, 57, 1000)}
+    assert pieces == {1: 1, 28: 1, 29: 2, 56: 2, 57: 3, 1000: 36}
+    # a prompt beyond all limits still has one, and without a mask or drafts many go together
+    assert num_pieces_of(2, 10**6, 501, 151_936, "sdpa") == 2
+    assert num_pieces_of(1000, 1500, 1, 151_936, "flash_attention_2") == 1
+
+
+def test_draws_of_a_few_nodes_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = toy_model(), batch_of_unequal_prompts()
+    config = generation_config(do_sample=True, temperature=1.5, top_k=0, top_p=0.9, max_new_tokens=12)
+    drafts = drafts_of_kind("right", oracle(model, batch, config)[0])
+    found = sampled(model, batch, config, drafts)
+    sizes, scores = list[int](), SamplingRules.scores
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        sizes.append(len(arguments[-1]))
+        return scores(*arguments)
+
+    monkeypatch.setattr(SamplingRules, "scores", noted)
+    monkeypatch.setattr(tree_sampling, "CHUNK_SIZE", 5 * model.config.get_text_config().vocab_size)
+    again = sampled(model, batch, config, drafts)
+    assert max(sizes) == 5 and sum(sizes) > 20
+    assert again.completion_ids == found.completion_ids
+    for ours, theirs in zip(again.logps, found.logps, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def test_a_rank_that_has_ended_goes_on_for_the_others() -> None:

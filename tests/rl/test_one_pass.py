@@ -171,6 +171,17 @@ def test_what_was_said_is_drafted_next_and_is_part_of_the_state_that_is_saved(tm
     assert trainer._drafts(batch, [[]]) == [saved.drafts()]
 
 
+def test_drafts_take_no_more_room_than_rollouts_of_their_own_would(tmp_path: Path) -> None:
+    trainer = fleet_trainer(rloo_config(tmp_path, num_generations=2, max_completion_length=10))
+    batch = trainer.data_collator([toy_dataset()[0]] * 2)
+    memory = DraftMemory()
+    said = [[40 + number] * 7 for number in range(4)]
+    memory.add([ids for ids in said for _ in range(2)], 8, 1.0)
+    trainer.state.stateful_callbacks[MEMORY_NAME] = memory.as_json()
+    # two rollouts of ten tokens, whose last is predicted alone, have 18 slots
+    assert trainer._drafts(batch, [[]]) == [said[:2]]
+
+
 def test_the_reference_attends_its_windows_as_the_policy_does(tmp_path: Path) -> None:
     trainer = fleet_trainer(rloo_config(tmp_path, beta=0.05))
     assert trainer.ref_model.config.vision_config._attn_implementation == NAME

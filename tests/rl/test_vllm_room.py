@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from dataset import VLMDataCollator
-from fleet.command.image_check import RunData
 from fleet.command.options import parse_options, resolve_options
 from fleet.command.preflight import make_environment
 from fleet.errors import UsageError
 from fleet.rl.vllm_sampling import require_dtype
-from fleet.run.build.training import PreparedRun, context_length, make_rloo_config
+from fleet.run.build.settings import context_length
 from fleet.run.data import longest_prompt
 from tests.helpers import toy_dataset, toy_processor
 from tests.rl.test_vllm_sampling import require_stop, trainer_with
@@ -68,6 +67,6 @@ def test_the_longest_prompt_has_each_image_at_its_budget(
 def test_the_room_is_for_the_run_and_never_more_than_the_model_has(num_positions: int, room: int) -> None:
     flags = ["--use_vllm", "--max_completion_length", "16", "--image_max_pixels", "3136", "--train_steps", "1"]
     options, _ = resolve_options(parse_options(flags), has_bf16_gpu=False)
-    run = PreparedRun(options, make_rloo_config(options), RunData(make_environment(options, options.seed)), plan=None)
+    env = make_environment(options, options.seed)
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=num_positions))
-    assert context_length(run, toy_processor(), config) == room
+    assert context_length(options, env, 4, toy_processor(), config) == room

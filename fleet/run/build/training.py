@@ -1,15 +1,14 @@
-"""A checked training run becomes TRL's arguments, a model and a trainer.
+"""A checked training run becomes a model and a trainer.
 
-Owns how Fleet's flags reach the libraries. `prepare` writes nothing; `build_trainer` takes the run's folder last.
+`prepare` writes nothing; `build_trainer` takes the run's folder last.
 """
 
 import contextlib
 import logging
-import operator
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,10 @@ from fleet.command.idle_flags import idle_flags
 from fleet.command.image_check import Findings, RunData, images_of
 from fleet.command.options import Options, ResolvedDefault, own_code, resolve_options
 from fleet.command.output_dir import paths_read
-from fleet.command.parser import flag_of
 from fleet.command.preflight import own_reward
 from fleet.command.resume_check import recorded_checkpointing, require_same_run
 from fleet.command.training_flags import GenerationFlags, RLOOFlags, TrainedPartFlags
 from fleet.errors import Preempted, RunEnded, RunStopped, UsageError, one_line
-from fleet.evaluation.answering import AnswerSettings
 from fleet.evaluation.figures import EvaluationPlan
 from fleet.evaluation.held_out import RunEpisodes
 from fleet.model_folder.files import read_json
@@ -39,15 +36,15 @@ from fleet.model_folder.parts import LANGUAGE_MODEL, VISION_PARTS
 from fleet.processes import first_problem, gather_by_rank, raise_first, require_same_flags, together
 from fleet.qwen.vision_cache import vision_is_frozen
 from fleet.rl.checkpoints import ProcessPlace
-from fleet.rl.look_watch import LookPlan, LookWatch
-from fleet.rl.settings import TrainerSettings
+from fleet.rl.look_watch import LookWatch
 from fleet.rl.trainer import FleetRLOOTrainer, num_episodes_of_run
 from fleet.run import launch_checks, model_setup
 from fleet.run.build.held_out_plans import plan_held_out
 from fleet.run.build.prediction import NOTHING_PREDICTED, RunPrediction, predict_together
+from fleet.run.build.settings import answer_settings, context_length, look_plan, make_rloo_config, trainer_settings
 from fleet.run.commands import resume_command
 from fleet.run.config import config_text
-from fleet.run.data import agree_on_data, longest_prompt, require_encodable_prompts, require_last_episode
+from fleet.run.data import agree_on_data, require_encodable_prompts, require_last_episode
 from fleet.run.output import begin_folder, find_checkpoint, held, name_output_dir
 from fleet.run.peers import connect
 from fleet.run.preemption import Preemption
@@ -57,7 +54,6 @@ from fleet.run.watchdog import Watchdog
 from fleet.run_folder import CONFIG_NAME
 from fleet.run_lock import RunLock
 from model_utils import count_parameters, make_lora_config, read_adapter_config
-from reward import RewardWeights
 from utils.plain_text import printable
 from utils.split_folders import count_of
 
@@ -145,43 +141,6 @@ def describe_run(model_id: str, task: TaskFlags, rloo: RLOOFlags, filled: Sequen
     )
 
 
-def make_rloo_config(options: Options) -> RLOOConfig:
-    """TRL's arguments for these resolved options. Constructing them starts the process group and DeepSpeed.
-
-    Fleet counts episodes where TRL counts rollouts: a device's batch is per_device_batch_size x num_rollouts.
-    """
-    assert options.per_device_batch_size is not None
-    shared = {
-        name if flag_of(declared).trl is True else str(flag_of(declared).trl): getattr(options, name)
-        for declared in fields(options)
-        if (name := declared.name) and flag_of(declared).trl
-    }
-    return RLOOConfig(
-        **shared,
-        output_dir=options.output_dir or "runs",
-        # "auto" is settled before the trainer is made
-        gradient_checkpointing=options.gradient_checkpointing is True,
-        per_device_train_batch_size=options.per_device_batch_size * options.num_rollouts,
-        # the watchdog, which says why, comes first
-        ddp_timeout=max(1800, int(options.step_timeout_s) + 120),
-        bf16=options.dtype == "bfloat16",
-        use_cpu=not model_setup.has_gpu(),
-        dataloader_pin_memory=model_setup.has_gpu(),
-        eval_strategy="steps" if options.eval_steps else "no",
-        eval_steps=options.eval_steps or None,
-        # Trainer's own evaluation loop, which is never run, wants whole groups
-        per_device_eval_batch_size=options.num_rollouts,
-        metric_for_best_model="greedy_accuracy" if options.keep_best else None,
-        greater_is_better=True if options.keep_best else None,
-        # read for the reference model alone, which a full fine-tune with beta > 0 loads again
-        model_init_kwargs={"revision": options.revision} if options.revision and options.beta else None,
-        # TRL has no argument for it
-        generation_kwargs={"min_new_tokens": shortest} if (shortest := options.min_completion_length) else None,
-        # an episode's number is its randomness, so the order stays as it is
-        shuffle_dataset=False,
-    )
-
-
 @contextlib.contextmanager
 def built(run: PreparedRun, watchdog: Watchdog) -> Iterator[tuple[FleetRLOOTrainer, Path | None]]:
     """Within it, the run holds its folder. Gives the trainer with its model loaded, and the checkpoint to go on from.
@@ -220,17 +179,18 @@ def build_trainer(
     watchdog.start_with("the loading of the model")
     model, processor, lora, cache_mib = load_for_training(options, args, model_path)
     if options.use_vllm and options.vllm_mode == "colocate" and args.vllm_max_model_length is None:
-        args.vllm_max_model_length = context_length(run, processor, model.config)
+        num_episodes = num_episodes_of_run(args)
+        args.vllm_max_model_length = context_length(options, run.data.env, num_episodes, processor, model.config)
     with server_problems_said(options):
         trainer = FleetRLOOTrainer(
             model,
             args,
             RepeatableEpisodeDataset(run.data.env, options.image_max_pixels),
             processor,
-            trainer_settings(run, cache_mib * 2**20),
+            trainer_settings(options, cache_mib * 2**20),
             reward_function=own_reward(options),
             peft_config=lora,
-            evaluation=None if run.plan is None else (run.plan, _answer_settings(options)),
+            evaluation=None if run.plan is None else (run.plan, answer_settings(options)),
             run_config=config,
             trusts_checkpoint=options.trust_checkpoint,
             num_kept_checkpoints=options.save_total_limit,
@@ -240,7 +200,7 @@ def build_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunRecorder(trainer, options, fixed_correct_index=options.fixed_correct_index))
     if run.look is not None:
-        trainer.look_watch = LookWatch(trainer, look_plan(run, run.look))
+        trainer.look_watch = LookWatch(trainer, look_plan(options, run.look, run.plan))
         trainer.add_callback(trainer.look_watch)
     rates = dict.fromkeys(VISION_PARTS, trainer.vision_learning_rate or args.learning_rate)
     table = parameters_table(count_parameters(trainer.model), rates | {LANGUAGE_MODEL: args.learning_rate})
@@ -278,21 +238,6 @@ def load_for_training(
     return model, processor, lora, cache_mib
 
 
-def context_length(run: PreparedRun, processor: Any, config: Any) -> int:
-    """The tokens of a prompt and its completion that a colocated vLLM needs room for; at most the model's positions.
-
-    Prompts get half as much again as the longest of the first. Room that is not used costs nothing, as vLLM sets its
-    cache by its share of the GPU. The model's own maximum may be more than that cache holds, and vLLM would not start.
-    """
-    options, num_episodes = run.options, num_episodes_of_run(run.args)
-    assert options.image_max_pixels and options.max_completion_length
-    longest = longest_prompt(run.data.env, processor, options.image_max_pixels, num_episodes)
-    wanted = longest + longest // 2 + options.max_completion_length
-    length = min(wanted, config.get_text_config().max_position_embeddings)
-    logger.info(f"vLLM: room for {length:,} tokens of a prompt (the longest seen has {longest:,}) and its completion\n")
-    return length
-
-
 def run_config(run: PreparedRun, folder: Path) -> str:
     """The text of the run's config.json. A resumed run keeps the id in its folder."""
     options = run.options
@@ -306,47 +251,6 @@ def run_config(run: PreparedRun, folder: Path) -> str:
         num_episodes=num_episodes_of_run(run.args),
         num_processes=run.args.world_size,
         prediction=run.prediction.figures(),
-    )
-
-
-def trainer_settings(run: PreparedRun, vision_cache_bytes: int) -> TrainerSettings:
-    """The trainer's settings for the run's options."""
-    options = run.options
-    return TrainerSettings(
-        RewardWeights(options.reward_correct, options.reward_valid_call),
-        allow_reasoning=options.allow_reasoning,
-        skips_bad_images=options.bad_images == "skip",
-        max_skipped_steps=options.max_skipped_steps,
-        shared_prefix=options.shared_prefix,
-        vision_cache_bytes=vision_cache_bytes,
-        max_turns=options.max_turns,
-        max_context=options.max_context_length,
-        image_max_pixels=options.image_max_pixels,
-        dynamic_sampling=options.dynamic_sampling,
-        vision_learning_rate=options.vision_learning_rate,
-        vllm_max_logprob_gap=options.vllm_max_logprob_gap,
-        correction_cap=options.rollout_correction_cap if options.rollout_correction == "truncate" else None,
-    )
-
-
-def look_plan(run: PreparedRun, plan: EvaluationPlan) -> LookPlan:
-    """The look curve of the run's options, on the plan's episodes."""
-    options = run.options
-    assert options.control_steps and options.train_steps, "resolved, and there is a curve"
-    # by identity: targets of a user's own may not compare
-    evaluated = () if run.plan is None else run.plan.episodes[: len(plan.episodes)]
-    of_evaluation = len(evaluated) == len(plan.episodes) and all(map(operator.is_, plan.episodes, evaluated))
-    intervals = [options.control_steps]
-    if of_evaluation and options.eval_steps != options.control_steps:
-        intervals.append(options.eval_steps)
-    return LookPlan(
-        plan,
-        _answer_settings(options),
-        every=options.control_steps,
-        # the last step has one of its own
-        num_points=sum(options.train_steps // interval for interval in intervals) + 1,
-        is_of_evaluation=of_evaluation,
-        if_blind=options.stop_if_blind,
     )
 
 
@@ -364,21 +268,6 @@ def server_problems_said(flags: GenerationFlags) -> Iterator[None]:
             f"no vLLM server can be used at {flags.vllm_server_host}:{flags.vllm_server_port} "
             f"({one_line(error)}); start one as docs/many_gpus.md says, or pass --vllm_mode colocate"
         ) from error
-
-
-def _answer_settings(options: Options) -> AnswerSettings:
-    """Held-out episodes are answered with as many completions at a time as training generates."""
-    assert options.per_device_batch_size and options.steps_per_generation and options.max_completion_length
-    return AnswerSettings(
-        episodes_per_batch=options.per_device_batch_size * options.steps_per_generation * options.num_rollouts,
-        max_completion_length=options.max_completion_length,
-        max_pixels=options.image_max_pixels,
-        repetition_penalty=options.repetition_penalty,
-        min_completion_length=options.min_completion_length,
-        allow_reasoning=options.allow_reasoning,
-        max_turns=options.max_turns,
-        max_context=options.max_context_length,
-    )
 
 
 def train(trainer: FleetRLOOTrainer, checkpoint: Path | None) -> None:
