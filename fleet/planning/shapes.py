@@ -13,6 +13,7 @@ from fleet.planning.machine import Launch
 from fleet.qwen.drafts import MAX_COMPLETIONS, MAX_DRAFT_TOKENS
 from fleet.qwen.group_passes import MAX_MASK_PAIRS
 from fleet.qwen.tree_sampling import num_pieces_of
+from fleet.schedule import held_out_prompts_at_a_time
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class RunShapes:
         episodes = max(evaluated, (options.control_episodes or 0) if options.control_steps else 0)
         if not episodes:
             return None
-        at_a_time = num_groups * (options.steps_per_generation or 1) * options.num_rollouts
+        num_prompts = num_groups * (options.steps_per_generation or 1)
+        at_a_time = held_out_prompts_at_a_time(num_prompts, options.num_rollouts)
         return self._first_pass(
             min(at_a_time, -(-episodes // self.launch.num_processes)), has_drafts=True, are_features_known=False
         )

@@ -46,7 +46,7 @@ MISCONFIGURED: dict[str, tuple[str, str, str | None, str]] = {
     "machines of unequal size": ("", "8x80", ZERO3.replace("machines: 1", "machines: 3"), "do not divide among"),
     "float32 on a GPU": ("--dtype float32", "1x80", None, "a tenth of bfloat16's speed"),
     "warm-up without end": ("--warmup_steps 500 --lr_scheduler_type linear", "1x80", None, "would never be reached"),
-    "many held-out answers": ("--eval_steps 5 --num_rollouts 64 --max_completion_length 16 --use_lora", "1x4", None,
+    "many held-out answers": ("--eval_steps 5 --num_rollouts 64 --max_completion_length 16 --use_lora", "1x3", None,
                               "pass --eval_steps 0 --control_steps 0"),
     "evaluated too late": ("--eval_steps 500", "1x80", None, "only the start and the end are evaluated"),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from fleet.rl.look_watch import LookPlan
 from fleet.rl.settings import TrainerSettings
 from fleet.run import model_setup
 from fleet.run.data import longest_prompt
+from fleet.schedule import held_out_prompts_at_a_time
 from reward import RewardWeights
 
 logger = logging.getLogger("fleet")
@@ -101,10 +102,12 @@ def look_plan(options: Options, plan: EvaluationPlan, evaluation: EvaluationPlan
 
 
 def answer_settings(options: Options) -> AnswerSettings:
-    """Held-out episodes are answered with as many completions at a time as training generates."""
+    """How held-out episodes are answered: as training generates."""
     assert options.per_device_batch_size and options.steps_per_generation and options.max_completion_length
     return AnswerSettings(
-        episodes_per_batch=options.per_device_batch_size * options.steps_per_generation * options.num_rollouts,
+        episodes_per_batch=held_out_prompts_at_a_time(
+            options.per_device_batch_size * options.steps_per_generation, options.num_rollouts
+        ),
         max_completion_length=options.max_completion_length,
         max_pixels=options.image_max_pixels,
         repetition_penalty=options.repetition_penalty,
