@@ -30,7 +30,7 @@ test: setup-dev
 # several processes, kills, signals, full disks and whole trainings; FLEET_KILLS=200 tries more instants
 SLOW := slow
 test-slow: setup-dev
-	$(ACTIVATE) && python -m pytest -m "$(SLOW)" --numprocesses 2 --dist worksteal
+	$(ACTIVATE) && OMP_NUM_THREADS=1 python -m pytest -m "$(SLOW)" --numprocesses 2 --dist worksteal
 
 # the tests that import no torch, in seconds
 test-fast: setup-dev
@@ -39,7 +39,7 @@ test-fast: setup-dev
 # a vLLM for CPUs in a folder of its own, used over .venv through PYTHONPATH by the processes that these tests start
 VLLM := vllm
 test-vllm: setup-dev .vllm/.installed
-	$(ACTIVATE) && python -m pytest -m "$(VLLM)"
+	$(ACTIVATE) && python -m pytest -m "$(VLLM)" --numprocesses 2 --dist loadfile
 
 # each command with its exit code and seconds; tests/documented.py says what is made smaller
 documented: setup-dev

@@ -29,17 +29,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
     parser.add_argument("--train_steps", type=int, help="of each run (default: the demos' 60 and 100)")
+    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK",
+                        help=f"some of: {', '.join(TASKS)} (default: all)")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "dynamic", help="(default: runs/)")
     results = REPOSITORY / "benchmarks" / "results" / "dynamic_sampling.json"
     parser.add_argument("--json", type=Path, default=results, help="(default: in benchmarks/results/)")
     arguments = parser.parse_args()
     flags = [] if arguments.train_steps is None else ["--train_steps", str(arguments.train_steps)]
     found: dict[str, list[dict[str, Any]]] = {}
-    for number, (task, of_task) in enumerate(TASKS.items()):
+    for number, task in enumerate(arguments.only):
         for seed in range(arguments.num_seeds):
             for kind, attempts in KINDS.items():
                 folder = arguments.output_dir / f"task-{number}-seed-{seed}-attempts-{attempts}"
-                given = [*of_task, *flags, "--seed", str(seed), "--dynamic_sampling", str(attempts)]
+                given = [*TASKS[task], *flags, "--seed", str(seed), "--dynamic_sampling", str(attempts)]
                 found.setdefault(f"{task}, {kind}", []).append(run_seed(given, folder) | {"seed": seed})
     print(markdown_table(found))
     command = ["benchmarks/dynamic_sampling_seeds.py", "--num_seeds", str(arguments.num_seeds), *flags]

@@ -224,7 +224,7 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     Runs(
         "python benchmarks/dynamic_sampling_seeds.py --num_seeds 3",
         changed={"--num_seeds": "1"},
-        added="--train_steps 5",
+        added="--train_steps 5 --only 'a fixed index'",
         leaves=("benchmarks/results/dynamic_sampling.json",),
     ),
     Runs("python benchmarks/turns_parity.py", added="--max_turns 2 --num_pictures 1", says="| 2 | 1 |"),
@@ -254,7 +254,7 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     ),
     Runs(
         "python benchmarks/gpu_check.py",
-        added="--model_size 2m --image_side_px 56 --dtype float32 --sections parity steps_64 --json check.json",
+        added="--model_size 2m --image_side_px 56 --dtype float32 --sections toy --json check.json",
         leaves=("check.json",),
     ),
     Runs(
@@ -305,6 +305,12 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
         added="--train_steps 2",
         leaves=TRAINED,
         stage=2,
+    ),
+    Runs(
+        "python -m fleet.toy.model ship --kind plain",
+        added="--lesson_steps 2",
+        leaves=("fleet/toy/plain.safetensors",),
+        stage=LAST_STAGE,
     ),
     Runs(
         "python -m fleet.toy.model ship --kind reading",

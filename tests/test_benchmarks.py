@@ -123,7 +123,8 @@ def test_calls_are_sampled_and_trained_on_in_one_pass(tmp_path: Path) -> None:
 
 def test_the_gpu_check_runs_on_small_sizes_too(tmp_path: Path) -> None:
     path = tmp_path / "check.json"
-    sections = ["parity", "steps_8", "steps_64", "lora_7b", "toy", "zero3", "resume"]
+    # the toy's is run by documented.py
+    sections = ["parity", "steps_8", "steps_64", "lora_7b", "zero3", "resume"]
     sizes = ["--model_size", "2m", "--image_side_px", "56", "--dtype", "float32"]
     command = [sys.executable, "benchmarks/gpu_check.py", *sizes, "--sections", *sections, "--json", str(path)]
     done = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=HANG_S)
@@ -139,7 +140,6 @@ def test_the_gpu_check_runs_on_small_sizes_too(tmp_path: Path) -> None:
     assert result["steps_64"]["fleet"]["rollouts_per_s"] > 0
     assert result["steps_64"]["stock, scaled from 8 rollouts and not measured"]["step_s"] > 0
     assert result["lora_7b"]["rollouts_per_s"] > 0 and 0 <= result["lora_7b"]["waiting_share"] < 1
-    assert result["toy"]["reward_last_10"] > 0.8 > result["toy"]["reward_first"]
     assert result["zero3"]["steps"] == 3 and result["zero3"]["has_weights"]
     assert result["resume"]["is_equal_bit_for_bit"] is True
     assert "noise_floor" in done.stdout and "share_of_peak" in done.stdout

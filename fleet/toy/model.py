@@ -61,7 +61,7 @@ CHAT_TEMPLATE = (
 # of its calls, and to see its pictures. Runs of examples/zoom.py start from the reading toy, which can name what a tool
 # shows it, and does not know when to call which.
 PLAIN, SIGHTED, TAUGHT, READING, RELUCTANT = "plain", "sighted", "taught", "reading", "reluctant"
-SHIPPED = {kind: Path(__file__).resolve().with_name(f"{kind}.safetensors") for kind in (SIGHTED, READING)}
+SHIPPED = {kind: Path(__file__).resolve().with_name(f"{kind}.safetensors") for kind in (PLAIN, SIGHTED, READING)}
 READING_ENV = TOY_DATA_ROOT.parent / "examples" / "zoom.py"  # whose ZoomEnv the shipped reading toy is for
 SCHOOL_SEED = 2_147_483_646  # of an environment's episodes in school
 NUM_TEXTS = 32  # episodes whose texts the tokenizer learns from
@@ -313,6 +313,7 @@ def main() -> None:
         print(toy_model_path(arguments.what))
         return
     if arguments.lesson_steps is not None:
+        RECIPES[PLAIN]["steps"] = arguments.lesson_steps
         RECIPES[READING] |= {"reading_steps": arguments.lesson_steps, "steps": arguments.lesson_steps}
         for lesson in ("naming", "picking", "habit"):
             RECIPES[SIGHTED][lesson]["steps"] = arguments.lesson_steps
