@@ -6,7 +6,6 @@ The accuracy is of all groups that were sampled, replaced ones too, so it is of 
 runs goes one after the other, in turns. Run it with nothing else running: it reports seconds.
 """
 
-import argparse
 import subprocess
 import sys
 from itertools import accumulate
@@ -16,7 +15,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.seed_record import write_record  # noqa: E402
+from benchmarks.seed_record import seeds_parser, write_record  # noqa: E402
 from fleet.run_folder import read_jsonl  # noqa: E402
 
 WINDOW = 5  # steps that a figure is a mean of
@@ -26,14 +25,9 @@ KINDS = {"all groups kept": 0, "replaced": 4}  # attempts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
-    parser.add_argument("--train_steps", type=int, help="of each run (default: the demos' 60 and 100)")
+    parser = seeds_parser(__doc__, "dynamic_sampling", steps="the demos' 60 and 100", is_scored=False)
     parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK",
                         help=f"some of: {', '.join(TASKS)} (default: all)")  # fmt: skip
-    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "dynamic", help="(default: runs/)")
-    results = REPOSITORY / "benchmarks" / "results" / "dynamic_sampling.json"
-    parser.add_argument("--json", type=Path, default=results, help="(default: in benchmarks/results/)")
     arguments = parser.parse_args()
     flags = [] if arguments.train_steps is None else ["--train_steps", str(arguments.train_steps)]
     found: dict[str, list[dict[str, Any]]] = {}

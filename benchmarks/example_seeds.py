@@ -5,7 +5,6 @@
 Each run is a process of its own, started as a user would. Run it with nothing else running: it reports seconds.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.seed_record import write_record  # noqa: E402
+from benchmarks.seed_record import drawn_over_steps, seeds_parser, write_record  # noqa: E402
 from fleet.run_folder import read_jsonl  # noqa: E402
 
 EXAMPLES = {"click": "ClickEnv", "counting": "CountingEnv", "odd_one_out": "OddOneOutEnv"}
@@ -33,14 +32,8 @@ ROWS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = seeds_parser(__doc__, "example_seeds", steps="the example's own", plot="examples_curves.png")
     parser.add_argument("--only", nargs="+", choices=EXAMPLES, default=list(EXAMPLES), help="(default: all)")
-    parser.add_argument("--num_seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
-    parser.add_argument("--train_steps", type=int, help="of each run (default: the example's own)")
-    parser.add_argument("--eval_episodes", type=int, help="held out (default: the command's own)")
-    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "examples", help="(default: runs/)")
-    parser.add_argument("--json", type=Path, default=REPOSITORY / "benchmarks" / "results" / "example_seeds.json")
-    parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "examples_curves.png")
     arguments = parser.parse_args()
     steps = arguments.train_steps
     of_run = [] if steps is None else ["--train_steps", str(steps), "--warmup_steps", str(min(steps, 10) - 1)]
@@ -105,26 +98,15 @@ def cell(documents: list[dict[str, Any]], path: tuple[str, ...]) -> str:
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draws the share of right rollouts by step, a panel for each example and a line for each seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(found), figsize=(10, 3.2), dpi=150, sharey=True, squeeze=False)
-    for axes, (name, runs) in zip(panels[0], found.items(), strict=True):
-        for run, color in zip(runs, ("#d1495b", "#2e6f95", "#5c6b73"), strict=False):
-            steps = range(1, len(run["accuracies"]) + 1)
-            axes.plot(steps, run["accuracies"], color=color, linewidth=1.2, label=f"seed {run['seed']}")
-        chance = runs[0]["evaluation"]["chance"]["value"]
-        axes.axhline(chance, color="#5c6b73", linestyle=":", linewidth=1, label="right by chance")
-        axes.set(xlabel="optimizer step", ylim=(0, 1.04), title=name.replace("_", " "))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    panels[0][0].set_ylabel("share of right rollouts")
-    panels[0][0].legend(frameon=False, loc="lower right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    with drawn_over_steps(path, num_panels=len(found), inches=(10, 3.2), legend="lower right") as panels:
+        for axes, (name, runs) in zip(panels, found.items(), strict=True):
+            for run, color in zip(runs, ("#d1495b", "#2e6f95", "#5c6b73"), strict=False):
+                steps = range(1, len(run["accuracies"]) + 1)
+                axes.plot(steps, run["accuracies"], color=color, linewidth=1.2, label=f"seed {run['seed']}")
+            chance = runs[0]["evaluation"]["chance"]["value"]
+            axes.axhline(chance, color="#5c6b73", linestyle=":", linewidth=1, label="right by chance")
+            axes.set_title(name.replace("_", " "))
+        panels[0].set_ylabel("share of right rollouts")
 
 
 if __name__ == "__main__":

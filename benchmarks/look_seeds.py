@@ -6,7 +6,6 @@ Each seed trains and is then scored beside the toy it started from, in processes
 with nothing else running: it reports seconds.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.seed_record import write_record  # noqa: E402
+from benchmarks.seed_record import drawn_over_steps, seeds_parser, write_record  # noqa: E402
 from fleet.run_folder import read_jsonl  # noqa: E402
 
 COLUMNS = {
@@ -30,13 +29,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
-    parser.add_argument("--train_steps", type=int, help="of each run (default: the demo's 100)")
-    parser.add_argument("--eval_episodes", type=int, help="held out (default: the commands' own)")
-    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "look-seeds", help="(default: runs/)")
-    parser.add_argument("--json", type=Path, default=REPOSITORY / "benchmarks" / "results" / "look_seeds.json")
-    parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "look_curve.png")
+    parser = seeds_parser(__doc__, "look_seeds", steps="the demo's 100", plot="look_curve.png")
     arguments = parser.parse_args()
     of_both = [] if arguments.eval_episodes is None else ["--eval_episodes", str(arguments.eval_episodes)]
     of_run = [] if arguments.train_steps is None else ["--train_steps", str(arguments.train_steps)]
@@ -110,28 +103,24 @@ def cells(document: dict[str, Any]) -> list[str]:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Draws every seed's accuracy on what it trains on, and on held-out episodes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), dpi=150)
-    for run in runs:
-        label = "training, sampled" if run["seed"] == 0 else None
-        axes.plot(range(1, len(run["accuracies"]) + 1), run["accuracies"], color="#9db4c0", linewidth=0.9, label=label)
-    for run, marker in zip(runs, "osD^v<>p", strict=False):
-        steps, values = zip(*run["held_out"], strict=True)
-        axes.plot(
-            steps, values, color="#d1495b", marker=marker, linewidth=1.4, label=f"held out, greedy, seed {run['seed']}"
-        )
-    axes.axhline(0.25, color="#5c6b73", linestyle=":", linewidth=1, label="right by chance")
-    axes.set(xlabel="optimizer step", ylabel="accuracy", ylim=(0, 1.04), title="make demo-look")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="center right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    with drawn_over_steps(path) as (axes,):
+        for run in runs:
+            label = "training, sampled" if run["seed"] == 0 else None
+            axes.plot(
+                range(1, len(run["accuracies"]) + 1), run["accuracies"], color="#9db4c0", linewidth=0.9, label=label
+            )
+        for run, marker in zip(runs, "osD^v<>p", strict=False):
+            steps, values = zip(*run["held_out"], strict=True)
+            axes.plot(
+                steps,
+                values,
+                color="#d1495b",
+                marker=marker,
+                linewidth=1.4,
+                label=f"held out, greedy, seed {run['seed']}",
+            )
+        axes.axhline(0.25, color="#5c6b73", linestyle=":", linewidth=1, label="right by chance")
+        axes.set(ylabel="accuracy", title="make demo-look")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Each run is a process of its own, started as a user would. Run it with nothing else running: it reports seconds.
 """
 
-import argparse
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.seed_record import write_record  # noqa: E402
+from benchmarks.seed_record import drawn_over_steps, seeds_parser, write_record  # noqa: E402
 from fleet.run_folder import read_jsonl  # noqa: E402
 
 WINDOW = 5  # steps that a figure is a mean of
@@ -23,12 +22,9 @@ GOAL = 0.95
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_seeds", type=int, default=5, help="seeds 0 to N - 1 (default: 5)")
-    parser.add_argument("--train_steps", type=int, help=f"of each run, at least {WINDOW} (default: the demo's 60)")
-    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "seeds", help="(default: runs/seeds)")
-    parser.add_argument("--json", type=Path, default=REPOSITORY / "benchmarks" / "results" / "toy_seeds.json")
-    parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "toy_curve.png")
+    parser = seeds_parser(
+        __doc__, "toy_seeds", steps="the demo's 60", num_seeds=5, plot="toy_curve.png", is_scored=False
+    )
     arguments = parser.parse_args()
     if arguments.train_steps is not None and arguments.train_steps < WINDOW:
         parser.error(f"--train_steps {arguments.train_steps}, but figures are means of {WINDOW} steps; pass as many")
@@ -78,25 +74,14 @@ def markdown_table(runs: list[dict[str, Any]]) -> str:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Draws every seed's reward over steps, and their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), dpi=150)
-    steps = range(1, len(runs[0]["rewards"]) + 1)
-    for run in runs:
-        axes.plot(steps, run["rewards"], color="#9db4c0", linewidth=0.9)
-    mean = [sum(rewards) / len(runs) for rewards in zip(*(run["rewards"] for run in runs), strict=True)]
-    axes.plot(steps, mean, color="#d1495b", linewidth=2.2, label=f"mean of {len(runs)} seeds")
-    axes.axhline(0.25, color="#5c6b73", linestyle=":", linewidth=1, label="right by chance")
-    axes.set(xlabel="optimizer step", ylabel="mean reward", ylim=(0, 1.04), title="accelerate launch training.py")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    with drawn_over_steps(path, legend="lower right") as (axes,):
+        steps = range(1, len(runs[0]["rewards"]) + 1)
+        for run in runs:
+            axes.plot(steps, run["rewards"], color="#9db4c0", linewidth=0.9)
+        mean = [sum(rewards) / len(runs) for rewards in zip(*(run["rewards"] for run in runs), strict=True)]
+        axes.plot(steps, mean, color="#d1495b", linewidth=2.2, label=f"mean of {len(runs)} seeds")
+        axes.axhline(0.25, color="#5c6b73", linestyle=":", linewidth=1, label="right by chance")
+        axes.set(ylabel="mean reward", title="accelerate launch training.py")
 
 
 if __name__ == "__main__":

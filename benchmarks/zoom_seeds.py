@@ -5,7 +5,6 @@
 Each run is a process of its own, started as a user would. Run it with nothing else running: it reports seconds.
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -18,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.example_seeds import cell, run_seed  # noqa: E402
-from benchmarks.seed_record import write_record  # noqa: E402
+from benchmarks.seed_record import drawn_over_steps, seeds_parser, write_record  # noqa: E402
 from environment import Episode, ToolCall, Verdict  # noqa: E402
 from examples.zoom import NUM_OPTIONS, NUM_PICTURES, ZoomEnv  # noqa: E402
 from fleet.evaluation.intervals import share  # noqa: E402
@@ -56,13 +55,7 @@ POLICIES: dict[str, Callable[[Episode, random.Random], list[ToolCall]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_seeds", type=int, default=3, help="seeds 0 to N - 1 (default: 3)")
-    parser.add_argument("--train_steps", type=int, help="of each run (default: the example's own)")
-    parser.add_argument("--eval_episodes", type=int, help="held out (default: the command's own)")
-    parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "runs" / "zoom-seeds", help="(default: runs/)")
-    parser.add_argument("--json", type=Path, default=REPOSITORY / "benchmarks" / "results" / "zoom_seeds.json")
-    parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs" / "zoom_curve.png")
+    parser = seeds_parser(__doc__, "zoom_seeds", steps="the example's own", plot="zoom_curve.png")
     arguments = parser.parse_args()
     steps = arguments.train_steps
     of_run = [] if steps is None else ["--train_steps", str(steps), "--warmup_steps", str(min(steps, 10) - 1)]
@@ -120,25 +113,14 @@ def markdown_table(runs: list[dict[str, Any]], before: dict[str, Any], scripted:
 
 def draw(runs: list[dict[str, Any]], scripted: dict[str, dict[str, Any]], path: Path) -> None:
     """Draws the share of right rollouts by step, a line for each seed, and the scripted policies across."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), dpi=150)
-    for run, color in zip(runs, ("#d1495b", "#2e6f95", "#5c6b73"), strict=False):
-        steps = range(1, len(run["accuracies"]) + 1)
-        axes.plot(steps, run["accuracies"], color=color, linewidth=1.4, label=f"seed {run['seed']}")
-    for (name, shown), style in zip(scripted.items(), (":", "--", "-."), strict=True):
-        label = f"a script that {name}: {100 * shown['value']:.0f} %"
-        axes.axhline(shown["value"], color="#8d99ae", linestyle=style, linewidth=1, label=label)
-    axes.set(xlabel="optimizer step", ylabel="share of right rollouts", ylim=(0, 1.04), title="zoom, then answer")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="center right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    with drawn_over_steps(path) as (axes,):
+        for run, color in zip(runs, ("#d1495b", "#2e6f95", "#5c6b73"), strict=False):
+            steps = range(1, len(run["accuracies"]) + 1)
+            axes.plot(steps, run["accuracies"], color=color, linewidth=1.4, label=f"seed {run['seed']}")
+        for (name, shown), style in zip(scripted.items(), (":", "--", "-."), strict=True):
+            label = f"a script that {name}: {100 * shown['value']:.0f} %"
+            axes.axhline(shown["value"], color="#8d99ae", linestyle=style, linewidth=1, label=label)
+        axes.set(ylabel="share of right rollouts", title="zoom, then answer")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ They are drawn on the groups' trees of tokens (fleet/qwen), by TRL's own generat
 leans on how TRL samples. Knows no reward and no loss.
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,15 +181,7 @@ class Drawing(VisionRate):
             answers=answers,
             turn_end_id=self._tokenizer.convert_tokens_to_ids(TURN_END),
         )
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as policy,
-            self.accelerator.autocast(),
-        ):
+        with self._policy_that_samples() as policy:
             found = sample_batch(
                 policy,
                 batch,
@@ -205,6 +198,20 @@ class Drawing(VisionRate):
             turn_lengths=[lengths for samples in found for lengths in samples.turn_lengths],
             paths=[path for samples in found for path in samples.paths],
         )
+
+    @contextlib.contextmanager
+    def _policy_that_samples(self) -> Iterator[Any]:
+        """The policy, unwrapped, for sampling in the run's precision; under ZeRO-3 whole where that was asked for."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as policy,
+            self.accelerator.autocast(),
+        ):
+            yield policy
 
     def _most_of_ranks(self, count: int) -> int:
         """The maximum over the processes, where these must do the same passes together.

@@ -8,7 +8,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from dataset import repeat_episodes
@@ -137,16 +137,7 @@ class PolicyPasses(GroupSampling):
         """The figures of the policy's answers to held-out episodes, the same on every rank; all take part."""
         place = {"rank": self.accelerator.process_index, "num_ranks": self.accelerator.num_processes}
         plan = sound_part(plan, **place, skips_bad_images=self.settings.skips_bad_images)
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            # as in training
-            self.accelerator.autocast(),
-        ):
+        with self._policy_that_samples() as model:
             policy = ModelPolicy(
                 model,
                 self.processing_class,
