@@ -23,11 +23,12 @@ STEP = {
     "fleet/qwen/token_tree.py": "Branches Prompts TokenTree lay_out ancestry_mask by_rollout _Row _prompt_slots",
     "fleet/qwen/tree_sampling.py": "SamplingRequest Samples sample_batch sample_on_trees _Rollout _Sampler",
     "fleet/qwen/sampling_passes.py": "FirstPass TreePasses",
-    "fleet/qwen/draws.py": "named_uniforms draw_tokens _draw",
+    "fleet/qwen/draws.py": "named_uniforms draw_tokens",
     "fleet/qwen/group_passes.py": "image_inputs base_qwen tree_prompts tree_logits score_tree",
     "fleet/qwen/edge_scores.py": "Scores scores_of edge_scores _chunk_scores",
     "fleet/rl/algorithm.py": "needs_old_logps shaped_rewards leave_one_out_advantages sequence_logps clipped_loss",
-    "fleet/rl/drawing.py": "Drawn Drawing(_image_features _draw _drafts _draw_on_trees _tries_one_pass)",
+    "fleet/rl/drawing.py": "Drawn Drawing(_image_features _draw _drafts _draw_on_trees _policy_that_samples "
+    "_tries_one_pass)",
     "fleet/rl/group_sampling.py": "DrawnGroups SampledGroups GroupSampling(_draw_groups _are_ended _sampled "
     "_first_scores _trees _usable _chooses_packing _groups_per_step) _as_long_as",
     "fleet/rl/first_pass.py": "scores_of_first_pass as_wide_as",
@@ -47,7 +48,7 @@ ASIDE = {
     "fleet/qwen/drafts.py": "DraftMemory within_budget",
     "fleet/qwen/group_passes.py": "why_not_to_pack as_model_mask",
     "fleet/qwen/sampling_rules.py": "SamplingRules",
-    "fleet/qwen/tree_sampling.py": "_continuations",
+    "fleet/qwen/tree_sampling.py": "num_pieces_of _continuations",
     "fleet/qwen/vision_windows.py": "attend_by_length _LatestBounds",
     "fleet/rl/guards.py": "without_gradient_if_not_finite "
     "StepGuard(begin_generation note_scores on_pre_optimizer_step)",

@@ -67,6 +67,7 @@ class NotRun:
 
 
 LOOKED = "runs/look/final"  # what make demo-look leaves; stands in for a model of the hub
+CLICKS = "--train_steps 2 --model_id runs/click/final"  # which has been taught the calls, as a toy of its own would be
 SMALL_STEP = "--model_size 2m --image_side_px 56 --num_episodes 1 --completion_tokens 4"
 ONE_STEP = f"{SMALL_STEP} --num_steps 1 --measure_memory false"
 
@@ -138,13 +139,13 @@ TABLE: tuple[Runs | RunBy | NotRun, ...] = (
     Runs("python -m fleet.check_env my_env.py:ClickEnv", says="my_env.py:ClickEnv is sound", stage=2),
     Runs(
         """accelerate launch training.py --env my_env.py:ClickEnv --env_args '{"num_shapes": 3}'""",
-        added="--train_steps 2",
+        added=CLICKS,
         leaves=TRAINED,
         stage=2,
     ),
     Runs(
         "accelerate launch training.py --env my_env.py:ClickEnv --reward my_reward.py:score",
-        added="--train_steps 2",
+        added=CLICKS,
         leaves=TRAINED,
         stage=2,
     ),

@@ -339,15 +339,16 @@ def test_a_misspelt_flag_on_one_machine_ends_both(tmp_path: Path) -> None:
     assert not run.exists()
 
 
-def test_two_machines_of_two_processes_train_as_one_machine_of_four(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_two_machines_train_as_one_machine_with_all_their_processes(num_processes: int, tmp_path: Path) -> None:
     flags = ["training.py", *QUICK, "--train_steps", "2", "--seed", "3"]
-    four = ["--num_processes", "4", "--main_process_ip", "127.0.0.1"]
-    one = start([*ZERO3, *four, "--main_process_port", free_port()], [*flags, "--output_dir", str(tmp_path / "one")])
+    both = ["--num_processes", str(num_processes), "--main_process_ip", "127.0.0.1"]
+    one = start([*ZERO3, *both, "--main_process_port", free_port()], [*flags, "--output_dir", str(tmp_path / "one")])
     output = one.communicate(timeout=HANG_S)[0]
     assert one.returncode == 0, output[-3000:]
     port = free_port()
     launchers = [
-        start([*ZERO3, *four, "--num_machines", "2", "--machine_rank", str(rank), "--main_process_port", port],
+        start([*ZERO3, *both, "--num_machines", "2", "--machine_rank", str(rank), "--main_process_port", port],
               [*flags, "--output_dir", str(tmp_path / "two")])
         for rank in (0, 1)
     ]  # fmt: skip

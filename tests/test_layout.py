@@ -157,3 +157,8 @@ def test_the_tool_that_picks_an_image_is_named_in_two_files() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "pick_image" in node.value
     }
     assert named == {"environment.py", "utils/tool_calls.py"}
+
+
+def test_the_lines_to_read_are_counted_of_names_that_there_are() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/reading.py"], cwd=REPOSITORY, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

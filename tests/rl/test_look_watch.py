@@ -270,6 +270,37 @@ def test_a_run_that_learns_a_leak_stops_with_a_checkpoint_and_can_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_toy_that_reads_learns_a_leak_by_rloo_and_is_stopped(tmp_path: Path) -> None:
+    flags = ["--model_id", toy_path(), *LOOK, *LEAK, "--stop_if_blind", "stop"]
+    rloo = {
+        "control_steps": 10,
+        "control_episodes": 96,
+        "train_steps": 100,
+        "per_device_batch_size": 16,
+        "num_rollouts": 8,
+        "learning_rate": 2e-4,
+        "max_completion_length": 32,
+        "image_max_pixels": 3136,
+    }
+    flags += [word for name, value in rloo.items() for word in (f"--{name}", str(value))]
+    num_stopped = 0
+    for seed in range(3):
+        folder = tmp_path / str(seed)
+        try:
+            run(folder, *flags, "--seed", str(seed))
+        except RunStopped as stop:
+            assert "the policy gains without looking" in str(stop)
+            num_stopped += 1
+        curve = curve_of(folder)
+        # it answers alike whatever is shown, and follows no picture
+        assert all(abs(line["control/true"] - line["control/grey"]) <= 0.1 for line in curve)
+        assert curve[-1]["control/true"] > curve[0]["control/true"] and curve[-1]["control/swapped"] <= 0.25
+    # some soon tell two of the four words apart and stay there, a gain of 18 points that luck may bring
+    assert num_stopped >= 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("zero3", [False, True])
 def test_two_processes_come_to_the_same_points(zero3: bool, tmp_path: Path) -> None:
     flags = [*QUICK, *CURVE, "--control_steps", "1", "--train_steps", "2"]
