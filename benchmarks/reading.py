@@ -21,7 +21,8 @@ from pathlib import Path
 STEP = {
     "dataset.py": "EpisodeBatch",
     "fleet/qwen/token_tree.py": "Branches Prompts TokenTree lay_out ancestry_mask by_rollout _Row _prompt_slots",
-    "fleet/qwen/tree_sampling.py": "SamplingRequest Samples sample_batch sample_on_trees _Rollout _Sampler",
+    "fleet/qwen/sampling_pieces.py": "sample_batch",
+    "fleet/qwen/tree_sampling.py": "SamplingRequest Samples sample_on_trees _Rollout _Sampler",
     "fleet/qwen/sampling_passes.py": "FirstPass TreePasses",
     "fleet/qwen/draws.py": "named_uniforms draw_tokens",
     "fleet/qwen/group_passes.py": "image_inputs base_qwen tree_prompts tree_logits score_tree",
@@ -48,7 +49,8 @@ ASIDE = {
     "fleet/qwen/drafts.py": "DraftMemory within_budget",
     "fleet/qwen/group_passes.py": "why_not_to_pack as_model_mask",
     "fleet/qwen/sampling_rules.py": "SamplingRules",
-    "fleet/qwen/tree_sampling.py": "num_pieces_of _continuations",
+    "fleet/qwen/sampling_pieces.py": "num_pieces_of",
+    "fleet/qwen/tree_sampling.py": "_continuations",
     "fleet/qwen/vision_windows.py": "attend_by_length _LatestBounds",
     "fleet/rl/guards.py": "without_gradient_if_not_finite "
     "StepGuard(begin_generation note_scores on_pre_optimizer_step)",

@@ -22,9 +22,10 @@ from fleet.evaluation.figures import Answers, EvaluationPlan, Said
 from fleet.qwen.drafts import DraftMemory, within_budget
 from fleet.qwen.draws import named_uniforms
 from fleet.qwen.observations import TURN_END
+from fleet.qwen.sampling_pieces import sample_batch
 from fleet.qwen.sampling_rules import SamplingRules
 from fleet.qwen.tool_answers import ToolAnswers, TurnSettings, tool_answers
-from fleet.qwen.tree_sampling import SamplingRequest, sample_batch
+from fleet.qwen.tree_sampling import SamplingRequest
 from model_utils import answer_config, decode_completion, end_token_ids
 from utils.images import BadImage, image_digest, open_image
 

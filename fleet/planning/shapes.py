@@ -12,7 +12,7 @@ from fleet.planning.lengths import Lengths
 from fleet.planning.machine import Launch
 from fleet.qwen.drafts import MAX_COMPLETIONS, MAX_DRAFT_TOKENS
 from fleet.qwen.group_passes import MAX_MASK_PAIRS
-from fleet.qwen.tree_sampling import num_pieces_of
+from fleet.qwen.sampling_pieces import num_pieces_of
 from fleet.schedule import held_out_prompts_at_a_time
 
 

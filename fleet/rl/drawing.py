@@ -24,10 +24,11 @@ from fleet.qwen.drafts import MAX_DRAFT_TOKENS, DraftMemory, Drafts, within_budg
 from fleet.qwen.draws import named_uniforms
 from fleet.qwen.group_passes import MAX_MASK_PAIRS, base_qwen, encode_image
 from fleet.qwen.observations import TURN_END
+from fleet.qwen.sampling_pieces import sample_batch
 from fleet.qwen.sampling_rules import SamplingRules
 from fleet.qwen.token_tree import PathToken
 from fleet.qwen.tool_answers import ToolAnswers
-from fleet.qwen.tree_sampling import Samples, SamplingRequest, sample_batch
+from fleet.qwen.tree_sampling import Samples, SamplingRequest
 from fleet.qwen.vision_cache import VisionCache
 from fleet.rl.first_pass import why_not_one_pass
 from fleet.rl.settings import TrainerSettings

@@ -15,13 +15,14 @@ from transformers import GenerationConfig
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import PickImageEnv
-from fleet.qwen import group_passes, sampling_passes, tree_sampling
+from fleet.qwen import group_passes, sampling_passes, sampling_pieces, tree_sampling
 from fleet.qwen.draws import draw_tokens, named_uniforms
 from fleet.qwen.flops import WorkComparison
 from fleet.qwen.group_passes import base_qwen, encode_image, why_not_to_pack
+from fleet.qwen.sampling_pieces import num_pieces_of, sample_batch
 from fleet.qwen.sampling_rules import SamplingRules
 from fleet.qwen.token_tree import Branches
-from fleet.qwen.tree_sampling import Samples, SamplingRequest, num_pieces_of, sample_batch
+from fleet.qwen.tree_sampling import Samples, SamplingRequest
 from fleet.toy.model import TOY_DATA_ROOT, TOY_IMAGE_PIXELS
 from model_utils import make_lora_config
 from tests.helpers import toy_model, toy_processor
@@ -274,9 +275,9 @@ def test_a_pass_that_is_too_large_is_split_by_groups(limit: str, monkeypatch: py
     config = generation_config(do_sample=True, temperature=1.5, top_k=0, max_new_tokens=20)
     expected, margins = oracle(model, batch, config)
     if limit == "mask":
-        monkeypatch.setattr(tree_sampling, "MAX_MASK_PAIRS", {"sdpa": 2 * (batch["input_ids"].shape[1] + 1) ** 2})
+        monkeypatch.setattr(sampling_pieces, "MAX_MASK_PAIRS", {"sdpa": 2 * (batch["input_ids"].shape[1] + 1) ** 2})
     else:
-        monkeypatch.setattr(tree_sampling, "MAX_LOGITS", 2 * model.config.get_text_config().vocab_size)
+        monkeypatch.setattr(sampling_pieces, "MAX_LOGITS", 2 * model.config.get_text_config().vocab_size)
     uniforms = named_uniforms(5, 0, batch["numbers"], GROUP_SIZE, config.max_new_tokens)
     request = SamplingRequest(SamplingRules(config), uniforms, [[]] * 3, config.pad_token_id)
     rows = rows_of_passes(model)

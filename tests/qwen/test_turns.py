@@ -10,9 +10,10 @@ from transformers import GenerationConfig
 from benchmarks.turns_parity import GROUP_SIZE, Showing, gaps, row_inputs, two_prompts
 from fleet.qwen import group_passes
 from fleet.qwen.draws import named_uniforms
+from fleet.qwen.sampling_pieces import sample_batch
 from fleet.qwen.sampling_rules import SamplingRules
 from fleet.qwen.token_tree import PathToken
-from fleet.qwen.tree_sampling import Samples, SamplingRequest, sample_batch
+from fleet.qwen.tree_sampling import Samples, SamplingRequest
 from tests.helpers import toy_model, toy_processor
 from tests.qwen.test_tree_sampling import adapted_model, generation_config
 

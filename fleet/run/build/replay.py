@@ -31,9 +31,10 @@ from fleet.errors import UsageError
 from fleet.evaluation.held_out import runs_behind
 from fleet.qwen.draws import named_uniforms
 from fleet.qwen.observations import TURN_END
+from fleet.qwen.sampling_pieces import sample_batch
 from fleet.qwen.sampling_rules import SamplingRules
 from fleet.qwen.tool_answers import TurnSettings, tool_answers
-from fleet.qwen.tree_sampling import SamplingRequest, sample_batch
+from fleet.qwen.tree_sampling import SamplingRequest
 from fleet.rl.rollouts import GroupRecord, RolloutRecord
 from fleet.run import model_setup
 from fleet.run.records import rendered
