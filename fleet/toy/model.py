@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from environment import EpisodeSource, PickImageEnv, load_environment_class
 from fleet.cache import cache_folder, keeping, made_once
 from fleet.episodes import BrokenEpisode, checked_episode
-from fleet.errors import UsageError
+from fleet.errors import UsageError, one_line
 from fleet.known_answers import solution_of
 from fleet.toy.form_school import teach_at, teach_form
 from fleet.toy.lessons import TOY_DATA_ROOT, TOY_IMAGE_PIXELS, teach_calls, teach_sight
@@ -192,12 +192,19 @@ def build_toy_model(
 def is_shipped(kind: str, env: EpisodeSource | None = None) -> bool:
     """True if the weights of a toy lie beside this file, made by the recipe as it is, for these prompts.
 
-    Raises UsageError if the environment fails.
+    Raises UsageError if the file is damaged or the environment fails.
     """
     if kind not in SHIPPED or not SHIPPED[kind].is_file():
         return False
-    with safe_open(SHIPPED[kind], framework="pt") as file:
-        return bool((file.metadata() or {}).get("recipe") == recipe_digest(kind, env))
+    try:
+        with safe_open(SHIPPED[kind], framework="pt") as file:
+            made_by = (file.metadata() or {}).get("recipe")
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"the toy's weights in {SHIPPED[kind]} are damaged ({one_line(error)}); restore the file, as by git "
+            "checkout, or remove it, and the toy is built anew"
+        ) from error
+    return bool(made_by == recipe_digest(kind, env))
 
 
 def shipped_for(kind: str) -> EpisodeSource | None:

@@ -1,6 +1,7 @@
 """The sighted toy: its lessons are of real prompts, its weights are its recipe's, and it is what it is said to be."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from safetensors import safe_open
 
 from dataset import RepeatableEpisodeDataset, VLMDataCollator
 from environment import PickImageEnv
+from fleet.errors import UsageError
 from fleet.toy import model as toy_model
 from fleet.toy.lessons import END, Lessons
-from fleet.toy.model import RECIPES, SHIPPED, SIGHTED, TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
+from fleet.toy.model import PLAIN, RECIPES, SHIPPED, SIGHTED, TOY_DATA_ROOT, TOY_IMAGE_PIXELS, toy_model_path
 from model_utils import load_qwen25_vl
 from tests.conftest import call_text
 
@@ -90,6 +92,19 @@ def test_shipped_weights_are_small_and_of_the_recipe_as_it_is(kind: str) -> None
         made_by = file.metadata()["recipe"]
     wanted = toy_model.recipe_digest(kind, toy_model.shipped_for(kind))
     assert made_by == wanted, f"the recipe changed: run python -m fleet.toy.model ship --kind {kind}"
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", None], ids=["lfs", "cut"]
+)
+def test_damaged_shipped_weights_are_named(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plain.safetensors"
+    path.write_bytes(SHIPPED[PLAIN].read_bytes()[:100_000] if content is None else content)
+    monkeypatch.setitem(SHIPPED, PLAIN, path)
+    with pytest.raises(UsageError, match=r"weights in .*plain\.safetensors are damaged \(.*; restore the file"):
+        toy_model.build_toy_model(PLAIN)
 
 
 def test_a_changed_recipe_does_not_take_the_shipped_weights(monkeypatch: pytest.MonkeyPatch) -> None:
