@@ -35,11 +35,18 @@ def planned(
     line: str, gpus: str, accelerate: Path | None = None, *, config: Any = None, data_root: Path = TOY_DATA_ROOT
 ) -> Prediction:
     """The prediction for `training.py <line>`; with "auto", for the way that is taken."""
+    planner = planner_of(line, gpus, accelerate, config=config, data_root=data_root)
+    asked = planner.options.gradient_checkpointing
+    found = planner.prediction(is_checkpointed=asked is True)
+    return planner.prediction(is_checkpointed=True) if asked == "auto" and not found.fits else found
+
+
+def planner_of(
+    line: str, gpus: str, accelerate: Path | None = None, *, config: Any = None, data_root: Path = TOY_DATA_ROOT
+) -> Planner:
+    """The planner of `training.py <line>`."""
     options = options_of(line, gpus, None if accelerate is None else str(accelerate))
     count, machine = assumed_machine(gpus)
     launch = launch_without_file(count) if accelerate is None else launch_of_file(str(accelerate), count)
     env = PickImageEnv(data_root, options.candidates_per_episode, options.fixed_correct_index, 0)
-    planner = Planner(options, env, launch, machine, config or small_config(), None)
-    found = planner.prediction(is_checkpointed=options.gradient_checkpointing is True)
-    needs_less = options.gradient_checkpointing == "auto" and not found.fits
-    return planner.prediction(is_checkpointed=True) if needs_less else found
+    return Planner(options, env, launch, machine, config or small_config(), None)
