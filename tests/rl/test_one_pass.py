@@ -182,6 +182,13 @@ def test_drafts_take_no_more_room_than_rollouts_of_their_own_would(tmp_path: Pat
     assert trainer._drafts(batch, [[]]) == [said[:2]]
 
 
+@pytest.mark.parametrize("is_half", [False, True])
+def test_generations_and_held_out_answers_are_in_the_precision_of_training(is_half: bool, tmp_path: Path) -> None:
+    trainer = fleet_trainer(rloo_config(tmp_path, bf16=is_half))
+    with trainer._policy_that_samples():
+        assert torch.is_autocast_enabled("cpu") is is_half
+
+
 def test_the_reference_attends_its_windows_as_the_policy_does(tmp_path: Path) -> None:
     trainer = fleet_trainer(rloo_config(tmp_path, beta=0.05))
     assert trainer.ref_model.config.vision_config._attn_implementation == NAME
